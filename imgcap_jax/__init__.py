@@ -1,0 +1,1 @@
+"""Image captioning in JAX, from the first pixel to the published score."""
