@@ -1,0 +1,82 @@
+"""Show and Tell (Vinyals et al. 2015, https://arxiv.org/abs/1411.4555): the image is the LSTM's first word."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.models.decoders.contract import Decoder, StepOutput, spread
+from imgcap_jax.models.layers import LSTMCell, WordLogits, dropout, masked_mean, row_keys
+
+
+@dataclass(frozen=True)
+class ShowTell:
+    """Settings of a Show-and-Tell decoder; the defaults are the paper's sizes."""
+
+    hidden_size: int = 512
+    embedding_size: int = 512
+    dropout: float = 0.3
+    tied_embedding: bool = False
+    """The output layer shares the word embedding's matrix (needs hidden_size == embedding_size)."""
+
+    def build(
+        self, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> "ShowTellDecoder":
+        """Makes the decoder for regions [B,N,region_size].
+
+        Raises:
+            UserError: the embedding is tied but its size is not the hidden size.
+        """
+        if self.tied_embedding and self.hidden_size != self.embedding_size:
+            raise UserError(
+                f"decoder: tied_embedding needs hidden_size ({self.hidden_size}) equal to "
+                f"embedding_size ({self.embedding_size}); set both to the same number"
+            )
+        return ShowTellDecoder(self, region_size, vocabulary_size, dtype=dtype, rngs=rngs)
+
+
+class ShowTellDecoder(Decoder):
+    """x_{-1} = W_I mean(regions); x_t = E y_t; h_t = LSTM(x_t, h_{t-1}); p_{t+1} = softmax(W h_t)."""
+
+    def __init__(
+        self,
+        config: ShowTell,
+        region_size: int,
+        vocabulary_size: int,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.rate = config.dropout
+        self.image = nnx.Linear(region_size, config.embedding_size, dtype=dtype, rngs=rngs)
+        self.embedding = nnx.Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
+        self.lstm = LSTMCell(config.embedding_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.words = WordLogits(
+            config.hidden_size, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs
+        )
+
+    def start(
+        self, regions: Array, M: int, *, region_mask: Array | None = None, keys: Array | None = None
+    ) -> tuple[tuple[()], tuple[Array, Array]]:
+        image = self.image(masked_mean(regions, region_mask))  # [B,E]
+        zeros = jnp.zeros((regions.shape[0], self.lstm.hidden_size), jnp.float32)
+        hidden, cell = self.lstm((zeros, zeros), dropout(image, self.rate, keys))
+        return (), (spread(hidden, M), spread(cell, M))
+
+    def step(
+        self,
+        carry: tuple[Array, Array],
+        token: Array,
+        memory: tuple[()],
+        *,
+        keys: Array | None = None,
+    ) -> tuple[tuple[Array, Array], StepOutput]:
+        word = dropout(self.embedding(token), self.rate, row_keys(keys, 0))  # [B,M,E]
+        hidden, cell = self.lstm(carry, word)
+        return (hidden, cell), StepOutput(dropout(hidden, self.rate, row_keys(keys, 1)), None)
+
+    def logits(self, output: StepOutput) -> Array:
+        return self.words(output.hidden, self.embedding)

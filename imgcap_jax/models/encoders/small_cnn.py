@@ -1,0 +1,91 @@
+"""A small residual CNN with group norm, trained from scratch: for drawn scenes and quick experiments."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from imgcap_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class SmallCNN:
+    """Settings of the small CNN: a stage a width, each halving the image; regions are the last stage's cells."""
+
+    widths: tuple[int, ...] = (32, 64, 128)
+    blocks: tuple[int, ...] = (0, 1, 1)
+    """Residual blocks of each stage, after its strided convolution; the first stages' cost the most time."""
+
+    def __post_init__(self) -> None:
+        if len(self.blocks) != len(self.widths) or any(width % 8 for width in self.widths):
+            raise UserError(
+                f"encoder: widths {self.widths} and blocks {self.blocks} need one number each a stage, and "
+                f"widths that are multiples of 8"
+            )
+
+    @property
+    def frozen(self) -> bool:
+        """Never: there are no pretrained weights."""
+        return False
+
+    def build(self, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "SmallCNNEncoder":
+        """Makes the encoder for images of ``image_size`` pixels a side."""
+        return SmallCNNEncoder(self, image_size, dtype=dtype, rngs=rngs)
+
+
+class SmallCNNEncoder(nnx.Module):
+    """Pixels -> [conv 3x3 stride 2, group norm, ReLU, residual blocks] a stage -> regions.
+
+    Group norm (Wu & He 2018) has no running statistics, so that training is the same on any number of
+    devices. Two coordinate planes are appended to the pixels (CoordConv, Liu et al. 2018), so that a region
+    knows where it is and "left of" can be learnt.
+    """
+
+    def __init__(self, config: SmallCNN, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.dtype = dtype
+        grid = image_size
+        for _ in config.widths:
+            grid = (grid + 1) // 2
+        self.region_count = grid * grid
+        self.region_size = config.widths[-1]
+        inputs = (5, *config.widths[:-1])
+        self.downs = nnx.List(
+            _Convolution(a, b, stride=2, dtype=dtype, rngs=rngs)
+            for a, b in zip(inputs, config.widths, strict=True)
+        )
+        self.blocks = nnx.List(
+            nnx.List(
+                nnx.List(_Convolution(width, width, stride=1, dtype=dtype, rngs=rngs) for _ in range(2))
+                for _ in range(count)
+            )
+            for width, count in zip(config.widths, config.blocks, strict=True)
+        )
+
+    def __call__(self, images: Array) -> Array:
+        """images [B,h,w,3] uint8 -> regions [B,N,D] float32."""
+        x = (images.astype(self.dtype) - 127.5) / 63.75
+        batch, height, width, _ = x.shape
+        y_plane = jnp.broadcast_to(jnp.linspace(-1, 1, height)[None, :, None, None], (batch, height, width, 1))
+        x_plane = jnp.broadcast_to(jnp.linspace(-1, 1, width)[None, None, :, None], (batch, height, width, 1))
+        x = jnp.concatenate([x, y_plane.astype(x.dtype), x_plane.astype(x.dtype)], axis=-1)
+        for down, stage in zip(self.downs, self.blocks, strict=True):
+            x = jax.nn.relu(down(x))
+            for first, second in stage:
+                x = jax.nn.relu(x + second(jax.nn.relu(first(x))))
+        return x.reshape(batch, -1, x.shape[-1]).astype(jnp.float32)
+
+
+class _Convolution(nnx.Module):
+    """A 3x3 convolution without bias, followed by group norm with 8 channels a group."""
+
+    def __init__(self, inputs: int, width: int, *, stride: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(
+            inputs, width, (3, 3), strides=(stride, stride), use_bias=False, dtype=dtype, rngs=rngs
+        )
+        self.norm = nnx.GroupNorm(width, num_groups=None, group_size=8, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.norm(self.conv(x))

@@ -1,0 +1,121 @@
+"""Layers that several decoders share: per-row dropout, the LSTM cell, additive attention, word logits."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+
+def dropout(x: Array, rate: float, keys: Array | None) -> Array:
+    """Inverted dropout whose masks belong to the rows of the batch, not to the device that holds them.
+
+    Every row draws from its own key, so 1, 2 and 4 devices drop the same units (``nnx.Dropout`` draws one
+    mask for whatever part of the batch it sees).
+
+    Args:
+        x: [B, ...].
+        rate: share of units dropped, 0 to 1.
+        keys: [B] PRNG keys; None means no dropout (evaluation).
+    """
+    if keys is None or rate == 0.0:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def row_keys(keys: Array | None, number: int | Array) -> Array | None:
+    """Derives one further key a row: ``fold_in`` of ``number`` into each of ``keys`` [B]."""
+    if keys is None:
+        return None
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
+def masked_mean(regions: Array, region_mask: Array | None) -> Array:
+    """Mean of regions [B,N,D] over those that exist (region_mask [B,N], None: all) -> [B,D]."""
+    if region_mask is None:
+        return regions.mean(axis=1)
+    weight = region_mask.astype(regions.dtype)[..., None]  # [B,N,1]
+    return (regions * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1.0)
+
+
+class LSTMCell(nnx.Module):
+    """The LSTM of Hochreiter & Schmidhuber (1997) with forget gates (Gers et al. 2000), gates in one product.
+
+    The forget gate's bias starts at 1 (Jozefowicz et al. 2015).
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.hidden_size = hidden_size
+        bias = jnp.zeros((4 * hidden_size,)).at[hidden_size : 2 * hidden_size].set(1.0)
+        self.gates = nnx.Linear(input_size + hidden_size, 4 * hidden_size, dtype=dtype, rngs=rngs)
+        self.gates.bias = nnx.Param(bias)
+
+    def __call__(self, carry: tuple[Array, Array], inputs: Array) -> tuple[Array, Array]:
+        """One step: carry (h, c), each [...,H] float32, and inputs [...,I] -> the next (h, c)."""
+        hidden, cell = carry
+        gates = self.gates(jnp.concatenate([inputs, hidden.astype(inputs.dtype)], axis=-1))  # [...,4H]
+        # The cell accumulates over the caption, so it stays in float32 whatever the products use.
+        gate_in, forget, candidate, out = jnp.split(gates.astype(jnp.float32), 4, axis=-1)
+        cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(gate_in) * jnp.tanh(candidate)
+        return jax.nn.sigmoid(out) * jnp.tanh(cell), cell
+
+
+class AdditiveAttention(nnx.Module):
+    """Soft attention over regions with an additive score (Bahdanau et al. 2015; Xu et al. 2015, section 4.2)."""
+
+    def __init__(
+        self, region_size: int, query_size: int, attention_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        self.key = nnx.Linear(region_size, attention_size, dtype=dtype, rngs=rngs)
+        self.query = nnx.Linear(query_size, attention_size, use_bias=False, dtype=dtype, rngs=rngs)
+        self.score = nnx.Linear(attention_size, 1, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def keys(self, regions: Array) -> Array:
+        """The part of the score that doesn't change over time: regions [B,N,D] -> [B,N,A]."""
+        return self.key(regions)
+
+    def __call__(
+        self, query: Array, keys: Array, regions: Array, region_mask: Array | None
+    ) -> tuple[Array, Array]:
+        """Attends: query [B,M,Q], keys [B,N,A], regions [B,N,D] -> context [B,M,D], weights [B,M,N]."""
+        return _additive_attention(
+            self.query(query), keys, regions, region_mask, self.score.kernel[...].astype(keys.dtype)
+        )
+
+
+@jax.checkpoint  # recomputing [B,M,N,A] is cheaper than keeping it for every step of the caption
+def _additive_attention(
+    query: Array, keys: Array, regions: Array, region_mask: Array | None, score: Array
+) -> tuple[Array, Array]:
+    hidden = jnp.tanh(keys[:, None] + query[:, :, None])  # [B,M,N,A]
+    scores = (hidden @ score)[..., 0].astype(jnp.float32)  # [B,M,N]
+    if region_mask is not None:
+        scores = jnp.where(region_mask[:, None], scores, -1e9)
+    weights = jax.nn.softmax(scores, axis=-1)
+    return jnp.einsum("bmn,bnd->bmd", weights.astype(regions.dtype), regions), weights
+
+
+class WordLogits(nnx.Module):
+    """The layer from a hidden vector to the vocabulary, with its own matrix or the embedding's (tied).
+
+    Tying: Press & Wolf (2017), Inan et al. (2017).
+    """
+
+    def __init__(
+        self, hidden_size: int, vocabulary_size: int, *, tied: bool, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        self.dtype = dtype
+        self.kernel = (
+            None
+            if tied
+            else nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (hidden_size, vocabulary_size)))
+        )
+        self.bias = nnx.Param(jnp.zeros((vocabulary_size,)))
+
+    def __call__(self, hidden: Array, embedding: nnx.Embed) -> Array:
+        """hidden [...,H] -> logits [...,V]; a tied layer reads ``embedding``."""
+        kernel: Any = embedding.embedding[...].T if self.kernel is None else self.kernel[...]
+        return hidden.astype(self.dtype) @ kernel.astype(self.dtype) + self.bias[...].astype(self.dtype)

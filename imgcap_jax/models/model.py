@@ -1,0 +1,62 @@
+"""CaptionModel: an encoder and a decoder, and which of their parameters are trained."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array
+
+from imgcap_jax.models.decoders.contract import Decoder, StepOutput
+from imgcap_jax.models.layers import row_keys
+
+Params = Any  # nnx.State of the trained parameters
+Frozen = Any  # nnx.State of everything else
+
+
+class CaptionModel(nnx.Module):
+    """Images or ready regions in, word scores out.
+
+    Attributes:
+        encoder: None where regions come from a feature store.
+        decoder: see ``imgcap_jax.models.decoders.contract.Decoder``.
+    """
+
+    def __init__(self, encoder: nnx.Module | None, decoder: Decoder) -> None:
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def regions(self, batch: Mapping[str, Array]) -> Array:
+        """The batch's "regions" [B,N,D], or its "image" [B,h,w,3] put through the encoder, as float32."""
+        if self.encoder is None:
+            return batch["regions"].astype("float32")
+        return self.encoder(batch["image"])  # type: ignore[operator]
+
+    def teacher_forced(
+        self, batch: Mapping[str, Array], keys: Array | None = None
+    ) -> tuple[Array, StepOutput]:
+        """Reads "tokens" [B,M,T] but the last: logits [B,M,T-1,V] of the words that follow, and the outputs."""
+        tokens = batch["tokens"]
+        memory, carry = self.decoder.start(
+            self.regions(batch), tokens.shape[1], region_mask=batch.get("region_mask"), keys=row_keys(keys, 0)
+        )
+        outputs = self.decoder.unroll(tokens[:, :, :-1], memory, carry, keys=row_keys(keys, 1))
+        return self.decoder.logits(outputs), outputs
+
+
+def split_trained(model: CaptionModel) -> tuple[nnx.GraphDef[CaptionModel], Params, Frozen]:
+    """Splits a model into its graph, the parameters that are trained and all the rest.
+
+    An encoder decides by its method ``is_trained(path)``; one without it is trained as a whole.
+    """
+    chosen = getattr(model.encoder, "is_trained", lambda path: True)
+
+    def trained(path: tuple[Any, ...], value: Any) -> bool:
+        return isinstance(value, nnx.Param) and (path[0] != "encoder" or chosen(path[1:]))
+
+    return nnx.split(model, trained, ...)
+
+
+def parameter_count(params: Params) -> int:
+    """How many numbers a tree of parameters holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

