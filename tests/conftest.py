@@ -7,6 +7,11 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# Before JAX is imported: four virtual devices on any machine, and compiled programs kept between runs.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:

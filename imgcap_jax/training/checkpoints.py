@@ -1,0 +1,161 @@
+"""Checkpoints with Orbax: the newest, to resume from, and the best, to caption with."""
+
+import errno
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax import Array
+
+from imgcap_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a resumed run has to know beside the state.
+
+    step: steps done. data: state of the data iterator after the batch of that step.
+    best: best validation CIDEr-D so far (None: not validated), best_step: when, misses: validations since.
+    """
+
+    step: int
+    data: Any
+    best: float | None = None
+    best_step: int | None = None
+    misses: int = 0
+
+
+class Checkpoints:
+    """``<run>/checkpoints/newest`` and ``<run>/checkpoints/best``.
+
+    Orbax writes into a temporary folder and renames it: a kill at any moment leaves the one before.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run.absolute() / "checkpoints"
+        # The newest two: should the last be damaged by a crash of the machine, the one before is there.
+        self._newest = _manager(self.folder / "newest", keep=2)
+        self._best = _manager(self.folder / "best", keep=1)
+
+    @property
+    def step(self) -> int | None:
+        """Step of the newest checkpoint; None where there is none."""
+        return self._newest.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint; None where there is none."""
+        return self._best.latest_step()
+
+    def save(self, state: Any, progress: Progress) -> None:
+        """Saves the training state and returns when it is on disk.
+
+        Raises:
+            UserError: the disk is full. Earlier checkpoints remain.
+        """
+        if progress.step == self.step:
+            return
+        text = json.dumps(asdict(progress))
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(_raw(state)), progress=ocp.args.JsonSave({"json": text})
+        )
+        with _disk_errors(self.folder):
+            self._newest.save(progress.step, args=items)
+            self._newest.wait_until_finished()
+
+    def save_best(self, step: int, params: Any) -> None:
+        """Keeps these parameters as the best."""
+        with _disk_errors(self.folder):
+            if self.best_step is not None and self.best_step >= step:
+                # Left by a run that was killed between this and its checkpoint.
+                for old in list(self._best.all_steps()):
+                    self._best.delete(old)
+            self._best.save(step, args=ocp.args.StandardSave(_raw(params)))
+            self._best.wait_until_finished()
+
+    def restore(self, template: Any) -> tuple[Any, Progress]:
+        """The newest state, placed as ``template`` is, and its progress.
+
+        Raises:
+            UserError: the checkpoint does not fit the experiment.
+        """
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_raw(_abstract(template))), progress=ocp.args.JsonRestore()
+        )
+        with _shape_errors(self.folder / "newest"):
+            restored = self._newest.restore(self._newest.latest_step(), args=items)
+            return _like(template, restored["state"]), Progress(**json.loads(restored["progress"]["json"]))
+
+    def restore_best(self, template: Any) -> Any:
+        """The best parameters, placed as ``template`` is.
+
+        Raises:
+            UserError: there are none yet, or they do not fit the experiment.
+        """
+        step = self._best.latest_step()
+        if step is None:
+            raise UserError(f"{self.folder.parent} has no finished validation yet; train it further first")
+        with _shape_errors(self.folder / "best"):
+            args = ocp.args.StandardRestore(_raw(_abstract(template)))
+            return _like(template, self._best.restore(step, args=args))
+
+    def close(self) -> None:
+        """Releases Orbax's threads."""
+        self._newest.close()
+        self._best.close()
+
+
+def _manager(folder: Path, keep: int) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=False, create=True, cleanup_tmp_directories=True
+    )
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def _raw(tree: Any) -> dict[str, Any]:
+    """Leaves by number: what is stored doesn't depend on how flax names the nodes, PRNG keys apart."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _like(template: Any, raw: dict[str, Any]) -> Any:
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(template)]
+    return jax.tree.unflatten(jax.tree.structure(template), [raw[path] for path in paths])
+
+
+def _abstract(tree: Any) -> Any:
+    def abstract(leaf: Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(abstract, tree)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error):
+            raise UserError(
+                f"disk full while saving a checkpoint to {folder}; earlier checkpoints are intact: "
+                f"free some space and give the same command again"
+            ) from error
+        raise
+
+
+@contextmanager
+def _shape_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"the checkpoint in {folder} does not fit this experiment ({reason[:200]}); it was written by "
+            f"another experiment or version: choose another --run"
+        ) from error

@@ -1,0 +1,210 @@
+"""The training loop: reads top to bottom, and is the file to fork for an idea of one's own."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from imgcap_jax.data.pipeline import train_batches
+from imgcap_jax.data.prefetch import device_prefetch
+from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
+from imgcap_jax.data.vocabulary import Vocabulary
+from imgcap_jax.evaluation import Captioned, SplitEvaluator
+from imgcap_jax.experiment import Experiment
+from imgcap_jax.extraction import feature_store, uses_store
+from imgcap_jax.models.model import parameter_count, split_trained
+from imgcap_jax.run import Run
+from imgcap_jax.training.checkpoints import Checkpoints, Progress
+from imgcap_jax.training.cross_entropy import cross_entropy_step, first_state
+from imgcap_jax.training.log import MetricsLog
+from imgcap_jax.training.meter import Meter
+from imgcap_jax.training.parallel import DataParallel
+from imgcap_jax.training.signals import StopRequest
+from imgcap_jax.training.transfer import transfer
+
+SMOKE_IMAGES = 48
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of ``train`` ended: steps done, best validation CIDEr-D (fraction), stopped by a signal or not."""
+
+    step: int
+    best: float | None
+    interrupted: int | None
+
+
+def train(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    cache: Path,
+    init_from: Path | None = None,
+    smoke: bool = False,
+    show: Callable[[str], None] = print,
+) -> Outcome:
+    """Trains ``experiment`` in ``folder``, going on from its newest checkpoint where there is one.
+
+    Args:
+        experiment: what to compute.
+        folder: the run's folder.
+        cache: where features of frozen encoders are kept.
+        init_from: another run whose best parameters are the start; its vocabulary is mapped by word.
+        smoke: read only the first images of each split.
+        show: gets the lines for the user.
+
+    Raises:
+        UserError: bad input, another experiment in the folder, a loss that is not finite, a full disk.
+    """
+    training, data = experiment.training, experiment.data
+    parallel = DataParallel(training.parallel)
+    parallel.check_batch_size(data.batch_size, experiment.optimizer.accumulate)
+
+    # Data: the training mixture, the first dataset's validation split, words from training captions only.
+    names = parse_mixture(data.dataset)
+    sources = [open_source(name, "train", data.data_dir) for name, _ in names]
+    validation = open_source(names[0][0], "val", data.data_dir)
+    if smoke:
+        sources = [source.first(SMOKE_IMAGES) for source in sources]
+    validation = validation.first(training.validation_images or len(validation))
+    run = _open_run(experiment, folder, sources)
+    vocabulary = run.vocabulary
+
+    # Features, once, where the encoder never changes.
+    stored = uses_store(experiment)
+    stores = [feature_store(experiment, s, views=data.views, cache=cache) for s in sources] if stored else None
+    validation_store = feature_store(experiment, validation, views=1, cache=cache) if stored else None
+
+    # The model, its optimizer and the compiled step.
+    model = run.model(with_encoder=not stored)
+    checkpoints = Checkpoints(folder)
+    if init_from is not None and checkpoints.step is None:
+        show(transfer(init_from, model, vocabulary))
+    graph, params, frozen = split_trained(model)
+    steps_per_epoch = max(1, math.ceil(sum(len(source) for source in sources) / data.batch_size))
+    total_steps = max(1, round(training.epochs * steps_per_epoch))
+    evaluate_steps = max(1, round(training.evaluate_epochs * steps_per_epoch))
+    transformation = experiment.optimizer.build(steps_per_epoch, total_steps)
+    state = parallel.replicate(first_state(params, transformation, ema=training.ema_decay > 0))
+    frozen = parallel.replicate(frozen)
+    step = parallel.compile(
+        cross_entropy_step(
+            graph,
+            experiment.objective,
+            transformation,
+            key=jax.random.key(training.seed),
+            accumulate=experiment.optimizer.accumulate,
+            ema_decay=training.ema_decay,
+        )
+    )
+    evaluator = SplitEvaluator(graph, data, validation, vocabulary, parallel, store=validation_store)
+
+    # Where the run stands.
+    batches = train_batches(
+        data,
+        [(source, weight) for source, (_, weight) in zip(sources, names, strict=True)],
+        vocabulary,
+        seed=training.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        features=stores,
+    )
+    progress = Progress(step=0, data=batches.get_state())
+    if checkpoints.step is not None:
+        state, progress = checkpoints.restore(state)
+        batches.set_state(progress.data)
+        show(f"resuming {folder} at step {progress.step} of {total_steps}")
+    else:
+        show(
+            f"{sum(len(source) for source in sources)} training images, {len(vocabulary)} words, "
+            f"{parameter_count(params):,} trained parameters, {len(parallel.devices)} "
+            f"{parallel.devices[0].platform} device(s), {total_steps} steps"
+        )
+    log = MetricsLog(folder, progress.step)
+    captions_per_step = data.batch_size * data.captions_per_image
+    meter = Meter(
+        total_steps, steps_per_epoch, captions_per_step, training.log_steps, progress.step, log, show
+    )
+    saved = time.monotonic()
+    prefetched = device_prefetch(batches, lambda batch: parallel.put(_device_part(batch)))
+    stop = StopRequest()
+    done = _finished(experiment, progress, total_steps)
+    with stop, prefetched:
+        while not done:
+            batch, data_state = next(prefetched)
+            state, metrics = step(state, frozen, batch)
+            progress = replace(progress, step=progress.step + 1, data=data_state)
+            meter.add(progress.step, metrics)
+
+            if progress.step % evaluate_steps == 0 or progress.step == total_steps:
+                meter.flush()
+                search = replace(experiment.decoding, beam=training.validation_beam)
+                captioned = evaluator.caption(state.best_guess, frozen, search)
+                scores = {
+                    **evaluator.score(captioned.captions).values,
+                    **evaluator.teacher_forced(state.best_guess, frozen),
+                }
+                progress = _judge(progress, scores["CIDEr-D"])
+                if progress.best_step == progress.step:
+                    checkpoints.save_best(progress.step, state.best_guess)
+                log.write("validation", progress.step, scores)
+                show(_validation_line(progress, scores, captioned))
+                meter.restart(progress.step)
+            done = _finished(experiment, progress, total_steps)
+            overdue = time.monotonic() - saved > 60 * training.checkpoint_minutes
+            if done or stop.signal or overdue or progress.step % evaluate_steps == 0:
+                meter.flush()  # a loss that is not finite must not reach a checkpoint
+                checkpoints.save(state, progress)
+                saved = time.monotonic()
+            if stop.signal:
+                break
+    checkpoints.close()
+    log.close()
+    return Outcome(progress.step, progress.best, stop.signal)
+
+
+def _open_run(experiment: Experiment, folder: Path, sources: Sequence[CaptionSource]) -> Run:
+    """The folder's run, made where there is none; never another experiment's."""
+    if Run.exists(folder):
+        run = Run.load(folder)
+        run.check_same(experiment)
+        return run
+    captions = (caption for source in sources for i in range(len(source)) for caption in source.captions(i))
+    run = Run(folder, experiment, Vocabulary.build(captions, experiment.data.min_count))
+    if jax.process_index() == 0:
+        run.save()
+    return run
+
+
+def _device_part(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the step reads of a batch: all but the ids, and each row's index in the global batch."""
+    rows = len(batch["weight"])
+    part = {name: leaf for name, leaf in batch.items() if name != "image_id"}
+    # As the pipeline deals rows out to processes, so that dropout doesn't depend on their number.
+    part["row"] = np.arange(rows, dtype=np.int32) * jax.process_count() + jax.process_index()
+    return part
+
+
+def _judge(progress: Progress, cider: float) -> Progress:
+    """Notes a validation: selection is by freely decoded CIDEr-D, never by teacher-forced scores."""
+    if progress.best is None or cider > progress.best:
+        return replace(progress, best=cider, best_step=progress.step, misses=0)
+    return replace(progress, misses=progress.misses + 1)
+
+
+def _finished(experiment: Experiment, progress: Progress, total_steps: int) -> bool:
+    patience = experiment.training.patience
+    return progress.step >= total_steps or (patience > 0 and progress.misses >= patience)
+
+
+def _validation_line(progress: Progress, scores: Mapping[str, float], captioned: Captioned) -> str:
+    best = "best so far" if progress.best_step == progress.step else f"best {100 * (progress.best or 0):.1f}"
+    return (
+        f"validation at step {progress.step}: CIDEr-D {100 * scores['CIDEr-D']:.1f} ({best})  "
+        f"BLEU-4 {100 * scores['BLEU-4']:.1f}  teacher-forced perplexity "
+        f"{scores['teacher_forced_perplexity']:.2f}  {captioned.images_per_second:.0f} images/s"
+    )

@@ -1,0 +1,94 @@
+"""The progress line, and the check that the loss is a number."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from jax import Array
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.training.log import MetricsLog
+
+LINE_SECONDS = 10.0
+
+
+class Meter:
+    """Logs training metrics and shows loss, captions/s and the time left.
+
+    Metrics are read one step late: the device is then already busy with the next step, so that reading them
+    keeps nobody waiting.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        steps_per_epoch: int,
+        captions_per_step: int,
+        log_steps: int,
+        first_step: int,
+        log: MetricsLog,
+        show: Callable[[str], None],
+    ) -> None:
+        self._total, self._epoch, self._captions = total_steps, steps_per_epoch, captions_per_step
+        self._log_steps, self._log, self._show = log_steps, log, show
+        self._pending: tuple[int, Mapping[str, Array]] | None = None
+        self._shown = 0.0
+        self._first = first_step
+        self.restart(first_step)
+
+    def restart(self, step: int) -> None:
+        """Begins the measurement of speed anew, after a pause that is not training (or a compilation)."""
+        self._since, self._since_step = time.perf_counter(), step
+
+    def add(self, step: int, metrics: Mapping[str, Array]) -> None:
+        """Takes the metrics of a step that was just started, and reads those of the one before.
+
+        Raises:
+            UserError: the loss of the step before is not finite.
+        """
+        self.flush()
+        self._pending = (step, metrics)
+        if step == self._first + 1:
+            self.flush()
+            self.restart(step)  # the first step compiled
+
+    def flush(self) -> None:
+        """Reads what is pending. Raises UserError as ``add``."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        if not math.isfinite(values["loss"]):
+            self._log.write("train", step, values)
+            raise UserError(
+                f"the loss is {values['loss']} at step {step} (gradient norm {values['gradient_norm']}): try a "
+                f"lower --optimizer.learning-rate, a longer --optimizer.warmup-epochs, or --training.dtype float32; "
+                f"the checkpoint before it is intact"
+            )
+        seconds = time.perf_counter() - self._since
+        rate = (step - self._since_step) * self._captions / seconds if step > self._since_step else math.nan
+        if step % self._log_steps == 0:
+            self._log.write("train", step, {**values, "captions_per_second": rate})
+        now = time.monotonic()
+        if now - self._shown >= (0.5 if sys.stdout.isatty() else LINE_SECONDS):
+            self._shown = now
+            left = (self._total - step) * self._captions / rate if rate > 0 else math.nan
+            self._show(
+                f"step {step}/{self._total}  epoch {step / self._epoch:.2f}  loss {values['loss']:.3f}  "
+                f"perplexity {values['perplexity']:.2f}  {_speed(rate)}  {_duration(left)} left"
+            )
+
+
+def _speed(rate: float) -> str:
+    return f"{rate:.0f} captions/s" if math.isfinite(rate) else "- captions/s"
+
+
+def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,53 @@
+"""Schedules and recipes against hand-worked values and PyTorch."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from imgcap_jax.training.optimizer import Optimizer
+
+
+def test_warmup_then_cosine() -> None:
+    rate = Optimizer(learning_rate=1.0, warmup_epochs=1.0, final_fraction=0.1).rate(4, 12)
+    values = [float(rate(step)) for step in range(13)]
+    np.testing.assert_allclose(values[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(values[8], 0.1 + 0.9 * 0.5, rtol=1e-6)  # half of the cosine
+    np.testing.assert_allclose(values[12], 0.1, rtol=1e-6)
+
+
+def test_step_decay_counts_epochs() -> None:
+    rate = Optimizer(
+        learning_rate=1.0, schedule="step", warmup_epochs=0, decay_every_epochs=3, decay_factor=0.8
+    ).rate(10, 1000)
+    np.testing.assert_allclose([rate(0), rate(29), rate(30), rate(60)], [1, 1, 0.8, 0.64], rtol=1e-6)
+
+
+def test_weight_decay_spares_biases_and_norms() -> None:
+    chain = Optimizer(learning_rate=0.1, warmup_epochs=0, weight_decay=0.5, schedule="constant").build(1, 1)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((2,))}
+    updates, _ = chain.update({"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros((2,))}, chain.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
+    np.testing.assert_allclose(updates["bias"], 0.0)
+
+
+def test_classic_recipe_equals_torch_adam_with_clipped_values() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is an optional oracle (extra: torch)")
+    classic = Optimizer(
+        "adam", 4e-4, schedule="step", warmup_epochs=0, clip_norm=None, clip_value=0.1, decay_every_epochs=1
+    )
+    chain = classic.build(steps_per_epoch=3, total_steps=9)
+    start = np.array([[0.3, -2.0], [1.0, 0.1]], np.float32)
+    ours, theirs = jnp.asarray(start), torch.nn.Parameter(torch.tensor(start))
+    state = chain.init(ours)
+    adam = torch.optim.Adam([theirs], lr=4e-4)
+    decay = torch.optim.lr_scheduler.StepLR(adam, 3, 0.8)
+    for step in range(7):
+        gradient = np.sin(np.arange(4.0) + step).reshape(2, 2).astype(np.float32)
+        updates, state = chain.update(jnp.asarray(gradient), state, ours)
+        ours = optax.apply_updates(ours, updates)
+        theirs.grad = torch.tensor(gradient)
+        torch.nn.utils.clip_grad_value_([theirs], 0.1)
+        adam.step()
+        decay.step()
+    np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-6)

@@ -1,0 +1,155 @@
+"""One device against many, microbatches, and both ways of mapping, against a loss written without them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.models.decoders.attend import ShowAttendTell
+from imgcap_jax.models.encoders.small_cnn import SmallCNN
+from imgcap_jax.models.model import CaptionModel, split_trained
+from imgcap_jax.special_tokens import PAD
+from imgcap_jax.training import cross_entropy
+from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step, first_state
+from imgcap_jax.training.optimizer import Optimizer
+from imgcap_jax.training.parallel import DataParallel
+
+B, M, T, V, SIDE, STEPS = 8, 2, 9, 12, 16, 10
+# Adam would hide a wrong factor of the gradient, and so would clipping.
+SGD = Optimizer("sgd", 0.5, schedule="constant", warmup_epochs=0, clip_norm=None)
+OBJECTIVE = CrossEntropy(label_smoothing=0.1, attention_penalty=0.3)
+
+
+def model() -> CaptionModel:
+    rngs = nnx.Rngs(0)
+    encoder = SmallCNN(widths=(8, 8), blocks=(0, 0)).build(SIDE, dtype=jnp.float32, rngs=rngs)
+    decoder = ShowAttendTell(
+        hidden_size=8, embedding_size=8, attention_size=4, region_size=None, dropout=0.5
+    ).build(encoder.region_size, V, dtype=jnp.float32, rngs=rngs)
+    return CaptionModel(encoder, decoder)
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[dict[str, np.ndarray]]:
+    """Lengths that differ a lot between the halves of the batch, and a row that only fills it."""
+    rng = np.random.default_rng(0)
+    result = []
+    for _ in range(STEPS):
+        tokens = rng.integers(1, V, (B, M, T)).astype(np.int32)
+        lengths = np.where(np.arange(B)[:, None] < B // 2, T, 3) - rng.integers(0, 2, (B, M))
+        tokens[np.arange(T) >= lengths[..., None]] = PAD
+        image = rng.integers(0, 256, (B, SIDE, SIDE, 3)).astype(np.uint8)
+        weight = np.ones(B, np.float32)
+        weight[-1] = 0
+        result.append({"image": image, "tokens": tokens, "weight": weight, "row": np.arange(B, dtype=np.int32)})
+    return result
+
+
+def run(batches: list[dict[str, np.ndarray]], mode: Any, devices: int, accumulate: int = 1) -> Any:
+    graph, params, frozen = split_trained(model())
+    chain = SGD.build(1, STEPS)
+    parallel = DataParallel(mode, jax.devices()[:devices])
+    step = parallel.compile(
+        cross_entropy_step(
+            graph, OBJECTIVE, chain, key=jax.random.key(5), accumulate=accumulate, ema_decay=0.9
+        )
+    )
+    state, frozen = parallel.replicate(first_state(params, chain, ema=True)), parallel.replicate(frozen)
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, frozen, parallel.put(batch))
+        losses.append(float(metrics["loss"]))
+    return jax.device_get(state), losses
+
+
+@pytest.fixture(scope="module")
+def alone(batches: list[dict[str, np.ndarray]]) -> Any:
+    return run(batches, "pmap", 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "devices", "accumulate"),
+    [("pmap", 2, 1), ("pmap", 4, 1), ("pmap", 2, 2), ("shard_map", 1, 1), ("shard_map", 4, 1), ("shard_map", 2, 4)],
+)
+def test_any_number_of_devices_gives_the_same_parameters(
+    batches: list[dict[str, np.ndarray]], alone: Any, mode: str, devices: int, accumulate: int
+) -> None:
+    expected, expected_losses = alone
+    got, losses = run(batches, mode, devices, accumulate)
+    np.testing.assert_allclose(losses, expected_losses, rtol=2e-5)
+    for tree, other in ((got.params, expected.params), (got.ema, expected.ema)):
+        for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_first_step_is_the_gradient_of_the_mean_over_all_words(batches: list[dict[str, np.ndarray]]) -> None:
+    """The mean over words, written out without sums over devices; finite differences check its direction."""
+    graph, params, frozen = split_trained(model())
+    batch = batches[0]
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 0), row))(
+        jnp.asarray(batch["row"])
+    )
+
+    @jax.jit
+    def mean(params: Any) -> Any:
+        logits, outputs = nnx.merge(graph, params, frozen).teacher_forced(
+            {name: jnp.asarray(leaf) for name, leaf in batch.items()}, keys
+        )
+        total, words = 0.0, 0
+        for b in range(B - 1):
+            for m in range(M):
+                steps = int((batch["tokens"][b, m, 1:] != PAD).sum())
+                targets = batch["tokens"][b, m, 1 : steps + 1]
+                log_probs = jax.nn.log_softmax(logits[b, m, :steps])
+                smooth = 0.9 * jax.nn.one_hot(targets, V) + 0.1 / V
+                total -= (smooth * log_probs).sum()
+                total += 0.3 * ((1 - outputs.attention[b, m, :steps].sum(0)) ** 2).sum()
+                words += steps
+        return total / words
+
+    gradient = jax.grad(mean)(params)
+    after, losses = run(batches[:1], "pmap", 4)
+    np.testing.assert_allclose(losses[0], mean(params), rtol=1e-5)
+    for new, old, slope in zip(*map(jax.tree.leaves, (after.params, params, gradient)), strict=True):
+        np.testing.assert_allclose((np.asarray(old) - new) / 0.5, slope, atol=2e-5)
+    leaves, tree = jax.tree.flatten(params)
+    direction = jax.tree.unflatten(
+        tree, [jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
+    )
+
+    def moved(size: float) -> Any:
+        return mean(jax.tree.map(lambda p, d: p + size * d, params, direction))
+
+    slope = sum((d * g).sum() for d, g in zip(jax.tree.leaves(direction), jax.tree.leaves(gradient), strict=True))
+    np.testing.assert_allclose((moved(3e-3) - moved(-3e-3)) / 6e-3, slope, rtol=0.02, atol=1e-3)
+
+
+def test_step_is_compiled_once_and_never_calls_the_host(
+    batches: list[dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traces = []
+    original = cross_entropy.caption_loss
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        traces.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(cross_entropy, "caption_loss", counted)
+    run(batches[:3], "pmap", 2)
+    assert len(traces) == 1
+
+    graph, params, frozen = split_trained(model())
+    chain = Optimizer().build(1, 1)
+    step = cross_entropy_step(graph, OBJECTIVE, chain, key=jax.random.key(0), ema_decay=0.9)
+    mapped = DataParallel("shard_map", jax.devices()[:2]).compile(step)
+    jaxpr = str(jax.make_jaxpr(mapped)(first_state(params, chain, ema=True), frozen, batches[0]))
+    assert "callback" not in jaxpr
+
+
+def test_batch_that_does_not_divide_is_told() -> None:
+    with pytest.raises(UserError, match="choose a multiple of 8"):
+        DataParallel("pmap", jax.devices()[:4]).check_batch_size(12, 2)
