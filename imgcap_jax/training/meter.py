@@ -51,8 +51,8 @@ class Meter:
         self.flush()
         self._pending = (step, metrics)
         if step == self._first + 1:
-            self.flush()
-            self.restart(step)  # the first step compiled
+            np.asarray(metrics["loss"])  # the first step compiles, which is not its speed
+            self.restart(step)
 
     def flush(self) -> None:
         """Reads what is pending. Raises UserError as ``add``."""

@@ -1,0 +1,30 @@
+"""Flickr8k with a frozen EfficientNet-Lite2 and soft attention (Xu et al. 2015).
+
+    imgcap data prepare PATH/TO/flickr8k --name flickr8k
+    imgcap train flickr8k
+    imgcap evaluate runs/flickr8k --split val --beam 3
+"""
+
+from imgcap_jax.data.images import Augmentation
+from imgcap_jax.data.pipeline import CaptionData
+from imgcap_jax.experiment import Experiment, Training
+from imgcap_jax.generation import Decoding
+from imgcap_jax.models.decoders.attend import ShowAttendTell
+from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
+from imgcap_jax.training.cross_entropy import CrossEntropy
+from imgcap_jax.training.optimizer import Optimizer
+
+experiment = Experiment(
+    data=CaptionData(
+        dataset="flickr8k", image_size=224, batch_size=32, captions_per_image=5, max_words=16,
+        augmentation=Augmentation(crop_scale_min=0.6, flip=True), views=4,
+    ),
+    encoder=EfficientNetLite(variant=2),
+    decoder=ShowAttendTell(
+        hidden_size=512, embedding_size=256, attention_size=256, region_size=512, dropout=0.5
+    ),
+    optimizer=Optimizer(learning_rate=1e-3, warmup_epochs=0.5, weight_decay=0.05),
+    objective=CrossEntropy(label_smoothing=0.1),
+    training=Training(epochs=12, ema_decay=0.998, evaluate_epochs=1.0),
+    decoding=Decoding(beam=3, length_norm=0.7, max_words=20),
+)

@@ -1,0 +1,219 @@
+"""The ``imgcap`` command: parses, calls one function, prints."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from imgcap_jax.errors import UserError
+
+# Modules that import JAX or TFDS are imported where they are used, so that --help and errors come at once.
+
+_EPILOG = """examples:
+  imgcap data prepare scenes
+  imgcap train scenes_demo
+  imgcap train flickr8k --run runs/mine --decoder.hidden-size 768
+  imgcap evaluate runs/flickr8k --split val --beam 3
+  imgcap caption photo.jpg holiday/ --run runs/flickr8k"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code (2 for a user's mistake)."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command is not _train:
+        parser.error(f"unknown argument {rest[0]!r}; see imgcap --help")
+    options.rest = rest
+    try:
+        code: int = options.command(options)
+    except UserError as error:
+        print(f"imgcap: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("imgcap: interrupted; the same command goes on from what is saved", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="imgcap",
+        description="Image captioning in JAX: train, evaluate, caption.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        add_help=False,
+        allow_abbrev=False,
+        help="train an experiment; the same command resumes",
+        description="Train an experiment. Any field of it can be given as an option after its name, as in "
+        "--decoder.hidden-size 768 (imgcap train EXPERIMENT --help lists them).",
+    )
+    train.set_defaults(command=_train, parser=train)
+    train.add_argument("experiment", nargs="?", help="a file such as experiments/flickr8k.py, or its name")
+    train.add_argument("--run", type=Path, help="the run's folder (default: runs/<experiment>)")
+    train.add_argument("--init-from", type=Path, metavar="RUN", help="start from another run's best weights")
+    train.add_argument("--smoke", action="store_true", help="a check in seconds: few images, two short epochs")
+    _add_cache(train)
+    train.add_argument("-h", "--help", action="store_true", help="show this and the experiment's fields")
+
+    evaluate = commands.add_parser(
+        "evaluate", allow_abbrev=False, help="caption a split and score it, in COCO's format"
+    )
+    evaluate.set_defaults(command=_evaluate)
+    evaluate.add_argument("run", type=Path, help="the run's folder")
+    evaluate.add_argument("--split", default="val", help="train, val, test, ... (default: val)")
+    evaluate.add_argument("--dataset", help="another dataset than the run's")
+    evaluate.add_argument("--page", type=Path, metavar="HTML", help="also write a page of images and captions")
+    _add_decoding(evaluate)
+    _add_cache(evaluate)
+
+    caption = commands.add_parser("caption", allow_abbrev=False, help="caption photos")
+    caption.set_defaults(command=_caption)
+    caption.add_argument("photos", nargs="+", type=Path, help="image files, or folders of them")
+    caption.add_argument("--run", type=Path, required=True, help="the run's folder")
+    caption.add_argument("--json", action="store_true", help="one JSON object a line, with words and log-probabilities")
+    _add_decoding(caption)
+
+    data = commands.add_parser("data", allow_abbrev=False, help="prepare and look at datasets")
+    actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
+    prepare = actions.add_parser("prepare", allow_abbrev=False, help="write a dataset in TFDS's format")
+    prepare.set_defaults(command=_prepare)
+    prepare.add_argument("source", help="scenes, coco, or a folder of images with a caption file")
+    prepare.add_argument("--name", help="what to call a folder's dataset (default: the folder's name)")
+    prepare.add_argument("--licence", default="", help="a note on the images' licence, kept with the dataset")
+    prepare.add_argument("--train-scenes", type=int, metavar="N", help="scenes: how many to draw for training")
+    _add_data_dir(prepare)
+    inspect = actions.add_parser("inspect", allow_abbrev=False, help="counts, lengths, words and a contact sheet")
+    inspect.set_defaults(command=_inspect)
+    inspect.add_argument("name", help="a prepared dataset")
+    inspect.add_argument("--sheet", type=Path, help="where the contact sheet goes (default: <name>.png)")
+    _add_data_dir(inspect)
+    return parser
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("runs/.cache"),
+        help="folder of encoder features and compiled programs (default: runs/.cache)",
+    )
+
+
+def _add_data_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data-dir", type=Path, help="where datasets lie (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)"
+    )
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--beam", type=int, help="beams; 1 is greedy (default: the run's)")
+    parser.add_argument("--length-norm", type=float, help="exponent of the length in the ranking (default: the run's)")
+    parser.add_argument("--max-words", type=int, help="longest caption (default: the run's)")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from imgcap_jax.experiment_files import find, override, overrides_help
+
+    if options.help or options.experiment is None:
+        options.parser.print_help()
+        if options.experiment is not None:
+            print("\n" + overrides_help(find(options.experiment)))
+        return 0 if options.help else 2
+    experiment = override(find(options.experiment), options.rest)
+    from imgcap_jax.compilation import cache_compilations
+    from imgcap_jax.experiment import for_smoke
+    from imgcap_jax.training.loop import train
+
+    name = Path(options.experiment).stem + ("_smoke" if options.smoke else "")
+    folder = options.run or Path("runs") / name
+    cache_compilations(options.cache)
+    outcome = train(
+        for_smoke(experiment) if options.smoke else experiment,
+        folder,
+        cache=options.cache / "features",
+        init_from=options.init_from,
+        smoke=options.smoke,
+    )
+    if outcome.interrupted:
+        print(f"stopped at step {outcome.step}; the same command resumes")
+        return 128 + outcome.interrupted
+    print(f"done: {folder}, best validation CIDEr-D {100 * (outcome.best or 0):.1f}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from imgcap_jax.compilation import cache_compilations
+    from imgcap_jax.evaluation import evaluate
+    from imgcap_jax.report.evaluation import lines, write_page
+    from imgcap_jax.run import Run
+
+    run = Run.load(options.run)
+    cache_compilations(options.cache)
+    evaluation = evaluate(
+        run,
+        options.split,
+        cache=options.cache / "features",
+        dataset=options.dataset,
+        decoding=run.experiment.decoding.but(options.beam, options.length_norm, options.max_words),
+    )
+    print("\n".join(lines(evaluation)))
+    if options.page is not None:
+        write_page(evaluation, options.page)
+        print(f"page: {options.page}")
+    return 0
+
+
+def _caption(options: argparse.Namespace) -> int:
+    from imgcap_jax.captioner import Captioner, caption_files
+    from imgcap_jax.run import Run
+
+    run = Run.load(options.run)
+    decoding = run.experiment.decoding.but(options.beam, options.length_norm, options.max_words)
+    bad = 0
+    for line, failed in caption_files(Captioner(run, decoding), options.photos, as_json=options.json):
+        print(line, file=sys.stderr if failed else sys.stdout, flush=True)
+        bad += failed
+    return 2 if bad else 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from imgcap_jax.data.builders.scenes import SceneSplits
+    from imgcap_jax.data.prepare import prepare
+
+    if options.train_scenes is not None and options.source != "scenes":
+        raise UserError(f"--train-scenes is for scenes, not for {options.source!r}; leave it out")
+    splits = SceneSplits(train=options.train_scenes) if options.train_scenes is not None else None
+    prepare(
+        options.source,
+        name=options.name,
+        data_dir=options.data_dir,
+        licence=options.licence,
+        scenes=splits,
+        say=print,
+    )
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from imgcap_jax.data.inspect import inspect
+    from imgcap_jax.data.sources import open_source
+    from imgcap_jax.report.contact_sheet import dataset_sheet
+
+    inspection = inspect(options.name, options.data_dir)
+    print("\n".join(inspection.lines()))
+    sheet = options.sheet or Path(f"{options.name}.png")
+    dataset_sheet(open_source(options.name, next(iter(inspection.splits)), options.data_dir), sheet)
+    print(f"contact sheet: {sheet}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""Region features of a frozen encoder, computed once and kept on disk.
+
+A store is a folder named by the hash of everything its numbers depend on: a change of any of it computes new
+features, and a build that was killed goes on where it stopped.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from imgcap_jax.data.feature_files import (
+    DTYPES,
+    REGIONS,
+    Dtype,
+    FeatureWriter,
+    damaged,
+    explaining,
+    is_finished,
+    read_manifest,
+)
+from imgcap_jax.data.images import Augmentation, ImageError, Pixels, Resize, augment, decode, names_side
+from imgcap_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from imgcap_jax.data.sources import CaptionExample, CaptionSource
+
+Encode = Callable[[Pixels], npt.ArrayLike]
+
+VIEW_AUGMENTATION = Augmentation(crop_scale_min=0.5, flip=True)
+"""How the views of an image differ from view 0 unless told otherwise."""
+# Distinguishes the random numbers of the views from those of other uses of (image, view).
+_VIEW_STREAM = 0x76696577
+
+
+class FeatureStore:
+    """Regions on disk: `store[i, view]` is [N, D], float16 or bfloat16. Picklable; any number of readers.
+
+    Attributes:
+        folder: where it lies.
+        shape: (I, views, N, D).
+        views: views an image. 0 is the plain image, the others are as `build` tells.
+        manifest: all that is known of it, with the key it was built for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Opens a finished store.
+
+        Raises:
+            UserError: there is none in this folder, it is not finished, or it is damaged.
+        """
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self.shape: tuple[int, int, int, int] = tuple(self.manifest["shape"])
+        self.views = self.shape[1]
+        if not is_finished(folder):
+            raise UserError(
+                f"{folder}: only {self.manifest['done']} of {self.shape[0] * self.views} feature rows are "
+                "computed; run the extraction again, it goes on from there"
+            )
+        try:
+            stored = np.load(folder / REGIONS, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise damaged(folder / REGIONS, str(error)) from error
+        if stored.shape != self.shape:
+            raise damaged(folder / REGIONS, f"its shape is {stored.shape}, not {self.shape}")
+        self._regions: npt.NDArray[Any] = stored.view(DTYPES[self.manifest["dtype"]])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FeatureStore, (self.folder,)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, image_and_view: tuple[int, int]) -> npt.NDArray[Any]:
+        """The regions [N, D] of an image's view; not copied from the disk before they are used."""
+        return self._regions[image_and_view]
+
+    def gather(self, images: npt.ArrayLike, views: npt.ArrayLike) -> npt.NDArray[Any]:
+        """The regions [B, N, D] of images [B] in views [B]."""
+        return np.asarray(self._regions[np.asarray(images, np.int64), np.asarray(views, np.int64)])
+
+    @staticmethod
+    def nbytes_for(images: int, views: int, regions: int, size: int, dtype: Dtype = "float16") -> int:
+        """Bytes on disk of a store of so many images and views with N = regions and D = size."""
+        return images * views * regions * size * DTYPES[dtype].itemsize
+
+    @staticmethod
+    def build(
+        source: "CaptionSource",
+        encode: Encode,
+        *,
+        key: Mapping[str, Any],
+        root: Path,
+        views: int = 1,
+        image_size: int = 224,
+        resize: Resize = "squash",
+        augmentation: Augmentation = VIEW_AUGMENTATION,
+        batch_size: int = 64,
+        dtype: Dtype = "float16",
+        progress: bool = True,
+    ) -> "FeatureStore":
+        """Opens the store of these features, after computing whatever of it is missing.
+
+        View 0 is the plain image. View 1 is its mirror image where no caption names a side and `augmentation`
+        flips, else a crop. Views from 2 on are random crops, flips and jitter by `augmentation`. Each depends
+        on (image, view) only.
+
+        Args:
+            source: the images.
+            encode: uint8 [batch_size, image_size, image_size, 3] -> [batch_size, N, D]; always called with
+                this shape.
+            key: what else the features depend on: dataset and version, split, encoder, fingerprint of its
+                weights.
+            root: folder that holds stores; this one's is root/<hash of the key and of the arguments here>.
+            views: views an image.
+            image_size: side of the images in pixels.
+            resize: as for `images.decode`.
+            augmentation: of views from 1 on.
+            batch_size: images encoded at once.
+            dtype: what is stored.
+            progress: whether to show size, rate and time left (on stderr).
+
+        Raises:
+            UserError: no room on the disk (what was computed is kept), a damaged store, an image that cannot
+                be decoded, values that don't fit the dtype, or views without a crop.
+        """
+        if views > 1 and augmentation.crop_scale_min >= 1:
+            raise UserError(
+                f"views={views}: views of an image differ by crops; set augmentation.crop_scale_min below 1"
+            )
+        identity = {
+            "key": {name: str(value) for name, value in key.items()},
+            "images": len(source),
+            "captions": _captions_fingerprint(source),
+            "image_size": image_size,
+            "resize": resize,
+            "views": views,
+            "augmentation": repr(augmentation) if views > 1 else "none",
+            "dtype": dtype,
+        }
+        fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        folder = root / fingerprint[:16]
+
+        def view_of(row: int) -> Pixels:
+            i, view = divmod(row, views)
+            example = source[i]
+            try:
+                return _view(example, i, view, image_size, resize, augmentation)
+            except ImageError as error:
+                raise UserError(
+                    f"{source.name}: {example.filename}: {error}; prepare the dataset again"
+                ) from error
+
+        writer = FeatureWriter(folder, identity, fingerprint, len(source), views, dtype)
+        with explaining(folder):
+            # A finished store may lie on a read-only disk.
+            if not is_finished(folder):
+                with writer.open():
+                    if writer.done < writer.rows:
+                        _fill(writer, view_of, encode, image_size, batch_size, progress)
+        return FeatureStore(folder)
+
+
+def _view(
+    example: "CaptionExample", i: int, view: int, size: int, resize: Resize, augmentation: Augmentation
+) -> Pixels:
+    if view == 0:
+        return decode(example.image, size, resize)
+    if view == 1 and augmentation.flip and not names_side(example.captions):
+        return np.ascontiguousarray(decode(example.image, size, resize)[:, ::-1])
+    rng = np.random.default_rng([_VIEW_STREAM, i, view])
+    return augment(example.image, example.captions, size, rng, augmentation, resize)
+
+
+def _fill(
+    writer: FeatureWriter,
+    view_of: Callable[[int], Pixels],
+    encode: Encode,
+    image_size: int,
+    batch_size: int,
+    progress: bool,
+) -> None:
+    starts = range(writer.done, writer.rows, batch_size)
+    images = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, _progress_bar(progress) as bar:
+        task = bar.add_task("features", total=writer.rows, completed=writer.done, rate="")
+        began, first = time.monotonic(), writer.done
+
+        def decoding(start: int) -> list[Future[Pixels]]:
+            return [pool.submit(view_of, row) for row in range(start, min(start + batch_size, writer.rows))]
+
+        try:
+            pending = decoding(starts[0])
+            for start in starts:
+                count = len(pending)
+                for place, future in enumerate(pending):
+                    images[place] = future.result()
+                # A filled-up last batch has the shape of all others, so that encode compiles once.
+                images[count:] = 0
+                # The next batch is decoded while this one is encoded.
+                pending = decoding(start + batch_size)
+                regions = np.asarray(encode(images), np.float32)[:count]
+                if writer.shape is None:
+                    writer.start(regions.shape[1], regions.shape[2])
+                if start == starts[0]:
+                    size = f"{writer.nbytes / 1e9:.2f} GB"
+                    bar.console.print(f"features: {size} in {writer.folder}", highlight=False)
+                writer.append(regions)
+                rate = (writer.done_unsaved - first) / (time.monotonic() - began)
+                bar.update(task, completed=writer.done_unsaved, rate=f"{rate:.0f} images/s")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            # What was computed before Ctrl-C or an error is kept as well.
+            writer.flush()
+
+
+def _progress_bar(shown: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True, quiet=not shown),
+        disable=not shown,
+    )
+
+
+def _captions_fingerprint(source: "CaptionSource") -> str:
+    """Changes with the images' ids and with their captions, which decide what may be mirrored."""
+    digest = hashlib.sha256()
+    for i, image_id in enumerate(source.image_ids()):
+        digest.update(json.dumps([int(image_id), *source.captions(i)]).encode())
+    return digest.hexdigest()[:16]

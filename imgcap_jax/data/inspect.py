@@ -1,0 +1,104 @@
+"""Numbers that describe a prepared dataset: counts, caption lengths and vocabulary coverage."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from imgcap_jax.data.sources import CaptionSource, DatasetDescription, describe, open_source
+from imgcap_jax.data.vocabulary import Vocabulary
+from imgcap_jax.text import tokenize
+
+
+@dataclass(frozen=True)
+class SplitStatistics:
+    """Counts of one split; lengths in words as `text.tokenize` counts them.
+
+    `word_counts[n]` is the number of captions of n words; `known` is the share of words, repetitions counted,
+    that are in the vocabulary of the training captions.
+    """
+
+    images: int
+    captions: int
+    captions_per_image: tuple[int, float, int]  # fewest, mean, most
+    word_counts: tuple[int, ...]
+    known: float
+
+    @property
+    def mean_words(self) -> float:
+        return float(np.average(np.arange(len(self.word_counts)), weights=self.word_counts))
+
+    def percentile_words(self, percent: float) -> int:
+        """The smallest length that at least `percent` % of the captions do not exceed."""
+        shares = np.cumsum(self.word_counts) / self.captions
+        return int(np.searchsorted(shares, percent / 100 - 1e-12))
+
+    def share_longer(self, words: int) -> float:
+        """The share of captions of more than `words` words."""
+        return sum(self.word_counts[words + 1 :]) / self.captions
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A prepared dataset in numbers. `vocabulary_size` counts the four special tokens."""
+
+    dataset: DatasetDescription
+    splits: dict[str, SplitStatistics]
+    vocabulary_size: int
+    min_count: int
+
+    def lines(self, *, show_skipped: int = 10) -> list[str]:
+        """The report as lines of text."""
+        dataset = self.dataset
+        lines = [
+            f"{dataset.name}  ({dataset.folder})",
+            f"source   {dataset.source}",
+            f"licence  {dataset.licence or 'not stated'}",
+            f"vocabulary of the training captions, words occurring {self.min_count} times or more: "
+            f"{self.vocabulary_size:,} tokens",
+            "",
+            f"{'split':<20}{'images':>9}{'captions':>10}{'per image':>11}{'words':>7}{'median':>8}{'99 %':>6}"
+            f"{'> 20':>8}{'known':>8}",
+        ]
+        for name, split in self.splits.items():
+            lines.append(
+                f"{name:<20}{split.images:>9,}{split.captions:>10,}{split.captions_per_image[1]:>11.2f}"
+                f"{split.mean_words:>7.1f}{split.percentile_words(50):>8}{split.percentile_words(99):>6}"
+                f"{split.share_longer(20):>8.2%}{split.known:>8.2%}"
+            )
+        lines += ["", f"skipped: {len(dataset.skipped)}"]
+        lines += [f"  {entry.name}: {entry.reason}" for entry in dataset.skipped[:show_skipped]]
+        if len(dataset.skipped) > show_skipped:
+            lines.append(f"  ... all of them in {dataset.folder / 'skipped.json'}")
+        return lines
+
+
+def inspect(name: str, data_dir: Path | None = None, *, min_count: int = 5) -> Inspection:
+    """Describes a prepared dataset; its vocabulary is that of `train`, or of the first split without one.
+
+    Raises:
+        UserError: dataset not prepared.
+    """
+    dataset = describe(name, data_dir)
+    sources = {split: open_source(name, split, data_dir) for split in dataset.splits}
+    training = sources.get("train") or next(iter(sources.values()))
+    vocabulary = Vocabulary.build(_captions(training), min_count)
+    statistics = {split: _statistics(source, vocabulary) for split, source in sources.items()}
+    return Inspection(dataset, statistics, len(vocabulary), min_count)
+
+
+def _captions(source: CaptionSource) -> Iterable[str]:
+    return (caption for i in range(len(source)) for caption in source.captions(i))
+
+
+def _statistics(source: CaptionSource, vocabulary: Vocabulary) -> SplitStatistics:
+    per_image = [len(source.captions(i)) for i in range(len(source))]
+    lengths = [len(tokenize(caption)) for caption in _captions(source)]
+    return SplitStatistics(
+        images=len(source),
+        captions=len(lengths),
+        captions_per_image=(min(per_image), len(lengths) / len(source), max(per_image)),
+        word_counts=tuple(int(count) for count in np.bincount(lengths)),
+        known=vocabulary.coverage(_captions(source)),
+    )

@@ -1,0 +1,95 @@
+"""Puts batches on the device in the background, while the device computes."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
+
+Batch = TypeVar("Batch")
+DeviceBatch = TypeVar("DeviceBatch")
+
+
+class _End(NamedTuple):
+    """The last thing in the queue: the error that ended the iterator, or None where it simply ended."""
+
+    error: BaseException | None
+
+
+class DevicePrefetch(Generic[Batch, DeviceBatch]):
+    """Iterator of (batch on the device, state right after that batch). See `device_prefetch`."""
+
+    def __init__(self, iterator: Iterator[Batch], put: Callable[[Batch], DeviceBatch], depth: int) -> None:
+        self._iterator = iterator
+        self._put = put
+        self._ready: queue.Queue[tuple[DeviceBatch, Any] | _End] = queue.Queue(maxsize=depth)
+        self._closing = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._produce, name="device-prefetch", daemon=True)
+        self._thread.start()
+
+    def _produce(self) -> None:
+        get_state: Callable[[], Any] = getattr(self._iterator, "get_state", lambda: None)
+        try:
+            for batch in self._iterator:
+                state = get_state()
+                self._ready.put((self._put(batch), state))
+                if self._closing.is_set():
+                    return
+        except BaseException as error:
+            self._ready.put(_End(error))
+        else:
+            self._ready.put(_End(None))
+
+    def __iter__(self) -> "DevicePrefetch[Batch, DeviceBatch]":
+        return self
+
+    def __next__(self) -> tuple[DeviceBatch, Any]:
+        if self._ended:
+            raise StopIteration
+        item = self._ready.get()
+        if not isinstance(item, _End):
+            return item
+        self._ended = True
+        self._thread.join()
+        if item.error is not None:
+            raise item.error
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stops the thread, waits for it, drops what was not consumed, and closes the iterator."""
+        self._ended = True
+        self._closing.set()
+        # The thread may wait for room; after this it puts at most one more item and then sees the flag.
+        while True:
+            try:
+                self._ready.get_nowait()
+            except queue.Empty:
+                break
+        self._thread.join()
+        getattr(self._iterator, "close", lambda: None)()
+
+    def __enter__(self) -> "DevicePrefetch[Batch, DeviceBatch]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def device_prefetch(
+    iterator: Iterator[Batch], put: Callable[[Batch], DeviceBatch], depth: int = 2
+) -> DevicePrefetch[Batch, DeviceBatch]:
+    """Draws batches and puts them on the device in a background thread.
+
+    Each comes with the iterator's state right after it was drawn: a checkpoint that holds the state of the
+    batch just consumed resumes with exactly the next one, however many were prefetched.
+
+    Args:
+        iterator: gives batches; its `get_state`, where it has one, is called after each.
+        put: host batch -> device batch, e.g. `jax.device_put` with a sharding.
+        depth: batches held ready; one more may be on the device, waiting for room.
+
+    Returns:
+        Iterator of (device batch, state). An error of the iterator or of `put` is raised by `__next__` after
+        the batches before it. `close()`, or leaving its `with` block, stops the thread.
+    """
+    return DevicePrefetch(iterator, put, depth)

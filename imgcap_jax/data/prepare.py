@@ -1,0 +1,254 @@
+"""Prepares datasets: draws or reads images and captions, and writes them as TFDS array_record."""
+
+import contextlib
+import errno
+import io
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from imgcap_jax.data.builders import coco
+from imgcap_jax.data.builders.layout import ORIGIN_FILE, SKIPPED_FILE, Origin, write_json
+from imgcap_jax.data.sources import CaptionSource, default_data_dir, describe, find_prepared, read_origin
+from imgcap_jax.errors import UserError
+
+if TYPE_CHECKING:  # these import TFDS, which takes a while
+    from imgcap_jax.data.builders.base import CaptionBuilder
+    from imgcap_jax.data.builders.scenes import SceneSplits
+
+_RESERVED = ("scenes", "coco", coco.NAME)
+# What a killed run left behind is removed, unless another process may still be writing to it.
+_ABANDONED_AFTER_SECONDS = 3600.0
+_INCOMPLETE = "incomplete."  # as TFDS names its own
+
+
+def prepare(
+    name_or_path: str | Path,
+    *,
+    name: str | None = None,
+    data_dir: Path | None = None,
+    licence: str = "",
+    source: str = "",
+    scenes: "SceneSplits | None" = None,
+    download_dir: Path | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Prepares `scenes`, `coco`, or a folder of images with a caption file, and returns the dataset's folder.
+
+    Does nothing when it is already prepared from the same data; otherwise replaces what was prepared before.
+    The folder appears under its name only when it is complete.
+
+    Args:
+        name_or_path: "scenes", "coco", a folder, or the annotation file in it (see `builders.annotations`).
+        name: what to call a folder's dataset; by default the folder's name.
+        data_dir: where prepared datasets lie; by default TFDS's standard place.
+        licence, source: notes on a folder's images, kept with the dataset.
+        scenes: how many scenes to draw, and how.
+        download_dir: where COCO's archives are kept.
+        progress: show a progress bar on the standard error.
+        say: gets the lines that tell what was done.
+
+    Raises:
+        UserError: the folder or its annotations are not in order, see the builders; the disk is full.
+    """
+    data_dir = Path(data_dir or default_data_dir()).expanduser().absolute()
+    known = str(name_or_path)
+    if known in _RESERVED and name:
+        raise UserError(f"--name is for folders; {known!r} keeps its name")
+    with _disk_errors(data_dir):
+        if known == "scenes":
+            return _prepare_scenes(scenes, data_dir, progress, say)
+        if known in ("coco", coco.NAME):
+            return _prepare_coco(data_dir, download_dir, progress, say)
+        return _prepare_folder(
+            Path(name_or_path).expanduser(), name, data_dir, licence, source, progress, say
+        )
+
+
+def _prepare_scenes(
+    splits: "SceneSplits | None", data_dir: Path, progress: bool, say: Callable[[str], None]
+) -> Path:
+    from imgcap_jax.data.builders.scenes import ScenesBuilder, SceneSplits
+
+    splits = splits or SceneSplits()
+    source = f"drawn by imgcap_jax from seed {splits.seed}, {splits.image_size} pixels a side"
+    origin = Origin("scenes", source, "Apache-2.0, as imgcap_jax", splits.fingerprint())
+    if (folder := _already_prepared("scenes", origin, data_dir, say)) is not None:
+        return folder
+    with _progress(sum(splits.counts.values()), "drawing scenes", progress) as advance:
+        return _write(
+            "scenes",
+            data_dir,
+            lambda staging: ScenesBuilder(splits, data_dir=staging, origin=origin, on_image=advance),
+            say,
+        )
+
+
+def _prepare_folder(
+    path: Path,
+    name: str | None,
+    data_dir: Path,
+    licence: str,
+    source: str,
+    progress: bool,
+    say: Callable[[str], None],
+) -> Path:
+    from imgcap_jax.data.builders.folder import FolderBuilder, scan_folder
+
+    contents = scan_folder(path)
+    folder = path.resolve()
+    name = name or _default_name(folder if folder.is_dir() else folder.parent)
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in _RESERVED:
+        raise UserError(
+            f"{name!r} cannot name a dataset; use small letters, digits and _, as in --name my_photos"
+        )
+    origin = Origin("folder", source, licence, contents.fingerprint, str(folder))
+    if (prepared := _already_prepared(name, origin, data_dir, say)) is not None:
+        return prepared
+    needed, free = sum(contents.sizes), shutil.disk_usage(_existing_parent(data_dir)).free
+    if needed > free:
+        raise UserError(
+            f"{data_dir}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; use another --data-dir"
+        )
+    with _progress(len(contents.images), f"preparing {name}", progress) as advance:
+        return _write(
+            name,
+            data_dir,
+            lambda staging: FolderBuilder(
+                contents, name=name, data_dir=staging, origin=origin, on_image=advance
+            ),
+            say,
+        )
+
+
+def _default_name(folder: Path) -> str:
+    name = re.sub(r"[^a-z0-9]+", "_", folder.name.lower()).strip("_")
+    return name if name[:1].isalpha() else f"folder_{name}".rstrip("_")
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _prepare_coco(
+    data_dir: Path, download_dir: Path | None, progress: bool, say: Callable[[str], None]
+) -> Path:
+    if (folder := _already_prepared(coco.NAME, coco.ORIGIN, data_dir, say)) is None:
+        _remove_abandoned(data_dir / coco.NAME / coco.CONFIG)
+        with _quiet_tfds(progress=progress):
+            folder = coco.build(data_dir, download_dir)
+        say(f"{coco.NAME}: prepared in {folder}")
+    description = describe(coco.NAME, data_dir)
+    coco.check_train_size(description.splits.get("train", 0), folder)
+    for split in description.splits:
+        CaptionSource(description, split, data_dir)  # writes the index of captions, for quick opening later
+    return folder
+
+
+def _already_prepared(name: str, origin: Origin, data_dir: Path, say: Callable[[str], None]) -> Path | None:
+    folder = find_prepared(name, data_dir)
+    if folder is None:
+        return None
+    before = read_origin(folder)
+    if before.fingerprint == origin.fingerprint:
+        notes = replace(
+            before, source=origin.source or before.source, licence=origin.licence or before.licence
+        )
+        if notes != before:
+            write_json(folder / ORIGIN_FILE, asdict(notes))
+        say(f"{name}: already prepared in {folder}")
+        return folder
+    if before.folder != origin.folder:
+        raise UserError(f"{name!r} in {data_dir} was prepared from {before.folder}; give another --name")
+    say(f"{name}: has changed since it was prepared in {folder}; preparing it again")
+    return None
+
+
+def _write(
+    name: str, data_dir: Path, make_builder: Callable[[Path], "CaptionBuilder"], say: Callable[[str], None]
+) -> Path:
+    """Builds in a folder aside, so that what was prepared before stays until the new is complete."""
+    home = data_dir / name
+    home.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(home)
+    staging = Path(tempfile.mkdtemp(prefix=_INCOMPLETE, dir=home))
+    try:
+        builder = make_builder(staging)
+        with _quiet_tfds(progress=False):
+            builder.download_and_prepare(file_format="array_record")
+        built = Path(builder.data_dir)
+        folder = home / built.name
+        if folder.exists():
+            folder.rename(staging / "replaced")
+        built.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        with contextlib.suppress(OSError):  # nothing prepared under this name: leave no empty folder
+            home.rmdir()
+    counts = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())
+    say(f"{name}: {counts} images in {folder}")
+    if builder.skipped:
+        say(f"{name}: {len(builder.skipped)} skipped, listed in {folder / SKIPPED_FILE}")
+    return folder
+
+
+def _remove_abandoned(home: Path) -> None:
+    for leftover in home.glob(f"{_INCOMPLETE}*"):
+        newest = max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
+        if time.time() - newest > _ABANDONED_AFTER_SECONDS:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _quiet_tfds(*, progress: bool) -> Iterator[None]:
+    """Keeps TFDS's own prints and log lines from the user."""
+    import tensorflow_datasets as tfds
+
+    if not progress:
+        tfds.disable_progress_bar()
+    loggers = [logging.getLogger(name) for name in ("absl", "urllib3.connectionpool")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        tfds.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _progress(total: int, title: str, shown: bool) -> Iterator[Callable[[], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)
+
+
+@contextlib.contextmanager
+def _disk_errors(data_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # array_record raises a RuntimeError with the system's words in it.
+        full = os.strerror(errno.ENOSPC)
+        if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
+            raise UserError(
+                f"{data_dir}: the disk is full; free some space or use another --data-dir"
+            ) from error
+        if isinstance(error, PermissionError):
+            raise UserError(f"{error.filename or data_dir}: no permission; use another --data-dir") from error
+        raise

@@ -1,0 +1,277 @@
+"""Reads prepared TFDS datasets by random access, without TensorFlow.
+
+A dataset lies in `<data_dir>/<name>/<version>` or, as the official `coco_captions`, in
+`<data_dir>/<name>/<config>/<version>`.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from imgcap_jax.data.builders import coco
+from imgcap_jax.data.builders.layout import ORIGIN_FILE, SKIPPED_FILE, CaptionIndex, Origin, Skipped
+from imgcap_jax.errors import UserError
+
+_ALIASES = {"coco": coco.NAME}
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+@dataclass(frozen=True)
+class CaptionExample:
+    """One image, encoded (JPEG or PNG), with its captions; `scene` is the JSON of a drawn scene, else ""."""
+
+    image: bytes
+    filename: str
+    image_id: int
+    captions: tuple[str, ...]
+    scene: str = ""
+
+
+@dataclass(frozen=True)
+class DatasetDescription:
+    """A prepared dataset: its folder, where it comes from, images per split, and what was left out.
+
+    `fingerprint` changes whenever the dataset is prepared from other data; caches of anything computed from
+    its images should be keyed by it.
+    """
+
+    name: str
+    folder: Path
+    source: str
+    licence: str
+    splits: dict[str, int]
+    skipped: tuple[Skipped, ...]
+    fingerprint: str
+
+
+class CaptionSource:
+    """Random access to the examples of one split; picklable, and may be read from any number of threads."""
+
+    def __init__(self, description: DatasetDescription, split: str, data_dir: Path) -> None:
+        import tensorflow_datasets as tfds
+
+        self.name = description.name
+        self.split = split
+        self.fingerprint = description.fingerprint
+        self._data_dir = data_dir
+        stored = _stored_splits(description.folder)
+        parts = ["train", "restval"] if split == "train" and "restval" in stored else [split]
+        builder = tfds.builder_from_directory(description.folder)
+        try:
+            # Images stay encoded: the pipeline decodes them at the size that it needs.
+            self._records = builder.as_data_source(
+                "+".join(parts), decoders={"image": tfds.decode.SkipDecoding()}
+            )
+        except NotImplementedError as error:
+            raise UserError(
+                f"{description.folder}: not stored as array_record; move it away and run: "
+                f"imgcap data prepare {self.name}"
+            ) from error
+        self._length = len(self._records)
+        self._index = self._load_index(description.folder, parts, stored)
+
+    def _load_index(self, folder: Path, parts: list[str], stored: dict[str, int]) -> CaptionIndex:
+        whole = CaptionIndex()
+        start = 0
+        for part in parts:
+            index = CaptionIndex.load(folder, part)
+            if index is None or len(index.image_id) != stored[part]:
+                index = CaptionIndex()
+                for number in range(start, start + stored[part]):
+                    example = self[number]
+                    index.add(example.image_id, example.filename, example.captions)
+                # Only a cache: a dataset on a read-only disk is scanned each time.
+                with contextlib.suppress(OSError):
+                    index.save(folder, part)
+            whole.image_id += index.image_id
+            whole.filename += index.filename
+            whole.captions += index.captions
+            start += stored[part]
+        return whole
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_first, (self.name, self.split, self._data_dir, self._length)
+
+    def first(self, count: int) -> "CaptionSource":
+        """The same split, but only its first ``count`` examples (all, where it has no more)."""
+        if count >= self._length:
+            return self
+        part = copy.copy(self)
+        part._length = count
+        part.fingerprint = f"{self.fingerprint}[:{count}]"
+        return part
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> CaptionExample:
+        """Example i, 0 <= i < len(self). Raises IndexError outside."""
+        if not 0 <= i < self._length:
+            raise IndexError(f"example {i} of {len(self)}")
+        features = self._records[i]
+        return CaptionExample(
+            image=features["image"],
+            filename=features["image/filename"].decode(),
+            image_id=int(features["image/id"]),
+            captions=tuple(text.decode() for text in features["captions"]["text"]),
+            scene=features["scene"].decode() if "scene" in features else "",
+        )
+
+    def __iter__(self) -> Iterator[CaptionExample]:
+        return (self[i] for i in range(len(self)))
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        """The captions of example i, without reading its image."""
+        return tuple(self._index.captions[i])
+
+    def image_ids(self) -> list[int]:
+        """The image ids, in the order of the examples."""
+        return list(self._index.image_id[: self._length])
+
+    def filenames(self) -> list[str]:
+        """The images' file names, in the order of the examples."""
+        return list(self._index.filename[: self._length])
+
+
+def default_data_dir() -> Path:
+    """TFDS's standard place: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or Path("~/tensorflow_datasets").expanduser())
+
+
+def open_source(name: str, split: str, data_dir: Path | None = None) -> CaptionSource:
+    """Opens a split of a prepared dataset; a split `restval` belongs to `train`, as is usual for COCO.
+
+    Raises:
+        UserError: dataset not prepared, unknown or empty split, or a COCO of the wrong size.
+    """
+    data_dir = data_dir or default_data_dir()
+    description = describe(name, data_dir)
+    if split not in description.splits:
+        raise UserError(f"{description.name} has no split {split!r}; it has {', '.join(description.splits)}")
+    if not description.splits[split]:
+        raise UserError(f"{description.name}: split {split!r} is empty; prepare it again")
+    if description.name == coco.NAME and split == "train":
+        coco.check_train_size(description.splits["train"], description.folder)
+    return CaptionSource(description, split, data_dir)
+
+
+def _open_first(name: str, split: str, data_dir: Path, count: int) -> CaptionSource:
+    return open_source(name, split, data_dir).first(count)
+
+
+def split_names(name: str, data_dir: Path | None = None) -> list[str]:
+    """The splits of a prepared dataset; `restval` counts as part of `train`.
+
+    Raises:
+        UserError: dataset not prepared.
+    """
+    return list(describe(name, data_dir).splits)
+
+
+def describe(name: str, data_dir: Path | None = None) -> DatasetDescription:
+    """What is known of a prepared dataset, from the files beside its records.
+
+    Raises:
+        UserError: dataset not prepared, with the command that prepares it.
+    """
+    data_dir = data_dir or default_data_dir()
+    name = _ALIASES.get(name, name)
+    folder = find_prepared(name, data_dir)
+    if folder is None:
+        _not_prepared(name, data_dir)
+    splits = _stored_splits(folder)
+    if "train" in splits:
+        splits["train"] += splits.pop("restval", 0)
+    origin = read_origin(folder)
+    return DatasetDescription(
+        name=name,
+        folder=folder,
+        source=origin.source or origin.folder,
+        licence=origin.licence,
+        splits=splits,
+        skipped=tuple(Skipped(**entry) for entry in _read_json(folder / SKIPPED_FILE) or ()),
+        fingerprint=origin.fingerprint,
+    )
+
+
+def read_origin(folder: Path) -> Origin:
+    """Where a prepared dataset comes from; of one prepared by TFDS itself, what its name tells."""
+    if (saved := _read_json(folder / ORIGIN_FILE)) is not None:
+        return Origin(**saved)
+    if coco.NAME in folder.parts:
+        return coco.ORIGIN
+    return Origin("tfds", f"TFDS dataset {folder.parent.name}", "", f"{folder.parent.name}:{folder.name}")
+
+
+def find_prepared(name: str, data_dir: Path) -> Path | None:
+    """The folder of a prepared dataset, of its newest version; None where it is not prepared."""
+    if not _NAME.fullmatch(name):
+        return None
+    versions = [
+        info.parent
+        for pattern in ("*/dataset_info.json", "*/*/dataset_info.json")
+        for info in (data_dir / name).glob(pattern)
+        # TFDS writes to incomplete.XXXXXX_<version> until all is there.
+        if _VERSION.fullmatch(info.parent.name)
+    ]
+    return max(versions, key=lambda folder: [int(part) for part in folder.name.split(".")], default=None)
+
+
+def parse_mixture(text: str) -> list[tuple[str, float]]:
+    """Datasets and weights: "flickr8k*2+coco_subset" is [("flickr8k", 2.0), ("coco_subset", 1.0)].
+
+    Raises:
+        UserError: an empty name, a name given twice, or a weight that is not a positive number.
+    """
+    mixture: dict[str, float] = {}
+    for part in text.split("+"):
+        name, star, weight_text = (piece.strip() for piece in part.partition("*"))
+        name = _ALIASES.get(name, name)
+        if not _NAME.fullmatch(name):
+            raise UserError(
+                f"dataset {text!r}: {name!r} is no name of a dataset; write them as flickr8k*2+coco_subset"
+            )
+        if name in mixture:
+            raise UserError(f"dataset {text!r}: {name!r} occurs twice; give it a weight, as {name}*2")
+        try:
+            weight = float(weight_text) if star else 1.0
+        except ValueError:
+            weight = 0.0
+        if not 0 < weight < float("inf"):
+            raise UserError(
+                f"dataset {text!r}: {weight_text!r} is no weight; write a positive number, as {name}*2"
+            )
+        mixture[name] = weight
+    return list(mixture.items())
+
+
+def _not_prepared(name: str, data_dir: Path) -> NoReturn:
+    command = {"scenes": "scenes", coco.NAME: "coco"}.get(name, f"FOLDER --name {name}")
+    there = sorted(
+        folder.name for folder in data_dir.glob("*/") if find_prepared(folder.name, data_dir) is not None
+    )
+    raise UserError(
+        f"dataset {name!r} is not prepared in {data_dir} (there: {', '.join(there) or 'none'}); "
+        f"run: imgcap data prepare {command}"
+    )
+
+
+def _stored_splits(folder: Path) -> dict[str, int]:
+    info = _read_json(folder / "dataset_info.json") or {}
+    return {split["name"]: sum(map(int, split["shardLengths"])) for split in info.get("splits", ())}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); prepare the dataset again") from error

@@ -1,0 +1,140 @@
+"""Words and their ids."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
+from imgcap_jax.text import tokenize
+
+__all__ = ["BOS", "EOS", "PAD", "UNK", "Vocabulary"]
+
+_SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words a model knows; a word's id is its index.
+
+    Attributes:
+        words: `<pad> <bos> <eos> <unk>`, then the words by falling count, equal counts alphabetically.
+        counts: how often each word occurs in the captions the vocabulary was built from. `<unk>` counts all
+            rarer words; the other special tokens count 0.
+    """
+
+    words: tuple[str, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def build(cls, captions: Iterable[str], min_count: int = 5) -> "Vocabulary":
+        """The words that occur at least `min_count` times in the training captions.
+
+        Raises:
+            UserError: no word is that frequent.
+        """
+        counter = Counter(token for caption in captions for token in tokenize(caption))
+        # A caption may hold the text "<unk>", which is one token; it must not become a second unknown word.
+        rare = sum(counter.pop(token, 0) for token in _SPECIAL)
+        ordered = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
+        known = [(word, count) for word, count in ordered if count >= min_count]
+        if not known:
+            most = (
+                f"the most frequent one, {ordered[0][0]!r}, {ordered[0][1]} times"
+                if ordered
+                else "there are none"
+            )
+            raise UserError(
+                f"no word occurs {min_count} times in the training captions ({most}): lower --data.min-count"
+            )
+        rare += sum(count for _, count in ordered[len(known) :])
+        return cls(
+            _SPECIAL + tuple(word for word, _ in known), (0, 0, 0, rare, *(count for _, count in known))
+        )
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {word: index for index, word in enumerate(self.words) if index >= len(_SPECIAL)}
+
+    def encode(self, caption: str, length: int) -> np.ndarray:
+        """Ids of a caption, int32 [length]: bos, words, eos, pad.
+
+        A caption of more than `length - 2` words is cut there and carries no eos, so that a model isn't
+        taught to stop in mid-sentence.
+
+        Raises:
+            ValueError: `length` leaves no room for a word.
+        """
+        if length < 3:
+            raise ValueError(f"length {length} leaves no room for bos, a word and eos")
+        words = [self._ids.get(token, UNK) for token in tokenize(caption)]
+        tokens = [BOS, *words, EOS] if len(words) <= length - 2 else [BOS, *words[: length - 2]]
+        encoded = np.full(length, PAD, np.int32)
+        encoded[: len(tokens)] = tokens
+        return encoded
+
+    def decode(self, ids: ArrayLike) -> str:
+        """The sentence of token ids [T]: ends before the first eos, leaves out bos and pad."""
+        words = []
+        for index in np.asarray(ids).tolist():
+            if index == EOS:
+                break
+            if index not in (BOS, PAD):
+                words.append(self.words[index])
+        return " ".join(words)
+
+    def coverage(self, captions: Iterable[str]) -> float:
+        """The share of the captions' tokens that are known, 0 to 1; 1 where there are no tokens."""
+        known = total = 0
+        for caption in captions:
+            tokens = tokenize(caption)
+            total += len(tokens)
+            known += sum(token in self._ids for token in tokens)
+        return known / total if total else 1.0
+
+    def save(self, path: Path) -> None:
+        """Writes the vocabulary as JSON."""
+        temporary = path.with_name(path.name + ".tmp")
+        document = {"tokenizer": "ptb-coco", "words": self.words, "counts": self.counts}
+        temporary.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Vocabulary":
+        """Reads a vocabulary that `save` has written.
+
+        Raises:
+            UserError: the file is missing or holds something else.
+        """
+        hint = "choose the folder of a finished or running training run, or train again"
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"can't read the vocabulary {path} ({error.strerror}): {hint}") from None
+        except ValueError:
+            raise UserError(f"the vocabulary {path} is not a JSON file: {hint}") from None
+        fields = document if isinstance(document, dict) else {}
+        words, counts = fields.get("words"), fields.get("counts")
+        if not (
+            isinstance(words, list)
+            and isinstance(counts, list)
+            and tuple(words[:4]) == _SPECIAL
+            and all(isinstance(word, str) for word in words)
+            and all(isinstance(count, int) for count in counts)
+            and len(words) == len(counts) == len(set(words))
+        ):
+            raise UserError(
+                f"{path} is not a vocabulary ('words', without repetition, that begin with {' '.join(_SPECIAL)}, "
+                f"and as many 'counts'): {hint}"
+            )
+        return cls(tuple(words), tuple(counts))

@@ -1,0 +1,129 @@
+"""Captions in COCO's file formats, which all caption scorers and the COCO test server read.
+
+Results: ``[{"image_id": 1, "caption": "a dog"}, ...]``, one caption an image. References (annotations):
+``{"images": [{"id": 1, "file_name": "1.jpg"}, ...], "annotations": [{"id": 1, "image_id": 1, "caption": "a
+dog"}, ...]}``.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from imgcap_jax.errors import UserError
+
+_RESULTS = 'a list of {"image_id": 1, "caption": "..."}'
+_REFERENCES = 'an object with "annotations": [{"image_id": 1, "caption": "..."}, ...]'
+
+
+def read_results(path: Path) -> dict[int, str]:
+    """Candidate captions by image id, in the file's order.
+
+    Raises:
+        UserError: the file is missing, not in the format, or captions an image twice.
+    """
+    entries = _read(path, _RESULTS)
+    if isinstance(entries, dict) and "annotations" in entries:
+        raise UserError(f"{path} holds references (COCO annotations), not results: expected {_RESULTS}")
+    captions: dict[int, str] = {}
+    for image_id, caption in _entries(entries, path, "", _RESULTS):
+        if image_id in captions:
+            raise UserError(f"{path} captions image {image_id} twice: keep one caption an image")
+        captions[image_id] = caption
+    return captions
+
+
+def write_results(path: Path, captions: Mapping[int, str]) -> None:
+    """Writes candidate captions, as the COCO test server takes them."""
+    _write(path, [{"image_id": int(image), "caption": caption} for image, caption in captions.items()])
+
+
+def read_references(path: Path) -> dict[int, list[str]]:
+    """References by image id, in the order of the annotations.
+
+    Images that are listed but have no caption are left out.
+
+    Raises:
+        UserError: the file is missing, not in the format, or lists an image twice.
+    """
+    document = _read(path, _REFERENCES)
+    if isinstance(document, list):
+        raise UserError(f"{path} holds a list, as results do, not references: expected {_REFERENCES}")
+    if not isinstance(document, dict) or "annotations" not in document:
+        raise UserError(f"{path} has no 'annotations': expected {_REFERENCES}")
+    images = document.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(i, dict) and _is_id(i.get("id")) for i in images):
+        raise UserError(f'{path}: "images" must be a list of {{"id": 1, ...}} with whole numbers as ids')
+    listed: set[int] = set()
+    for image in images:
+        if image["id"] in listed:
+            raise UserError(f"{path} lists image {image['id']} twice under 'images': keep one entry an image")
+        listed.add(image["id"])
+    references: dict[int, list[str]] = {}
+    for image_id, caption in _entries(document["annotations"], path, "annotations", _REFERENCES):
+        if listed and image_id not in listed:
+            raise UserError(
+                f"{path}: image {image_id} has a caption but is not listed under 'images': add it there"
+            )
+        references.setdefault(image_id, []).append(caption)
+    return references
+
+
+def write_references(
+    path: Path, references: Mapping[int, Sequence[str]], file_names: Mapping[int, str] | None = None
+) -> None:
+    """Writes references as COCO annotations. file_names: image id -> file name, where known."""
+    images: list[dict[str, Any]] = [{"id": int(image)} for image in references]
+    if file_names is not None:
+        images = [{**image, "file_name": file_names[image["id"]]} for image in images]
+    captions = [(int(image), caption) for image, texts in references.items() for caption in texts]
+    annotations = [
+        {"id": number, "image_id": image, "caption": caption}
+        for number, (image, caption) in enumerate(captions, 1)
+    ]
+    _write(path, {"images": images, "annotations": annotations})
+
+
+def _read(path: Path, expected: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"can't read {path} ({error.strerror}): give a file that holds {expected}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: give a JSON file that holds {expected}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): expected {expected}") from None
+
+
+def _entries(entries: Any, path: Path, key: str, expected: str) -> list[tuple[int, str]]:
+    """Image id and caption of each entry of the list found under `key`."""
+    if not isinstance(entries, list) or not entries:
+        what = "is not a list" if not isinstance(entries, list) else "is empty"
+        raise UserError(f"{path}: {key or 'the document'} {what}: expected {expected}")
+    pairs = []
+    for number, entry in enumerate(entries):
+        where = f"{path}: entry {number}{' of ' + key if key else ''}"
+        if not isinstance(entry, dict):
+            raise UserError(f"{where} is not an object: expected {expected}")
+        for name in ("image_id", "caption"):
+            if name not in entry:
+                raise UserError(f"{where} has no {name!r}: expected {expected}")
+        if not _is_id(entry["image_id"]):
+            raise UserError(
+                f"{where}: image_id {entry['image_id']!r} is not a whole number: use the COCO image id"
+            )
+        if not isinstance(entry["caption"], str):
+            raise UserError(f"{where}: caption {entry['caption']!r} is not text: put the sentence in quotes")
+        pairs.append((entry["image_id"], entry["caption"]))
+    return pairs
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _write(path: Path, document: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+    os.replace(temporary, path)

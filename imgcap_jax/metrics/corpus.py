@@ -1,0 +1,161 @@
+"""Tokenised captions and their n-grams, counted once and shared by the metrics.
+
+Letters: I images, C captions (all references of all images), E entries (distinct pairs of a caption and an
+n-gram of one order). N-grams are numbered exactly, without hashing: an n-gram is a pair of numbers, that of
+its first n-1 words and that of its last word.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from imgcap_jax.text import tokenize
+
+ORDERS = 4  # unigrams to 4-grams
+_SHIFT = 32  # bits for the second number of a pair
+
+
+def pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """One integer for each pair of numbers below 2^31, in lexicographic order."""
+    return (first << _SHIFT) | second
+
+
+def unpair(pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The two numbers of each pair."""
+    return pair >> _SHIFT, pair & ((1 << _SHIFT) - 1)
+
+
+@dataclass(frozen=True)
+class NGramCounts:
+    """The n-grams of one order in a list of captions, ordered by caption and then by n-gram.
+
+    caption [E]: which caption; gram [E]: which n-gram; count [E]: how often it occurs there.
+    """
+
+    caption: np.ndarray
+    gram: np.ndarray
+    count: np.ndarray
+
+
+class NGramNumbers:
+    """Numbers for all n-grams of the captions it is made from, and their counts.
+
+    Attributes:
+        counts: of these captions, one item an order. size: how many n-grams there are, one item an order;
+        numbers from there on are other captions' n-grams.
+    """
+
+    def __init__(self, captions: Sequence[Sequence[str]]) -> None:
+        self._words: dict[str, int] = {}
+        for caption in captions:
+            for word in caption:
+                self._words.setdefault(word, len(self._words))
+        self.size = [len(self._words)]
+        self._known: list[
+            np.ndarray
+        ] = []  # an order from 2 on: sorted pairs; an n-gram's number is its place here
+        self.counts = self._count(captions, self._learn)
+
+    def count(self, captions: Sequence[Sequence[str]]) -> list[NGramCounts]:
+        """Counts of other captions, one item an order. N-grams not seen before are numbered for this call
+        only."""
+        return self._count(captions, self._look_up)
+
+    def _count(
+        self, captions: Sequence[Sequence[str]], number: Callable[[np.ndarray, int], np.ndarray]
+    ) -> list[NGramCounts]:
+        lengths = np.array([len(caption) for caption in captions], np.int64)
+        new: dict[str, int] = {}
+        words = np.array(
+            [
+                self._words[word]
+                if word in self._words
+                else new.setdefault(word, len(self._words) + len(new))
+                for caption in captions
+                for word in caption
+            ],
+            np.int64,
+        )
+        caption_of = np.repeat(np.arange(len(captions)), lengths)
+        left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(words))  # words left in the caption
+        start, grams, counts = np.arange(len(words)), words, []
+        for order in range(1, ORDERS + 1):
+            if order > 1:
+                whole = left[start] >= order
+                start = start[whole]
+                grams = number(pairs(grams[whole], words[start + order - 1]), order)
+            entries, count = np.unique(pairs(caption_of[start], grams), return_counts=True)
+            counts.append(NGramCounts(*unpair(entries), count))
+        return counts
+
+    def _learn(self, grams: np.ndarray, order: int) -> np.ndarray:
+        known, numbers = np.unique(grams, return_inverse=True)
+        self._known.append(known)
+        self.size.append(len(known))
+        return numbers
+
+    def _look_up(self, grams: np.ndarray, order: int) -> np.ndarray:
+        known = self._known[order - 2]
+        numbers = np.searchsorted(known, grams)
+        new = np.append(known, -1)[numbers] != grams
+        numbers[new] = self.size[order - 1] + np.unique(grams[new], return_inverse=True)[1]
+        return numbers
+
+
+@dataclass(frozen=True)
+class References:
+    """References to score against.
+
+    image_ids [I]; tokens: of each image, the tokens of each of its references.
+    """
+
+    image_ids: tuple[int, ...]
+    tokens: tuple[tuple[list[str], ...], ...]
+
+    @classmethod
+    def from_captions(cls, captions: Mapping[int, Sequence[str]]) -> "References":
+        """Tokenises raw captions."""
+        return cls(
+            tuple(captions), tuple(tuple(tokenize(text) for text in texts) for texts in captions.values())
+        )
+
+    @cached_property
+    def per_image(self) -> np.ndarray:
+        """How many references each image has, [I]."""
+        return np.array([len(references) for references in self.tokens], np.int64)
+
+    @cached_property
+    def image_of(self) -> np.ndarray:
+        """Which image each reference belongs to, [C]."""
+        return np.repeat(np.arange(len(self.tokens)), self.per_image)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each reference, [C]."""
+        return np.array([len(caption) for references in self.tokens for caption in references], np.int64)
+
+    @cached_property
+    def n_grams(self) -> NGramNumbers:
+        """N-grams of all references."""
+        return NGramNumbers([caption for references in self.tokens for caption in references])
+
+
+class Candidates:
+    """One candidate an image, in the references' order: tokens, lengths [I] and n-grams numbered as the
+    references'."""
+
+    def __init__(self, tokens: Sequence[list[str]], references: References) -> None:
+        self.tokens = tokens
+        self.lengths = np.array([len(caption) for caption in tokens], np.int64)
+        self._references = references
+
+    @cached_property
+    def counts(self) -> list[NGramCounts]:
+        """Counts of the candidates' n-grams, one item an order."""
+        return self._references.n_grams.count(self.tokens)
+
+
+MetricScores = dict[str, tuple[float, np.ndarray]]
+"""Score of the corpus and of each image [I], by the metric's name."""

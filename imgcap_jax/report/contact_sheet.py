@@ -1,0 +1,145 @@
+"""Contact sheets: images with their captions on one PNG."""
+
+import functools
+import io
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from imgcap_jax.data.sources import CaptionSource
+from imgcap_jax.errors import UserError
+
+# In pixels.
+_TILE = 256  # a whole multiple of 64, the side of the drawn scenes
+_GAP = 22
+_MARGIN = 26
+_FONT_SIZE = 14
+_LINE = 19
+_PAPER, _INK, _FAINT = (255, 255, 255), (34, 34, 38), (150, 150, 156)
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray],
+    texts: Sequence[Sequence[str] | str],
+    path: Path,
+    columns: int = 4,
+    title: str = "",
+) -> None:
+    """Draws images, uint8 [h, w, 3] of any sizes, with a text or a list of texts below each, into a PNG.
+
+    Images of at most half a tile are enlarged by a whole factor without smoothing: their pixels stay visible.
+
+    Raises:
+        ValueError: no image, or not as many texts as images.
+    """
+    if not len(images) or len(images) != len(texts):
+        raise ValueError(f"{len(images)} images and {len(texts)} texts")
+    columns = min(columns, len(images))
+    pictures = [_fit(image) for image in images]
+    captions = [_wrap([text] if isinstance(text, str) else text) for text in texts]
+    rows = [slice(start, start + columns) for start in range(0, len(images), columns)]
+    # A row is as high as its highest picture and its longest text.
+    picture_heights = [max(picture.height for picture in pictures[row]) for row in rows]
+    text_heights = [max(len(lines) for lines in captions[row]) * _LINE for row in rows]
+    head = 40 if title else 0
+    width = 2 * _MARGIN + columns * _TILE + (columns - 1) * _GAP
+    height = (
+        2 * _MARGIN
+        + head
+        + sum(picture_heights)
+        + sum(text_heights)
+        + len(rows) * 10
+        + (len(rows) - 1) * _GAP
+    )
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((_MARGIN, _MARGIN - 4), title, font=_font(20), fill=_INK)
+    top = _MARGIN + head
+    for row, picture_height, text_height in zip(rows, picture_heights, text_heights, strict=True):
+        for column, (picture, lines) in enumerate(zip(pictures[row], captions[row], strict=True)):
+            left = _MARGIN + column * (_TILE + _GAP)
+            sheet.paste(picture, (left, top))
+            for number, (bullet, line) in enumerate(lines):
+                y = top + picture_height + 10 + number * _LINE
+                if bullet:
+                    draw.text((left, y), "•", font=_font(_FONT_SIZE), fill=_FAINT)
+                draw.text((left + 12, y), line, font=_font(_FONT_SIZE), fill=_INK)
+        top += picture_height + text_height + 10 + _GAP
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        sheet.save(temporary, "PNG")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def dataset_sheet(
+    source: CaptionSource, path: Path, *, count: int = 12, columns: int = 4, seed: int = 0
+) -> None:
+    """A contact sheet of randomly chosen images of a split, with all their captions.
+
+    Raises:
+        UserError: no image is asked for.
+    """
+    if count < 1:
+        raise UserError(f"a contact sheet of {count} images; ask for 1 or more")
+    chosen = np.random.default_rng(seed).permutation(len(source))[:count]
+    examples = [source[int(i)] for i in chosen]
+    images = []
+    for example in examples:
+        with Image.open(io.BytesIO(example.image)) as image:
+            images.append(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
+    title = f"{source.name} · {source.split} · {len(examples)} of {len(source):,} images"
+    contact_sheet(images, [example.captions for example in examples], path, columns, title)
+
+
+def _fit(image: np.ndarray) -> Image.Image:
+    picture = Image.fromarray(image)
+    factor = _TILE / max(picture.size)
+    if factor >= 2:
+        return picture.resize(
+            (picture.width * int(factor), picture.height * int(factor)), Image.Resampling.NEAREST
+        )
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    # Matplotlib brings DejaVu Sans along; the system may have no font at all.
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def _wrap(texts: Sequence[str]) -> list[tuple[bool, str]]:
+    """Lines that fit a tile, each with whether it begins a text."""
+    font = _font(_FONT_SIZE)
+    lines: list[tuple[bool, str]] = []
+    for text in texts:
+        line = ""
+        begins = True
+        # Some captions have spaces before punctuation; it stays with its word, lest a line begin with it.
+        for word in re.sub(r" (?=[.,;:!?]( |$))", "\N{NO-BREAK SPACE}", " ".join(text.split())).split(" "):
+            while font.getlength(word) > _TILE - 12:  # a word wider than the tile is cut
+                keep = next(n for n in range(len(word), 0, -1) if font.getlength(word[:n]) <= _TILE - 12)
+                if line:
+                    lines.append((begins, line))
+                    line, begins = "", False
+                lines.append((begins, word[:keep]))
+                begins, word = False, word[keep:]
+            longer = f"{line} {word}".strip()
+            if line and font.getlength(longer) > _TILE - 12:
+                lines.append((begins, line))
+                line, begins = word, False
+            else:
+                line = longer
+        if line:
+            lines.append((begins, line))
+    return lines

@@ -1,0 +1,60 @@
+"""An evaluation as lines for the terminal and as a page of images with captions."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from imgcap_jax.data.scene_language import is_true, parse_caption
+from imgcap_jax.data.scenes import Scene
+from imgcap_jax.data.sources import CaptionExample
+from imgcap_jax.evaluation import Evaluation
+from imgcap_jax.report.page import Row, caption_page
+
+
+def lines(evaluation: Evaluation) -> list[str]:
+    """The scores x100, as papers print them, with split, beam and signature."""
+    report = [f"{evaluation.title}:", "  " + "  ".join(f"{k} {v}" for k, v in _scores(evaluation).items())]
+    report += [f"  {sentence}" for sentence in _truth(evaluation)]
+    return [*report, f"  signature {evaluation.scores.signature}"]
+
+
+def write_page(evaluation: Evaluation, path: Path, count: int = 10) -> None:
+    """Writes a page of ``count`` images, spread evenly over the split, with their captions."""
+    source, captions = evaluation.source, evaluation.captioned.captions
+    chosen = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
+    rows = [_row(source[int(i)], captions) for i in chosen]
+    paragraphs = [*_truth(evaluation), f"Score signature: {evaluation.scores.signature}"]
+    caption_page(rows, path, evaluation.title, _scores(evaluation), paragraphs)
+
+
+def _row(example: CaptionExample, captions: dict[int, str]) -> Row:
+    with Image.open(io.BytesIO(example.image)) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    caption = captions[example.image_id]
+    if not example.scene:
+        return Row(pixels, caption, example.captions)
+    statement = parse_caption(caption)
+    true = is_true(statement, Scene.from_json(example.scene))
+    note = "entirely true" if true else "not the language of scenes" if statement is None else "not entirely true"
+    return Row(pixels, caption, example.captions, note, true)
+
+
+def _scores(evaluation: Evaluation) -> dict[str, str]:
+    values = {name: f"{100 * value:.1f}" for name, value in evaluation.scores.values.items()}
+    if evaluation.truth is not None:
+        values["true"] = f"{100 * evaluation.truth.true:.1f} %"
+    return values
+
+
+def _truth(evaluation: Evaluation) -> list[str]:
+    truth = evaluation.truth
+    if truth is None:
+        return []
+    return [
+        f"{100 * truth.true:.1f} % of the captions are entirely true of their scene "
+        f"({100 * truth.parseable:.1f} % can be read); they state {truth.facts:.2f} facts on average, "
+        f"{100 * truth.fact_ratio:.0f} % of the references' number, and pick their own scene among ten "
+        f"similar ones with {100 * truth.discrimination:.1f} % (chance 10 %)"
+    ]

@@ -1,0 +1,76 @@
+"""A run's folder: the experiment, the vocabulary and the checkpoints of one training."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+
+from imgcap_jax.data.vocabulary import Vocabulary
+from imgcap_jax.errors import UserError
+from imgcap_jax.experiment import Experiment, differences, from_json, to_json
+from imgcap_jax.models.model import CaptionModel
+
+EXPERIMENT = "experiment.json"
+VOCABULARY = "vocabulary.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder with its experiment and vocabulary; its other files are written by who makes them."""
+
+    folder: Path
+    experiment: Experiment
+    vocabulary: Vocabulary
+
+    @classmethod
+    def load(cls, folder: Path) -> "Run":
+        """Reads a run's folder.
+
+        Raises:
+            UserError: it is none, or its files can't be read.
+        """
+        if not (folder / EXPERIMENT).is_file():
+            raise UserError(f"{folder} is not a run (it has no {EXPERIMENT}); give a folder that training made")
+        experiment = from_json((folder / EXPERIMENT).read_text(), str(folder / EXPERIMENT))
+        return cls(folder, experiment, Vocabulary.load(folder / VOCABULARY))
+
+    @classmethod
+    def exists(cls, folder: Path) -> bool:
+        """Whether the folder holds a run that training can go on with."""
+        return (folder / EXPERIMENT).is_file() and (folder / VOCABULARY).is_file()
+
+    def save(self) -> None:
+        """Makes the folder; the experiment comes last, so that a folder with one is whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.vocabulary.save(self.folder / VOCABULARY)
+        write_text(self.folder / EXPERIMENT, to_json(self.experiment))
+
+    def check_same(self, experiment: Experiment) -> None:
+        """Raises UserError, naming the first field, unless the folder's experiment is this one."""
+        changed = differences(self.experiment, experiment)
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise UserError(
+                f"{self.folder} holds another experiment ({changed[0]}{more}); choose another --run, "
+                f"or delete the folder to start over"
+            )
+
+    def model(self, *, with_encoder: bool) -> CaptionModel:
+        """A freshly initialised model; without the encoder where regions come from a feature store."""
+        experiment = self.experiment
+        rngs = nnx.Rngs(experiment.training.seed)
+        dtype = jnp.dtype(experiment.training.dtype)
+        encoder = experiment.encoder.build(experiment.data.image_size, dtype=dtype, rngs=rngs)
+        decoder = experiment.decoder.build(
+            encoder.region_size, len(self.vocabulary), dtype=dtype, rngs=rngs
+        )
+        return CaptionModel(encoder if with_encoder else None, decoder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file under a temporary name and renames it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

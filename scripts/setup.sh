@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Makes .venv and installs imgcap_jax into it, with the tested versions. Sourced or called by the other scripts.
+#   scripts/setup.sh [EXTRAS]      e.g. scripts/setup.sh dev,java
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extras="${1:-}"
+
+python="${PYTHON:-}"
+if [ -z "$python" ]; then
+  for candidate in python3 python3.13 python3.12 python3.11; do
+    if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      python="$candidate"
+      break
+    fi
+  done
+fi
+if [ -z "$python" ]; then
+  echo "setup: no Python 3.11 or newer found; install one, or name it: PYTHON=/path/to/python3.12 $0" >&2
+  exit 2
+fi
+
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+target=".${extras:+[$extras]}"
+# Asked for again only when something that decides the answer has changed.
+wanted="$target $(cat setup.cfg pyproject.toml constraints.txt | sha256sum | cut -c1-16)"
+if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+  echo "setup: installing into .venv (a few minutes the first time)"
+  .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e "$target"
+  echo "$wanted" > .venv/installed
+fi

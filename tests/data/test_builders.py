@@ -1,0 +1,402 @@
+"""Preparing folders and scenes: what is written is what was given, and each mistake is named."""
+
+import errno
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgcap_jax.data.builders.scenes import SceneSplits
+from imgcap_jax.data.prepare import prepare
+from imgcap_jax.data.scenes import Scene, draw_scene
+from imgcap_jax.data.sources import describe, find_prepared, open_source
+from imgcap_jax.errors import UserError
+
+
+def encoded(number: int, kind: str = "JPEG") -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def karpathy(images: list[dict[str, Any]]) -> str:
+    return json.dumps({"dataset": "x", "images": images})
+
+
+def entry(number: int, split: str = "train", captions: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {
+        "filename": f"{number}.jpg",
+        "imgid": number,
+        "split": split,
+        "sentences": [
+            # Tokens that have nothing to do with the sentence: reading them would show.
+            {"raw": raw, "sentid": 10 * number + k, "tokens": ["tokens", "never", "read"]}
+            for k, raw in enumerate(captions or (f"A dog, number {number}.", f"Dog {number}"))
+        ],
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """150 images: 100 train, 30 restval, 20 val, with a Karpathy JSON."""
+    folder = tmp_path / "my photos"
+    (folder / "images").mkdir(parents=True)
+    splits = ["train"] * 100 + ["restval"] * 30 + ["val"] * 20
+    for number in range(len(splits)):
+        (folder / "images" / f"{number}.jpg").write_bytes(encoded(number))
+    entries = [entry(number, split) for number, split in enumerate(splits)]
+    (folder / "dataset_x.json").write_text(karpathy(entries))
+    return folder
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+def quietly(path: Path | str, data_dir: Path, **options: Any) -> Path:
+    return prepare(path, data_dir=data_dir, progress=False, **options)
+
+
+def test_karpathy_folder_is_stored_as_it_is(folder: Path, data_dir: Path) -> None:
+    quietly(folder, data_dir, licence="CC0")
+    train, val = open_source("my_photos", "train", data_dir), open_source("my_photos", "val", data_dir)
+    assert (len(train), len(val)) == (130, 20)  # restval belongs to train
+    assert sorted(train.image_ids()) == list(range(130))
+    for example in (train[0], train[129], val[3]):
+        assert example.image == (folder / "images" / example.filename).read_bytes()
+        number = example.image_id
+        assert example.filename == f"{number}.jpg"
+        assert example.captions == (f"A dog, number {number}.", f"Dog {number}")
+    dataset = describe("my_photos", data_dir)
+    assert dataset.splits == {"train": 130, "val": 20}
+    assert (dataset.source, dataset.licence) == (str(folder), "CC0")
+
+
+def test_the_features_are_those_of_coco_captions(folder: Path, data_dir: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    prepared = quietly(folder, data_dir)
+    example = tfds.builder_from_directory(prepared).as_data_source("val")[0]
+    assert set(example) == {"image", "image/filename", "image/id", "captions"}
+    assert example["image"].shape == (12, 16, 3)
+    assert example["captions"]["id"][1] == 10 * example["image/id"] + 1
+
+
+def test_coco_json_and_jsonl_give_the_same(folder: Path, tmp_path: Path, data_dir: Path) -> None:
+    (folder / "dataset_x.json").unlink()
+    (folder / "annotations").mkdir()
+    below = folder / "images" / "deep"
+    below.mkdir()
+    (folder / "images" / "7.jpg").rename(below / "7.jpg")
+    for split, numbers in (("train2014", range(5, 9)), ("validation", range(3))):
+        captions = {
+            "images": [{"id": 100 + number, "file_name": f"{number}.jpg"} for number in numbers],
+            # Not in the order of the images, and two for each.
+            "annotations": [
+                {"id": 2 * number + k, "image_id": 100 + number, "caption": f" Caption {number} {k}\n"}
+                for k in range(2)
+                for number in reversed(numbers)
+            ],
+        }
+        (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(captions))
+    quietly(folder, data_dir, name="as_coco")
+    lines = [
+        json.dumps({"image": f"images/{'deep/' * (number == 7)}{number}.jpg", "split": split}
+                   | {"captions": [f"Caption {number} {k}" for k in range(2)]})
+        for split, numbers in (("train", range(5, 9)), ("val", range(3)))
+        for number in numbers
+    ]  # fmt: skip
+    (folder / "list.jsonl").write_text("\n".join(lines) + "\n\n")
+    quietly(folder / "list.jsonl", data_dir, name="as_lines")
+    for split in ("train", "val"):
+        coco, rows = open_source("as_coco", split, data_dir), open_source("as_lines", split, data_dir)
+        assert len(coco) == len(rows) == {"train": 4, "val": 3}[split]
+        for a, b in zip(coco, rows, strict=True):
+            assert (a.image, a.captions) == (b.image, b.captions)
+            assert len(a.captions) == 2
+    assert open_source("as_coco", "train", data_dir)[2].image_id == 107
+    assert open_source("as_coco", "train", data_dir)[2].image == (below / "7.jpg").read_bytes()
+
+
+def test_other_formats_become_png(tmp_path: Path, data_dir: Path) -> None:
+    kinds = {"a.gif": "GIF", "b.bmp": "BMP", "c.webp": "WEBP", "d.png": "PNG", "e.JPG": "JPEG"}
+    lines = []
+    for number, (name, kind) in enumerate(kinds.items()):
+        (tmp_path / name).write_bytes(encoded(number, kind))
+        lines.append(json.dumps({"image": name, "captions": ["A dog"]}))
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    quietly(tmp_path, data_dir, name="mixed")
+    for example in open_source("mixed", "train", data_dir):
+        original = (tmp_path / example.filename).read_bytes()
+        if example.filename in ("d.png", "e.JPG"):
+            assert example.image == original
+        else:
+            assert example.image.startswith(b"\x89PNG")
+            # Compared in RGB: a GIF holds a palette.
+            pixels, expected = (
+                np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in (example.image, original)
+            )
+            np.testing.assert_array_equal(pixels, expected)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def test_few_bad_images_and_captions_are_skipped_and_listed(folder: Path, data_dir: Path) -> None:
+    truncate(folder / "images" / "3.jpg")  # its header is in order; only decoding finds the fault
+    listed = json.loads((folder / "dataset_x.json").read_text())
+    listed["images"][5]["sentences"][0]["raw"] = "  "
+    (folder / "dataset_x.json").write_text(json.dumps(listed))
+    said: list[str] = []
+    prepared = quietly(folder, data_dir, say=said.append)
+    source = open_source("my_photos", "train", data_dir)
+    assert len(source) == 129
+    assert 3 not in source.image_ids()
+    assert source.captions(source.image_ids().index(5)) == ("Dog 5",)
+    skipped = {entry.name: entry.reason for entry in describe("my_photos", data_dir).skipped}
+    assert set(skipped) == {"3.jpg", "5.jpg caption 50"}
+    assert "truncated" in skipped["3.jpg"]
+    assert any("2 skipped" in line and str(prepared / "skipped.json") in line for line in said)
+
+
+def edit(folder: Path, change: Any) -> None:
+    listed = json.loads((folder / "dataset_x.json").read_text())
+    change(listed)
+    (folder / "dataset_x.json").write_text(json.dumps(listed))
+
+
+def break_images(folder: Path) -> None:
+    for number in (3, 4, 120):
+        truncate(folder / "images" / f"{number}.jpg")
+
+
+def empty_captions(folder: Path) -> None:
+    def change(listed: dict[str, Any]) -> None:
+        for image in listed["images"][:4]:
+            image["sentences"][0]["raw"] = ""
+
+    edit(folder, change)
+
+
+MISTAKES = {
+    "over 1 % of images": (break_images, ["more than 1% of its 150 images", "3.jpg", "truncated"]),
+    "over 1 % of captions": (empty_captions, ["more than 1% of its 300 captions", "0.jpg caption 0"]),
+    "absent": (lambda f: (f / "images" / "7.jpg").unlink(), ["7.jpg", "absent", "1 of 150"]),
+    "no sentences": (
+        lambda f: edit(f, lambda x: x["images"][2].pop("sentences")),
+        ["dataset_x.json: images[2]", "'sentences'", "missing"],
+    ),
+    "no raw": (
+        lambda f: edit(f, lambda x: x["images"][2]["sentences"][1].pop("raw")),
+        ["images[2]: sentences[1]", "'raw'", "missing"],
+    ),
+    "raw not text": (
+        lambda f: edit(f, lambda x: x["images"][2]["sentences"][1].update(raw=5)),
+        ["sentences[1]", "'raw' should be str, found int"],
+    ),
+    "not json": (
+        lambda f: (f / "dataset_x.json").write_text('{"images": ['),
+        ["dataset_x.json", "not valid"],
+    ),
+    "no image listed": (lambda f: edit(f, lambda x: x.update(images=[])), ["dataset_x.json", "no image"]),
+    "listed twice": (lambda f: edit(f, lambda x: x["images"][1].update(imgid=0)), ["id 0", "1.jpg", "twice"]),
+    "odd split": (lambda f: edit(f, lambda x: x["images"][1].update(split="my/val")), ["1.jpg", "'my/val'"]),
+    "no annotations": (lambda f: (f / "dataset_x.json").unlink(), ["no annotation file", "*.jsonl"]),
+    "two lists": (
+        lambda f: (f / "list.jsonl").write_text("{}"),
+        ["several annotation files", "dataset_x.json", "list.jsonl"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_in_one_line_and_leaves_nothing(mistake: str, folder: Path, data_dir: Path) -> None:
+    make, parts = MISTAKES[mistake]
+    make(folder)
+    with pytest.raises(UserError) as error:
+        quietly(folder, data_dir)
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+    assert not data_dir.exists() or not list(data_dir.iterdir())
+
+
+def test_a_missing_folder_and_bad_names(folder: Path, data_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere: no such folder"):
+        quietly(folder / "nowhere", data_dir)
+    with pytest.raises(UserError, match=r"'../x' cannot name a dataset"):
+        quietly(folder, data_dir, name="../x")
+    with pytest.raises(UserError, match=r"'scenes' cannot name a dataset"):
+        quietly(folder, data_dir, name="scenes")
+
+
+def test_preparing_again_does_nothing_until_something_changes(folder: Path, data_dir: Path) -> None:
+    said: list[str] = []
+    prepared = quietly(folder, data_dir)
+    records = next(prepared.glob("*-val.array_record*"))
+    before = records.stat().st_mtime_ns
+    assert quietly(folder, data_dir, licence="CC0", say=said.append) == prepared
+    assert "already prepared" in said[-1]
+    assert records.stat().st_mtime_ns == before
+    assert describe("my_photos", data_dir).licence == "CC0"  # a note can be added later
+    fingerprint = describe("my_photos", data_dir).fingerprint
+
+    edit(folder, lambda x: x["images"][149]["sentences"][0].update(raw="A new caption"))
+    quietly(folder, data_dir, say=said.append)
+    assert open_source("my_photos", "val", data_dir).captions(19)[0] == "A new caption"
+    assert describe("my_photos", data_dir).fingerprint != fingerprint
+
+    # What was prepared before stays when preparing anew fails.
+    break_images(folder)
+    with pytest.raises(UserError, match="more than 1%"):
+        quietly(folder, data_dir)
+    assert len(open_source("my_photos", "train", data_dir)) == 130
+    assert [path.name for path in prepared.parent.iterdir()] == [prepared.name]
+
+
+def test_a_name_is_not_taken_over_by_another_folder(folder: Path, tmp_path: Path, data_dir: Path) -> None:
+    quietly(folder, data_dir)
+    other = tmp_path / "other" / folder.name
+    other.mkdir(parents=True)
+    (other / "0.jpg").write_bytes(encoded(0))
+    (other / "list.jsonl").write_text('{"image": "0.jpg", "captions": ["A cat"]}')
+    with pytest.raises(UserError, match=r"was prepared from .*--name"):
+        quietly(other, data_dir)
+
+
+def test_shards_hold_all_images_in_order(folder: Path, data_dir: Path, monkeypatch: Any) -> None:
+    from imgcap_jax.data.builders import folder as folder_builder
+
+    monkeypatch.setattr(folder_builder, "SHARD_BYTES", 20_000)
+    prepared = quietly(folder, data_dir)
+    assert len(list(prepared.glob("*-train.array_record*"))) > 1
+    assert open_source("my_photos", "train", data_dir).image_ids() == list(range(130))
+
+
+def python(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_killed_run_leaves_nothing_that_looks_prepared(folder: Path, data_dir: Path) -> None:
+    killed = python(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        from imgcap_jax.data.builders import folder
+        from imgcap_jax.data.prepare import prepare
+        read, count = folder.read_image, 0
+        def read_or_die(path):
+            global count
+            count += 1
+            if count > 140:  # within the last split
+                os.kill(os.getpid(), signal.SIGKILL)
+            return read(path)
+        folder.read_image = read_or_die
+        prepare(sys.argv[1], data_dir=Path(sys.argv[2]), progress=False)
+        """,
+        str(folder),
+        str(data_dir),
+    )
+    assert killed.returncode == -9
+    assert find_prepared("my_photos", data_dir) is None
+    leftover = next((data_dir / "my_photos").iterdir())
+    hours_ago = time.time() - 7200
+    for path in (leftover, *leftover.rglob("*")):
+        os.utime(path, (hours_ago, hours_ago))
+    quietly(folder, data_dir)
+    assert len(open_source("my_photos", "train", data_dir)) == 130
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        # As array_record says it.
+        RuntimeError("write() failed: No space left on device; writing x; at byte 3145728"),
+    ],
+)
+def test_a_full_disk_is_told(
+    error: Exception, folder: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from array_record.python import array_record_module
+
+    class Writer:
+        def __init__(self, *_: object) -> None:
+            raise error
+
+    monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Writer)
+    with pytest.raises(UserError, match="the disk is full; free some space"):
+        quietly(folder, data_dir)
+    assert not list(data_dir.iterdir())
+
+
+SMALL = SceneSplits(train=12, val=3, test=3, test_compositional=3, image_size=32)
+
+
+def test_scenes(data_dir: Path, tmp_path: Path) -> None:
+    quietly("scenes", data_dir, scenes=SMALL)
+    assert describe("scenes", data_dir).splits == SMALL.counts
+    images: set[bytes] = set()
+    for split, count in SMALL.counts.items():
+        source = open_source("scenes", split, data_dir)
+        assert len(source) == count
+        for example in source:
+            pixels = np.asarray(Image.open(io.BytesIO(example.image)))
+            np.testing.assert_array_equal(pixels, draw_scene(Scene.from_json(example.scene), 32))
+            assert len(set(example.captions)) == 5
+            images.add(example.image)
+    assert len(images) == sum(SMALL.counts.values())  # no scene occurs in two splits
+    # The same seed gives the same dataset.
+    quietly("scenes", tmp_path / "again", scenes=SMALL)
+    again = open_source("scenes", "train", tmp_path / "again")
+    assert list(again) == list(open_source("scenes", "train", data_dir))
+
+
+def test_scenes_are_drawn_again_when_asked_for_differently(data_dir: Path) -> None:
+    quietly("scenes", data_dir, scenes=SMALL)
+    first = open_source("scenes", "train", data_dir)[0]
+    quietly("scenes", data_dir, scenes=SceneSplits(12, 3, 3, 3, image_size=32, seed=1))
+    assert open_source("scenes", "train", data_dir)[0] != first
+    with pytest.raises(UserError, match="'val'; give 1 or more"):
+        SceneSplits(val=0)
+
+
+def test_no_tensorflow_and_no_noise(data_dir: Path) -> None:
+    run = python(
+        """
+        import sys
+        from pathlib import Path
+        from imgcap_jax.data.builders.scenes import SceneSplits
+        from imgcap_jax.data.prepare import prepare
+        from imgcap_jax.data.sources import open_source
+        prepare("scenes", data_dir=Path(sys.argv[1]), scenes=SceneSplits(4, 1, 1, 1), progress=False)
+        source = open_source("scenes", "train", Path(sys.argv[1]))
+        assert len(list(source)) == 4
+        assert "tensorflow" not in sys.modules
+        """,
+        str(data_dir),
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_sources_survive_pickling(data_dir: Path) -> None:
+    quietly("scenes", data_dir, scenes=SMALL)
+    source = open_source("scenes", "val", data_dir)
+    copy = pickle.loads(pickle.dumps(source))
+    assert list(copy) == list(source)
+    assert copy.fingerprint == source.fingerprint

@@ -1,0 +1,281 @@
+"""The store of features: resuming, views, limits of its dtypes, damage."""
+
+import errno
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgcap_jax.data import feature_files
+from imgcap_jax.data.features import FeatureStore
+from imgcap_jax.data.images import Augmentation, decode
+from imgcap_jax.errors import UserError
+
+IMAGES, BATCH, SIZE = 22, 4, 16
+
+
+@dataclass(frozen=True)
+class Example:
+    image: bytes
+    filename: str
+    image_id: int
+    captions: tuple[str, ...]
+
+
+class Source:
+    """As CaptionSource, in memory: every third image has a caption that names a side."""
+
+    name, split = "tiny", "train"
+
+    def __init__(self, count: int = IMAGES) -> None:
+        rng = np.random.default_rng(3)
+        self.images = []
+        for _ in range(count):
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (24, 20, 3), np.uint8)).save(file, "PNG")
+            self.images.append(file.getvalue())
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Example:
+        return Example(self.images[i], f"{i}.png", 100 + i, self.captions(i))
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        return ("a dog", "a dog on the left" if i % 3 == 0 else "a cat")
+
+    def image_ids(self) -> list[int]:
+        return [100 + i for i in range(len(self.images))]
+
+
+class Encode:
+    """Region n is a row of pixels, so that features tell which pixels were encoded."""
+
+    def __init__(self, fail_at: int | None = None, kill_at: int | None = None) -> None:
+        self.calls: list[np.ndarray] = []
+        self.fail_at, self.kill_at = fail_at, kill_at
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        if len(self.calls) == self.fail_at:
+            raise RuntimeError("encoder failed")
+        if len(self.calls) == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.calls.append(images.copy())
+        assert images.shape == (BATCH, SIZE, SIZE, 3)
+        return images.reshape(BATCH, SIZE, SIZE * 3).astype(np.float32) / 8
+
+
+def build(root: Path, encode: Encode, **changes: object) -> FeatureStore:
+    settings = {
+        "key": {"encoder": "rows", "weights": "f00"},
+        "views": 2,
+        "image_size": SIZE,
+        "batch_size": BATCH,
+        "progress": False,
+        "augmentation": Augmentation(0.5, flip=True),
+    }
+    source = changes.pop("source", None) or Source()
+    return FeatureStore.build(source, encode, root=root, **(settings | changes))
+
+
+def contents(store: FeatureStore) -> np.ndarray:
+    return np.stack([np.stack([store[i, v] for v in range(store.views)]) for i in range(len(store))])
+
+
+def build_until_killed(root: Path, calls: int, flush_seconds: float) -> None:
+    feature_files._FLUSH_SECONDS = flush_seconds
+    build(root, Encode(kill_at=calls))
+
+
+def test_a_failed_build_goes_on_and_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = build(tmp_path / "whole", Encode())
+    interrupted = Encode(fail_at=4)
+    with pytest.raises(RuntimeError, match="encoder failed"):
+        build(tmp_path / "parts", interrupted)
+    (folder,) = (tmp_path / "parts").iterdir()
+    with pytest.raises(UserError, match=r"only 16 of 44 .* run the extraction again"):
+        FeatureStore(folder)
+    rest = Encode()
+    store = build(tmp_path / "parts", rest)
+    # Nothing is computed twice.
+    assert len(interrupted.calls) + len(rest.calls) == -(-IMAGES * 2 // BATCH)
+    np.testing.assert_array_equal(contents(store), contents(whole))
+    again = Encode()
+    build(tmp_path / "parts", again)
+    assert not again.calls
+
+
+@pytest.mark.parametrize(("calls", "flush_seconds"), [(0, 0.0), (5, 0.0), (7, 1e9)])
+def test_kill_9_loses_nothing_that_the_manifest_vouches_for(
+    tmp_path: Path, calls: int, flush_seconds: float
+) -> None:
+    # Another interpreter: a fork of one with JAX's threads in it may hang.
+    script = "import pathlib, runpy, sys; a = sys.argv; build = runpy.run_path(a[1])['build_until_killed']; "
+    script += "build(pathlib.Path(a[2]), int(a[3]), float(a[4]))"
+    command = [sys.executable, "-c", script, __file__, str(tmp_path), str(calls), str(flush_seconds)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    rest = Encode()
+    store = build(tmp_path, rest)
+    saved = calls if flush_seconds == 0 else 0
+    assert len(rest.calls) == 11 - saved
+    np.testing.assert_array_equal(contents(store), contents(build(tmp_path / "whole", Encode())))
+
+
+def test_rows_beyond_the_manifest_are_written_again(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        build(tmp_path, Encode(fail_at=2))
+    (folder,) = tmp_path.iterdir()
+    with (folder / "regions.npy").open("ab") as file:
+        file.write(b"half a row")
+    np.testing.assert_array_equal(
+        contents(build(tmp_path, Encode())), contents(build(tmp_path / "w", Encode()))
+    )
+
+
+def test_views(tmp_path: Path) -> None:
+    source = Source()
+    store = build(tmp_path, Encode(), views=4)
+    assert store.shape == (IMAGES, 4, SIZE, SIZE * 3)
+    for i in range(IMAGES):
+        plain = decode(source.images[i], SIZE)
+        mirrored = plain[:, ::-1]
+        views = [(store[i, v] * 8).astype(int).reshape(SIZE, SIZE, 3) for v in range(4)]
+        np.testing.assert_array_equal(views[0], plain)
+        if i % 3:
+            np.testing.assert_array_equal(views[1], mirrored)
+        else:
+            assert (views[1] != mirrored).any()
+            assert (views[1] != plain).any()
+        assert (views[2] != views[3]).any()
+    # A view depends on its image and its number only, not on how many there are.
+    fewer = build(tmp_path, Encode(), views=3)
+    assert fewer.folder != store.folder
+    np.testing.assert_array_equal(contents(fewer), contents(store)[:, :3])
+
+
+def test_views_need_a_crop(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="crop_scale_min"):
+        build(tmp_path, Encode(), augmentation=Augmentation(flip=True))
+
+
+def test_reading(tmp_path: Path) -> None:
+    store = build(tmp_path, Encode())
+    everything = contents(store)
+    assert store[3, 1].dtype == np.float16
+    images, views = np.array([5, 0, 21]), np.array([1, 0, 1])
+    np.testing.assert_array_equal(store.gather(images, views), everything[images, views])
+    np.testing.assert_array_equal(store.gather(images, 0), everything[images, 0])
+    np.testing.assert_array_equal(contents(pickle.loads(pickle.dumps(store))), everything)
+    assert FeatureStore.nbytes_for(IMAGES, 2, SIZE, SIZE * 3) == everything.nbytes
+    assert (store.folder / "regions.npy").stat().st_size == pytest.approx(everything.nbytes, abs=256)
+    assert FeatureStore.nbytes_for(113_287, 1, 49, 1280) == 113_287 * 49 * 1280 * 2
+
+
+def test_everything_that_changes_the_features_changes_the_folder(tmp_path: Path) -> None:
+    class OtherCaptions(Source):
+        def captions(self, i: int) -> tuple[str, ...]:
+            return ("a bird",)
+
+    variants = [
+        {},
+        {"key": {"encoder": "rows", "weights": "f01"}},
+        {"key": {"encoder": "rows", "weights": "f00", "dtype": "bfloat16"}},
+        {"views": 3},
+        {"resize": "crop"},
+        {"augmentation": Augmentation(0.6, flip=True)},
+        {"dtype": "bfloat16"},
+        {"source": Source(IMAGES - 1)},
+        {"source": OtherCaptions()},
+    ]
+    folders = {build(tmp_path, Encode(), **variant).folder for variant in variants}
+    assert len(folders) == len(variants)
+    # What views look like is no matter where there is one.
+    one = [build(tmp_path, Encode(), views=1, augmentation=Augmentation(scale)) for scale in (0.5, 1.0)]
+    assert one[0].folder == one[1].folder
+
+
+def test_values_beyond_float16_are_refused_and_fit_bfloat16(tmp_path: Path) -> None:
+    class Large(Encode):
+        def __call__(self, images: np.ndarray) -> np.ndarray:
+            return super().__call__(images) * 1e4
+
+    with pytest.raises(UserError, match="bfloat16"):
+        build(tmp_path, Large())
+    store = build(tmp_path, Large(), dtype="bfloat16")
+    assert str(store[0, 0].dtype) == "bfloat16"
+    expected = decode(Source().images[2], SIZE).reshape(SIZE, -1).astype(np.float32) * 1250
+    np.testing.assert_allclose(store[2, 0].astype(np.float32), expected, rtol=2**-8)
+    assert str(store.gather([0, 1], [0, 1]).dtype) == "bfloat16"
+
+
+def test_features_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="NaN"):
+        build(tmp_path, lambda images: np.full((BATCH, 2, 3), np.nan))
+
+
+def test_a_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_files, "_FLUSH_SECONDS", 0.0)
+    syncs = 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal syncs
+        syncs += 1
+        if syncs > 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(feature_files.os, "fsync", fsync)
+        with pytest.raises(UserError, match=r"no room .* goes on where it stopped"):
+            build(tmp_path, Encode())
+    rest = Encode()
+    store = build(tmp_path, rest)
+    assert 0 < len(rest.calls) < 11
+    np.testing.assert_array_equal(contents(store), contents(build(tmp_path / "whole", Encode())))
+
+
+def test_too_small_a_disk_is_noticed_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(feature_files.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="are needed"):
+        build(tmp_path, Encode())
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"shape": [1, 2], "done": 0}', '{"shape": [2,2,2,2], "done": 9}']
+)
+def test_a_damaged_manifest_says_what_to_do(tmp_path: Path, text: str) -> None:
+    folder = build(tmp_path, Encode()).folder
+    (folder / "manifest.json").write_text(text)
+    for use in (lambda: FeatureStore(folder), lambda: build(tmp_path, Encode())):
+        with pytest.raises(UserError, match=r"damaged .* delete the folder"):
+            use()
+
+
+def test_a_file_shorter_than_its_manifest_is_noticed(tmp_path: Path) -> None:
+    folder = build(tmp_path, Encode()).folder
+    with (folder / "regions.npy").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match="damaged"):
+        build(tmp_path, Encode())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"done": 10}))
+    with pytest.raises(UserError, match="shorter than the 10 rows"):
+        build(tmp_path, Encode())
+
+
+def test_a_bad_image_is_named(tmp_path: Path) -> None:
+    source = Source()
+    source.images[7] = b"no image"
+    with pytest.raises(UserError, match=r"tiny: 7\.png: .*prepare the dataset again"):
+        build(tmp_path, Encode(), source=source)
