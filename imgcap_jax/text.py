@@ -1,10 +1,8 @@
-"""The one tokeniser, shared by vocabulary and metrics: Penn Treebank rules as the official scorers apply
-them.
+"""The one tokeniser, shared by vocabulary and metrics: Penn Treebank rules as the official scorers apply them.
 
-The official COCO tools run Stanford's PTBTokenizer (CoreNLP 3.4.1, options ``-preserveLines -lowerCase``)
-over every caption and drop a short list of punctuation tokens. `tokenize` gives the same tokens in plain
-Python. It was written from the conventions of the Penn Treebank and by comparing its output with the jar's,
-which a test repeats on real captions.
+The official COCO tools run Stanford's PTBTokenizer (CoreNLP 3.4.1, options ``-preserveLines -lowerCase``) over
+every caption and drop a short list of punctuation tokens. `tokenize` gives the same tokens in plain Python. Its
+rules describe what the jar does with text, established by comparing outputs, which a test repeats on real captions.
 
 How it works: at each position every rule is tried; the longest match wins, and the earliest rule where two
 are as long. What a rule asks for on its right counts as length but is not consumed. Most captions are plain
@@ -60,7 +58,7 @@ _TAG = rf"<(?:[!?][A-Za-z-][^>]*|/?{_TAG_NAME}(?: +{_TAG_NAME}(?: *= *{_TAG_VALU
 
 
 def _abbreviations(words: str, *, capitalised: str = "", uncapitalised: str = "") -> str:
-    """Alternatives for `words`, spelt in any way, and for words that are abbreviations in one spelling only."""
+    """Alternatives for `words` in any spelling, and for words that are abbreviations in one spelling only."""
     spellings = [f"(?i:{word})" for word in words.split()]
     spellings += [f"{word[0].upper()}(?i:{word[1:]})" for word in capitalised.split()]
     spellings += [f"[{word[0].upper()}{word[0]}]{word[1:]}" for word in uncapitalised.split()]
@@ -70,24 +68,24 @@ def _abbreviations(words: str, *, capitalised: str = "", uncapitalised: str = ""
 # Abbreviations keep their full stop: those that may end a sentence, those that something always follows, and
 # those that are abbreviations only before a number.
 _CLOSING_ABBREVIATION = _abbreviations(
-    "jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri ala ariz calif colo conn "
-    "ct dak fla ga ind kan kans ky md mich minn mo mont neb nev okla penn tenn va vt wis wisc wyo assn bhd bldg "
-    "blvd bros co corp cos esq inc intl jr ltd plc sr sys univ al est etc ext rd rt seq sq tel",
+    "jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri ala ariz calif colo "
+    "conn ct dak fla ga ind kan kans ky md mich minn mo mont neb nev okla penn tenn va vt wis wisc wyo assn "
+    "bhd bldg blvd bros co corp cos esq inc intl jr ltd plc sr sys univ al est etc ext rd rt seq sq tel",
     capitalised="ark az del ill la mass miss ore pa tex wash",
     uncapitalised="pte ptes ppte pptes pty ptys ppty pptys",
 )
 _OPENING_ABBREVIATION = _abbreviations(
-    "adj adm adv asst atty attys brig capt cmdr col comdr cpl det dr drs ens gen gov govs hon insp lieut lt maj "
-    "messrs mlle mme mr mrs ms msgr pfc ph pres prof profs pvt rep reps rev sen sens sfc sgt spc supt supts "
-    "treas alex jos wm assoc cie dept elec invt natl ave cf ft mt st ste vs",
+    "adj adm adv asst atty attys brig capt cmdr col comdr cpl det dr drs ens gen gov govs hon insp lieut lt "
+    "maj messrs mlle mme mr mrs ms msgr pfc ph pres prof profs pvt rep reps rev sen sens sfc sgt spc supt "
+    "supts treas alex jos wm assoc cie dept elec invt natl ave cf ft mt st ste vs",
     uncapitalised="mfg mtg",
 )
 # A single letter before one of these ends a sentence, rather than being an initial.
 _SENTENCE_STARTER = _abbreviations(
     "",
-    capitalised="a about according additionally after an as at but earlier he her here however if in it last "
-    "many more now once one other our she since so some such that the their then there these they this we what "
-    "when while yet you",
+    capitalised="a about according additionally after an as at but earlier he her here however if in it "
+    "last many more now once one other our she since so some such that the their then there these they "
+    "this we what when while yet you",
 )
 _BEFORE_NUMBER = "(?i:nos?|figs?|pp|op|art|prop|ca)"
 
@@ -184,7 +182,7 @@ _RULES = (
         r"(?:/[^\s\"<>|()]+[^\s\"<>|.!?(){},-])?"
     ),
     _rule(r"(?:&lt;|<)?[a-zA-Z0-9][^\s\"<>|(){}]*@(?:[^\s\"<>|(){}.]+\.)*[^\s\"<>|(){}.]+(?:&gt;|>)?"),
-    _rule("@[A-Za-z_][A-Za-z0-9_]*|#[^\W\d_\xb2\xb3\xb9\xbc-\xbe]+"),
+    _rule(r"@[A-Za-z_][A-Za-z0-9_]*|#[^\W\d_\xb2\xb3\xb9\xbc-\xbe]+"),
     # Numbers, fractions, telephone numbers and currencies.
     _rule(f"[-+]?{_NUMBER}"),
     _rule(r"(?:\d{1,4}[- \u00a0])?\d{1,4}(?:\\?/|\u2044)\d{1,4}"),
@@ -237,6 +235,7 @@ _IS_CONTRACTION = re.compile("(?i:cannot|gonna|gotta|lemme|gimme|wanna)").fullma
 
 def _scan(text: str) -> Iterator[str]:
     """All tokens of `text` by the rules; punctuation is still among them."""
+    text = " ".join(text.splitlines())
     position, end = 0, len(text)
     text += "\n\n"  # for rules that look at what follows
     while position < end:

@@ -20,3 +20,44 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder} (set IMGCAP_SHARED to the folder that holds data/)")
     return folder
+
+
+TINY = '''
+from imgcap_jax.data.pipeline import CaptionData
+from imgcap_jax.experiment import Experiment, Training
+from imgcap_jax.models.decoders.attend import ShowAttendTell
+from imgcap_jax.models.encoders.small_cnn import SmallCNN
+from imgcap_jax.generation import Decoding
+
+experiment = Experiment(
+    data=CaptionData(dataset="scenes", image_size=32, batch_size=8, captions_per_image=3, min_count=1),
+    encoder=SmallCNN(widths=(8, 8), blocks=(0, 0)),
+    decoder=ShowAttendTell(
+        hidden_size=8, embedding_size=8, attention_size=4, region_size=None, dropout=0.3
+    ),
+    training=Training(
+        epochs=2, ema_decay=0.9, validation_images=8, checkpoint_minutes=0.0, log_steps=1
+    ),
+    decoding=Decoding(beam=2),
+)
+'''
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with 40 training scenes of 32 pixels."""
+    from imgcap_jax.data.builders.scenes import SceneSplits
+    from imgcap_jax.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("data")
+    splits = SceneSplits(train=40, val=8, test=12, test_compositional=8, image_size=32)
+    prepare("scenes", data_dir=folder, scenes=splits, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny experiment's file: 10 steps, a checkpoint after each."""
+    path = tmp_path_factory.mktemp("experiments") / "tiny.py"
+    path.write_text(TINY)
+    return path

@@ -46,18 +46,12 @@ class Vocabulary:
         ordered = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
         known = [(word, count) for word, count in ordered if count >= min_count]
         if not known:
-            most = (
-                f"the most frequent one, {ordered[0][0]!r}, {ordered[0][1]} times"
-                if ordered
-                else "there are none"
-            )
+            most = f"the most frequent one, {ordered[0][0]!r}, {ordered[0][1]} times" if ordered else "there are none"
             raise UserError(
                 f"no word occurs {min_count} times in the training captions ({most}): lower --data.min-count"
             )
         rare += sum(count for _, count in ordered[len(known) :])
-        return cls(
-            _SPECIAL + tuple(word for word, _ in known), (0, 0, 0, rare, *(count for _, count in known))
-        )
+        return cls(_SPECIAL + tuple(word for word, _ in known), (0, 0, 0, rare, *(count for _, count in known)))
 
     def __len__(self) -> int:
         return len(self.words)
@@ -134,7 +128,7 @@ class Vocabulary:
             and len(words) == len(counts) == len(set(words))
         ):
             raise UserError(
-                f"{path} is not a vocabulary ('words', without repetition, that begin with {' '.join(_SPECIAL)}, "
-                f"and as many 'counts'): {hint}"
+                f"{path} is not a vocabulary (different 'words', {' '.join(_SPECIAL)} first, and as many "
+                f"'counts'): {hint}"
             )
         return cls(tuple(words), tuple(counts))

@@ -63,9 +63,7 @@ def read_references(path: Path) -> dict[int, list[str]]:
     references: dict[int, list[str]] = {}
     for image_id, caption in _entries(document["annotations"], path, "annotations", _REFERENCES):
         if listed and image_id not in listed:
-            raise UserError(
-                f"{path}: image {image_id} has a caption but is not listed under 'images': add it there"
-            )
+            raise UserError(f"{path}: image {image_id} has a caption but is not listed under 'images': add it there")
         references.setdefault(image_id, []).append(caption)
     return references
 
@@ -79,8 +77,7 @@ def write_references(
         images = [{**image, "file_name": file_names[image["id"]]} for image in images]
     captions = [(int(image), caption) for image, texts in references.items() for caption in texts]
     annotations = [
-        {"id": number, "image_id": image, "caption": caption}
-        for number, (image, caption) in enumerate(captions, 1)
+        {"id": number, "image_id": image, "caption": caption} for number, (image, caption) in enumerate(captions, 1)
     ]
     _write(path, {"images": images, "annotations": annotations})
 
@@ -110,9 +107,7 @@ def _entries(entries: Any, path: Path, key: str, expected: str) -> list[tuple[in
             if name not in entry:
                 raise UserError(f"{where} has no {name!r}: expected {expected}")
         if not _is_id(entry["image_id"]):
-            raise UserError(
-                f"{where}: image_id {entry['image_id']!r} is not a whole number: use the COCO image id"
-            )
+            raise UserError(f"{where}: image_id {entry['image_id']!r} is not a whole number: use the COCO image id")
         if not isinstance(entry["caption"], str):
             raise UserError(f"{where}: caption {entry['caption']!r} is not text: put the sentence in quotes")
         pairs.append((entry["image_id"], entry["caption"]))

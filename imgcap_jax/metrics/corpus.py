@@ -53,9 +53,7 @@ class NGramNumbers:
             for word in caption:
                 self._words.setdefault(word, len(self._words))
         self.size = [len(self._words)]
-        self._known: list[
-            np.ndarray
-        ] = []  # an order from 2 on: sorted pairs; an n-gram's number is its place here
+        self._known: list[np.ndarray] = []  # an order from 2 on: sorted pairs; an n-gram's number is its place here
         self.counts = self._count(captions, self._learn)
 
     def count(self, captions: Sequence[Sequence[str]]) -> list[NGramCounts]:
@@ -70,9 +68,7 @@ class NGramNumbers:
         new: dict[str, int] = {}
         words = np.array(
             [
-                self._words[word]
-                if word in self._words
-                else new.setdefault(word, len(self._words) + len(new))
+                self._words[word] if word in self._words else new.setdefault(word, len(self._words) + len(new))
                 for caption in captions
                 for word in caption
             ],
@@ -117,9 +113,7 @@ class References:
     @classmethod
     def from_captions(cls, captions: Mapping[int, Sequence[str]]) -> "References":
         """Tokenises raw captions."""
-        return cls(
-            tuple(captions), tuple(tuple(tokenize(text) for text in texts) for texts in captions.values())
-        )
+        return cls(tuple(captions), tuple(tuple(tokenize(text) for text in texts) for texts in captions.values()))
 
     @cached_property
     def per_image(self) -> np.ndarray:

@@ -52,16 +52,13 @@ class CaptionScorer:
         UserError: no image, or an image without a reference.
     """
 
-    def __init__(
-        self, references: Mapping[int, Sequence[str]], metrics: Mapping[str, Metric] | None = None
-    ) -> None:
+    def __init__(self, references: Mapping[int, Sequence[str]], metrics: Mapping[str, Metric] | None = None) -> None:
         if not references:
             raise UserError("no references to score against: choose a split or file that has captions")
         bare = [image_id for image_id, captions in references.items() if not captions]
         if bare:
             raise UserError(
-                f"image {bare[0]} has no reference{_and_more(bare)}: "
-                "add captions, or leave it out of the references"
+                f"image {bare[0]} has no reference{_and_more(bare)}: add captions, or leave it out of the references"
             )
         metrics = METRICS if metrics is None else metrics
         self._references = References.from_captions(references)
@@ -114,9 +111,7 @@ class CaptionScorer:
     def _warnings(self, tokens: Sequence[list[str]], candidates: Mapping[int, str]) -> tuple[str, ...]:
         warnings = []
         if len(tokens) == 1:
-            warnings.append(
-                "CIDEr-D is 0 with one image, as all its words then have an idf of 0: score more images"
-            )
+            warnings.append("CIDEr-D is 0 with one image, as all its words then have an idf of 0: score more images")
         empty = sum(not words for words in tokens)
         if empty:
             warnings.append(f"{empty} of {len(tokens)} candidates have no words; they score 0")

@@ -17,6 +17,7 @@ def lines(evaluation: Evaluation) -> list[str]:
     """The scores x100, as papers print them, with split, beam and signature."""
     report = [f"{evaluation.title}:", "  " + "  ".join(f"{k} {v}" for k, v in _scores(evaluation).items())]
     report += [f"  {sentence}" for sentence in _truth(evaluation)]
+    report += [f"  note: {warning}" for warning in evaluation.scores.warnings]
     return [*report, f"  signature {evaluation.scores.signature}"]
 
 

@@ -1,0 +1,219 @@
+"""BLEU, ROUGE-L and CIDEr-D on examples worked by hand, and against a plain reading of the definitions."""
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from nltk.translate.bleu_score import corpus_bleu
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.metrics.corpus import Candidates, MetricScores, References
+from imgcap_jax.metrics.scoring import METRICS, CaptionScorer
+from imgcap_jax.text import tokenize
+
+OTHERS = {2: ["two cats sleep on red chairs"], 3: ["some people ski down hills"]}
+
+
+def score(candidate: str, references: list[str], metric: str) -> float:
+    """Score of the first of three images, none of whose words occur in the others."""
+    scorer = CaptionScorer({1: references, **OTHERS})
+    return scorer.score({1: candidate, 2: "two cats", 3: "some people"}).per_image[metric][1]
+
+
+def test_identical_to_all_references() -> None:
+    caption = "a dog runs fast"
+    for metric in ("BLEU-1", "BLEU-4", "ROUGE-L"):
+        assert score(caption, [caption] * 5, metric) == pytest.approx(1, abs=1e-8)
+    assert score(caption, [caption] * 5, "CIDEr-D") == pytest.approx(10)
+
+
+def test_three_words_have_no_4_gram() -> None:
+    assert score("a dog runs", ["a dog runs"], "CIDEr-D") == pytest.approx(7.5)
+    # COCO's constants stand for 0/0, so that this is small but not 0.
+    assert score("a dog runs", ["a dog runs"], "BLEU-4") == pytest.approx((1e-15 / 1e-9) ** (1 / 4))
+
+
+def test_identical_to_one_of_two_references() -> None:
+    references = ["a dog runs fast", "the brown puppy sprints"]
+    assert score(references[0], references, "CIDEr-D") == pytest.approx(5)
+    assert score(references[0], references, "ROUGE-L") == pytest.approx(1)
+    assert score(references[0], references, "BLEU-4") == pytest.approx(1, abs=1e-8)
+
+
+def test_permuted_words() -> None:
+    # All unigrams match and no bigram does; the longest common subsequence is one word of four.
+    assert score("fast runs dog a", ["a dog runs fast"], "BLEU-1") == pytest.approx(1, abs=1e-8)
+    assert score("fast runs dog a", ["a dog runs fast"], "BLEU-2") < 1e-6
+    assert score("fast runs dog a", ["a dog runs fast"], "CIDEr-D") == pytest.approx(2.5)
+    assert score("fast runs dog a", ["a dog runs fast"], "ROUGE-L") == pytest.approx(0.25)
+
+
+def test_repeated_words_are_clipped() -> None:
+    # "the" occurs twice in a reference: two of seven count (Papineni et al., 2002, example 2).
+    references = ["the cat is on the mat", "there is a cat on the mat"]
+    assert score("the the the the the the the", references, "BLEU-1") == pytest.approx(2 / 7, abs=1e-8)
+
+
+def test_brevity_penalty_takes_the_closest_length_and_the_shorter_of_two() -> None:
+    one, two = "a dog", "a dog runs fast over green fields"
+    # 4 words; lengths 2 and 7: 2 is closer, no penalty.
+    assert score("a dog barks loudly", [one, two], "BLEU-1") == pytest.approx(0.5, abs=1e-8)
+    # 2 words; only 7 is there: penalty exp(1 - 7/2).
+    assert score("a dog", [two], "BLEU-1") == pytest.approx(np.exp(1 - 7 / 2), abs=1e-8)
+    # 3 words; 2 and 4 are equally close, the shorter counts.
+    assert score("a dog runs", ["a dog", "a dog runs fast"], "BLEU-1") == pytest.approx(1, abs=1e-8)
+
+
+def test_cider_damps_different_lengths() -> None:
+    # One of two words in common with eight, all of the same idf, and six words less.
+    reference = "dog b c d e f g h"
+    expected = 10 / 4 * (1 / np.sqrt(2 * 8)) * np.exp(-(6**2) / (2 * 6**2))
+    assert score("dog x", [reference], "CIDEr-D") == pytest.approx(expected)
+
+
+def test_words_of_every_image_do_not_count_for_cider() -> None:
+    scorer = CaptionScorer({1: ["red a"], 2: ["a blue"]})
+    assert scorer.score({1: "a", 2: "a"}).values["CIDEr-D"] == 0
+
+
+def test_rouge_of_best_precision_and_best_recall() -> None:
+    # Precision 1 from the long reference, recall 1 from the short one, though neither reaches both.
+    value = score("a dog runs", ["dog", "a dog runs fast over there"], "ROUGE-L")
+    assert value == pytest.approx(1)
+    # LCS "a runs" = 2 of 3 and of 4 words, beta 1.2.
+    expected = (1 + 1.44) * (2 / 3) * (2 / 4) / (2 / 4 + 1.44 * 2 / 3)
+    assert score("a cat runs", ["a dog runs fast"], "ROUGE-L") == pytest.approx(expected)
+
+
+def test_empty_hypothesis() -> None:
+    scores = CaptionScorer({1: ["a dog runs fast"], **OTHERS}).score({1: "", 2: ".", 3: "some people"})
+    assert all(scores.per_image[metric][1] < 1e-6 for metric in scores.values)
+    assert all(np.isfinite(value) for value in scores.values.values())
+    assert scores.warnings == ("2 of 3 candidates have no words; they score 0",)
+
+
+def random_corpus(images: int, shortest: int = 1) -> tuple[dict[int, list[str]], dict[int, str]]:
+    rng = random.Random(0)
+    words = ["a", "the", "dog", "cat", "red", "runs"]
+
+    def sentence() -> str:
+        return " ".join(rng.choice(words) for _ in range(rng.randint(shortest, 14)))
+
+    references = {7 * i: [sentence() for _ in range(rng.randint(1, 6))] for i in range(images)}
+    return references, {image: sentence() + rng.choice(["", " zebra zebra"]) for image in references}
+
+
+def test_bleu_equals_nltk() -> None:
+    # Below four words nltk counts one n-gram where there is none.
+    references, candidates = random_corpus(200, shortest=4)
+    scores = CaptionScorer(references).score(candidates)
+    split = [[tokenize(text) for text in texts] for texts in references.values()]
+    hypotheses = [tokenize(candidates[image]) for image in references]
+    for n in range(1, 5):
+        expected = corpus_bleu(split, hypotheses, weights=[1 / n] * n)
+        assert scores.values[f"BLEU-{n}"] == pytest.approx(expected, abs=1e-8)
+
+
+def test_metrics_equal_a_plain_reading() -> None:
+    """CIDEr-D and ROUGE-L: words that no reference has, repeated n-grams, different numbers of references."""
+    references, candidates = random_corpus(40)
+    scores = CaptionScorer(references).score(candidates)
+    tokens = {image: [tokenize(text) for text in texts] for image, texts in references.items()}
+    for image, candidate in candidates.items():
+        words = tokenize(candidate)
+        assert scores.per_image["CIDEr-D"][image] == pytest.approx(plain_cider(words, image, tokens), abs=1e-9)
+        assert scores.per_image["ROUGE-L"][image] == pytest.approx(plain_rouge(words, tokens[image]))
+    assert scores.values["CIDEr-D"] == pytest.approx(np.mean(list(scores.per_image["CIDEr-D"].values())))
+
+
+def plain_cider(candidate: list[str], image: int, references: dict[int, list[list[str]]]) -> float:
+    def grams(words: list[str], n: int) -> list[tuple[str, ...]]:
+        return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+    def vector(words: list[str], n: int) -> dict[tuple[str, ...], float]:
+        found = grams(words, n)
+        result = {}
+        for gram in set(found):
+            images = sum(any(gram in grams(text, n) for text in texts) for texts in references.values())
+            result[gram] = found.count(gram) * np.log(len(references) / max(1, images))
+        return result
+
+    total = 0.0
+    for n in range(1, 5):
+        mine = vector(candidate, n)
+        for reference in references[image]:
+            theirs = vector(reference, n)
+            norms = np.linalg.norm(list(mine.values())) * np.linalg.norm(list(theirs.values()))
+            dot = sum(min(weight, theirs.get(gram, 0)) * theirs.get(gram, 0) for gram, weight in mine.items())
+            difference = len(candidate) - len(reference)
+            if norms:
+                total += dot / norms * np.exp(-(difference**2) / 72)
+    return 10 * total / 4 / len(references[image])
+
+
+def plain_rouge(candidate: list[str], references: list[list[str]]) -> float:
+    def common(a: list[str], b: list[str]) -> int:
+        table = np.zeros((len(a) + 1, len(b) + 1), int)
+        for i, x in enumerate(a):
+            for j, y in enumerate(b):
+                table[i + 1, j + 1] = table[i, j] + 1 if x == y else max(table[i, j + 1], table[i + 1, j])
+        return int(table[-1, -1])
+
+    lengths = [common(candidate, reference) for reference in references]
+    precision = max(lengths) / len(candidate)
+    recall = max(length / len(reference) for length, reference in zip(lengths, references, strict=True))
+    return 2.44 * precision * recall / (recall + 1.44 * precision) if precision else 0.0
+
+
+def test_order_of_candidates_does_not_matter() -> None:
+    references, candidates = random_corpus(50)
+    scorer = CaptionScorer(references)
+    shuffled = dict(sorted(candidates.items(), key=lambda item: item[1]))
+    assert scorer.score(shuffled) == scorer.score(candidates)
+
+
+def test_scoring_twice_gives_the_same() -> None:
+    """Candidates' new n-grams must leave no trace in the cached references."""
+    references, candidates = random_corpus(50)
+    scorer = CaptionScorer(references)
+    first = scorer.score(candidates)
+    scorer.score(dict.fromkeys(candidates, "entirely other words in this caption"))
+    assert scorer.score(candidates) == first
+
+
+def test_signature() -> None:
+    scorer = CaptionScorer({1: ["a dog", "dog"], **OTHERS})
+    assert scorer.signature.endswith("|tok:ptb-coco|refs:1-2|n:3|idf:references|" + ",".join(METRICS))
+    assert scorer.signature.startswith("imgcap-")
+    assert "BLEU:closest,ROUGE-L:b1.2,CIDEr-D:s6" in scorer.signature
+    assert scorer.score({1: "a", 2: "b", 3: "c"}).signature == scorer.signature
+
+
+def test_one_image_is_warned_about() -> None:
+    scores = CaptionScorer({1: ["a dog runs"]}).score({1: "a dog\nruns"})
+    assert scores.values["CIDEr-D"] == 0
+    assert scores.values["BLEU-1"] == pytest.approx(1, abs=1e-8)
+    assert "one image" in scores.warnings[0]
+    assert "newlines" in scores.warnings[1]
+
+
+def test_own_metric() -> None:
+    def words(references: References) -> Callable[[Candidates], MetricScores]:
+        return lambda candidates: {"words": (candidates.lengths.mean(), candidates.lengths)}
+
+    scores = CaptionScorer({1: ["a dog"], **OTHERS}, {"words": words}).score({1: "a", 2: "b b", 3: "c"})
+    assert scores.values == {"words": pytest.approx(4 / 3)}
+    assert scores.per_image == {"words": {1: 1, 2: 2, 3: 1}}
+
+
+def test_images_must_match() -> None:
+    scorer = CaptionScorer({11: ["a dog"], 12: ["a cat"]})
+    with pytest.raises(UserError, match="image 12 has no candidate"):
+        scorer.score({11: "a dog"})
+    with pytest.raises(UserError, match="candidate for image 99 has no references"):
+        scorer.score({11: "a dog", 12: "a cat", 99: "a cow"})
+    with pytest.raises(UserError, match="image 12 has no reference"):
+        CaptionScorer({11: ["a dog"], 12: []})
+    with pytest.raises(UserError, match="no references"):
+        CaptionScorer({})

@@ -1,0 +1,156 @@
+"""The official COCO tools and published scores, on real captions."""
+
+import csv
+import importlib.util
+import json
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imgcap_jax.metrics.coco_format import read_references, read_results
+from imgcap_jax.metrics.scoring import CaptionScorer, Scores
+from imgcap_jax.text import PUNCTUATION, tokenize
+
+COLUMNS = {
+    "Bleu_1": "BLEU-1",
+    "Bleu_2": "BLEU-2",
+    "Bleu_3": "BLEU-3",
+    "Bleu_4": "BLEU-4",
+    "ROUGE_L": "ROUGE-L",
+    "CIDEr": "CIDEr-D",
+}
+
+
+@pytest.fixture(scope="module")
+def flickr30k(shared: Path) -> Path:
+    return shared / "metrics" / "flickr30k"
+
+
+@pytest.fixture(scope="module")
+def scorer(flickr30k: Path) -> CaptionScorer:
+    return CaptionScorer(read_references(flickr30k / "references.json"))
+
+
+@pytest.fixture(scope="module")
+def published(flickr30k: Path) -> dict[str, dict[str, float]]:
+    with (flickr30k / "published_scores.csv").open() as file:
+        return {row.pop("system"): {k: float(v) for k, v in row.items()} for row in csv.DictReader(file)}
+
+
+def score(scorer: CaptionScorer, flickr30k: Path, system: str) -> Scores:
+    return scorer.score(read_results(flickr30k / f"{system}.json"))
+
+
+def test_published_scores(flickr30k: Path, scorer: CaptionScorer, published: dict[str, dict[str, float]]) -> None:
+    """All twelve systems. The published CIDEr is 4e-5 off the official tools on these very files."""
+    systems = [system for system in published if system != "human_1"]  # scored on slightly other captions
+    assert len(systems) == 12
+    for system in systems:
+        values = score(scorer, flickr30k, system).values
+        for column, metric in COLUMNS.items():
+            tolerance = 1e-4 if metric == "CIDEr-D" else 1e-6
+            assert values[metric] == pytest.approx(published[system][column], abs=tolerance, rel=0), (
+                system,
+                metric,
+            )
+
+
+@pytest.mark.parametrize("system", ["human_1", "merge_1", "pre_2"])
+def test_scores_equal_pycocoevalcap(flickr30k: Path, scorer: CaptionScorer, system: str) -> None:
+    """Corpus and single images, on the same tokens; needs no Java."""
+    pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed (extra: java)")
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    candidates = read_results(flickr30k / f"{system}.json")
+    references = read_references(flickr30k / "references.json")
+    ids = list(references)
+    gts = {i: [" ".join(tokenize(text)) for text in references[i]] for i in ids}
+    res = {i: [" ".join(tokenize(candidates[i]))] for i in ids}
+    bleu, bleu_images = Bleu(4).compute_score(gts, res, verbose=0)
+    cider, cider_images = Cider().compute_score(gts, res)
+    rouge, rouge_images = Rouge().compute_score(gts, res)
+
+    ours = score(scorer, flickr30k, system)
+    theirs = {f"BLEU-{n + 1}": (bleu[n], bleu_images[n]) for n in range(4)}
+    theirs |= {"CIDEr-D": (cider, cider_images), "ROUGE-L": (rouge, rouge_images)}
+    for metric, (corpus, images) in theirs.items():
+        assert ours.values[metric] == pytest.approx(corpus, abs=1e-9), metric
+        assert list(ours.per_image[metric].values()) == pytest.approx(list(images), abs=1e-9), metric
+
+
+def raw_captions(shared: Path) -> Iterator[str]:
+    karpathy = json.loads((shared / "flickr8k" / "dataset_flickr8k.json").read_text())
+    yield from (sentence["raw"] for image in karpathy["images"] for sentence in image["sentences"])
+    for split in ("train", "val"):
+        document = json.loads((shared / "coco_subset" / "annotations" / f"captions_{split}.json").read_text())
+        yield from (annotation["caption"] for annotation in document["annotations"])
+    for texts in read_references(shared / "metrics" / "flickr30k" / "references.json").values():
+        yield from texts
+
+
+def jar_tokens(captions: list[str], folder: Path) -> list[list[str]]:
+    """Tokens by Stanford's jar, called and filtered as pycocoevalcap does."""
+    if shutil.which("java") is None:
+        pytest.skip("no java on this machine")
+    package = importlib.util.find_spec("pycocoevalcap")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("pycocoevalcap is not installed (extra: java)")
+    jar = Path(package.submodule_search_locations[0]) / "tokenizer" / "stanford-corenlp-3.4.1.jar"
+    text = folder / "captions.txt"
+    text.write_text("\n".join(caption.replace("\n", " ") for caption in captions), encoding="utf-8")
+    options = ["-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-cp", str(jar)]
+    command = [
+        "java",
+        *options,
+        "edu.stanford.nlp.process.PTBTokenizer",
+        "-preserveLines",
+        "-lowerCase",
+        str(text),
+    ]
+    lines = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\n")
+    assert len(lines) >= len(captions)
+    # Blanks within a token are no-break spaces, which BLEU and CIDEr split at.
+    return [
+        [part for word in line.split(" ") if word not in PUNCTUATION for part in word.split()]
+        for line in lines[: len(captions)]
+    ]
+
+
+def test_tokens_of_real_captions_equal_the_jar(shared: Path, tmp_path: Path) -> None:
+    captions = list(raw_captions(shared))
+    assert len(captions) > 50_000
+    pairs = zip(captions, jar_tokens(captions, tmp_path), strict=True)
+    different = [(caption, tokens) for caption, tokens in pairs if tokenize(caption) != tokens]
+    print(f"{len(different)} of {len(captions)} captions differ: {different}")
+    assert len(different) <= 1e-4 * len(captions), different[:20]
+
+
+ODD = """
+man's don't cannot gonna well-known Mr. U.S. a.m. 1,000 3.5 1/2 $5 #1 ... .. . , '' ' ` `` " ’ “ ”
+Inc. etc. No.
+http://foo.com/a www.foo.com a@b.com 😀 ❤ é café &amp; — - -- ½ ( ) [ ] -LRB- <b> </b> 10 5 fig. K. I'm it’s
+o'clock O'Neil ma'am y'all '90s 'n' 555-1234 (555) +1 100% 50¢ €5 AT&T R&B and/or a/b t-shirt jr. ! ?
+!! ?! ; : :) ;-) * _ a_b / \\ = + c++ @foo #foo 日本語 10:30 6' 5'10" -5 .5 foo.jpg foo woman
+A The SHE'S ain't 'tis 1950s 4x4
+"""
+
+
+def test_tokens_of_odd_text_equal_the_jar(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    odd, texts = ODD.split(), []
+    for _ in range(5000):
+        pieces = [rng.choice(odd) + rng.choice(["", " ", " ", " "]) for _ in range(rng.randint(2, 9))]
+        texts += [
+            "".join(pieces).strip(),
+            "x",
+        ]  # a line of its own between, as the jar looks beyond line ends
+    pairs = list(zip(texts, jar_tokens(texts, tmp_path), strict=True))[::2]
+    different = [(text, tokens, tokenize(text)) for text, tokens in pairs if tokenize(text) != tokens]
+    print(f"{len(different)} of {len(pairs)} texts differ: {different}")
+    assert len(different) <= 2e-3 * len(pairs), different[:20]

@@ -1,0 +1,243 @@
+"""The command line as a user meets it: what it prints, and that mistakes cost one line and exit code 2."""
+
+import errno
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgcap_jax.cli import main
+from imgcap_jax.data.builders.scenes import encode_png
+from imgcap_jax.data.scenes import draw_scene, sample_scene
+
+
+@pytest.fixture(autouse=True)
+def _quiet_environment(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_data))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny experiment."""
+    folder = tmp_path_factory.mktemp("trained")
+    arguments = ["train", str(tiny_file), "--run", str(folder / "run"), "--cache", str(folder / "cache")]
+    assert main([*arguments, "--data.data-dir", str(tiny_data)]) == 0
+    return folder / "run"
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs a command that has to fail with one line and exit code 2; gives the line."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("imgcap: ")
+    return lines[0]
+
+
+def photo_folder(folder: Path, count: int = 3) -> Path:
+    """A folder of pictures in COCO's layout."""
+    (folder / "images").mkdir(parents=True)
+    images = []
+    for i in range(count):
+        Image.fromarray(draw_scene(sample_scene("train", i), 48)).save(folder / "images" / f"{i}.jpg")
+        images.append({"id": i, "file_name": f"{i}.jpg"})
+    annotations = [{"id": i, "image_id": i, "caption": "a drawing of shapes"} for i in range(count)]
+    write(folder, {"images": images, "annotations": annotations})
+    return folder
+
+
+def write(folder: Path, content: object) -> None:
+    (folder / "annotations").mkdir(exist_ok=True)
+    (folder / "annotations" / "captions_train.json").write_text(json.dumps(content))
+
+
+def test_missing_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["data", "prepare", "nowhere/at_all"], capsys)
+    assert "nowhere/at_all" in line
+
+
+def test_corrupt_jpeg_is_listed_and_above_one_percent_stops(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = photo_folder(tmp_path / "photos")
+    (folder / "images" / "1.jpg").write_bytes(b"\xff\xd8 not a picture")
+    assert "1.jpg" in refused(["data", "prepare", str(folder), "--name", "broken", "--data-dir", "d"], capsys)
+
+
+def test_json_with_a_missing_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = photo_folder(tmp_path / "photos")
+    write(folder, {"images": [{"id": 0, "file_name": "0.jpg"}], "annotations": [{"id": 0, "image_id": 0}]})
+    line = refused(["data", "prepare", str(folder), "--name", "keyless", "--data-dir", "d"], capsys)
+    assert "caption" in line
+    assert "captions_train.json" in line
+
+
+def test_listed_image_that_is_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = photo_folder(tmp_path / "photos")
+    (folder / "images" / "2.jpg").unlink()
+    assert "2.jpg" in refused(["data", "prepare", str(folder), "--name", "absent", "--data-dir", "d"], capsys)
+
+
+def test_split_that_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = photo_folder(tmp_path / "photos")
+    write(folder, {"images": [], "annotations": []})
+    line = refused(["data", "prepare", str(folder), "--name", "empty", "--data-dir", "d"], capsys)
+    assert "captions_train.json" in line
+
+
+def test_split_that_does_not_exist(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["evaluate", str(trained), "--split", "dev"], capsys)
+    assert "dev" in line
+    assert "val" in line
+
+
+def test_unknown_override_names_the_nearest(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["train", str(tiny_file), "--decoder.hiden-size", "9"], capsys)
+    assert "--decoder.hiden-size" in line
+    assert "did you mean --decoder.hidden-size?" in line
+
+
+def test_override_of_the_wrong_type(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["train", str(tiny_file), "--decoder.hidden-size", "many"], capsys)
+    assert "--decoder.hidden-size" in line
+    assert "'many'" in line
+
+
+def test_unknown_experiment_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "scenes_demo" in refused(["train", "scene"], capsys)
+
+
+def test_run_of_another_experiment(trained: Path, tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["train", str(tiny_file), "--run", str(trained), "--decoder.dropout", "0.2"], capsys)
+    assert "decoder.dropout: 0.3 -> 0.2" in line
+
+
+def test_checkpoint_of_another_experiment(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(trained, changed)
+    text = (changed / "experiment.json").read_text()
+    (changed / "experiment.json").write_text(text.replace('"hidden_size": 8', '"hidden_size": 16'))
+    line = refused(["evaluate", str(changed)], capsys)
+    assert "does not fit" in line
+
+
+def test_not_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "experiment.json" in refused(["evaluate", str(tmp_path)], capsys)
+
+
+def test_disk_full_while_saving_leaves_the_checkpoint_before(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import orbax.checkpoint as ocp
+
+    original, saves = ocp.CheckpointManager.save, []
+
+    def full(self: object, *arguments: object, **options: object) -> object:
+        saves.append(1)
+        if len(saves) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    command = ["train", str(tiny_file), "--run", str(tmp_path / "run")]
+    assert "disk full" in refused(command, capsys)
+    monkeypatch.undo()
+    assert main([*command, "--cache", str(tmp_path / "cache")]) == 2  # TFDS_DATA_DIR was undone as well
+    steps = [int(p.name) for p in (tmp_path / "run" / "checkpoints" / "newest").iterdir() if p.name.isdigit()]
+    assert max(steps) == 3
+
+
+def test_loss_that_is_not_finite_stops_with_the_step(
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--optimizer.learning-rate", "1e30", "--optimizer.warmup-epochs", "0"]
+    line = refused(["train", str(tiny_file), "--run", str(tmp_path / "run"), *options], capsys)
+    assert "at step" in line
+    assert "--optimizer.learning-rate" in line
+
+
+def test_evaluate_writes_coco_files_and_the_truth(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    assert main(["evaluate", str(trained), "--split", "test", "--beam", "3", "--page", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert "CIDEr-D" in printed
+    assert "beam 3" in printed
+    results = json.loads((trained / "captions_test.json").read_text())
+    assert len(results) == 12
+    assert set(results[0]) == {"image_id", "caption"}
+    scores = json.loads((trained / "scores_test.json").read_text())
+    assert scores["decoding"]["beam"] == 3
+    assert 0 <= scores["truth"]["true"] <= 1
+    assert page.read_text().count("<figure") == 10
+
+
+def test_caption_tells_of_the_bad_file_and_captions_the_others(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = tmp_path / "good.png"
+    good.write_bytes(encode_png(draw_scene(sample_scene("test", 0), 64)))
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no picture")
+    assert main(["caption", str(bad), str(good), str(tmp_path / "gone.jpg"), "--run", str(trained), "--json"]) == 2
+    printed = capsys.readouterr()
+    line = json.loads(printed.out)
+    assert line["file"] == str(good)
+    assert line["text"] == " ".join(line["words"])
+    assert len(line["log_probs"]) == len(line["words"])
+    assert str(bad) in printed.err
+    assert "gone.jpg" in printed.err
+
+
+def test_captioner_takes_paths_bytes_arrays_and_images(trained: Path, tmp_path: Path) -> None:
+    from imgcap_jax.captioner import Captioner
+
+    pixels = draw_scene(sample_scene("test", 0), 32)
+    encoded = encode_png(pixels)
+    path = tmp_path / "scene.png"
+    path.write_bytes(encoded)
+    captioner = Captioner.load(trained)
+    texts = {caption.text for caption in captioner([path, str(path), encoded, pixels, Image.open(io.BytesIO(encoded))])}
+    assert len(texts) == 1
+
+
+def test_init_from_maps_words_and_starts_where_the_other_ended(
+    trained: Path, tiny_file: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A vocabulary of other words in another order: words both know keep their rows."""
+    import jax
+    from flax import nnx
+
+    from imgcap_jax.data.vocabulary import Vocabulary
+    from imgcap_jax.run import Run
+    from imgcap_jax.training.checkpoints import Checkpoints
+    from imgcap_jax.models.model import split_trained
+    from imgcap_jax.training.transfer import transfer
+
+    old = Run.load(trained)
+    words = (*old.vocabulary.words[:4], "unheard", *reversed(old.vocabulary.words[4:20]))
+    vocabulary = Vocabulary(words, (0,) * len(words))
+    model = Run(tmp_path, old.experiment, vocabulary).model(with_encoder=True)
+    fresh = np.asarray(model.decoder.embedding.embedding[...])
+    line = transfer(trained, model, vocabulary)
+    assert f"{len(words) - 1} of {len(words)} words" in line
+    _, template, _ = split_trained(old.model(with_encoder=True))
+    checkpoints = Checkpoints(trained)
+    best = nnx.to_pure_dict(checkpoints.restore_best(template))
+    checkpoints.close()
+    rows = np.asarray(model.decoder.embedding.embedding[...])
+    np.testing.assert_array_equal(rows[5], best["decoder"]["embedding"]["embedding"][19])
+    np.testing.assert_array_equal(rows[4], fresh[4])
+    kernel = np.asarray(model.decoder.words.kernel[...])
+    np.testing.assert_array_equal(kernel[:, 5], best["decoder"]["words"]["kernel"][:, 19])
+    gates = np.asarray(model.decoder.lstm.gates.kernel[...])
+    np.testing.assert_array_equal(gates, jax.device_get(best["decoder"]["lstm"]["gates"]["kernel"]))
