@@ -1,8 +1,8 @@
 """Flickr8k with a frozen EfficientNet-Lite2 and soft attention (Xu et al. 2015).
 
-    imgcap data prepare PATH/TO/flickr8k --name flickr8k
-    imgcap train flickr8k
-    imgcap evaluate runs/flickr8k --split val --beam 3
+imgcap data prepare PATH/TO/flickr8k --name flickr8k
+imgcap train flickr8k
+imgcap evaluate runs/flickr8k --split val --beam 3
 """
 
 from imgcap_jax.data.images import Augmentation
@@ -16,13 +16,16 @@ from imgcap_jax.training.optimizer import Optimizer
 
 experiment = Experiment(
     data=CaptionData(
-        dataset="flickr8k", image_size=224, batch_size=32, captions_per_image=5, max_words=16,
-        augmentation=Augmentation(crop_scale_min=0.6, flip=True), views=4,
+        dataset="flickr8k",
+        image_size=224,
+        batch_size=32,
+        captions_per_image=5,
+        max_words=16,
+        augmentation=Augmentation(crop_scale_min=0.6, flip=True),
+        views=4,
     ),
     encoder=EfficientNetLite(variant=2),
-    decoder=ShowAttendTell(
-        hidden_size=512, embedding_size=256, attention_size=256, region_size=512, dropout=0.5
-    ),
+    decoder=ShowAttendTell(hidden_size=512, embedding_size=256, attention_size=256, region_size=512, dropout=0.5),
     optimizer=Optimizer(learning_rate=1e-3, warmup_epochs=0.5, weight_decay=0.05),
     objective=CrossEntropy(label_smoothing=0.1),
     training=Training(epochs=12, ema_decay=0.998, evaluate_epochs=1.0),

@@ -1,7 +1,7 @@
 """Drawn scenes, from scratch, in a few minutes on a laptop's CPU.
 
-    imgcap data prepare scenes
-    imgcap train scenes_demo
+imgcap data prepare scenes
+imgcap train scenes_demo
 """
 
 from imgcap_jax.data.pipeline import CaptionData
@@ -15,9 +15,7 @@ from imgcap_jax.training.optimizer import Optimizer
 experiment = Experiment(
     data=CaptionData(dataset="scenes", image_size=64, batch_size=32, captions_per_image=5, min_count=1),
     encoder=SmallCNN(widths=(32, 64, 128), blocks=(0, 0, 1)),
-    decoder=ShowAttendTell(
-        hidden_size=256, embedding_size=128, attention_size=128, region_size=None, dropout=0.0
-    ),
+    decoder=ShowAttendTell(hidden_size=256, embedding_size=128, attention_size=128, region_size=None, dropout=0.0),
     optimizer=Optimizer(learning_rate=2e-3, warmup_epochs=0.3),
     objective=CrossEntropy(label_smoothing=0.0),
     training=Training(epochs=5, ema_decay=0.99, evaluate_epochs=1.0, validation_images=200),

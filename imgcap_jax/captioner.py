@@ -84,9 +84,7 @@ class Captioner:
                 text = vocabulary.decode(decoded.tokens[row, 0])
                 words = tuple(text.split())
                 log_probs = decoded.word_log_probs[row, 0, : len(words)]
-                captions.append(
-                    Caption(text, float(decoded.log_prob[row, 0]), words, tuple(map(float, log_probs)))
-                )
+                captions.append(Caption(text, float(decoded.log_prob[row, 0]), words, tuple(map(float, log_probs))))
             yield captions
 
 

@@ -28,7 +28,6 @@ from imgcap_jax.training.checkpoints import Checkpoints
 from imgcap_jax.training.losses import LossSums, caption_loss
 from imgcap_jax.training.parallel import DataParallel
 
-
 BATCH = 64  # images decoded at a time
 
 

@@ -106,11 +106,7 @@ def differences(old: Experiment, new: Experiment) -> list[str]:
     """The fields in which two experiments differ, as "data.batch_size: 64 -> 32"."""
     before, after = _flatten(_encode(old)), _flatten(_encode(new))
     names = [*before, *(name for name in after if name not in before)]
-    return [
-        f"{name}: {before.get(name)} -> {after.get(name)}"
-        for name in names
-        if before.get(name) != after.get(name)
-    ]
+    return [f"{name}: {before.get(name)} -> {after.get(name)}" for name in names if before.get(name) != after.get(name)]
 
 
 def for_smoke(experiment: Experiment) -> Experiment:

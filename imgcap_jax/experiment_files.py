@@ -78,9 +78,7 @@ def overrides_help(experiment: Experiment) -> str:
     """The list of an experiment's fields with their present values."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(
-            Experiment, default=experiment, args=["--help"], config=_CONFIG, prog="imgcap train EXPERIMENT"
-        )
+        tyro.cli(Experiment, default=experiment, args=["--help"], config=_CONFIG, prog="imgcap train EXPERIMENT")
     return text.getvalue()
 
 

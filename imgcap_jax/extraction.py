@@ -34,9 +34,7 @@ def feature_store(
         progress: whether to show images/s and the time left.
     """
     data = experiment.data
-    encoder = experiment.encoder.build(
-        data.image_size, dtype=jnp.dtype(experiment.training.dtype), rngs=nnx.Rngs(0)
-    )
+    encoder = experiment.encoder.build(data.image_size, dtype=jnp.dtype(experiment.training.dtype), rngs=nnx.Rngs(0))
     graph, state = nnx.split(encoder)
     encode = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
     return FeatureStore.build(

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 
-from imgcap_jax.errors import UserError
 from imgcap_jax.decoding.beam import beam_search
 from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding.greedy import greedy
 from imgcap_jax.decoding.rules import NoRepeatNgram, SuppressUnk
+from imgcap_jax.errors import UserError
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
 
 
@@ -57,7 +58,7 @@ class Decoding:
 
 def caption_function(
     graph: nnx.GraphDef[CaptionModel], decoding: Decoding
-) -> Callable[[Params, Frozen, Mapping[str, Array]], Decoded]:
+) -> Callable[[Params, Frozen, Mapping[str, ArrayLike]], Decoded]:
     """Makes the jitted function (params, frozen, batch with "image" or "regions" [B,...]) -> Decoded [B,K,T].
 
     The memory is computed once an image; beams share it.
@@ -67,9 +68,7 @@ def caption_function(
     def captions(params: Params, frozen: Frozen, batch: Mapping[str, Array]) -> Decoded:
         model = nnx.merge(graph, params, frozen)
         beams = decoding.beam
-        memory, carry = model.decoder.start(
-            model.regions(batch), beams, region_mask=batch.get("region_mask")
-        )
+        memory, carry = model.decoder.start(model.regions(batch), beams, region_mask=batch.get("region_mask"))
 
         def step(carry: Any, tokens: Array) -> tuple[Any, Array]:
             carry, output = model.decoder.step(carry, tokens, memory)

@@ -63,9 +63,7 @@ class Run:
         rngs = nnx.Rngs(experiment.training.seed)
         dtype = jnp.dtype(experiment.training.dtype)
         encoder = experiment.encoder.build(experiment.data.image_size, dtype=dtype, rngs=rngs)
-        decoder = experiment.decoder.build(
-            encoder.region_size, len(self.vocabulary), dtype=dtype, rngs=rngs
-        )
+        decoder = experiment.decoder.build(encoder.region_size, len(self.vocabulary), dtype=dtype, rngs=rngs)
         return CaptionModel(encoder if with_encoder else None, decoder)
 
 

@@ -81,7 +81,8 @@ def encoder(options: argparse.Namespace) -> None:
 
 
 def _decoder(options: argparse.Namespace) -> tuple[CaptionModel, dict[str, int]]:
-    sizes = dict(B=options.batch, M=options.captions, T=22, N=options.regions, D=1280, V=options.vocabulary, H=512)
+    sizes = {"T": 22, "D": 1280, "H": 512, "V": options.vocabulary, "N": options.regions}
+    sizes |= {"B": options.batch, "M": options.captions}
     config = ShowAttendTell()
     decoder = config.build(sizes["D"], sizes["V"], dtype=jnp.dtype(options.dtype), rngs=nnx.Rngs(0))
     return CaptionModel(None, decoder), sizes

@@ -22,7 +22,7 @@ def shared() -> Path:
     return folder
 
 
-TINY = '''
+TINY = """
 from imgcap_jax.data.pipeline import CaptionData
 from imgcap_jax.experiment import Experiment, Training
 from imgcap_jax.models.decoders.attend import ShowAttendTell
@@ -40,7 +40,7 @@ experiment = Experiment(
     ),
     decoding=Decoding(beam=2),
 )
-'''
+"""
 
 
 @pytest.fixture(scope="session")

@@ -62,9 +62,7 @@ def test_missing_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere/at_all" in line
 
 
-def test_corrupt_jpeg_is_listed_and_above_one_percent_stops(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_corrupt_jpeg_is_listed_and_above_one_percent_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = photo_folder(tmp_path / "photos")
     (folder / "images" / "1.jpg").write_bytes(b"\xff\xd8 not a picture")
     assert "1.jpg" in refused(["data", "prepare", str(folder), "--name", "broken", "--data-dir", "d"], capsys)
@@ -118,9 +116,7 @@ def test_run_of_another_experiment(trained: Path, tiny_file: Path, capsys: pytes
     assert "decoder.dropout: 0.3 -> 0.2" in line
 
 
-def test_checkpoint_of_another_experiment(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoint_of_another_experiment(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changed = tmp_path / "changed"
     shutil.copytree(trained, changed)
     text = (changed / "experiment.json").read_text()
@@ -218,9 +214,9 @@ def test_init_from_maps_words_and_starts_where_the_other_ended(
     from flax import nnx
 
     from imgcap_jax.data.vocabulary import Vocabulary
+    from imgcap_jax.models.model import split_trained
     from imgcap_jax.run import Run
     from imgcap_jax.training.checkpoints import Checkpoints
-    from imgcap_jax.models.model import split_trained
     from imgcap_jax.training.transfer import transfer
 
     old = Run.load(trained)

@@ -120,9 +120,7 @@ class FeatureWriter:
         assert self.shape is not None
         assert self._file is not None
         if regions.shape[1:] != self.shape[2:]:
-            raise damaged(
-                self.folder / _MANIFEST, f"regions are {self.shape[2:]}, the encoder's {regions.shape[1:]}"
-            )
+            raise damaged(self.folder / _MANIFEST, f"regions are {self.shape[2:]}, the encoder's {regions.shape[1:]}")
         with np.errstate(over="ignore"):
             cast = regions.astype(DTYPES[self._dtype])
         if not np.isfinite(cast).all():
@@ -181,9 +179,7 @@ def explaining(folder: Path) -> Iterator[None]:
 
 def damaged(path: Path, reason: str) -> UserError:
     """The error for a file of a store that is not as it was written."""
-    return UserError(
-        f"{path} is damaged ({reason}): delete the folder {path.parent} to compute the features again"
-    )
+    return UserError(f"{path} is damaged ({reason}): delete the folder {path.parent} to compute the features again")
 
 
 def is_finished(folder: Path) -> bool:

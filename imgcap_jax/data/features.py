@@ -157,9 +157,7 @@ class FeatureStore:
             try:
                 return _view(example, i, view, image_size, resize, augmentation)
             except ImageError as error:
-                raise UserError(
-                    f"{source.name}: {example.filename}: {error}; prepare the dataset again"
-                ) from error
+                raise UserError(f"{source.name}: {example.filename}: {error}; prepare the dataset again") from error
 
         writer = FeatureWriter(folder, identity, fingerprint, len(source), views, dtype)
         with explaining(folder):

@@ -67,9 +67,7 @@ class CaptionData:
 class TrainBatches:
     """Endless iterator over batches whose position can be saved and restored. See `train_batches`."""
 
-    def __init__(
-        self, batches: grain.MapDataset[Batch], config: CaptionData, identity: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, batches: grain.MapDataset[Batch], config: CaptionData, identity: Mapping[str, Any]) -> None:
         self._batches = batches
         self._config = config
         self._identity = dict(identity)
@@ -325,9 +323,7 @@ class _EvalRows(grain.transforms.Map):
         self._store = store
         self._size = batch_size
         self._image_ids = np.asarray(source.image_ids(), np.int64)
-        self._captions = (
-            _CaptionTable([source], vocabulary, config.max_words + 2) if vocabulary is not None else None
-        )
+        self._captions = _CaptionTable([source], vocabulary, config.max_words + 2) if vocabulary is not None else None
 
     def map(self, element: int) -> Batch:
         start = int(element) * self._size
@@ -347,8 +343,7 @@ class _EvalRows(grain.transforms.Map):
         missing = self._size - len(images)
         if missing:
             batch = {
-                name: np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1))
-                for name, values in batch.items()
+                name: np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1)) for name, values in batch.items()
             }
             batch["image_id"][-missing:] = -1
         return batch
@@ -365,9 +360,7 @@ class _EvalRows(grain.transforms.Map):
 
 
 def _read_options(config: CaptionData) -> grain.ReadOptions:
-    return grain.ReadOptions(
-        num_threads=config.threads, prefetch_buffer_size=_BUFFER if config.threads else 0
-    )
+    return grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=_BUFFER if config.threads else 0)
 
 
 def _check_store(source: "CaptionSource", store: FeatureStore) -> None:

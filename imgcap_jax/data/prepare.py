@@ -71,14 +71,10 @@ def prepare(
             return _prepare_scenes(scenes, data_dir, progress, say)
         if known in ("coco", coco.NAME):
             return _prepare_coco(data_dir, download_dir, progress, say)
-        return _prepare_folder(
-            Path(name_or_path).expanduser(), name, data_dir, licence, source, progress, say
-        )
+        return _prepare_folder(Path(name_or_path).expanduser(), name, data_dir, licence, source, progress, say)
 
 
-def _prepare_scenes(
-    splits: "SceneSplits | None", data_dir: Path, progress: bool, say: Callable[[str], None]
-) -> Path:
+def _prepare_scenes(splits: "SceneSplits | None", data_dir: Path, progress: bool, say: Callable[[str], None]) -> Path:
     from imgcap_jax.data.builders.scenes import ScenesBuilder, SceneSplits
 
     splits = splits or SceneSplits()
@@ -110,24 +106,18 @@ def _prepare_folder(
     folder = path.resolve()
     name = name or _default_name(folder if folder.is_dir() else folder.parent)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in _RESERVED:
-        raise UserError(
-            f"{name!r} cannot name a dataset; use small letters, digits and _, as in --name my_photos"
-        )
+        raise UserError(f"{name!r} cannot name a dataset; use small letters, digits and _, as in --name my_photos")
     origin = Origin("folder", source, licence, contents.fingerprint, str(folder))
     if (prepared := _already_prepared(name, origin, data_dir, say)) is not None:
         return prepared
     needed, free = sum(contents.sizes), shutil.disk_usage(_existing_parent(data_dir)).free
     if needed > free:
-        raise UserError(
-            f"{data_dir}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; use another --data-dir"
-        )
+        raise UserError(f"{data_dir}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; use another --data-dir")
     with _progress(len(contents.images), f"preparing {name}", progress) as advance:
         return _write(
             name,
             data_dir,
-            lambda staging: FolderBuilder(
-                contents, name=name, data_dir=staging, origin=origin, on_image=advance
-            ),
+            lambda staging: FolderBuilder(contents, name=name, data_dir=staging, origin=origin, on_image=advance),
             say,
         )
 
@@ -141,9 +131,7 @@ def _existing_parent(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
-def _prepare_coco(
-    data_dir: Path, download_dir: Path | None, progress: bool, say: Callable[[str], None]
-) -> Path:
+def _prepare_coco(data_dir: Path, download_dir: Path | None, progress: bool, say: Callable[[str], None]) -> Path:
     if (folder := _already_prepared(coco.NAME, coco.ORIGIN, data_dir, say)) is None:
         _remove_abandoned(data_dir / coco.NAME / coco.CONFIG)
         with _quiet_tfds(progress=progress):
@@ -162,9 +150,7 @@ def _already_prepared(name: str, origin: Origin, data_dir: Path, say: Callable[[
         return None
     before = read_origin(folder)
     if before.fingerprint == origin.fingerprint:
-        notes = replace(
-            before, source=origin.source or before.source, licence=origin.licence or before.licence
-        )
+        notes = replace(before, source=origin.source or before.source, licence=origin.licence or before.licence)
         if notes != before:
             write_json(folder / ORIGIN_FILE, asdict(notes))
         say(f"{name}: already prepared in {folder}")
@@ -246,9 +232,7 @@ def _disk_errors(data_dir: Path) -> Iterator[None]:
         # array_record raises a RuntimeError with the system's words in it.
         full = os.strerror(errno.ENOSPC)
         if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
-            raise UserError(
-                f"{data_dir}: the disk is full; free some space or use another --data-dir"
-            ) from error
+            raise UserError(f"{data_dir}: the disk is full; free some space or use another --data-dir") from error
         if isinstance(error, PermissionError):
             raise UserError(f"{error.filename or data_dir}: no permission; use another --data-dir") from error
         raise

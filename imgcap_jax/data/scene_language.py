@@ -211,8 +211,7 @@ def is_true(statement: Statement | None, scene: Scene) -> bool:
     if len({i for group in members for i in group}) < sum(map(len, members)):
         return False
     return all(
-        _distance(scene, r.kind, members[r.subject], members[r.object]) >= TRUTH_MARGIN
-        for r in statement.relations
+        _distance(scene, r.kind, members[r.subject], members[r.object]) >= TRUTH_MARGIN for r in statement.relations
     )
 
 
@@ -221,9 +220,7 @@ def _distance(scene: Scene, kind: str, subject: Sequence[int], other: Sequence[i
     if kind in ("right", "below"):
         return _distance(scene, _OPPOSITE[kind], other, subject)
     axis = "x" if kind == "left" else "y"
-    return min(getattr(scene.objects[i], axis) for i in other) - max(
-        getattr(scene.objects[i], axis) for i in subject
-    )
+    return min(getattr(scene.objects[i], axis) for i in other) - max(getattr(scene.objects[i], axis) for i in subject)
 
 
 # --- writing ----------------------------------------------------------------------------------------------

@@ -66,9 +66,7 @@ class CaptionSource:
         builder = tfds.builder_from_directory(description.folder)
         try:
             # Images stay encoded: the pipeline decodes them at the size that it needs.
-            self._records = builder.as_data_source(
-                "+".join(parts), decoders={"image": tfds.decode.SkipDecoding()}
-            )
+            self._records = builder.as_data_source("+".join(parts), decoders={"image": tfds.decode.SkipDecoding()})
         except NotImplementedError as error:
             raise UserError(
                 f"{description.folder}: not stored as array_record; move it away and run: "
@@ -235,9 +233,7 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
         name, star, weight_text = (piece.strip() for piece in part.partition("*"))
         name = _ALIASES.get(name, name)
         if not _NAME.fullmatch(name):
-            raise UserError(
-                f"dataset {text!r}: {name!r} is no name of a dataset; write them as flickr8k*2+coco_subset"
-            )
+            raise UserError(f"dataset {text!r}: {name!r} is no name of a dataset; write them as flickr8k*2+coco_subset")
         if name in mixture:
             raise UserError(f"dataset {text!r}: {name!r} occurs twice; give it a weight, as {name}*2")
         try:
@@ -245,18 +241,14 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
         except ValueError:
             weight = 0.0
         if not 0 < weight < float("inf"):
-            raise UserError(
-                f"dataset {text!r}: {weight_text!r} is no weight; write a positive number, as {name}*2"
-            )
+            raise UserError(f"dataset {text!r}: {weight_text!r} is no weight; write a positive number, as {name}*2")
         mixture[name] = weight
     return list(mixture.items())
 
 
 def _not_prepared(name: str, data_dir: Path) -> NoReturn:
     command = {"scenes": "scenes", coco.NAME: "coco"}.get(name, f"FOLDER --name {name}")
-    there = sorted(
-        folder.name for folder in data_dir.glob("*/") if find_prepared(folder.name, data_dir) is not None
-    )
+    there = sorted(folder.name for folder in data_dir.glob("*/") if find_prepared(folder.name, data_dir) is not None)
     raise UserError(
         f"dataset {name!r} is not prepared in {data_dir} (there: {', '.join(there) or 'none'}); "
         f"run: imgcap data prepare {command}"

@@ -157,9 +157,7 @@ class Temperature:
 
     def __post_init__(self) -> None:
         if not self.value >= 0.01:
-            raise UserError(
-                f"Temperature: {self.value} is below 0.01; for the likeliest word decode greedily"
-            )
+            raise UserError(f"Temperature: {self.value} is below 0.01; for the likeliest word decode greedily")
 
     def __call__(self, logits: Array, tokens: Array, t: Array) -> Array:
         return jnp.where(logits < LOWEST, FORBIDDEN, logits / self.value)

@@ -77,9 +77,7 @@ class AdditiveAttention(nnx.Module):
         """The part of the score that doesn't change over time: regions [B,N,D] -> [B,N,A]."""
         return self.key(regions)
 
-    def __call__(
-        self, query: Array, keys: Array, regions: Array, region_mask: Array | None
-    ) -> tuple[Array, Array]:
+    def __call__(self, query: Array, keys: Array, regions: Array, region_mask: Array | None) -> tuple[Array, Array]:
         """Attends: query [B,M,Q], keys [B,N,A], regions [B,N,D] -> context [B,M,D], weights [B,M,N]."""
         return _additive_attention(
             self.query(query), keys, regions, region_mask, self.score.kernel[...].astype(keys.dtype)
@@ -104,14 +102,10 @@ class WordLogits(nnx.Module):
     Tying: Press & Wolf (2017), Inan et al. (2017).
     """
 
-    def __init__(
-        self, hidden_size: int, vocabulary_size: int, *, tied: bool, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, hidden_size: int, vocabulary_size: int, *, tied: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.dtype = dtype
         self.kernel = (
-            None
-            if tied
-            else nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (hidden_size, vocabulary_size)))
+            None if tied else nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (hidden_size, vocabulary_size)))
         )
         self.bias = nnx.Param(jnp.zeros((vocabulary_size,)))
 

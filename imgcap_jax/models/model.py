@@ -30,11 +30,9 @@ class CaptionModel(nnx.Module):
         """The batch's "regions" [B,N,D], or its "image" [B,h,w,3] put through the encoder, as float32."""
         if self.encoder is None:
             return batch["regions"].astype("float32")
-        return self.encoder(batch["image"])  # type: ignore[operator]
+        return self.encoder(batch["image"])
 
-    def teacher_forced(
-        self, batch: Mapping[str, Array], keys: Array | None = None
-    ) -> tuple[Array, StepOutput]:
+    def teacher_forced(self, batch: Mapping[str, Array], keys: Array | None = None) -> tuple[Array, StepOutput]:
         """Reads "tokens" [B,M,T] but the last: logits [B,M,T-1,V] of the words that follow, and the outputs."""
         tokens = batch["tokens"]
         memory, carry = self.decoder.start(
@@ -54,7 +52,8 @@ def split_trained(model: CaptionModel) -> tuple[nnx.GraphDef[CaptionModel], Para
     def trained(path: tuple[Any, ...], value: Any) -> bool:
         return isinstance(value, nnx.Param) and (path[0] != "encoder" or chosen(path[1:]))
 
-    return nnx.split(model, trained, ...)
+    graph, params, *rest = nnx.split(model, trained, ...)
+    return graph, params, rest[0]
 
 
 def parameter_count(params: Params) -> int:

@@ -47,14 +47,7 @@ def contact_sheet(
     text_heights = [max(len(lines) for lines in captions[row]) * _LINE for row in rows]
     head = 40 if title else 0
     width = 2 * _MARGIN + columns * _TILE + (columns - 1) * _GAP
-    height = (
-        2 * _MARGIN
-        + head
-        + sum(picture_heights)
-        + sum(text_heights)
-        + len(rows) * 10
-        + (len(rows) - 1) * _GAP
-    )
+    height = 2 * _MARGIN + head + sum(picture_heights) + sum(text_heights) + len(rows) * 10 + (len(rows) - 1) * _GAP
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
@@ -79,9 +72,7 @@ def contact_sheet(
         temporary.unlink(missing_ok=True)
 
 
-def dataset_sheet(
-    source: CaptionSource, path: Path, *, count: int = 12, columns: int = 4, seed: int = 0
-) -> None:
+def dataset_sheet(source: CaptionSource, path: Path, *, count: int = 12, columns: int = 4, seed: int = 0) -> None:
     """A contact sheet of randomly chosen images of a split, with all their captions.
 
     Raises:
@@ -103,9 +94,7 @@ def _fit(image: np.ndarray) -> Image.Image:
     picture = Image.fromarray(image)
     factor = _TILE / max(picture.size)
     if factor >= 2:
-        return picture.resize(
-            (picture.width * int(factor), picture.height * int(factor)), Image.Resampling.NEAREST
-        )
+        return picture.resize((picture.width * int(factor), picture.height * int(factor)), Image.Resampling.NEAREST)
     size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
     return picture.resize(size, Image.Resampling.LANCZOS)
 

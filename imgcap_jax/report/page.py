@@ -61,9 +61,7 @@ def caption_page(
     rows: Sequence[Row], path: Path, title: str, scores: Mapping[str, str], paragraphs: Sequence[str] = ()
 ) -> None:
     """Writes an HTML page with its images inside: title, paragraphs of plain text, scores, then the rows."""
-    tiles = "".join(
-        f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>\n" for name, value in scores.items()
-    )
+    tiles = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>\n" for name, value in scores.items())
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -61,9 +61,7 @@ class Checkpoints:
         if progress.step == self.step:
             return
         text = json.dumps(asdict(progress))
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_raw(state)), progress=ocp.args.JsonSave({"json": text})
-        )
+        items = ocp.args.Composite(state=ocp.args.StandardSave(_raw(state)), progress=ocp.args.JsonSave({"json": text}))
         with _disk_errors(self.folder):
             self._newest.save(progress.step, args=items)
             self._newest.wait_until_finished()
@@ -118,7 +116,7 @@ def _manager(folder: Path, keep: int) -> ocp.CheckpointManager:
 
 
 def _raw(tree: Any) -> dict[str, Any]:
-    """Leaves by number: what is stored doesn't depend on how flax names the nodes, PRNG keys apart."""
+    """Leaves by path: what is stored doesn't depend on which tree classes flax uses."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 

@@ -66,9 +66,7 @@ def cross_entropy_step(
     true words), "gradient_norm", "words".
     """
 
-    def loss(
-        params: Params, frozen: Frozen, batch: Mapping[str, Array], step: Array
-    ) -> tuple[Array, LossSums]:
+    def loss(params: Params, frozen: Frozen, batch: Mapping[str, Array], step: Array) -> tuple[Array, LossSums]:
         model = nnx.merge(graph, params, frozen)
         step_key = jax.random.fold_in(key, step)
         keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(batch["row"])
@@ -95,8 +93,7 @@ def cross_entropy_step(
             return jax.tree.map(jnp.add, total, gradient(params, frozen, part, step)), None
 
         parts = {
-            name: leaf.reshape(accumulate, leaf.shape[0] // accumulate, *leaf.shape[1:])
-            for name, leaf in batch.items()
+            name: leaf.reshape(accumulate, leaf.shape[0] // accumulate, *leaf.shape[1:]) for name, leaf in batch.items()
         }
         zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
         return jax.lax.scan(add, (jax.tree.map(jnp.zeros_like, params), zero), parts)[0]

@@ -126,9 +126,7 @@ def train(
         )
     log = MetricsLog(folder, progress.step)
     captions_per_step = data.batch_size * data.captions_per_image
-    meter = Meter(
-        total_steps, steps_per_epoch, captions_per_step, training.log_steps, progress.step, log, show
-    )
+    meter = Meter(total_steps, steps_per_epoch, captions_per_step, training.log_steps, progress.step, log, show)
     saved = time.monotonic()
     prefetched = device_prefetch(batches, lambda batch: parallel.put(_device_part(batch)))
     stop = StopRequest()

@@ -48,5 +48,3 @@ def caption_loss(
         has_words = counted.max(axis=2)  # [B,M]
         objective += attention_penalty * (jnp.square(1.0 - seen).sum(axis=-1) * has_words).sum()
     return LossSums(objective, (true * counted).sum(), counted.sum())
-
-

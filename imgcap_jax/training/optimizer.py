@@ -41,9 +41,7 @@ class Optimizer:
         warmup = round(self.warmup_epochs * steps_per_epoch)
         rest: optax.Schedule
         if self.schedule == "cosine":
-            rest = optax.cosine_decay_schedule(
-                self.learning_rate, max(1, total_steps - warmup), self.final_fraction
-            )
+            rest = optax.cosine_decay_schedule(self.learning_rate, max(1, total_steps - warmup), self.final_fraction)
         elif self.schedule == "step":
             rest = optax.exponential_decay(
                 self.learning_rate,
@@ -68,9 +66,7 @@ class Optimizer:
         if self.clip_norm is not None:
             chain.append(optax.clip_by_global_norm(self.clip_norm))
         if self.algorithm == "adamw":
-            chain.append(
-                optax.adamw(rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=_decayed)
-            )
+            chain.append(optax.adamw(rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=_decayed))
         elif self.algorithm == "adam":
             chain.append(optax.adam(rate, self.b1, self.b2))
         else:

@@ -82,8 +82,8 @@ class DataParallel:
             return jax.pmap(
                 step,
                 axis_name=AXIS,
-                in_axes=(None, None, 0),  # type: ignore[arg-type]
-                out_axes=None,  # type: ignore[arg-type]
+                in_axes=(None, None, 0),
+                out_axes=None,
                 devices=self.devices if jax.process_count() == 1 else None,
                 donate_argnums=(0,),
             )

@@ -330,9 +330,7 @@ def test_a_killed_run_leaves_nothing_that_looks_prepared(folder: Path, data_dir:
         RuntimeError("write() failed: No space left on device; writing x; at byte 3145728"),
     ],
 )
-def test_a_full_disk_is_told(
-    error: Exception, folder: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_told(error: Exception, folder: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from array_record.python import array_record_module
 
     class Writer:

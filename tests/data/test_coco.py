@@ -51,9 +51,7 @@ def archives(tmp_path: Path) -> dict[str, Path]:
             (images / file_name(i, place)).write_bytes(jpeg(i))
         described = {
             "categories": [{"id": number, "name": f"thing {number}"} for number in range(1, 81)],
-            "images": [
-                {"id": i, "file_name": file_name(i, place), "width": 14, "height": 10} for i in [*ids, 99]
-            ],
+            "images": [{"id": i, "file_name": file_name(i, place), "width": 14, "height": 10} for i in [*ids, 99]],
             "annotations": [
                 {"id": i, "image_id": i, "category_id": 18, "bbox": [1, 1, 5, 5], "area": 25.0, "iscrowd": 0}
                 for i in ids[1:]
@@ -83,9 +81,7 @@ def archives(tmp_path: Path) -> dict[str, Path]:
     }
 
 
-def test_preparing_without_tensorflow_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_preparing_without_tensorflow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "tensorflow" else found(name, *rest)
@@ -94,9 +90,7 @@ def test_preparing_without_tensorflow_names_the_extra(
         prepare("coco", data_dir=tmp_path, progress=False)
 
 
-def test_the_official_builder(
-    archives: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_official_builder(archives: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorflow", reason="the official builder needs TensorFlow (extra coco)")
     import tensorflow_datasets as tfds
 

@@ -115,9 +115,7 @@ def test_a_failed_build_goes_on_and_equals_an_uninterrupted_one(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("calls", "flush_seconds"), [(0, 0.0), (5, 0.0), (7, 1e9)])
-def test_kill_9_loses_nothing_that_the_manifest_vouches_for(
-    tmp_path: Path, calls: int, flush_seconds: float
-) -> None:
+def test_kill_9_loses_nothing_that_the_manifest_vouches_for(tmp_path: Path, calls: int, flush_seconds: float) -> None:
     # Another interpreter: a fork of one with JAX's threads in it may hang.
     script = "import pathlib, runpy, sys; a = sys.argv; build = runpy.run_path(a[1])['build_until_killed']; "
     script += "build(pathlib.Path(a[2]), int(a[3]), float(a[4]))"
@@ -136,9 +134,7 @@ def test_rows_beyond_the_manifest_are_written_again(tmp_path: Path) -> None:
     (folder,) = tmp_path.iterdir()
     with (folder / "regions.npy").open("ab") as file:
         file.write(b"half a row")
-    np.testing.assert_array_equal(
-        contents(build(tmp_path, Encode())), contents(build(tmp_path / "w", Encode()))
-    )
+    np.testing.assert_array_equal(contents(build(tmp_path, Encode())), contents(build(tmp_path / "w", Encode())))
 
 
 def test_views(tmp_path: Path) -> None:
@@ -251,9 +247,7 @@ def test_too_small_a_disk_is_noticed_before_anything_is_written(
         build(tmp_path, Encode())
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "[]", '{"shape": [1, 2], "done": 0}', '{"shape": [2,2,2,2], "done": 9}']
-)
+@pytest.mark.parametrize("text", ["{", "[]", '{"shape": [1, 2], "done": 0}', '{"shape": [2,2,2,2], "done": 9}'])
 def test_a_damaged_manifest_says_what_to_do(tmp_path: Path, text: str) -> None:
     folder = build(tmp_path, Encode()).folder
     (folder / "manifest.json").write_text(text)

@@ -189,9 +189,7 @@ def test_a_small_crop_of_a_large_photo_is_as_sharp_as_the_photo() -> None:
 
 def test_no_augmentation_is_plain_decoding_and_randomness_comes_from_the_rng() -> None:
     data = encode(quadrants())
-    np.testing.assert_array_equal(
-        augment(data, [], 32, np.random.default_rng(0), Augmentation()), decode(data, 32)
-    )
+    np.testing.assert_array_equal(augment(data, [], 32, np.random.default_rng(0), Augmentation()), decode(data, 32))
     full = Augmentation(0.3, True, 0.4)
     first = augment(data, [], 32, np.random.default_rng(1), full)
     np.testing.assert_array_equal(first, augment(data, [], 32, np.random.default_rng(1), full))
@@ -201,10 +199,7 @@ def test_no_augmentation_is_plain_decoding_and_randomness_comes_from_the_rng() -
 def test_jitter_changes_colours_within_its_bounds_and_nothing_else() -> None:
     pixels = np.full((32, 32, 3), (120, 100, 80), np.uint8)
     values = np.stack(
-        [
-            augment(pixels, [], 32, np.random.default_rng(seed), Augmentation(jitter=0.2))[5, 5]
-            for seed in range(200)
-        ]
+        [augment(pixels, [], 32, np.random.default_rng(seed), Augmentation(jitter=0.2))[5, 5] for seed in range(200)]
     ).astype(int)
     # Brightness alone spans 80 to 120 %; contrast leaves a flat image alone.
     assert values[:, 1].min() < 84

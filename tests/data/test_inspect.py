@@ -20,9 +20,7 @@ def test_counts_lengths_and_coverage(tmp_path: Path) -> None:
         ("train", ["a cat"]),
         ("val", ["A zebra, a dog!"]),
     ]
-    lines = [
-        json.dumps({"image": "a.png", "split": split, "captions": captions}) for split, captions in lists
-    ]
+    lines = [json.dumps({"image": "a.png", "split": split, "captions": captions}) for split, captions in lists]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     prepare(tmp_path, name="tiny", data_dir=tmp_path / "data", licence="CC0", progress=False)
     report = inspect("tiny", tmp_path / "data", min_count=2)

@@ -305,9 +305,7 @@ def test_evaluation_is_in_order_with_the_last_batch_filled_up(tmp_path: Any) -> 
         assert len(given) == 3
         ids = np.concatenate([batch["image_id"] for batch in given])
         np.testing.assert_array_equal(ids, [*range(1000, 1020), -1, -1, -1, -1])
-        np.testing.assert_array_equal(
-            np.concatenate([batch["weight"] for batch in given]), [1] * 20 + [0] * 4
-        )
+        np.testing.assert_array_equal(np.concatenate([batch["weight"] for batch in given]), [1] * 20 + [0] * 4)
     assert all(batch["image"].shape == (8, SIZE, SIZE, 3) for batch in images)
     np.testing.assert_array_equal(images[2]["image"][3], decode(source.images[19], SIZE))
     np.testing.assert_array_equal(images[0]["tokens"][4, :, 2], [4, 5, 6])

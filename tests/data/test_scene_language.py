@@ -216,9 +216,7 @@ def test_facts() -> None:
         assert facts(statement) == number, caption
 
 
-def _oracle(
-    phrases: list[tuple[int, dict[str, str]]], relation: tuple[str, str] | None, scene: Scene
-) -> bool:
+def _oracle(phrases: list[tuple[int, dict[str, str]]], relation: tuple[str, str] | None, scene: Scene) -> bool:
     """Truth by trying every assignment of objects to phrases; counts compared with all objects that fit."""
     fits = [[all(getattr(o, k) == v for k, v in said.items()) for o in scene.objects] for _, said in phrases]
     slots = [p for p, (count, _) in enumerate(phrases) for _ in range(count)]
@@ -266,9 +264,7 @@ def test_truth_agrees_with_trying_every_assignment() -> None:
         phrases, texts = [], []
         for _ in range(rng.randint(1, 2)):
             # Most phrases are read off an object, or hardly any would be true.
-            words = dict(
-                zip(("size", "texture", "colour", "shape"), rng.choice(objects)[0].split(), strict=True)
-            )
+            words = dict(zip(("size", "texture", "colour", "shape"), rng.choice(objects)[0].split(), strict=True))
             said = {k: v for k, v in words.items() if k == "shape" or (v != "plain" and rng.random() < 0.6)}
             count = rng.choice([1, 1, 1, 2, 3])
             phrases.append((count, said))
@@ -311,9 +307,7 @@ def test_judge_punishes_vagueness() -> None:
     vague = judge({0: "a star"}, scenes, references)
     assert (vague.true, vague.discrimination) == (1, pytest.approx(1 / 10))
     assert vague.fact_ratio == pytest.approx(1 / 5)
-    mixed = judge(
-        {0: "a star", 1: "something red", 2: "a red star below a blue ring", 7: "a ring"}, scenes, references
-    )
+    mixed = judge({0: "a star", 1: "something red", 2: "a red star below a blue ring", 7: "a ring"}, scenes, references)
     assert (mixed.captions, mixed.true, mixed.parseable) == (4, 0.5, 0.75)
     assert mixed.facts == pytest.approx((1 + 0 + 5 + 1) / 4)
     assert mixed.discrimination == pytest.approx((1 / 10 + 0 + 0 + 1 / 10) / 4)
@@ -328,9 +322,7 @@ def test_similar_scenes() -> None:
     scenes = {
         "own": _scene(("small plain red star", 0.5, 0.2), ("large plain blue ring", 0.5, 0.8)),
         "one object": _scene(("small plain red star", 0.5, 0.2)),
-        "same, drawn in other order": _scene(
-            ("large plain blue ring", 0.2, 0.2), ("small plain red star", 0.8, 0.8)
-        ),
+        "same, drawn in other order": _scene(("large plain blue ring", 0.2, 0.2), ("small plain red star", 0.8, 0.8)),
         "little shared": _scene(("large striped red heart", 0.2, 0.2), ("small plain black cross", 0.8, 0.8)),
         "one colour off": _scene(("small plain red star", 0.5, 0.2), ("large plain green ring", 0.5, 0.8)),
     }

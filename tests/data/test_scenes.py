@@ -39,9 +39,7 @@ def test_same_scenes_in_every_process_and_version() -> None:
 
 
 def test_splits_and_seeds_share_no_scene() -> None:
-    scenes = [
-        sample_scene(split, i, seed).to_json() for split in SPLITS for seed in (0, 1) for i in range(200)
-    ]
+    scenes = [sample_scene(split, i, seed).to_json() for split in SPLITS for seed in (0, 1) for i in range(200)]
     assert len(set(scenes)) == len(scenes)
 
 
@@ -74,10 +72,7 @@ def test_held_out_pairs_are_never_trained_and_always_in_the_compositional_split(
     seen = {(a, o.shape) for s in compositional for o in s.objects for a in (o.colour, o.texture)}
     assert set(HELD_OUT) <= seen
     trained = {
-        (a, o.shape)
-        for i in range(3000)
-        for o in sample_scene("train", i).objects
-        for a in (o.colour, o.texture)
+        (a, o.shape) for i in range(3000) for o in sample_scene("train", i).objects for a in (o.colour, o.texture)
     }
     assert trained == set(itertools.product((*COLOURS, *TEXTURES), SHAPES)) - set(HELD_OUT)
 
@@ -100,9 +95,7 @@ def _silhouette(scene: Scene, i: int, *, alone: bool = False) -> np.ndarray:
     """How much of each pixel object i covers, 0..1 [64, 64]: what changes as it turns white."""
     pictures = []
     for colour in ("black", "white"):
-        objects = [
-            replace(o, colour=colour, texture="plain") if j == i else o for j, o in enumerate(scene.objects)
-        ]
+        objects = [replace(o, colour=colour, texture="plain") if j == i else o for j, o in enumerate(scene.objects)]
         shown = (objects[i],) if alone else tuple(objects)
         pictures.append(draw_scene(Scene(shown, GREY)).astype(float).mean(-1))
     return (pictures[1] - pictures[0]) / (np.mean(COLOURS["white"]) - np.mean(COLOURS["black"]))

@@ -190,9 +190,7 @@ def test_images_are_searched_independently(table: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("norm", [0.0, 1.0])
-def test_early_exit_saves_steps_and_changes_nothing(
-    table: Any, norm: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_early_exit_saves_steps_and_changes_nothing(table: Any, norm: float, monkeypatch: pytest.MonkeyPatch) -> None:
     early = search(table, 2, norm)
     early(table.parameters(0))  # traced before the condition is replaced
     monkeypatch.setattr(beam_module, "_decided", lambda *args: jnp.zeros((), bool))
@@ -258,9 +256,7 @@ def test_slots_without_a_caption_are_marked(table: Any) -> None:
 
 
 @pytest.mark.parametrize("length_norm", [None, 0.7])
-def test_log_probabilities_are_the_models_own_and_scores_the_ruled_ones(
-    table: Any, length_norm: float | None
-) -> None:
+def test_log_probabilities_are_the_models_own_and_scores_the_ruled_ones(table: Any, length_norm: float | None) -> None:
     parameters = table.parameters(3)
     rules = (Temperature(2.0), SuppressUnk(), MinLength(2))
     decoded = search(table, 1 if length_norm is None else 3, length_norm, rules)(parameters)
@@ -286,9 +282,7 @@ def test_a_caption_that_rules_leave_no_word_ends(table: Any, length_norm: float 
 
 
 @pytest.mark.parametrize("length_norm", [None, 0.7])
-def test_bfloat16_logits_get_a_float32_softmax_and_infinite_ones_no_nan(
-    table: Any, length_norm: float | None
-) -> None:
+def test_bfloat16_logits_get_a_float32_softmax_and_infinite_ones_no_nan(table: Any, length_norm: float | None) -> None:
     parameters = table.parameters(2)
     parameters["image"][..., 5] = -np.inf
     parameters["image"][..., PAD] = 9.0  # most of the mass, and yet never emitted

@@ -46,9 +46,7 @@ def spoken(log_probs: np.ndarray, temperature: float, keep: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("temperature", "keep", "rules"), [(1.0, VOCABULARY, ()), (0.6, VOCABULARY, ()), (1.5, 3, (TopK(3),))]
 )
-def test_frequencies_match_the_distribution(
-    table: Any, temperature: float, keep: int, rules: tuple[Any, ...]
-) -> None:
+def test_frequencies_match_the_distribution(table: Any, temperature: float, keep: int, rules: tuple[Any, ...]) -> None:
     drawn, parameters = 20_000, table.parameters(5)
     keys = jax.random.split(jax.random.key(0), len(parameters["image"]))
     decoded = sampler(table, drawn, 2, temperature, rules)(parameters, keys)
@@ -93,9 +91,7 @@ def test_rows_depend_on_their_own_key_alone(table: Any) -> None:
     np.testing.assert_array_equal(together.tokens[1:2], sampler(table, 6)(alone, raw).tokens)
     # More samples leave the first ones as they were, another key changes them, and the samples differ.
     np.testing.assert_array_equal(together.tokens[:, :4], sampler(table, 4)(parameters, keys).tokens)
-    assert np.any(
-        together.tokens != sampler(table, 6)(parameters, jax.random.split(jax.random.key(8), 3)).tokens
-    )
+    assert np.any(together.tokens != sampler(table, 6)(parameters, jax.random.split(jax.random.key(8), 3)).tokens)
     assert max(len(np.unique(row, axis=0)) for row in together.tokens) > 3
 
 

@@ -62,9 +62,7 @@ def test_teacher_forced_log_probabilities_follow_the_papers_equations(
         np.testing.assert_allclose(attention, weights, atol=1e-6)
 
 
-def test_stepping_equals_teacher_forcing(
-    case: tuple[str, Decoder], inputs: tuple[np.ndarray, np.ndarray]
-) -> None:
+def test_stepping_equals_teacher_forcing(case: tuple[str, Decoder], inputs: tuple[np.ndarray, np.ndarray]) -> None:
     _, decoder = case
     regions, tokens = inputs
     expected, _ = log_probs(decoder, regions, tokens)
@@ -75,9 +73,7 @@ def test_stepping_equals_teacher_forcing(
         np.testing.assert_allclose(got, expected[:, :, t], atol=1e-5)
 
 
-def test_masked_regions_change_nothing(
-    case: tuple[str, Decoder], inputs: tuple[np.ndarray, np.ndarray]
-) -> None:
+def test_masked_regions_change_nothing(case: tuple[str, Decoder], inputs: tuple[np.ndarray, np.ndarray]) -> None:
     _, decoder = case
     regions, tokens = inputs
     expected, _ = log_probs(decoder, regions[:, :3], tokens)
@@ -123,16 +119,12 @@ def test_dropout_belongs_to_the_row_and_has_the_stated_rate(
 
 def test_tied_show_tell_of_unequal_sizes_is_told() -> None:
     with pytest.raises(UserError, match="tied_embedding needs hidden_size"):
-        ShowTell(hidden_size=8, embedding_size=4, tied_embedding=True).build(
-            D, V, dtype=jnp.float32, rngs=nnx.Rngs(0)
-        )
+        ShowTell(hidden_size=8, embedding_size=4, tied_embedding=True).build(D, V, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
 
 def _weights(torch: Any, decoder: Decoder) -> dict[str, Any]:
     flat = jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(decoder, nnx.Param)))
-    return {
-        ".".join(str(key.key) for key in path): torch.tensor(np.asarray(leaf)) for path, leaf in flat
-    }
+    return {".".join(str(key.key) for key in path): torch.tensor(np.asarray(leaf)) for path, leaf in flat}
 
 
 def _lstm(torch: Any, w: dict[str, Any], x: Any, h: Any, c: Any) -> tuple[Any, Any]:

@@ -114,9 +114,7 @@ def random_network(variant: Any) -> TorchLite:
     return network.eval()
 
 
-def encoder_of(
-    network: TorchLite, variant: Any, size: int, path: Any, **fields: Any
-) -> EfficientNetLiteEncoder:
+def encoder_of(network: TorchLite, variant: Any, size: int, path: Any, **fields: Any) -> EfficientNetLiteEncoder:
     torch.save(network.state_dict(), path / "network.pth")
     config = EfficientNetLite(variant=variant, weights=str(path / "network.pth"), **fields)
     return config.build(size, rngs=nnx.Rngs(0))

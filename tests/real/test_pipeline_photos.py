@@ -61,9 +61,7 @@ def photos(shared: Path) -> Flickr8k:
 
 
 @pytest.mark.parametrize(("size", "difference"), [(96, 2.5), (48, 3.2), (24, 4.0)])
-def test_decoding_at_reduced_scale_is_close_to_decoding_in_full(
-    photos: Flickr8k, size: int, difference: float
-) -> None:
+def test_decoding_at_reduced_scale_is_close_to_decoding_in_full(photos: Flickr8k, size: int, difference: float) -> None:
     errors = []
     for i in range(40):
         data = photos[i].image

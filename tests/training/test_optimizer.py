@@ -17,9 +17,9 @@ def test_warmup_then_cosine() -> None:
 
 
 def test_step_decay_counts_epochs() -> None:
-    rate = Optimizer(
-        learning_rate=1.0, schedule="step", warmup_epochs=0, decay_every_epochs=3, decay_factor=0.8
-    ).rate(10, 1000)
+    rate = Optimizer(learning_rate=1.0, schedule="step", warmup_epochs=0, decay_every_epochs=3, decay_factor=0.8).rate(
+        10, 1000
+    )
     np.testing.assert_allclose([rate(0), rate(29), rate(30), rate(60)], [1, 1, 0.8, 0.64], rtol=1e-6)
 
 

@@ -27,9 +27,9 @@ OBJECTIVE = CrossEntropy(label_smoothing=0.1, attention_penalty=0.3)
 def model() -> CaptionModel:
     rngs = nnx.Rngs(0)
     encoder = SmallCNN(widths=(8, 8), blocks=(0, 0)).build(SIDE, dtype=jnp.float32, rngs=rngs)
-    decoder = ShowAttendTell(
-        hidden_size=8, embedding_size=8, attention_size=4, region_size=None, dropout=0.5
-    ).build(encoder.region_size, V, dtype=jnp.float32, rngs=rngs)
+    decoder = ShowAttendTell(hidden_size=8, embedding_size=8, attention_size=4, region_size=None, dropout=0.5).build(
+        encoder.region_size, V, dtype=jnp.float32, rngs=rngs
+    )
     return CaptionModel(encoder, decoder)
 
 
@@ -54,9 +54,7 @@ def run(batches: list[dict[str, np.ndarray]], mode: Any, devices: int, accumulat
     chain = SGD.build(1, STEPS)
     parallel = DataParallel(mode, jax.devices()[:devices])
     step = parallel.compile(
-        cross_entropy_step(
-            graph, OBJECTIVE, chain, key=jax.random.key(5), accumulate=accumulate, ema_decay=0.9
-        )
+        cross_entropy_step(graph, OBJECTIVE, chain, key=jax.random.key(5), accumulate=accumulate, ema_decay=0.9)
     )
     state, frozen = parallel.replicate(first_state(params, chain, ema=True)), parallel.replicate(frozen)
     losses = []

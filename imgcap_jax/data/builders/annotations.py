@@ -49,9 +49,7 @@ def find_annotations(path: Path) -> tuple[Path, list[Path]]:
         raise UserError(f"{path}: no annotation file; it needs {EXPECTED}")
     if len(found) > 1 or len(karpathy) > 1 or len(lines) > 1:
         names = ", ".join(str(file.relative_to(path)) for files in found for file in files)
-        raise UserError(
-            f"{path}: several annotation files ({names}); name the one to use instead of the folder"
-        )
+        raise UserError(f"{path}: several annotation files ({names}); name the one to use instead of the folder")
     return path, found[0]
 
 
@@ -79,13 +77,9 @@ def read_annotations(files: Sequence[Path]) -> list[ListedImage]:
     seen: set[tuple[str, int]] = set()
     for image in images:
         if not SPLIT_NAME.fullmatch(image.split) or image.split == "all":
-            raise UserError(
-                f"{where}: {image.filename} has the split {image.split!r}; use train, val or test"
-            )
+            raise UserError(f"{where}: {image.filename} has the split {image.split!r}; use train, val or test")
         if (image.split, image.image_id) in seen:
-            raise UserError(
-                f"{where}: image id {image.image_id} ({image.filename}) is listed twice in {image.split!r}"
-            )
+            raise UserError(f"{where}: image id {image.image_id} ({image.filename}) is listed twice in {image.split!r}")
         seen.add((image.split, image.image_id))
     return images
 
@@ -148,8 +142,7 @@ def _read_karpathy(top: _Entry) -> Iterator[ListedImage]:
             image_id=image.get(key, int),
             split=_split(image.get("split", str)),
             captions=tuple(
-                (sentence.get("sentid", int), sentence.get("raw", str))
-                for sentence in image.entries("sentences")
+                (sentence.get("sentid", int), sentence.get("raw", str)) for sentence in image.entries("sentences")
             ),
         )
 

@@ -60,9 +60,7 @@ def build(data_dir: Path, download_dir: Path | None = None) -> Path:
         try:
             builder.download_and_prepare(file_format="array_record", download_dir=download_dir)
         except (tfds.download.DownloadError, NonMatchingChecksumError, requests.RequestException) as error:
-            raise UserError(
-                f"coco: the download failed ({error}); run the same command again to go on"
-            ) from error
+            raise UserError(f"coco: the download failed ({error}); run the same command again to go on") from error
     return Path(builder.data_dir)
 
 

@@ -69,9 +69,7 @@ def _find_images(folder: Path, images: Sequence[ListedImage]) -> list[Path]:
                         by_name.setdefault(name, []).append(Path(parent, name))
             found = by_name.get(Path(image.filename).name, [])
             if len(found) > 1:
-                raise UserError(
-                    f"{image.filename}: found {len(found)} times below {folder}; list it with its folder"
-                )
+                raise UserError(f"{image.filename}: found {len(found)} times below {folder}; list it with its folder")
             path = found[0] if found else None
         if path is None:
             absent.append(image.filename)
@@ -164,9 +162,7 @@ class FolderBuilder(CaptionBuilder, skip_registration=True):  # type: ignore[cal
                     written += 1
                     yield CaptionRecord(encoded, image.filename, image.image_id, captions)
         if not written:
-            raise UserError(
-                f"split {split!r}: none of its {len(members)} images can be used; see that they open"
-            )
+            raise UserError(f"split {split!r}: none of its {len(members)} images can be used; see that they open")
 
     def _captions(self, image: ListedImage) -> list[tuple[int, str]]:
         kept = []
@@ -178,9 +174,7 @@ class FolderBuilder(CaptionBuilder, skip_registration=True):  # type: ignore[cal
                 continue
             name = f"{image.filename} caption {id}"
             self._captions_skipped.append(name)
-            self._skip(
-                name, "empty caption", self._captions_skipped, self._caption_count, "captions are empty"
-            )
+            self._skip(name, "empty caption", self._captions_skipped, self._caption_count, "captions are empty")
         return kept
 
     def _skip_image(self, image: ListedImage, reason: str) -> None:
@@ -193,6 +187,5 @@ class FolderBuilder(CaptionBuilder, skip_registration=True):  # type: ignore[cal
         if len(names) > MAX_SKIPPED * total:
             where = ", ".join(map(str, self._contents.annotation_files))
             raise UserError(
-                f"{where}: more than {MAX_SKIPPED:.0%} of its {total} {complaint}: {_first(names)}; "
-                "mend or remove them"
+                f"{where}: more than {MAX_SKIPPED:.0%} of its {total} {complaint}: {_first(names)}; mend or remove them"
             )

@@ -61,9 +61,7 @@ class ShowAttendTellDecoder(Decoder):
     ) -> None:
         self.rate = config.dropout
         hidden, size = config.hidden_size, config.region_size or region_size
-        self.project = (
-            None if config.region_size is None else nnx.Linear(region_size, size, dtype=dtype, rngs=rngs)
-        )
+        self.project = None if config.region_size is None else nnx.Linear(region_size, size, dtype=dtype, rngs=rngs)
         self.first = nnx.Linear(size, 2 * hidden, dtype=dtype, rngs=rngs)
         self.embedding = nnx.Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.attention = AdditiveAttention(size, hidden, config.attention_size, dtype=dtype, rngs=rngs)

@@ -52,9 +52,7 @@ class Decoder(nnx.Module):
     def logits(self, output: StepOutput) -> Array:
         """The scores of the next word, [..., V] for ``output.hidden`` [..., F]."""
 
-    def unroll(
-        self, tokens: Array, memory: Memory, carry: Carry, *, keys: Array | None = None
-    ) -> StepOutput:
+    def unroll(self, tokens: Array, memory: Memory, carry: Carry, *, keys: Array | None = None) -> StepOutput:
         """Teacher forcing: reads tokens [B,M,T] in turn; the leaves of the output are [B,M,T,...]."""
 
         def body(carry: Carry, inputs: tuple[Array, Array]) -> tuple[Carry, StepOutput]:

@@ -22,9 +22,7 @@ class ShowTell:
     tied_embedding: bool = False
     """The output layer shares the word embedding's matrix (needs hidden_size == embedding_size)."""
 
-    def build(
-        self, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> "ShowTellDecoder":
+    def build(self, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "ShowTellDecoder":
         """Makes the decoder for regions [B,N,region_size].
 
         Raises:
@@ -54,9 +52,7 @@ class ShowTellDecoder(Decoder):
         self.image = nnx.Linear(region_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.embedding = nnx.Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.lstm = LSTMCell(config.embedding_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.words = WordLogits(
-            config.hidden_size, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs
-        )
+        self.words = WordLogits(config.hidden_size, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs)
 
     def start(
         self, regions: Array, M: int, *, region_mask: Array | None = None, keys: Array | None = None

@@ -15,8 +15,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jax import lax
+from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders.weights import Frozen, package_weights, read_torch, select_tensors
@@ -81,9 +81,7 @@ def _scaled_channels(channels: int, width: float) -> int:
 
 def _convolutions(variant: int) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """Convolution -> its batch norm, its shape [O,I,k,k] as PyTorch has it, the stage (1 to 7) it is in."""
-    found: dict[str, tuple[str, tuple[int, ...], int]] = {
-        "_conv_stem": ("_bn0", (_STEM_CHANNELS, 3, 3, 3), 1)
-    }
+    found: dict[str, tuple[str, tuple[int, ...], int]] = {"_conv_stem": ("_bn0", (_STEM_CHANNELS, 3, 3, 3), 1)}
     for number, blocks in enumerate(stages(variant), start=1):
         for b in blocks:
             if b.expanded != b.inputs:
@@ -135,9 +133,7 @@ def fold_batch_norm(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def convert(
-    variant: int, trainable_stages: int, tensors: Mapping[str, jax.Array]
-) -> dict[str, dict[str, jax.Array]]:
+def convert(variant: int, trainable_stages: int, tensors: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
     """State dict -> `kernel`, `shift` and, where it is trained, `scale`, by the convolution's name.
 
     A frozen convolution has its batch norm's scale multiplied into the kernel. Kernels end in the
@@ -303,9 +299,7 @@ class EfficientNetLiteEncoder(nnx.Module):
         if jax.default_backend() != "cpu":
             return self._stages(images, 0, self.frozen_stages)
         # A few images at a time stay in a CPU's cache all the way down.
-        return lax.map(
-            lambda image: self._stages(image[None], 0, self.frozen_stages)[0], images, batch_size=_CHUNK
-        )
+        return lax.map(lambda image: self._stages(image[None], 0, self.frozen_stages)[0], images, batch_size=_CHUNK)
 
     def _stages(self, x: jax.Array, start: int, stop: int) -> jax.Array:
         """Stages start + 1 to stop; normalising and stem belong to the first stage, the head to the last."""
@@ -339,9 +333,7 @@ class EfficientNetLite:
         """Whether nothing of it is trained."""
         return self.trainable_stages == 0
 
-    def build(
-        self, image_size: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
-    ) -> EfficientNetLiteEncoder:
+    def build(self, image_size: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> EfficientNetLiteEncoder:
         """Builds the encoder for square images of `image_size` pixels.
 
         Args:
@@ -355,25 +347,19 @@ class EfficientNetLite:
         if self.variant not in _SCALING:
             raise UserError(f"EfficientNet-Lite has no variant {self.variant}; choose 0, 1, 2, 3 or 4.")
         if not 0 <= self.trainable_stages <= STAGES:
-            raise UserError(
-                f"EfficientNet-Lite can't train {self.trainable_stages} stages; choose 0 to {STAGES}."
-            )
+            raise UserError(f"EfficientNet-Lite can't train {self.trainable_stages} stages; choose 0 to {STAGES}.")
         if self.weights == "random":
             tensors = _random_tensors(self.variant, rngs.params())
         else:
             path = self._weights_file()
             tensors = select_tensors(read_torch(path), tensor_shapes(self.variant), path.name)
         layers = convert(self.variant, self.trainable_stages, tensors)
-        return EfficientNetLiteEncoder(
-            self.variant, image_size, self.trainable_stages, jnp.dtype(dtype), layers
-        )
+        return EfficientNetLiteEncoder(self.variant, image_size, self.trainable_stages, jnp.dtype(dtype), layers)
 
     def _weights_file(self) -> Path:
         if self.weights != "imagenet":
             if not Path(self.weights).is_file():
-                raise UserError(
-                    f"EfficientNet-Lite weights {self.weights!r}: not imagenet, random or a file."
-                )
+                raise UserError(f"EfficientNet-Lite weights {self.weights!r}: not imagenet, random or a file.")
             return Path(self.weights)
         if self.variant > 2:
             raise UserError(

