@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring")
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -30,7 +30,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
 }
 # Half of an object's extent as a share of the image's side; far enough apart that a size is never in doubt.
-RADII: dict[str, tuple[float, float]] = {"small": (0.105, 0.12), "large": (0.185, 0.21)}
+RADII: dict[str, tuple[float, float]] = {"small": (0.13, 0.145), "large": (0.215, 0.24)}
+_INK = (20, 20, 28)  # the outlines
+_LINE = 0.12  # their width as a share of the radius
 TEXTURES = ("plain", "striped", "dotted")
 HELD_OUT: tuple[tuple[str, str], ...] = (
     ("red", "star"),
@@ -195,7 +197,7 @@ def _place(rng: np.random.Generator, kinds: Sequence[SceneObject]) -> list[Scene
 
 
 def _sample_background(rng: np.random.Generator) -> Background:
-    """Greyish and of middle brightness, so that every object's colour, black and white too, stands out."""
+    """Greyish and lighter than the outlines, darker than white, so that every object stands out."""
     start, end = _sample_grey(rng), _sample_grey(rng)
     if rng.random() < 0.5:
         return Background(start, start, 0.0)
@@ -203,7 +205,7 @@ def _sample_background(rng: np.random.Generator) -> Background:
 
 
 def _sample_grey(rng: np.random.Generator) -> tuple[int, int, int]:
-    brightness = 80 + 90 * rng.random()
+    brightness = 120 + 80 * rng.random()
     red, green, blue = (round(brightness + 24 * (rng.random() - 0.5)) for _ in range(3))
     return red, green, blue
 
@@ -215,7 +217,8 @@ def draw_scene(scene: Scene, size: int = 64) -> np.ndarray:
     for o in scene.objects:
         radius = round(o.radius * side)
         corner = (round(o.x * side) - radius, round(o.y * side) - radius)
-        canvas.paste(COLOURS[o.colour], corner, _outline(o.shape, radius))
+        canvas.paste(_INK, corner, _outline(o.shape, radius))
+        canvas.paste(COLOURS[o.colour], corner, _inside(o.shape, radius))
         if o.texture != "plain":
             canvas.paste(_second_tone(o.colour), corner, _pattern(o.shape, o.texture, o.size, radius))
     return np.array(canvas.reduce(_SUPERSAMPLING))
@@ -249,7 +252,7 @@ def _outline(shape: str, radius: int) -> Image.Image:
     if shape in ("circle", "ring"):
         draw.ellipse((0, 0, 2 * radius - 1, 2 * radius - 1), fill=255)
         if shape == "ring":
-            hole = 0.48 * radius
+            hole = 0.42 * radius
             draw.ellipse((radius - hole, radius - hole, radius + hole, radius + hole), fill=0)
     else:
         draw.polygon([(radius * (1 + x), radius * (1 + y)) for x, y in _corners(shape)], fill=255)
@@ -285,6 +288,18 @@ def _corners(shape: str) -> list[tuple[float, float]]:
 
 
 @functools.lru_cache(maxsize=2048)
+def _inside(shape: str, radius: int) -> Image.Image:
+    """The mask of a shape less its dark outline, L [2 radius, 2 radius]."""
+    width = max(1, round(_LINE * radius))
+    # What remains of the shape when its border is eaten away, the same width on every side.
+    padded = Image.new("L", (2 * radius + 2, 2 * radius + 2), 0)
+    padded.paste(_outline(shape, radius), (1, 1))
+    for _ in range(width):
+        padded = padded.filter(ImageFilter.MinFilter(3))
+    return padded.crop((1, 1, 2 * radius + 1, 2 * radius + 1))
+
+
+@functools.lru_cache(maxsize=2048)
 def _pattern(shape: str, texture: str, size: str, radius: int) -> Image.Image:
     """The mask of the stripes or dots within a shape's outline, L [2 radius, 2 radius]; cached."""
     mask = Image.new("L", (2 * radius, 2 * radius), 0)
@@ -303,8 +318,4 @@ def _pattern(shape: str, texture: str, size: str, radius: int) -> Image.Image:
                 x = radius + (i + 0.5 * (j % 2)) * period
                 y = radius + j * 0.87 * period
                 draw.ellipse((x - dot, y - dot, x + dot, y + dot), fill=255)
-    # A border in the object's own colour keeps its outline whole.
-    inner = round(0.88 * radius)
-    within = Image.new("L", mask.size, 0)
-    within.paste(_outline(shape, inner), (radius - inner, radius - inner))
-    return ImageChops.multiply(mask, ImageChops.multiply(within, _outline(shape, radius)))
+    return ImageChops.multiply(mask, _inside(shape, radius))

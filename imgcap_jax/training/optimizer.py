@@ -33,6 +33,8 @@ class Optimizer:
     """adamw only; biases and norms are not decayed."""
     b1: float = 0.9
     b2: float = 0.999
+    encoder_factor: float = 1.0
+    """The encoder's learning rate as a multiple of the decoder's."""
     accumulate: int = 1
     """Microbatches a step: memory of a batch / accumulate, gradients of the whole batch."""
 
@@ -71,9 +73,16 @@ class Optimizer:
             chain.append(optax.adam(rate, self.b1, self.b2))
         else:
             chain.append(optax.sgd(rate))
+        if self.encoder_factor != 1.0:
+            chain.append(optax.masked(optax.scale(self.encoder_factor), _of_encoder))
         return optax.chain(*chain)
 
 
 def _decayed(params: Any) -> Any:
     """Matrices and kernels are decayed; biases and norms, which have one axis, are not."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def _of_encoder(params: Any) -> Any:
+    """Marks what belongs to the encoder of a CaptionModel."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: "encoder" in jax.tree_util.keystr(path[:1]), params)
