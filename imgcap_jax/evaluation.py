@@ -19,11 +19,12 @@ from imgcap_jax.data.scenes import Scene
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.extraction import feature_store, uses_store
+from imgcap_jax.files import write_text
 from imgcap_jax.generation import Decoding, caption_function
 from imgcap_jax.metrics.coco_format import write_results
 from imgcap_jax.metrics.scoring import CaptionScorer, Scores
 from imgcap_jax.models.model import CaptionModel, Frozen, Params, split_trained
-from imgcap_jax.run import Run, write_text
+from imgcap_jax.run import Run
 from imgcap_jax.training.checkpoints import Checkpoints
 from imgcap_jax.training.losses import LossSums, caption_loss
 from imgcap_jax.training.parallel import DataParallel

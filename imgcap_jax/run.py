@@ -1,6 +1,5 @@
 """A run's folder: the experiment, the vocabulary and the checkpoints of one training."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from flax import nnx
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, differences, from_json, to_json
+from imgcap_jax.files import write_text
 from imgcap_jax.models.model import CaptionModel
 
 EXPERIMENT = "experiment.json"
@@ -65,10 +65,3 @@ class Run:
         encoder = experiment.encoder.build(experiment.data.image_size, dtype=dtype, rngs=rngs)
         decoder = experiment.decoder.build(encoder.region_size, len(self.vocabulary), dtype=dtype, rngs=rngs)
         return CaptionModel(encoder if with_encoder else None, decoder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file under a temporary name and renames it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -46,11 +46,9 @@ _SHAPE_WORDS = {
     "square": ("square", "box"),
     "triangle": ("triangle",),
     "star": ("star",),
-    "cross": ("cross",),
-    "heart": ("heart",),
     "ring": ("ring",),
 }
-_PLURALS = {"box": "boxes", "cross": "crosses"}
+_PLURALS = {"box": "boxes"}
 _SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 _TEXTURE_WORDS = {"striped": ("striped",), "dotted": ("dotted", "spotted")}
 _COLOUR_WORDS = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")

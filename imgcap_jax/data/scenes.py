@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring")
+SHAPES = ("circle", "square", "triangle", "star", "ring")
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 32, 36),
     "orange": (250, 130, 10),
@@ -38,24 +38,23 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
     ("red", "star"),
     ("blue", "square"),
     ("yellow", "circle"),
-    ("green", "heart"),
+    ("green", "triangle"),
     ("striped", "triangle"),
-    ("dotted", "cross"),
+    ("dotted", "ring"),
 )
 SPLITS = ("train", "val", "test", "test_compositional")
 
 # Sizes of the groups of a scene, with their probabilities; 2.7 objects a scene on average, in every split.
 _GROUPINGS: tuple[tuple[tuple[int, ...], float], ...] = (
-    ((1,), 0.09),
-    ((2,), 0.09),
-    ((1, 1), 0.24),
-    ((3,), 0.03),
-    ((2, 1), 0.18),
-    ((1, 1, 1), 0.15),
-    ((3, 1), 0.05),
-    ((2, 2), 0.05),
-    ((2, 1, 1), 0.09),
-    ((1, 1, 1, 1), 0.03),
+    ((1,), 0.07),
+    ((2,), 0.11),
+    ((3,), 0.07),
+    ((1, 1), 0.25),
+    ((2, 1), 0.25),
+    ((3, 1), 0.06),
+    ((2, 2), 0.06),
+    ((1, 1, 1), 0.10),
+    ((2, 1, 1), 0.03),
 )
 # Two objects overlap a little at most: their centres are at least this share of the sum of their radii apart.
 _MIN_DISTANCE = 0.75
@@ -265,25 +264,9 @@ def _corners(shape: str) -> list[tuple[float, float]]:
         return [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]
     if shape == "triangle":
         return [(0.0, -0.95), (1.0, 0.85), (-1.0, 0.85)]
-    if shape == "cross":
-        arm = 0.34
-        quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]
-        turns = [quarter]
-        for _ in range(3):
-            turns.append([(-y, x) for x, y in turns[-1]])
-        return [corner for turn in turns for corner in turn]
     if shape == "star":
         radii = [1.0 if i % 2 == 0 else 0.44 for i in range(10)]
         return [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii)]
-    if shape == "heart":
-        angles = [2 * math.pi * i / 60 for i in range(60)]
-        return [
-            (
-                math.sin(t) ** 3,
-                -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17 - 0.12,
-            )
-            for t in angles
-        ]
     raise ValueError(f"unknown shape {shape!r}")
 
 

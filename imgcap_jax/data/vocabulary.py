@@ -1,7 +1,6 @@
 """Words and their ids."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import write_text
 from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
 from imgcap_jax.text import tokenize
 
@@ -98,10 +98,8 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         """Writes the vocabulary as JSON."""
-        temporary = path.with_name(path.name + ".tmp")
         document = {"tokenizer": "ptb-coco", "words": self.words, "counts": self.counts}
-        temporary.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(document, ensure_ascii=False))
 
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":

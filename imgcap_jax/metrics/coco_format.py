@@ -6,12 +6,12 @@ dog"}, ...]}``.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import write_text
 
 _RESULTS = 'a list of {"image_id": 1, "caption": "..."}'
 _REFERENCES = 'an object with "annotations": [{"image_id": 1, "caption": "..."}, ...]'
@@ -119,6 +119,4 @@ def _is_id(value: Any) -> bool:
 
 
 def _write(path: Path, document: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(document, ensure_ascii=False))

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from imgcap_jax.data.sources import CaptionSource
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import replacing
 
 # In pixels.
 _TILE = 256  # a whole multiple of 64, the side of the drawn scenes
@@ -63,13 +63,8 @@ def contact_sheet(
                     draw.text((left, y), "•", font=_font(_FONT_SIZE), fill=_FAINT)
                 draw.text((left + 12, y), line, font=_font(_FONT_SIZE), fill=_INK)
         top += picture_height + text_height + 10 + _GAP
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         sheet.save(temporary, "PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def dataset_sheet(source: CaptionSource, path: Path, *, count: int = 12, columns: int = 4, seed: int = 0) -> None:

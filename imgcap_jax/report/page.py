@@ -3,13 +3,14 @@
 import base64
 import html
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from imgcap_jax.files import write_text
 
 # Images up to this side (pixels) are drawings: kept without loss and enlarged with visible pixels.
 _DRAWING = 128
@@ -70,13 +71,7 @@ def caption_page(
         + (f'<dl class="scores">\n{tiles}</dl>\n' if tiles else "")
         + f"<main>\n{''.join(map(_figure, rows))}</main>\n</body>\n</html>\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, page)
 
 
 def _figure(row: Row) -> str:

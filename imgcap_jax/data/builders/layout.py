@@ -1,11 +1,12 @@
 """What lies in a prepared dataset's folder beside TFDS's records. Imports no TFDS, to be quick."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from imgcap_jax.files import write_text
 
 ORIGIN_FILE = "origin.json"
 SKIPPED_FILE = "skipped.json"
@@ -40,13 +41,8 @@ def _index_file(split: str) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON to a temporary name and renames it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes JSON. Raises UserError where the disk is full."""
+    write_text(path, json.dumps(value, ensure_ascii=False))
 
 
 class CaptionIndex:

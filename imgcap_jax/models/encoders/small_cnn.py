@@ -52,9 +52,7 @@ class SmallCNNEncoder(nnx.Module):
         self.region_count = grid * grid
         self.region_size = config.widths[-1]
         inputs = (3, *config.widths[:-1])
-        self.position = nnx.Param(
-            0.1 * jax.random.normal(rngs.params(), (self.region_count, self.region_size))
-        )
+        self.position = nnx.Param(0.1 * jax.random.normal(rngs.params(), (self.region_count, self.region_size)))
         self.downs = nnx.List(
             _Convolution(a, b, stride=2, dtype=dtype, rngs=rngs) for a, b in zip(inputs, config.widths, strict=True)
         )

@@ -1,0 +1,67 @@
+"""The path of a frozen pretrained encoder: a store of features in training, images when captioning."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imgcap_jax.captioner import Captioner
+from imgcap_jax.data.images import Augmentation
+from imgcap_jax.data.pipeline import CaptionData
+from imgcap_jax.data.sources import open_source
+from imgcap_jax.evaluation import evaluate
+from imgcap_jax.experiment import Experiment, Training
+from imgcap_jax.extraction import feature_store
+from imgcap_jax.generation import Decoding
+from imgcap_jax.models.decoders.show_tell import ShowTell
+from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
+from imgcap_jax.run import Run
+from imgcap_jax.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+    folder = tmp_path_factory.mktemp("frozen")
+    experiment = Experiment(
+        data=CaptionData(
+            dataset="scenes",
+            data_dir=tiny_data,
+            image_size=32,
+            batch_size=8,
+            captions_per_image=2,
+            min_count=1,
+            views=2,
+            augmentation=Augmentation(crop_scale_min=0.7, flip=True),
+        ),
+        encoder=EfficientNetLite(variant=0),
+        decoder=ShowTell(hidden_size=16, embedding_size=16, dropout=0.0),
+        training=Training(epochs=1, validation_images=8),
+        decoding=Decoding(beam=2),
+    )
+    train(experiment, folder / "run", cache=folder / "cache", show=lambda line: None)
+    return Run.load(folder / "run"), folder / "cache"
+
+
+def test_captions_from_images_equal_those_from_the_store(trained: tuple[Run, Path]) -> None:
+    run, cache = trained
+    evaluation = evaluate(run, "test", cache=cache)
+    photos = [example.image for example in evaluation.source]
+    from_images = [caption.text for caption in Captioner(run)(photos)]
+    assert from_images == list(evaluation.captioned.captions.values())
+
+
+def test_store_holds_what_the_encoder_says_of_each_image(trained: tuple[Run, Path]) -> None:
+    run, cache = trained
+    source = open_source("scenes", "train", run.experiment.data.data_dir)
+    store = feature_store(run.experiment, source, views=2, cache=cache, progress=False)
+    captioner = Captioner(run)
+    encoder = run.model(with_encoder=True).encoder
+    images = np.stack([captioner.pixels(source[i].image) for i in (0, 17, 39)])
+    np.testing.assert_allclose(store.gather([0, 17, 39], [0, 0, 0]), encoder(images), atol=0.01)
+    assert not np.allclose(store[0, 1], store[0, 0], atol=0.01)
+
+
+def test_checkpoint_is_the_decoder_s_alone(trained: tuple[Run, Path]) -> None:
+    run, _ = trained
+    size = sum(path.stat().st_size for path in (run.folder / "checkpoints").rglob("*") if path.is_file())
+    assert size < 3e6  # the encoder has 3.4 million parameters
