@@ -13,11 +13,11 @@ from imgcap_jax.training.cross_entropy import CrossEntropy
 from imgcap_jax.training.optimizer import Optimizer
 
 experiment = Experiment(
-    data=CaptionData(dataset="scenes", image_size=64, batch_size=32, captions_per_image=5, min_count=1),
+    data=CaptionData(dataset="scenes", image_size=64, batch_size=16, captions_per_image=5, min_count=1),
     encoder=SmallCNN(widths=(32, 64, 128), blocks=(0, 0, 1)),
-    decoder=ShowAttendTell(hidden_size=256, embedding_size=128, attention_size=128, region_size=None, dropout=0.0),
-    optimizer=Optimizer(learning_rate=2e-3, warmup_epochs=0.3),
+    decoder=ShowAttendTell(hidden_size=256, embedding_size=128, attention_size=64, region_size=None, dropout=0.0),
+    optimizer=Optimizer(learning_rate=2e-3, warmup_epochs=0.3, encoder_factor=0.35),
     objective=CrossEntropy(label_smoothing=0.0),
-    training=Training(epochs=5, ema_decay=0.99, evaluate_epochs=1.0, validation_images=200),
+    training=Training(epochs=7, ema_decay=0.99, validation_images=200, log_steps=50),
     decoding=Decoding(beam=3),
 )

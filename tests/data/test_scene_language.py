@@ -35,11 +35,11 @@ FOUR = _scene(
 
 def test_same_captions_in_every_process_and_version() -> None:
     pinned = [
-        "a picture of two orange stars left of a purple ring",
-        "two small orange stars left of a large purple ring",
-        "a picture of two small orange stars and a large purple ring",
-        "there is a large purple ring right of two small orange stars",
-        "there are two small orange stars and a large purple ring",
+        "there are two small orange triangles and a large purple ring",
+        "two small orange triangles left of a large purple ring",
+        "two small orange triangles and a large purple ring",
+        "two little orange triangles left of a big purple ring",
+        "a large purple ring right of two small orange triangles",
     ]
     assert scene_captions(sample_scene("test", 3)) == pinned
     code = (
@@ -72,7 +72,7 @@ def test_captions_are_five_true_different_and_name_everything(split: str) -> Non
             words.update(tokens)
             lengths.append(len(tokens))
     assert max(lengths) <= 20
-    assert 10 <= sum(lengths) / len(lengths) <= 13
+    assert 9 <= sum(lengths) / len(lengths) <= 13
     assert len(words) < 90
 
 
