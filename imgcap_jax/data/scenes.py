@@ -235,12 +235,12 @@ def _draw_background(background: Background, side: int) -> Image.Image:
 
 
 def _second_tone(colour: str) -> tuple[int, int, int]:
-    """The colour of stripes and dots: light on dark colours and dark on light ones, seen at any size."""
+    """The colour of stripes and dots: white, and greys on white and black."""
     if colour == "white":
         return (70, 70, 74)
     if colour == "black":  # white marks would make it the same as a white object with black ones
         return (176, 176, 172)
-    return (40, 40, 40) if colour in ("yellow", "orange") else (250, 250, 250)
+    return (250, 250, 250)  # dark marks on yellow or orange would mix with it to green or red
 
 
 @functools.lru_cache(maxsize=2048)
@@ -265,7 +265,7 @@ def _corners(shape: str) -> list[tuple[float, float]]:
     if shape == "triangle":
         return [(0.0, -0.95), (1.0, 0.85), (-1.0, 0.85)]
     if shape == "star":
-        radii = [1.0 if i % 2 == 0 else 0.58 for i in range(10)]
+        radii = [1.0 if i % 2 == 0 else 0.62 for i in range(10)]
         return [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii)]
     raise ValueError(f"unknown shape {shape!r}")
 
@@ -293,7 +293,7 @@ def _pattern(shape: str, texture: str, size: str, radius: int) -> Image.Image:
     if texture == "striped":
         for i in steps:
             top = radius + (i - 0.2) * period
-            draw.rectangle((0, top, 2 * radius, top + 0.40 * period), fill=255)
+            draw.rectangle((0, top, 2 * radius, top + 0.4 * period), fill=255)
     else:
         dot = 0.33 * period
         for i in steps:
