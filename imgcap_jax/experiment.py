@@ -102,8 +102,12 @@ def from_json(text: str, where: str) -> Experiment:
     return typing.cast(Experiment, experiment)
 
 
+# What a run may be resumed with another value of: where things are and how often one hears, not what is computed.
+_FREE = {"data.data_dir", "data.threads", "data.workers", "training.checkpoint_minutes", "training.log_steps"}
+
+
 def differences(old: Experiment, new: Experiment) -> list[str]:
-    """The fields in which two experiments differ, as "data.batch_size: 64 -> 32"."""
+    """The fields in which two experiments compute different things, as "data.batch_size: 64 -> 32"."""
     before, after = _flatten(_encode(old)), _flatten(_encode(new))
     names = [*before, *(name for name in after if name not in before)]
     return [f"{name}: {before.get(name)} -> {after.get(name)}" for name in names if before.get(name) != after.get(name)]
