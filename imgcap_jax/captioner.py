@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from imgcap_jax.data.images import ImageError, decode
 from imgcap_jax.generation import Decoding, caption_function
@@ -67,17 +67,21 @@ class Captioner:
         """A photo as the run's encoder wants it: uint8 [s,s,3]. Raises as ``__call__``."""
         data = self.run.experiment.data
         if isinstance(photo, Image.Image):
-            photo = np.asarray(photo.convert("RGB"))
+            photo = np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
         elif isinstance(photo, str | Path):
             photo = Path(photo).read_bytes()
         return decode(photo, data.image_size, data.resize)
 
     def stream(self, images: Sequence[np.ndarray]) -> Iterator[list[Caption]]:
-        """Captions images uint8 [s,s,3], a batch at a time. The last batch is filled up: one compilation."""
+        """Captions images uint8 [s,s,3], a batch at a time.
+
+        A batch is filled up, so that there are two compiled shapes: one for a single image, one for more.
+        """
         vocabulary = self.run.vocabulary
         for first in range(0, len(images), BATCH):
             group = list(images[first : first + BATCH])
-            filled = np.stack(group + [group[-1]] * (BATCH - len(group) if len(images) > BATCH else 0))
+            size = 1 if len(images) == 1 else BATCH
+            filled = np.stack(group + [group[-1]] * (size - len(group)))
             decoded = jax.device_get(self._captions(self._params, self._frozen, {"image": filled}))
             captions = []
             for row in range(len(group)):
@@ -93,7 +97,10 @@ def caption_files(captioner: Captioner, paths: Sequence[Path], *, as_json: bool)
 
     A file that can't be read is told by name, and the others are still captioned.
     """
-    groups = _chunks(list(_files(paths)), BATCH)
+    files = list(_files(paths))
+    if not files:
+        yield f"imgcap: no images in {', '.join(map(str, paths))}", True
+    groups = _chunks(files, BATCH)
     for group in groups:
         images: list[np.ndarray] = []
         read: list[Path] = []

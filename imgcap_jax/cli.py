@@ -1,6 +1,7 @@
 """The ``imgcap`` command: parses, calls one function, prints."""
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,14 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.rest = rest
     try:
         code: int = options.command(options)
+    except BrokenPipeError:
+        return 141
     except UserError as error:
         print(f"imgcap: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"imgcap: {place}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("imgcap: interrupted; the same command goes on from what is saved", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 141
     return code
 
 
@@ -80,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     caption.add_argument("--run", type=Path, required=True, help="the run's folder")
     caption.add_argument("--json", action="store_true", help="one JSON object a line, with words and log-probabilities")
     _add_decoding(caption)
+    _add_cache(caption)
 
     data = commands.add_parser("data", allow_abbrev=False, help="prepare and look at datasets")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -102,9 +108,17 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache",
         type=Path,
-        default=Path("runs/.cache"),
-        help="folder of encoder features and compiled programs (default: runs/.cache)",
+        help="folder of encoder features and compiled programs (default: .cache beside the run)",
     )
+
+
+def _cache(options: argparse.Namespace, run: Path) -> Path:
+    """The cache's folder, with compiled programs kept in it from now on."""
+    from imgcap_jax.compilation import cache_compilations
+
+    cache: Path = options.cache or run.parent / ".cache"
+    cache_compilations(cache)
+    return cache
 
 
 def _add_data_dir(parser: argparse.ArgumentParser) -> None:
@@ -128,17 +142,20 @@ def _train(options: argparse.Namespace) -> int:
             print("\n" + overrides_help(find(options.experiment)))
         return 0 if options.help else 2
     experiment = override(find(options.experiment), options.rest)
-    from imgcap_jax.compilation import cache_compilations
     from imgcap_jax.experiment import for_smoke
     from imgcap_jax.training.loop import train
 
     name = Path(options.experiment).stem + ("_smoke" if options.smoke else "")
+    if options.smoke and options.run:
+        raise UserError(f"--smoke always runs in runs/{name}, anew each time; leave out --run")
     folder = options.run or Path("runs") / name
-    cache_compilations(options.cache)
+    if options.smoke:
+        shutil.rmtree(folder, ignore_errors=True)  # a finished smoke run would check nothing
+    cache = _cache(options, folder)
     outcome = train(
         for_smoke(experiment) if options.smoke else experiment,
         folder,
-        cache=options.cache / "features",
+        cache=cache / "features",
         init_from=options.init_from,
         smoke=options.smoke,
     )
@@ -150,17 +167,15 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from imgcap_jax.compilation import cache_compilations
     from imgcap_jax.evaluation import evaluate
     from imgcap_jax.report.evaluation import lines, write_page
     from imgcap_jax.run import Run
 
     run = Run.load(options.run)
-    cache_compilations(options.cache)
     evaluation = evaluate(
         run,
         options.split,
-        cache=options.cache / "features",
+        cache=_cache(options, run.folder) / "features",
         dataset=options.dataset,
         decoding=run.experiment.decoding.but(options.beam, options.length_norm, options.max_words),
     )
@@ -176,6 +191,7 @@ def _caption(options: argparse.Namespace) -> int:
     from imgcap_jax.run import Run
 
     run = Run.load(options.run)
+    _cache(options, run.folder)
     decoding = run.experiment.decoding.but(options.beam, options.length_norm, options.max_words)
     bad = 0
     for line, failed in caption_files(Captioner(run, decoding), options.photos, as_json=options.json):

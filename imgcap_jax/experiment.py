@@ -45,6 +45,14 @@ class Training:
     log_steps: int = 20
     """A line of metrics every so many steps."""
 
+    def __post_init__(self) -> None:
+        for name, lowest in (("validation_beam", 1), ("log_steps", 1), ("validation_images", 1), ("patience", 0)):
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise UserError(f"training.{name} is {value}; give {lowest} or more")
+        if self.epochs <= 0 or self.evaluate_epochs <= 0 or not 0 <= self.ema_decay < 1:
+            raise UserError("training: epochs and evaluate_epochs are above 0, ema_decay is at least 0 and below 1")
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -94,12 +102,14 @@ def from_json(text: str, where: str) -> Experiment:
     """
     try:
         experiment = _decode(json.loads(text), Experiment)
+        if not isinstance(experiment, Experiment):
+            raise ValueError("no experiment in it")
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{where} is not an experiment that this version of imgcap_jax reads ({error}); "
             f"train again, or use the version that wrote it"
         ) from error
-    return typing.cast(Experiment, experiment)
+    return experiment
 
 
 # What a run may be resumed with another value of: where things are and how often one hears, not what is computed.
@@ -110,19 +120,27 @@ def differences(old: Experiment, new: Experiment) -> list[str]:
     """The fields in which two experiments compute different things, as "data.batch_size: 64 -> 32"."""
     before, after = _flatten(_encode(old)), _flatten(_encode(new))
     names = [*before, *(name for name in after if name not in before)]
-    return [f"{name}: {before.get(name)} -> {after.get(name)}" for name in names if before.get(name) != after.get(name)]
+    changed = [name for name in names if before.get(name) != after.get(name) and name not in _FREE]
+    return [f"{name}: {before.get(name)} -> {after.get(name)}" for name in changed]
+
+
+_SMOKE_BATCH = 16  # divides into as many devices
 
 
 def for_smoke(experiment: Experiment) -> Experiment:
     """The same experiment cut down to a check that takes seconds: two short epochs of few images."""
     return dataclasses.replace(
         experiment,
-        data=dataclasses.replace(
-            experiment.data, batch_size=min(8, experiment.data.batch_size), views=min(2, experiment.data.views)
-        ),
+        data=dataclasses.replace(experiment.data, batch_size=_SMOKE_BATCH, views=min(2, experiment.data.views)),
         training=dataclasses.replace(
-            experiment.training, epochs=2.0, evaluate_epochs=1.0, validation_images=16, log_steps=1
+            experiment.training,
+            epochs=2.0,
+            evaluate_epochs=1.0,
+            validation_images=16,
+            validation_beam=experiment.decoding.beam,
+            log_steps=1,
         ),
+        optimizer=dataclasses.replace(experiment.optimizer, accumulate=1),
     )
 
 

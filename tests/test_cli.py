@@ -117,6 +117,10 @@ def test_run_of_another_experiment(trained: Path, tiny_file: Path, capsys: pytes
     assert "decoder.dropout: 0.3 -> 0.2" in line
 
 
+def test_run_may_be_resumed_with_another_number_of_threads(trained: Path, tiny_file: Path) -> None:
+    assert main(["train", str(tiny_file), "--run", str(trained), "--data.threads", "1"]) == 0
+
+
 def test_checkpoint_of_another_experiment(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changed = tmp_path / "changed"
     shutil.copytree(trained, changed)
@@ -146,10 +150,11 @@ def test_disk_full_while_saving_leaves_the_checkpoint_before(
     monkeypatch.setattr(ocp.CheckpointManager, "save", full)
     command = ["train", str(tiny_file), "--run", str(tmp_path / "run")]
     assert "disk full" in refused(command, capsys)
-    monkeypatch.undo()
-    assert main([*command, "--cache", str(tmp_path / "cache")]) == 2  # TFDS_DATA_DIR was undone as well
     steps = [int(p.name) for p in (tmp_path / "run" / "checkpoints" / "newest").iterdir() if p.name.isdigit()]
     assert max(steps) == 3
+    monkeypatch.setattr(ocp.CheckpointManager, "save", original)
+    assert main(command) == 0
+    assert "at step 3 of 10" in capsys.readouterr().out
 
 
 def test_loss_that_is_not_finite_stops_with_the_step(

@@ -198,8 +198,7 @@ def _open(image: bytes) -> _Opened:
 
 
 def _open_jpeg(image: bytes, width: int, height: int) -> _Opened:
-    # A search through the file takes microseconds, PIL's parsing of every header ten times as long.
-    orientation = _orientation(Image.open(io.BytesIO(image))) if b"Exif\0\0" in image else 1
+    orientation = _jpeg_orientation(image)
 
     def load(min_width: int, min_height: int) -> Image.Image:
         if orientation in _SIDEWAYS:
@@ -239,6 +238,16 @@ def _open_other(image: bytes) -> _Opened:
             raise ImageError(f"it cannot be decoded ({error})") from error
 
     return width, height, load
+
+
+def _jpeg_orientation(image: bytes) -> int:
+    # A search through the file takes microseconds, PIL's parsing of every header ten times as long.
+    if b"Exif\0\0" not in image:
+        return 1
+    try:
+        return _orientation(Image.open(io.BytesIO(image)))
+    except Exception:  # What PIL refuses, simplejpeg may still decode.
+        return 1
 
 
 def _orientation(picture: Image.Image) -> int:

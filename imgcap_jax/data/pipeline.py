@@ -5,6 +5,7 @@ processes or hosts. So the state of an iterator is the number of batches it gave
 """
 
 import logging
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,6 +181,7 @@ def train_batches(
     identity = {
         "seed": seed,
         "batch_size": config.batch_size,
+        "captions": rows.fingerprint,
         "sources": [[source.name, source.split, len(source), float(weight)] for source, weight in mixture],
     }
     return TrainBatches(batches, config, identity)
@@ -256,6 +258,11 @@ class _TrainRows(grain.transforms.RandomMap):
         self._captions = _CaptionTable(sources, vocabulary, config.max_words + 2)
         self._image_ids = np.concatenate([np.asarray(source.image_ids(), np.int64) for source in sources])
         self._unreadable: list[dict[int, str]] = [{} for _ in sources]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all captions as tokens, so that a state isn't resumed with others."""
+        return f"{zlib.crc32(self._captions.tokens.tobytes()):08x}"
 
     def random_map(self, element: int, rng: np.random.Generator) -> Batch:
         number = int(element)

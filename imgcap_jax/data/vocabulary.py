@@ -96,6 +96,13 @@ class Vocabulary:
             known += sum(token in self._ids for token in tokens)
         return known / total if total else 1.0
 
+    def extended(self, other: "Vocabulary") -> "Vocabulary":
+        """These words with their ids, then those of ``other`` that are new; counts are added up."""
+        theirs = dict(zip(other.words, other.counts, strict=True))
+        new = [word for word in other.words if word not in set(self.words)]
+        counts = [count + theirs.get(word, 0) for word, count in zip(self.words, self.counts, strict=True)]
+        return Vocabulary((*self.words, *new), (*counts, *(theirs[word] for word in new)))
+
     def save(self, path: Path) -> None:
         """Writes the vocabulary as JSON."""
         document = {"tokenizer": "ptb-coco", "words": self.words, "counts": self.counts}

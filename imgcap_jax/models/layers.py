@@ -89,7 +89,7 @@ def _additive_attention(
     query: Array, keys: Array, regions: Array, region_mask: Array | None, score: Array
 ) -> tuple[Array, Array]:
     hidden = jnp.tanh(keys[:, None] + query[:, :, None])  # [B,M,N,A]
-    scores = (hidden @ score)[..., 0].astype(jnp.float32)  # [B,M,N]
+    scores = jnp.matmul(hidden, score, preferred_element_type=jnp.float32)[..., 0]  # [B,M,N]
     if region_mask is not None:
         scores = jnp.where(region_mask[:, None], scores, -1e9)
     weights = jax.nn.softmax(scores, axis=-1)
@@ -112,4 +112,6 @@ class WordLogits(nnx.Module):
     def __call__(self, hidden: Array, embedding: nnx.Embed) -> Array:
         """hidden [...,H] -> logits [...,V]; a tied layer reads ``embedding``."""
         kernel: Any = embedding.embedding[...].T if self.kernel is None else self.kernel[...]
-        return hidden.astype(self.dtype) @ kernel.astype(self.dtype) + self.bias[...].astype(self.dtype)
+        # Products in bfloat16 are summed and given in float32: 8 bits would make ties of near-equal words.
+        product = jnp.matmul(hidden.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        return product + self.bias[...]

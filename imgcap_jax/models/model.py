@@ -45,14 +45,9 @@ class CaptionModel(nnx.Module):
 def split_trained(model: CaptionModel) -> tuple[nnx.GraphDef[CaptionModel], Params, Frozen]:
     """Splits a model into its graph, the parameters that are trained and all the rest.
 
-    An encoder decides by its method ``is_trained(path)``; one without it is trained as a whole.
+    What is trained is an ``nnx.Param``; encoders keep what is frozen in variables of another type.
     """
-    chosen = getattr(model.encoder, "is_trained", lambda path: True)
-
-    def trained(path: tuple[Any, ...], value: Any) -> bool:
-        return isinstance(value, nnx.Param) and (path[0] != "encoder" or chosen(path[1:]))
-
-    graph, params, *rest = nnx.split(model, trained, ...)
+    graph, params, *rest = nnx.split(model, nnx.Param, ...)
     return graph, params, rest[0]
 
 

@@ -36,11 +36,11 @@ class Checkpoints:
     Orbax writes into a temporary folder and renames it: a kill at any moment leaves the one before.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, *, writing: bool = False) -> None:
+        """Opens the checkpoints of a run; only who trains it may be ``writing``, others could disturb a save."""
         self.folder = run.absolute() / "checkpoints"
-        # The newest two: should the last be damaged by a crash of the machine, the one before is there.
-        self._newest = _manager(self.folder / "newest", keep=2)
-        self._best = _manager(self.folder / "best", keep=1)
+        self._newest = _manager(self.folder / "newest", writing)
+        self._best = _manager(self.folder / "best", writing)
 
     @property
     def step(self) -> int | None:
@@ -70,9 +70,9 @@ class Checkpoints:
         """Keeps these parameters as the best."""
         with _disk_errors(self.folder):
             if self.best_step is not None and self.best_step >= step:
-                # Left by a run that was killed between this and its checkpoint.
-                for old in list(self._best.all_steps()):
-                    self._best.delete(old)
+                # Left by this run when it was killed between this and its checkpoint. It will get there again, to
+                # the same parameters.
+                return
             self._best.save(step, args=ocp.args.StandardSave(_raw(params)))
             self._best.wait_until_finished()
 
@@ -108,9 +108,13 @@ class Checkpoints:
         self._best.close()
 
 
-def _manager(folder: Path, keep: int) -> ocp.CheckpointManager:
+def _manager(folder: Path, writing: bool) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=False, create=True, cleanup_tmp_directories=True
+        max_to_keep=1,
+        enable_async_checkpointing=False,
+        create=writing,
+        cleanup_tmp_directories=writing,
+        read_only=not writing,
     )
     return ocp.CheckpointManager(folder, options=options)
 
@@ -151,7 +155,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 def _shape_errors(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, FileNotFoundError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"the checkpoint in {folder} does not fit this experiment ({reason[:200]}); it was written by "

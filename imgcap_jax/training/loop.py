@@ -71,7 +71,7 @@ def train(
     if smoke:
         sources = [source.first(SMOKE_IMAGES) for source in sources]
     validation = validation.first(training.validation_images or len(validation))
-    run = _open_run(experiment, folder, sources)
+    run = _open_run(experiment, folder, sources, init_from)
     vocabulary = run.vocabulary
 
     # Features, once, where the encoder never changes.
@@ -81,7 +81,7 @@ def train(
 
     # The model, its optimizer and the compiled step.
     model = run.model(with_encoder=not stored)
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(folder, writing=True)
     if init_from is not None and checkpoints.step is None:
         show(transfer(init_from, model, vocabulary))
     graph, params, frozen = split_trained(model)
@@ -165,14 +165,20 @@ def train(
     return Outcome(progress.step, progress.best, stop.signal)
 
 
-def _open_run(experiment: Experiment, folder: Path, sources: Sequence[CaptionSource]) -> Run:
-    """The folder's run, made where there is none; never another experiment's."""
-    if Run.exists(folder):
+def _open_run(experiment: Experiment, folder: Path, sources: Sequence[CaptionSource], init_from: Path | None) -> Run:
+    """The folder's run, made where nothing was trained yet; never another experiment's.
+
+    Its words are those of the training captions, after all those of the run it starts from.
+    """
+    if Run.exists(folder) and any((folder / "checkpoints").glob("*/[0-9]*")):
         run = Run.load(folder)
         run.check_same(experiment)
         return run
     captions = (caption for source in sources for i in range(len(source)) for caption in source.captions(i))
-    run = Run(folder, experiment, Vocabulary.build(captions, experiment.data.min_count))
+    vocabulary = Vocabulary.build(captions, experiment.data.min_count)
+    if init_from is not None:
+        vocabulary = Run.load(init_from).vocabulary.extended(vocabulary)
+    run = Run(folder, experiment, vocabulary)
     if jax.process_index() == 0:
         run.save()
     return run

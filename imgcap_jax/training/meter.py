@@ -1,7 +1,6 @@
 """The progress line, and the check that the loss is a number."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -61,19 +60,20 @@ class Meter:
         step, metrics = self._pending
         self._pending = None
         values = {name: float(np.asarray(value)) for name, value in metrics.items()}
-        if not math.isfinite(values["loss"]):
+        # The loss is of the parameters before the update, which a gradient that is not finite has spoilt.
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             self._log.write("train", step, values)
             raise UserError(
                 f"the loss is {values['loss']} at step {step} (gradient norm {values['gradient_norm']}): try a "
-                f"lower --optimizer.learning-rate, a longer --optimizer.warmup-epochs, or --training.dtype float32; "
-                f"the checkpoint before it is intact"
+                f"lower --optimizer.learning-rate, a longer --optimizer.warmup-epochs, or --training.dtype float32, "
+                f"in another --run; the checkpoint before it is intact (--init-from starts from the best)"
             )
         seconds = time.perf_counter() - self._since
         rate = (step - self._since_step) * self._captions / seconds if step > self._since_step else math.nan
         if step % self._log_steps == 0:
             self._log.write("train", step, {**values, "captions_per_second": rate})
         now = time.monotonic()
-        if now - self._shown >= (0.5 if sys.stdout.isatty() else LINE_SECONDS):
+        if now - self._shown >= LINE_SECONDS:
             self._shown = now
             left = (self._total - step) * self._captions / rate if rate > 0 else math.nan
             self._show(

@@ -6,6 +6,8 @@ from typing import Any, Literal
 import jax
 import optax
 
+from imgcap_jax.errors import UserError
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -37,6 +39,13 @@ class Optimizer:
     """The encoder's learning rate as a multiple of the decoder's."""
     accumulate: int = 1
     """Microbatches a step: memory of a batch / accumulate, gradients of the whole batch."""
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.learning_rate <= 0 or self.warmup_epochs < 0 or self.decay_every_epochs <= 0:
+            raise UserError(
+                "optimizer: accumulate is at least 1, learning_rate and decay_every_epochs are above 0, "
+                "warmup_epochs is not below 0"
+            )
 
     def rate(self, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
         """The learning rate as a function of the step."""

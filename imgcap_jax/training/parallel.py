@@ -18,8 +18,8 @@ Step = Callable[[Any, Any, Mapping[str, Array]], tuple[Any, Any]]
 class DataParallel:
     """Data parallelism over every device of every process.
 
-    The state is replicated and has no device axis; batches are cut along their first axis. Multi-host runs
-    call ``jax.distributed.initialize()`` first, and each process gives its own part of the batch.
+    The state is replicated and has no device axis; batches are cut along their first axis, and each process gives
+    its own part of the batch. The training loop itself runs on one host so far.
     """
 
     def __init__(

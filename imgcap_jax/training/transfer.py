@@ -14,12 +14,19 @@ from imgcap_jax.models.model import CaptionModel, split_trained
 from imgcap_jax.run import Run
 from imgcap_jax.training.checkpoints import Checkpoints
 
+# The axis that counts words, by the end of a parameter's name; every decoder has these two layers.
+_WORD_AXES = {
+    "['embedding']['embedding']": 0,
+    "['words']['kernel']": 1,
+    "['words']['bias']": 0,
+}
+
 
 def transfer(source: Path, model: CaptionModel, vocabulary: Vocabulary) -> str:
     """Puts the best parameters of the run ``source`` into ``model``, in place.
 
-    An axis as long as the old vocabulary is mapped by word: rows of words that both know are copied, those of
-    new words keep the model's fresh values.
+    The word embedding and the layer of word scores are mapped by word: rows of words that both know are copied,
+    those of new words keep the model's fresh values.
 
     Args:
         source: the folder of the run to start from.
@@ -42,7 +49,6 @@ def transfer(source: Path, model: CaptionModel, vocabulary: Vocabulary) -> str:
     pairs = [(i, known[word]) for i, word in enumerate(vocabulary.words) if word in known]
     new_rows = jnp.array([i for i, _ in pairs])
     old_rows = jnp.array([i for _, i in pairs])
-    sizes = (len(vocabulary), len(old.vocabulary))
 
     _, params, _ = split_trained(model)
     old_leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(restored)}
@@ -54,12 +60,12 @@ def transfer(source: Path, model: CaptionModel, vocabulary: Vocabulary) -> str:
             return leaf  # frozen there, to be trained here
         if other is None:
             raise UserError(f"{source} has no parameter {name}: it has another architecture; use the same one")
-        for axis in range(leaf.ndim):
-            if leaf.ndim == other.ndim and (leaf.shape[axis], other.shape[axis]) == sizes:
-                rest = leaf.shape[:axis] + leaf.shape[axis + 1 :]
-                if rest == other.shape[:axis] + other.shape[axis + 1 :]:
-                    moved = jnp.moveaxis(leaf, axis, 0).at[new_rows].set(jnp.moveaxis(other, axis, 0)[old_rows])
-                    return jnp.moveaxis(moved, 0, axis)
+        axis = next((axis for ending, axis in _WORD_AXES.items() if name.endswith(ending)), None)
+        rest = tuple(size for i, size in enumerate(leaf.shape) if i != axis)
+        old_rest = tuple(size for i, size in enumerate(other.shape) if i != axis)
+        if axis is not None and rest == old_rest:
+            moved = jnp.moveaxis(leaf, axis, 0).at[new_rows].set(jnp.moveaxis(other, axis, 0)[old_rows])
+            return jnp.moveaxis(moved, 0, axis)
         if leaf.shape != other.shape:
             raise UserError(
                 f"{source}: parameter {name} has shape {other.shape}, here it is {leaf.shape}; "
@@ -67,8 +73,12 @@ def transfer(source: Path, model: CaptionModel, vocabulary: Vocabulary) -> str:
             )
         return other
 
-    lost = [name for name in old_leaves if name.startswith("['encoder']") and model.encoder is None]
+    ours = {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)}
+    lost = [name for name in old_leaves if name not in ours]
     if lost:
-        raise UserError(f"{source} trained its encoder, here it is frozen; give the --encoder options of that run")
+        raise UserError(
+            f"{source} trained {lost[0]}, which is not trained here; "
+            f"give the --encoder and --decoder options of that run"
+        )
     nnx.update(model, jax.tree_util.tree_map_with_path(mapped, params))
     return f"starting from {source}: {len(pairs)} of {len(vocabulary)} words known there"

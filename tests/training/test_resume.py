@@ -70,6 +70,7 @@ def test_killed_three_times_ends_bit_identical(
         time.sleep(chance.uniform(0.0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        assert process.returncode == -signal.SIGKILL  # it had not finished before
     output = command.finish()
     assert "resuming" in output
     expected, got = uninterrupted.state(), command.state()

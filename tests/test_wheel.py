@@ -1,0 +1,40 @@
+"""The wheel works without the checkout."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from imgcap_jax.data.builders.scenes import encode_png
+from imgcap_jax.data.scenes import draw_scene, sample_scene
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.slow
+def test_wheel_trains_and_captions_without_the_checkout(tiny_data: Path, tmp_path: Path) -> None:
+    wheels, installed = tmp_path / "wheels", tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(wheels), str(REPOSITORY)], check=True)
+    (wheel,) = wheels.glob("imgcap_jax-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(installed), str(wheel)], check=True)
+    # The wheel's modules come before those of the checkout, which tests run from.
+    environment = {**os.environ, "PYTHONPATH": str(installed), "TFDS_DATA_DIR": str(tiny_data), "XLA_FLAGS": ""}
+
+    def imgcap(*arguments: str) -> str:
+        command = [sys.executable, "-m", "imgcap_jax.cli", *arguments]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    code = "import imgcap_jax, imgcap_jax.experiments; print(imgcap_jax.__file__, *imgcap_jax.experiments.__path__)"
+    where = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert all(path.startswith(str(installed)) for path in where.stdout.split()), where
+    assert "train" in imgcap("--help")
+    imgcap("train", "scenes_demo", "--smoke")
+    assert "CIDEr-D" in imgcap("evaluate", "runs/scenes_demo_smoke", "--split", "test", "--page", "page.html")
+    picture = tmp_path / "scene.png"
+    picture.write_bytes(encode_png(draw_scene(sample_scene("test", 0))))
+    assert str(picture) in imgcap("caption", str(picture), "--run", "runs/scenes_demo_smoke")
