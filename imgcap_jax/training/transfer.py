@@ -60,7 +60,7 @@ def transfer(source: Path, model: CaptionModel, vocabulary: Vocabulary) -> str:
             return leaf  # frozen there, to be trained here
         if other is None:
             raise UserError(f"{source} has no parameter {name}: it has another architecture; use the same one")
-        axis = next((axis for ending, axis in _WORD_AXES.items() if name.endswith(ending)), None)
+        axis = next((axis for ending, axis in _WORD_AXES.items() if name.removesuffix(".value").endswith(ending)), None)
         rest = tuple(size for i, size in enumerate(leaf.shape) if i != axis)
         old_rest = tuple(size for i, size in enumerate(other.shape) if i != axis)
         if axis is not None and rest == old_rest:
