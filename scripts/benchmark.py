@@ -42,11 +42,17 @@ def medians(things: Mapping[str, Thing], rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def matmul(size: int = 2048) -> tuple[Thing, float]:
-    """A plain square product and its FLOPs."""
+def matmul(size: int = 2048, count: int = 20) -> tuple[Thing, float]:
+    """Plain square products, enough of them to last as long as a step, and their FLOPs."""
     a = jnp.ones((size, size))
     product = jax.jit(lambda a: a @ a)
-    return lambda: jax.block_until_ready(product(a)), 2.0 * size**3
+
+    def run() -> None:
+        for _ in range(count):
+            result = product(a)
+        jax.block_until_ready(result)
+
+    return run, 2.0 * count * size**3
 
 
 def encoder(options: argparse.Namespace) -> None:
