@@ -36,5 +36,5 @@ experiment = Experiment(
     optimizer=Optimizer(learning_rate=1e-3, warmup_epochs=0.5, weight_decay=0.05),
     objective=CrossEntropy(label_smoothing=0.1),
     training=Training(epochs=12, ema_decay=0.998, evaluate_epochs=1.0),
-    decoding=Decoding(beam=3, length_norm=0.7, max_words=20),
+    decoding=Decoding(beam=3, length_norm=0.5, max_words=20),
 )

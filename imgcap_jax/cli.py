@@ -1,6 +1,8 @@
 """The ``imgcap`` command: parses, calls one function, prints."""
 
 import argparse
+import difflib
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -23,7 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command is not _train:
-        parser.error(f"unknown argument {rest[0]!r}; see imgcap --help")
+        known = re.findall(r"--[a-z-]+", options.parser.format_help())
+        near = difflib.get_close_matches(rest[0], known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else "--help after the command lists its options"
+        print(f"imgcap: unknown argument {rest[0]}; {hint}", file=sys.stderr)
+        return 2
     options.rest = rest
     try:
         code: int = options.command(options)
@@ -65,13 +71,20 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--run", type=Path, help="the run's folder (default: runs/<experiment>)")
     train.add_argument("--init-from", type=Path, metavar="RUN", help="start from another run's best weights")
     train.add_argument("--smoke", action="store_true", help="a check in seconds: few images, two short epochs")
+    train.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT,COUNT,INDEX",
+        help="train over several hosts; the same command on each (on Cloud TPU and Slurm without a value)",
+    )
     _add_cache(train)
     train.add_argument("-h", "--help", action="store_true", help="show this and the experiment's fields")
 
     evaluate = commands.add_parser(
         "evaluate", allow_abbrev=False, help="caption a split and score it, in COCO's format"
     )
-    evaluate.set_defaults(command=_evaluate)
+    evaluate.set_defaults(command=_evaluate, parser=evaluate)
     evaluate.add_argument("run", type=Path, help="the run's folder")
     evaluate.add_argument("--split", default="val", help="train, val, test, ... (default: val)")
     evaluate.add_argument("--dataset", help="another dataset than the run's")
@@ -80,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_cache(evaluate)
 
     caption = commands.add_parser("caption", allow_abbrev=False, help="caption photos")
-    caption.set_defaults(command=_caption)
+    caption.set_defaults(command=_caption, parser=caption)
     caption.add_argument("photos", nargs="+", type=Path, help="image files, or folders of them")
     caption.add_argument("--run", type=Path, required=True, help="the run's folder")
     caption.add_argument("--json", action="store_true", help="one JSON object a line, with words and log-probabilities")
@@ -90,15 +103,18 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", allow_abbrev=False, help="prepare and look at datasets")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
     prepare = actions.add_parser("prepare", allow_abbrev=False, help="write a dataset in TFDS's format")
-    prepare.set_defaults(command=_prepare)
+    prepare.set_defaults(command=_prepare, parser=prepare)
     prepare.add_argument("source", help="scenes, coco, or a folder of images with a caption file")
-    prepare.add_argument("--name", help="what to call a folder's dataset (default: the folder's name)")
+    prepare.add_argument("--name", help="what to call the dataset (default: the folder's name, or scenes)")
     prepare.add_argument("--licence", default="", help="a note on the images' licence, kept with the dataset")
+    prepare.add_argument("--source-note", default="", help="where a folder's images come from, kept with the dataset")
+    prepare.add_argument("--download-dir", type=Path, help="coco: where its archives are kept")
     prepare.add_argument("--train-scenes", type=int, metavar="N", help="scenes: how many to draw for training")
     _add_data_dir(prepare)
     inspect = actions.add_parser("inspect", allow_abbrev=False, help="counts, lengths, words and a contact sheet")
-    inspect.set_defaults(command=_inspect)
+    inspect.set_defaults(command=_inspect, parser=inspect)
     inspect.add_argument("name", help="a prepared dataset")
+    inspect.add_argument("--min-count", type=int, default=5, help="how often a word of the vocabulary has to occur")
     inspect.add_argument("--sheet", type=Path, help="where the contact sheet goes (default: <name>.png)")
     _add_data_dir(inspect)
     return parser
@@ -144,10 +160,15 @@ def _train(options: argparse.Namespace) -> int:
     experiment = override(find(options.experiment), options.rest)
     from imgcap_jax.experiment import for_smoke
     from imgcap_jax.training.loop import train
+    from imgcap_jax.training.parallel import join_processes
 
     name = Path(options.experiment).stem + ("_smoke" if options.smoke else "")
     if options.smoke and options.run:
         raise UserError(f"--smoke always runs in runs/{name}, anew each time; leave out --run")
+    if options.distributed:
+        if options.smoke:
+            raise UserError("--smoke is for one host; leave out --distributed")
+        join_processes(options.distributed)
     folder = options.run or Path("runs") / name
     if options.smoke:
         shutil.rmtree(folder, ignore_errors=True)  # a finished smoke run would check nothing
@@ -212,6 +233,8 @@ def _prepare(options: argparse.Namespace) -> int:
         name=options.name,
         data_dir=options.data_dir,
         licence=options.licence,
+        source=options.source_note,
+        download_dir=options.download_dir,
         scenes=splits,
         say=print,
     )
@@ -223,7 +246,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from imgcap_jax.data.sources import open_source
     from imgcap_jax.report.contact_sheet import dataset_sheet
 
-    inspection = inspect(options.name, options.data_dir)
+    inspection = inspect(options.name, options.data_dir, min_count=options.min_count)
     print("\n".join(inspection.lines()))
     sheet = options.sheet or Path(f"{options.name}.png")
     dataset_sheet(open_source(options.name, next(iter(inspection.splits)), options.data_dir), sheet)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from imgcap_jax.data.features import FeatureStore
-from imgcap_jax.data.pipeline import CaptionData, eval_batches
+from imgcap_jax.data.pipeline import CaptionData, EvalBatches, eval_batches
 from imgcap_jax.data.scene_truth import TruthScores, judge
 from imgcap_jax.data.scenes import Scene
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
@@ -64,6 +64,10 @@ class SplitEvaluator:
         self.references = {image_id: source.captions(i) for i, image_id in enumerate(self._ids)}
         self._scorer = CaptionScorer(self.references)
         self._functions: dict[Decoding, Any] = {}
+        devices = len(parallel.devices)
+        self._size = -(-min(BATCH, len(source)) // devices) * devices
+        self._images = eval_batches(data, source, batch_size=self._size, features=store)
+        self._with_tokens: EvalBatches | None = None
         self._teacher_forced = jax.jit(self._loss_sums)
 
     def caption(self, params: Params, frozen: Frozen, decoding: Decoding) -> Captioned:
@@ -73,7 +77,7 @@ class SplitEvaluator:
         captions: dict[int, str] = {}
         steps: list[int] = []
         start = time.perf_counter()
-        for batch, first in self._batches():
+        for batch, first in self._on_devices(self._images):
             decoded = self._functions[decoding](params, frozen, batch)
             tokens = self._parallel.fetch(decoded.tokens)[:, 0]
             steps.append(int(decoded.steps))
@@ -88,8 +92,12 @@ class SplitEvaluator:
 
     def teacher_forced(self, params: Params, frozen: Frozen) -> dict[str, float]:
         """Loss and perplexity a word with the true words given: a diagnostic, never a basis for selection."""
+        if self._with_tokens is None:  # made once: it encodes all captions
+            self._with_tokens = eval_batches(
+                self._data, self.source, batch_size=self._size, features=self._store, vocabulary=self._vocabulary
+            )
         log_likelihood = words = 0.0
-        for batch, _ in self._batches(with_tokens=True):
+        for batch, _ in self._on_devices(self._with_tokens):
             sums = self._teacher_forced(params, frozen, batch)
             log_likelihood += float(sums.log_likelihood)
             words += float(sums.words)
@@ -100,20 +108,11 @@ class SplitEvaluator:
         logits, _ = nnx.merge(self._graph, params, frozen).teacher_forced(batch)
         return caption_loss(logits, batch["tokens"], batch["weight"])
 
-    def _batches(self, *, with_tokens: bool = False) -> Iterator[tuple[dict[str, Array], int]]:
+    def _on_devices(self, batches: EvalBatches) -> Iterator[tuple[dict[str, Array], int]]:
         """Batches on the devices, and the number of the first image in each."""
-        devices = len(self._parallel.devices)
-        size = -(-min(BATCH, len(self.source)) // devices) * devices
-        batches = eval_batches(
-            self._data,
-            self.source,
-            batch_size=size,
-            features=self._store,
-            vocabulary=self._vocabulary if with_tokens else None,
-        )
         for number, batch in enumerate(batches):
             del batch["image_id"]  # 64 bits, which stay on the host
-            yield self._parallel.put_rows(batch), number * size
+            yield self._parallel.put_rows(batch), number * self._size
 
 
 @dataclass(frozen=True)

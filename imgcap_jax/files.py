@@ -1,12 +1,20 @@
-"""Writing files so that a kill leaves the old one or the new one, never half of it."""
+"""Writing files so that a kill leaves the old one or the new one, never half of it; and owning a folder."""
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from imgcap_jax.errors import UserError
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room: as the system does, or in its words as C++ libraries do."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 @contextmanager
@@ -22,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_full(error):
             raise UserError(f"{path}: the disk is full; free some space and give the same command again") from error
         raise
     finally:
@@ -33,3 +41,23 @@ def write_text(path: Path, text: str) -> None:
     """Writes a whole text file (UTF-8) by way of ``replacing``. Raises UserError where the disk is full."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def owning(folder: Path, doing: str) -> Iterator[None]:
+    """Owns a folder while entered; the system ends it with the process, however that ends.
+
+    Args:
+        folder: is made where it is missing.
+        doing: what another process that owns it is told to be doing.
+
+    Raises:
+        UserError: another process owns it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is {doing} {folder}; wait for it, or choose another folder") from None
+        yield

@@ -1,5 +1,6 @@
 """A run's folder: the experiment, the vocabulary and the checkpoints of one training."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +15,20 @@ from imgcap_jax.models.model import CaptionModel
 
 EXPERIMENT = "experiment.json"
 VOCABULARY = "vocabulary.json"
+INIT_FROM = "init_from.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A folder with its experiment and vocabulary; its other files are written by who makes them."""
+    """A folder with its experiment and vocabulary; its other files are written by who makes them.
+
+    init_from: the run whose best weights were its start; None: it started afresh.
+    """
 
     folder: Path
     experiment: Experiment
     vocabulary: Vocabulary
+    init_from: Path | None = None
 
     @classmethod
     def load(cls, folder: Path) -> "Run":
@@ -34,7 +40,9 @@ class Run:
         if not (folder / EXPERIMENT).is_file():
             raise UserError(f"{folder} is not a run (it has no {EXPERIMENT}); give a folder that training made")
         experiment = from_json((folder / EXPERIMENT).read_text(), str(folder / EXPERIMENT))
-        return cls(folder, experiment, Vocabulary.load(folder / VOCABULARY))
+        start = folder / INIT_FROM
+        init_from = Path(json.loads(start.read_text())["run"]) if start.is_file() else None
+        return cls(folder, experiment, Vocabulary.load(folder / VOCABULARY), init_from)
 
     @classmethod
     def exists(cls, folder: Path) -> bool:
@@ -45,10 +53,21 @@ class Run:
         """Makes the folder; the experiment comes last, so that a folder with one is whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.vocabulary.save(self.folder / VOCABULARY)
+        (self.folder / INIT_FROM).unlink(missing_ok=True)
+        if self.init_from is not None:
+            write_text(self.folder / INIT_FROM, json.dumps({"run": str(self.init_from.absolute())}) + "\n")
         write_text(self.folder / EXPERIMENT, to_json(self.experiment))
 
-    def check_same(self, experiment: Experiment) -> None:
-        """Raises UserError, naming the first field, unless the folder's experiment is this one."""
+    def check_same(self, experiment: Experiment, init_from: Path | None) -> None:
+        """Raises UserError, naming the first field, unless the folder's experiment is this one, started as here.
+
+        The other run need not be named again: its weights are in the checkpoints.
+        """
+        if init_from is not None and (self.init_from is None or self.init_from != init_from.absolute()):
+            raise UserError(
+                f"{self.folder} started from {self.init_from or 'fresh weights'}, not from {init_from}; "
+                f"choose another --run, or leave out --init-from to go on with it"
+            )
         changed = differences(self.experiment, experiment)
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""

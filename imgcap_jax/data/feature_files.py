@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import disk_full
 
 Dtype = Literal["float16", "bfloat16"]
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -169,7 +170,7 @@ def explaining(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not disk_full(error):
             raise
         raise UserError(
             f"no room for features in {folder} ({error.strerror}): free some and run it again, it goes on "

@@ -75,7 +75,7 @@ def decode(image: bytes | Pixels, size: int, resize: Resize = "squash") -> Pixel
         uint8 [size, size, 3].
 
     Raises:
-        ImageError: the image cannot be decoded.
+        ImageError: the image cannot be decoded, or pixels are not uint8 [h, w, 3].
     """
     return np.asarray(_resample(image, size, lambda width, height: _plain_box(width, height, resize)))
 
@@ -179,6 +179,8 @@ _Opened = tuple[int, int, Callable[[int, int], Image.Image]]
 
 
 def _open_pixels(pixels: Pixels) -> _Opened:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        raise ImageError(f"pixels are {pixels.dtype} {list(pixels.shape)}; give uint8 [h, w, 3], RGB")
     picture = Image.fromarray(pixels)
     return picture.width, picture.height, lambda width, height: picture
 

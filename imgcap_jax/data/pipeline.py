@@ -64,6 +64,12 @@ class CaptionData:
     workers: int = 0
     """Worker processes; worth it only where threads don't keep up."""
 
+    def __post_init__(self) -> None:
+        lowest = {"image_size": 16, "threads": 0, "workers": 0}
+        for name in ("batch_size", "captions_per_image", "max_words", "min_count", "views", *lowest):
+            if getattr(self, name) < lowest.get(name, 1):
+                raise UserError(f"data.{name} is {getattr(self, name)}; give {lowest.get(name, 1)} or more")
+
 
 class TrainBatches:
     """Endless iterator over batches whose position can be saved and restored. See `train_batches`."""
@@ -187,6 +193,17 @@ def train_batches(
     return TrainBatches(batches, config, identity)
 
 
+class EvalBatches:
+    """All images in order, without augmentation; may be gone through again and again. See `eval_batches`."""
+
+    def __init__(self, batches: grain.MapDataset[Batch], config: CaptionData) -> None:
+        self._batches = batches
+        self._config = config
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._batches.to_iter_dataset(_read_options(self._config)))
+
+
 def eval_batches(
     config: CaptionData,
     source: "CaptionSource",
@@ -194,7 +211,7 @@ def eval_batches(
     batch_size: int,
     features: FeatureStore | None = None,
     vocabulary: "Vocabulary | None" = None,
-) -> Iterator[Batch]:
+) -> EvalBatches:
     """All images in order, without augmentation (view 0 of a feature store); the last batch is filled up.
 
     Args:
@@ -205,16 +222,15 @@ def eval_batches(
         vocabulary: where given, batches carry "tokens" int32 [B, M, T]: the first M captions, for
             teacher-forced loss.
 
-    Yields:
-        "image" or "regions" as in training, "image_id" int64 [B], "weight" float32 [B]. Rows that fill the
+    Returns:
+        Batches: "image" or "regions" as in training, "image_id" int64 [B], "weight" float32 [B]. Rows that fill the
         last batch are zeros, with image_id -1 and weight 0.
 
     Raises:
-        UserError: an image cannot be decoded, or the store is not of this source.
+        UserError: the store is not of this source. While iterating: an image cannot be decoded.
     """
     rows = _EvalRows(config, source, vocabulary, features, batch_size)
-    batches = grain.MapDataset.range(-(-len(source) // batch_size)).map(rows)
-    yield from batches.to_iter_dataset(_read_options(config))
+    return EvalBatches(grain.MapDataset.range(-(-len(source) // batch_size)).map(rows), config)
 
 
 class _CaptionTable:

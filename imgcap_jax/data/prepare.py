@@ -1,10 +1,8 @@
 """Prepares datasets: draws or reads images and captions, and writes them as TFDS array_record."""
 
 import contextlib
-import errno
 import io
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -21,6 +19,7 @@ from imgcap_jax.data.builders import coco
 from imgcap_jax.data.builders.layout import ORIGIN_FILE, SKIPPED_FILE, Origin, write_json
 from imgcap_jax.data.sources import CaptionSource, default_data_dir, describe, find_prepared, read_origin
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import disk_full
 
 if TYPE_CHECKING:  # these import TFDS, which takes a while
     from imgcap_jax.data.builders.base import CaptionBuilder
@@ -51,7 +50,7 @@ def prepare(
 
     Args:
         name_or_path: "scenes", "coco", a folder, or the annotation file in it (see `builders.annotations`).
-        name: what to call a folder's dataset; by default the folder's name.
+        name: what to call the dataset; by default the folder's name, or "scenes".
         data_dir: where prepared datasets lie; by default TFDS's standard place.
         licence, source: notes on a folder's images, kept with the dataset.
         scenes: how many scenes to draw, and how.
@@ -64,29 +63,38 @@ def prepare(
     """
     data_dir = Path(data_dir or default_data_dir()).expanduser().absolute()
     known = str(name_or_path)
-    if known in _RESERVED and name:
-        raise UserError(f"--name is for folders; {known!r} keeps its name")
+    if known in ("coco", coco.NAME) and name:
+        raise UserError(f"--name is for folders and scenes; {known!r} keeps its name")
+    if name and name != known:
+        _check_name(name)
     with _disk_errors(data_dir):
         if known == "scenes":
-            return _prepare_scenes(scenes, data_dir, progress, say)
+            return _prepare_scenes(scenes, name or known, data_dir, progress, say)
         if known in ("coco", coco.NAME):
             return _prepare_coco(data_dir, download_dir, progress, say)
         return _prepare_folder(Path(name_or_path).expanduser(), name, data_dir, licence, source, progress, say)
 
 
-def _prepare_scenes(splits: "SceneSplits | None", data_dir: Path, progress: bool, say: Callable[[str], None]) -> Path:
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in _RESERVED:
+        raise UserError(f"{name!r} cannot name a dataset; use small letters, digits and _, as in --name my_photos")
+
+
+def _prepare_scenes(
+    splits: "SceneSplits | None", name: str, data_dir: Path, progress: bool, say: Callable[[str], None]
+) -> Path:
     from imgcap_jax.data.builders.scenes import ScenesBuilder, SceneSplits
 
     splits = splits or SceneSplits()
     source = f"drawn by imgcap_jax from seed {splits.seed}, {splits.image_size} pixels a side"
     origin = Origin("scenes", source, "Apache-2.0, as imgcap_jax", splits.fingerprint())
-    if (folder := _already_prepared("scenes", origin, data_dir, say)) is not None:
+    if (folder := _already_prepared(name, origin, data_dir, say)) is not None:
         return folder
     with _progress(sum(splits.counts.values()), "drawing scenes", progress) as advance:
         return _write(
-            "scenes",
+            name,
             data_dir,
-            lambda staging: ScenesBuilder(splits, data_dir=staging, origin=origin, on_image=advance),
+            lambda staging: ScenesBuilder(splits, data_dir=staging, origin=origin, name=name, on_image=advance),
             say,
         )
 
@@ -105,8 +113,7 @@ def _prepare_folder(
     contents = scan_folder(path)
     folder = path.resolve()
     name = name or _default_name(folder if folder.is_dir() else folder.parent)
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in _RESERVED:
-        raise UserError(f"{name!r} cannot name a dataset; use small letters, digits and _, as in --name my_photos")
+    _check_name(name)
     origin = Origin("folder", source, licence, contents.fingerprint, str(folder))
     if (prepared := _already_prepared(name, origin, data_dir, say)) is not None:
         return prepared
@@ -229,9 +236,7 @@ def _disk_errors(data_dir: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # array_record raises a RuntimeError with the system's words in it.
-        full = os.strerror(errno.ENOSPC)
-        if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
+        if disk_full(error):  # array_record raises a RuntimeError with the system's words in it
             raise UserError(f"{data_dir}: the disk is full; free some space or use another --data-dir") from error
         if isinstance(error, PermissionError):
             raise UserError(f"{error.filename or data_dir}: no permission; use another --data-dir") from error

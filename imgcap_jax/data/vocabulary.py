@@ -48,7 +48,7 @@ class Vocabulary:
         if not known:
             most = f"the most frequent one, {ordered[0][0]!r}, {ordered[0][1]} times" if ordered else "there are none"
             raise UserError(
-                f"no word occurs {min_count} times in the training captions ({most}): lower --data.min-count"
+                f"no word occurs {min_count} times in the training captions ({most}): take a lower min-count"
             )
         rare += sum(count for _, count in ordered[len(known) :])
         return cls(_SPECIAL + tuple(word for word, _ in known), (0, 0, 0, rare, *(count for _, count in known)))

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from imgcap_jax.data.scene_language import is_true, parse_caption
 from imgcap_jax.data.scenes import Scene
@@ -32,7 +32,7 @@ def write_page(evaluation: Evaluation, path: Path, count: int = 10) -> None:
 
 def _row(example: CaptionExample, captions: dict[int, str]) -> Row:
     with Image.open(io.BytesIO(example.image)) as image:
-        pixels = np.asarray(image.convert("RGB"))
+        pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     caption = captions[example.image_id]
     if not example.scene:
         return Row(pixels, caption, example.captions)

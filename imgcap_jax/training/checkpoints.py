@@ -1,6 +1,5 @@
 """Checkpoints with Orbax: the newest, to resume from, and the best, to caption with."""
 
-import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import disk_full
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(error):
+        if disk_full(error):
             raise UserError(
                 f"disk full while saving a checkpoint to {folder}; earlier checkpoints are intact: "
                 f"free some space and give the same command again"

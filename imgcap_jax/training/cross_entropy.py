@@ -10,7 +10,9 @@ import optax
 from flax import nnx, struct
 from jax import Array
 
+from imgcap_jax.errors import UserError
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
+from imgcap_jax.special_tokens import PAD
 from imgcap_jax.training.losses import LossSums, caption_loss
 from imgcap_jax.training.parallel import AXIS, Step
 
@@ -22,6 +24,10 @@ class CrossEntropy:
     label_smoothing: float = 0.1
     attention_penalty: float = 0.0
     """lambda of Xu et al.'s doubly stochastic penalty; 1.0 in the paper."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1 or self.attention_penalty < 0:
+            raise UserError("objective: label_smoothing is at least 0 and below 1, attention_penalty at least 0")
 
 
 @struct.dataclass
@@ -63,7 +69,7 @@ def cross_entropy_step(
     weigh words unevenly.
 
     Metrics, all [] float32 and the same on every device: "loss" (the objective a word), "perplexity" (of the
-    true words), "gradient_norm", "words".
+    true words), "gradient_norm", "words", "captions" (rows of pad, of images with fewer than M, not counted).
     """
 
     def loss(params: Params, frozen: Frozen, batch: Mapping[str, Array], step: Array) -> tuple[Array, LossSums]:
@@ -99,7 +105,9 @@ def cross_entropy_step(
         return jax.lax.scan(add, (jax.tree.map(jnp.zeros_like, params), zero), parts)[0]
 
     def step(state: TrainState, frozen: Frozen, batch: Mapping[str, Array]) -> tuple[TrainState, Any]:
-        gradients, sums = jax.lax.psum(summed_gradient(state.params, frozen, batch, state.step), AXIS)
+        present = (batch["tokens"][:, :, 0] != PAD) * batch["weight"][:, None]
+        summed = (*summed_gradient(state.params, frozen, batch, state.step), present.sum())
+        gradients, sums, captions = jax.lax.psum(summed, AXIS)
         words = jnp.maximum(sums.words, 1.0)
         gradients = jax.tree.map(lambda leaf: leaf / words, gradients)
         updates, optimizer = transformation.update(gradients, state.optimizer, state.params)
@@ -115,6 +123,7 @@ def cross_entropy_step(
             "perplexity": jnp.exp(-sums.log_likelihood / words),
             "gradient_norm": optax.global_norm(gradients),
             "words": sums.words,
+            "captions": captions,
         }
         return TrainState(state.step + 1, params, optimizer, ema), metrics
 

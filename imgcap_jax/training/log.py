@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
-from imgcap_jax.files import write_text
+from imgcap_jax.errors import UserError
+from imgcap_jax.files import disk_full, write_text
 
 
 class MetricsLog:
@@ -17,7 +18,11 @@ class MetricsLog:
     dropped, for the steps are about to be repeated.
     """
 
-    def __init__(self, folder: Path, resumed_step: int) -> None:
+    def __init__(self, folder: Path, resumed_step: int, *, writing: bool = True) -> None:
+        """Opens both; not ``writing``: does nothing, as all processes but the first."""
+        self._writing = writing
+        if not writing:
+            return
         path = folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) <= resumed_step]
@@ -26,16 +31,28 @@ class MetricsLog:
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one line: kind is "train" or "validation"."""
+        """Writes one line: kind is "train" or "validation". Raises UserError where the disk is full."""
+        if not self._writing:
+            return
         # JSON has no NaN: a null says that the number was not finite.
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            if not disk_full(error):
+                raise
+            raise UserError(
+                f"disk full while writing {self._file.name}; the last checkpoint is intact: free some space and "
+                f"give the same command again"
+            ) from error
         for name, value in metrics.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Flushes and closes both."""
+        if not self._writing:
+            return
         self._file.close()
         self._events.close()
 

@@ -16,6 +16,7 @@ from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.evaluation import Captioned, SplitEvaluator
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.extraction import feature_store, uses_store
+from imgcap_jax.files import owning
 from imgcap_jax.models.model import parameter_count, split_trained
 from imgcap_jax.run import Run
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
@@ -58,8 +59,23 @@ def train(
         show: gets the lines for the user.
 
     Raises:
-        UserError: bad input, another experiment in the folder, a loss that is not finite, a full disk.
+        UserError: bad input, another experiment in the folder, another process that trains there, a loss that
+            is not finite, a full disk.
     """
+    if jax.process_index() != 0:
+        return _train(experiment, folder, cache, init_from, smoke, lambda line: None)
+    with owning(folder, "training"):
+        return _train(experiment, folder, cache, init_from, smoke, show)
+
+
+def _train(
+    experiment: Experiment,
+    folder: Path,
+    cache: Path,
+    init_from: Path | None,
+    smoke: bool,
+    show: Callable[[str], None],
+) -> Outcome:
     training, data = experiment.training, experiment.data
     parallel = DataParallel(training.parallel)
     parallel.check_batch_size(data.batch_size, experiment.optimizer.accumulate)
@@ -124,12 +140,12 @@ def train(
             f"{parameter_count(params):,} trained parameters, {len(parallel.devices)} "
             f"{parallel.devices[0].platform} device(s), {total_steps} steps"
         )
-    log = MetricsLog(folder, progress.step)
-    captions_per_step = data.batch_size * data.captions_per_image
-    meter = Meter(total_steps, steps_per_epoch, captions_per_step, training.log_steps, progress.step, log, show)
+    log = MetricsLog(folder, progress.step, writing=jax.process_index() == 0)
+    meter = Meter(total_steps, steps_per_epoch, training.log_steps, progress.step, log, show)
     saved = time.monotonic()
     prefetched = device_prefetch(batches, lambda batch: parallel.put(_device_part(batch)))
     stop = StopRequest()
+    interrupted = 0
     done = _finished(experiment, progress, total_steps)
     with stop, prefetched:
         while not done:
@@ -153,16 +169,21 @@ def train(
                 show(_validation_line(progress, scores, captioned))
                 meter.restart(progress.step)
             done = _finished(experiment, progress, total_steps)
-            overdue = time.monotonic() - saved > 60 * training.checkpoint_minutes
-            if done or stop.signal or overdue or progress.step % evaluate_steps == 0:
+            overdue = int(time.monotonic() - saved > 60 * training.checkpoint_minutes)
+            # Several processes have to agree on when to save, for which they wait for each other: not at each step.
+            if jax.process_count() == 1 or progress.step % training.log_steps == 0:
+                interrupted, overdue = parallel.agree(stop.signal or 0, overdue)
+            else:
+                overdue = 0
+            if done or interrupted or overdue or progress.step % evaluate_steps == 0:
                 meter.flush()  # a loss that is not finite must not reach a checkpoint
                 checkpoints.save(state, progress)
                 saved = time.monotonic()
-            if stop.signal:
+            if interrupted:
                 break
     checkpoints.close()
     log.close()
-    return Outcome(progress.step, progress.best, stop.signal)
+    return Outcome(progress.step, progress.best, interrupted or None)
 
 
 def _open_run(experiment: Experiment, folder: Path, sources: Sequence[CaptionSource], init_from: Path | None) -> Run:
@@ -172,13 +193,13 @@ def _open_run(experiment: Experiment, folder: Path, sources: Sequence[CaptionSou
     """
     if Run.exists(folder) and any((folder / "checkpoints").glob("*/[0-9]*")):
         run = Run.load(folder)
-        run.check_same(experiment)
+        run.check_same(experiment, init_from)
         return run
     captions = (caption for source in sources for i in range(len(source)) for caption in source.captions(i))
     vocabulary = Vocabulary.build(captions, experiment.data.min_count)
     if init_from is not None:
         vocabulary = Run.load(init_from).vocabulary.extended(vocabulary)
-    run = Run(folder, experiment, vocabulary)
+    run = Run(folder, experiment, vocabulary, init_from)
     if jax.process_index() == 0:
         run.save()
     return run

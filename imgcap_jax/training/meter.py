@@ -24,13 +24,12 @@ class Meter:
         self,
         total_steps: int,
         steps_per_epoch: int,
-        captions_per_step: int,
         log_steps: int,
         first_step: int,
         log: MetricsLog,
         show: Callable[[str], None],
     ) -> None:
-        self._total, self._epoch, self._captions = total_steps, steps_per_epoch, captions_per_step
+        self._total, self._epoch = total_steps, steps_per_epoch
         self._log_steps, self._log, self._show = log_steps, log, show
         self._pending: tuple[int, Mapping[str, Array]] | None = None
         self._shown = 0.0
@@ -39,7 +38,7 @@ class Meter:
 
     def restart(self, step: int) -> None:
         """Begins the measurement of speed anew, after a pause that is not training (or a compilation)."""
-        self._since, self._since_step = time.perf_counter(), step
+        self._since, self._since_step, self._captions = time.perf_counter(), step, 0.0
 
     def add(self, step: int, metrics: Mapping[str, Array]) -> None:
         """Takes the metrics of a step that was just started, and reads those of the one before.
@@ -50,7 +49,7 @@ class Meter:
         self.flush()
         self._pending = (step, metrics)
         if step == self._first + 1:
-            np.asarray(metrics["loss"])  # the first step compiles, which is not its speed
+            self.flush()  # the first step compiles, which is not its speed
             self.restart(step)
 
     def flush(self) -> None:
@@ -69,13 +68,15 @@ class Meter:
                 f"in another --run; the checkpoint before it is intact (--init-from starts from the best)"
             )
         seconds = time.perf_counter() - self._since
-        rate = (step - self._since_step) * self._captions / seconds if step > self._since_step else math.nan
+        self._captions += values.pop("captions")
+        steps = step - self._since_step
+        rate = self._captions / seconds if steps else math.nan
         if step % self._log_steps == 0:
             self._log.write("train", step, {**values, "captions_per_second": rate})
         now = time.monotonic()
         if now - self._shown >= LINE_SECONDS:
             self._shown = now
-            left = (self._total - step) * self._captions / rate if rate > 0 else math.nan
+            left = (self._total - step) * seconds / steps if steps else math.nan
             self._show(
                 f"step {step}/{self._total}  epoch {step / self._epoch:.2f}  loss {values['loss']:.3f}  "
                 f"perplexity {values['perplexity']:.2f}  {_speed(rate)}  {_duration(left)} left"

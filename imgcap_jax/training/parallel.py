@@ -15,11 +15,35 @@ AXIS = "devices"
 Step = Callable[[Any, Any, Mapping[str, Array]], tuple[Any, Any]]
 
 
+def join_processes(where: str) -> None:
+    """Makes this process one of several that train together; before anything else is computed.
+
+    Args:
+        where: "auto" where JAX knows the cluster (Cloud TPU, Slurm, Open MPI, Kubernetes), else
+            "HOST:PORT,COUNT,INDEX": where process 0 listens, how many processes, which one this is.
+
+    Raises:
+        UserError: `where` is malformed, or the processes don't find each other.
+    """
+    match where.split(","):
+        case ["auto"]:
+            options: dict[str, Any] = {}
+        case [address, count, index] if count.isdigit() and index.isdigit() and int(index) < int(count):
+            options = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
+        case _:
+            raise UserError(f"--distributed {where!r}: give HOST:PORT,COUNT,INDEX as in 10.0.0.1:8476,4,0, or nothing")
+    try:
+        jax.distributed.initialize(**options)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--distributed {where}: {reason}; give HOST:PORT,COUNT,INDEX on each host") from error
+
+
 class DataParallel:
     """Data parallelism over every device of every process.
 
     The state is replicated and has no device axis; batches are cut along their first axis, and each process gives
-    its own part of the batch. The training loop itself runs on one host so far.
+    its own part of the batch.
     """
 
     def __init__(
@@ -71,6 +95,13 @@ class DataParallel:
         if leaf.is_fully_addressable:
             return np.asarray(leaf)
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+    def agree(self, *wishes: int) -> tuple[int, ...]:
+        """The largest of each number over all processes, which so decide alike; waits for all of them."""
+        if jax.process_count() == 1:
+            return wishes
+        gathered = multihost_utils.process_allgather(np.array(wishes, np.int32))
+        return tuple(int(wish) for wish in gathered.max(axis=0))
 
     def compile(self, step: Step) -> Step:
         """Compiles ``step(state, constants, batch part) -> (state, metrics)``, run once on each device.

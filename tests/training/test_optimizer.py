@@ -31,6 +31,16 @@ def test_weight_decay_spares_biases_and_norms() -> None:
     np.testing.assert_allclose(updates["bias"], 0.0)
 
 
+def test_encoder_moves_at_its_own_rate() -> None:
+    params = {"encoder": {"kernel": jnp.ones((2, 2))}, "decoder": {"kernel": jnp.ones((2, 2))}}
+    for algorithm in ("sgd", "adamw"):  # Adam would undo a factor on the gradient
+        optimizer = Optimizer(algorithm, 0.1, warmup_epochs=0, schedule="constant", clip_norm=None, encoder_factor=0.25)
+        chain = optimizer.build(1, 1)
+        updates, _ = chain.update(params, chain.init(params), params)
+        np.testing.assert_allclose(updates["encoder"]["kernel"], 0.25 * updates["decoder"]["kernel"], rtol=1e-6)
+        assert (updates["decoder"]["kernel"] < 0).all()
+
+
 def test_classic_recipe_equals_torch_adam_with_clipped_values() -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is an optional oracle (extra: torch)")
     classic = Optimizer(

@@ -90,12 +90,13 @@ class ScenesBuilder(CaptionBuilder, skip_registration=True):  # type: ignore[cal
         *,
         data_dir: Path,
         origin: Origin,
+        name: str = "scenes",
         on_image: Callable[[], None] = lambda: None,
     ) -> None:
         self._splits = splits
         self._on_image = on_image
         description = "Drawn scenes with five true captions each, and the scene itself as JSON."
-        super().__init__(name="scenes", data_dir=data_dir, origin=origin, description=description)
+        super().__init__(name=name, data_dir=data_dir, origin=origin, description=description)
 
     def extra_features(self) -> dict[str, Any]:
         return {"scene": tfds.features.Text()}

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from imgcap_jax.models.decoders.contract import Decoder, StepOutput, spread
+from imgcap_jax.models.decoders.contract import Decoder, StepOutput, check_settings, spread
 from imgcap_jax.models.layers import AdditiveAttention, LSTMCell, WordLogits, dropout, masked_mean, row_keys
 
 
@@ -27,6 +27,9 @@ class ShowAttendTell:
     """The gating scalar beta_t = sigmoid(f_beta(h_{t-1})) on the context (section 4.2.1)."""
     tied_embedding: bool = False
     """The output layer shares the word embedding's matrix."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def build(
         self, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs

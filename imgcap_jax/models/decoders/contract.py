@@ -1,5 +1,6 @@
 """What every decoder offers: start, step, logits and unroll."""
 
+import dataclasses
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from imgcap_jax.errors import UserError
 from imgcap_jax.models.layers import row_keys
 
 Memory = Any  # a pytree whose leaves lead with [B]
@@ -62,6 +64,20 @@ class Decoder(nnx.Module):
         steps = jnp.arange(tokens.shape[-1])
         _, outputs = jax.lax.scan(body, carry, (jnp.moveaxis(tokens, -1, 0), steps))
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), outputs)
+
+
+def check_settings(settings: Any) -> None:
+    """Checks the fields of a decoder's settings that all decoders have in common: sizes and dropout.
+
+    Raises:
+        UserError: a size below 1, or a share of dropped units that is none.
+    """
+    for item in dataclasses.fields(settings):
+        value = getattr(settings, item.name)
+        if item.name.endswith("_size") and value is not None and value < 1:
+            raise UserError(f"decoder.{item.name} is {value}; give 1 or more")
+    if not 0 <= settings.dropout < 1:
+        raise UserError(f"decoder.dropout is {settings.dropout}; give a share from 0 to below 1")
 
 
 def spread(leaf: Array, M: int) -> Array:

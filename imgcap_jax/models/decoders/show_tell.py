@@ -8,7 +8,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.models.decoders.contract import Decoder, StepOutput, spread
+from imgcap_jax.models.decoders.contract import Decoder, StepOutput, check_settings, spread
 from imgcap_jax.models.layers import LSTMCell, WordLogits, dropout, masked_mean, row_keys
 
 
@@ -21,6 +21,9 @@ class ShowTell:
     dropout: float = 0.3
     tied_embedding: bool = False
     """The output layer shares the word embedding's matrix (needs hidden_size == embedding_size)."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def build(self, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "ShowTellDecoder":
         """Makes the decoder for regions [B,N,region_size].

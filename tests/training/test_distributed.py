@@ -1,0 +1,69 @@
+"""Two processes, each with its own device, against one process with two devices."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+STEPS = 10
+
+
+def start(experiment: Path, run: Path, data: Path, devices: int, *options: str) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "TFDS_DATA_DIR": str(data),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    command = [sys.executable, "-m", "imgcap_jax.cli", "train", str(experiment), "--run", str(run), *options]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def pair(experiment: Path, run: Path, data: Path, *options: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        start(experiment, run, data, 1, "--distributed", f"127.0.0.1:{port},2,{index}", *options) for index in (0, 1)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    return outputs
+
+
+def state(run: Path) -> dict[str, np.ndarray]:
+    return ocp.StandardCheckpointer().restore(run.absolute() / "checkpoints" / "newest" / str(STEPS) / "state")
+
+
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+def test_two_processes_train_as_one_with_two_devices_and_stop_together(
+    tiny_data: Path, tiny_file: Path, tmp_path: Path, mode: str
+) -> None:
+    options = ("--training.parallel", mode)
+    finish([start(tiny_file, tmp_path / "one", tiny_data, 2, *options)])
+    run = tmp_path / "two"
+    processes = pair(tiny_file, run, tiny_data, *options)
+    while not any((run / "checkpoints" / "newest").glob("[1-9]")) and processes[0].poll() is None:
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)  # one is told, both stop
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, "\n".join(outputs)
+
+    outputs = finish(pair(tiny_file, run, tiny_data, *options))
+    assert "resuming" in outputs[0]
+    assert "validation at step" not in outputs[1]  # the first speaks for all
+    expected, got = state(tmp_path / "one"), state(run)
+    assert expected.keys() == got.keys()
+    for name, leaf in expected.items():
+        np.testing.assert_allclose(got[name], leaf, atol=1e-5, err_msg=name)
+    lines = [(folder / "metrics.jsonl").read_text().count("\n") for folder in (tmp_path / "one", run)]
+    assert lines[0] == lines[1]

@@ -1,0 +1,139 @@
+"""The loop's bookkeeping: early stopping, the best parameters, who may train in a folder, and where a run started."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.evaluation import SplitEvaluator
+from imgcap_jax.experiment import Experiment
+from imgcap_jax.experiment_files import find
+from imgcap_jax.files import owning
+from imgcap_jax.metrics.scoring import Scores
+from imgcap_jax.models.model import split_trained
+from imgcap_jax.run import Run
+from imgcap_jax.training.checkpoints import Checkpoints
+from imgcap_jax.training.loop import Outcome, train
+
+
+@pytest.fixture
+def experiment(tiny_file: Path, tiny_data: Path) -> Experiment:
+    """Ten steps, five an epoch, a validation after every second step."""
+    tiny = find(str(tiny_file))
+    return replace(
+        tiny,
+        data=replace(tiny.data, data_dir=tiny_data),
+        training=replace(tiny.training, evaluate_epochs=0.4),
+    )
+
+
+@pytest.fixture
+def scores(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Takes the place of the validation's CIDEr-D, one after the other."""
+    values: list[float] = []
+
+    def score(self: SplitEvaluator, captions: Mapping[int, str]) -> Scores:
+        return Scores({"CIDEr-D": values.pop(0), "BLEU-4": 0.0}, {}, "none", ())
+
+    monkeypatch.setattr(SplitEvaluator, "score", score)
+    return values
+
+
+def run(experiment: Experiment, folder: Path, **options: Any) -> Outcome:
+    return train(experiment, folder, cache=folder.parent / "cache", show=lambda line: None, **options)
+
+
+def best(folder: Path) -> tuple[int | None, list[np.ndarray]]:
+    _, params, _ = split_trained(Run.load(folder).model(with_encoder=True))
+    checkpoints = Checkpoints(folder)
+    restored = checkpoints.restore_best(params)
+    checkpoints.close()
+    return checkpoints.best_step, [np.asarray(leaf) for leaf in jax.tree.leaves(restored)]
+
+
+def test_patience_survives_a_restart(
+    experiment: Experiment, scores: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient = replace(experiment, training=replace(experiment.training, patience=2))
+    scores[:] = [0.3, 0.2]
+
+    def stop(self: SplitEvaluator, *_: object) -> dict[str, float]:
+        if not scores:
+            raise KeyboardInterrupt  # in the validation after step 4, whose miss is not saved yet
+        return {"teacher_forced_perplexity": 1.0}
+
+    monkeypatch.setattr(SplitEvaluator, "teacher_forced", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(patient, tmp_path / "run")
+    scores[:] = [0.2, 0.25, 0.9, 0.9]
+    outcome = run(patient, tmp_path / "run")
+    assert (outcome.step, outcome.best) == (6, 0.3)
+    assert best(tmp_path / "run")[0] == 2
+    assert scores == [0.9, 0.9]
+    assert run(patient, tmp_path / "run").step == 6  # and it stays stopped
+
+
+def test_best_is_of_the_best_validation_not_of_the_last(
+    experiment: Experiment, scores: list[float], tmp_path: Path
+) -> None:
+    scores[:] = [0.1, 0.5, 0.4, 0.5, 0.2]
+    outcome = run(experiment, tmp_path / "run")
+    assert (outcome.step, outcome.best) == (10, 0.5)
+    step, params = best(tmp_path / "run")
+    assert step == 4  # the first of two equals
+    shorter = replace(experiment.training, epochs=2.0, patience=1)
+    scores[:] = [0.1, 0.5, 0.4]
+    run(replace(experiment, training=shorter), tmp_path / "other")
+    for ours, other in zip(params, best(tmp_path / "other")[1], strict=True):
+        np.testing.assert_array_equal(ours, other)
+
+
+def test_validation_with_a_beam_selects_on_its_captions(experiment: Experiment, tmp_path: Path) -> None:
+    """The logged CIDEr-D is that of the beam search, not of greedy decoding."""
+    from imgcap_jax.evaluation import evaluate
+
+    wide = replace(experiment, training=replace(experiment.training, validation_beam=2, validation_images=None))
+    run(wide, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = {line["step"]: line["CIDEr-D"] for line in lines if line["kind"] == "validation"}
+    step = best(tmp_path / "run")[0]
+    assert step is not None
+    again = evaluate(
+        Run.load(tmp_path / "run"), "val", cache=tmp_path / "cache", decoding=wide.decoding.but(2, None, None)
+    )
+    assert logged[step] == max(logged.values())
+    np.testing.assert_allclose(again.scores.values["CIDEr-D"], logged[step], rtol=1e-9)
+
+
+def test_two_trainings_of_one_run_are_refused(experiment: Experiment, tmp_path: Path) -> None:
+    with owning(tmp_path / "run", "training"), pytest.raises(UserError, match="another process is training"):
+        run(experiment, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_file: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    tiny = find(str(tiny_file))
+    run(replace(tiny, data=replace(tiny.data, data_dir=tiny_data)), folder)
+    return folder
+
+
+def test_run_remembers_where_it_started(experiment: Experiment, finished: Path, tmp_path: Path) -> None:
+    run(experiment, tmp_path / "run", init_from=finished)
+    assert Run.load(tmp_path / "run").init_from == finished
+    assert run(experiment, tmp_path / "run").step == 10  # need not be named again
+    assert run(experiment, tmp_path / "run", init_from=finished).step == 10
+    with pytest.raises(UserError, match="not from"):
+        run(experiment, tmp_path / "run", init_from=tmp_path / "another")
+    with pytest.raises(UserError, match="fresh weights"):
+        run(find_again(finished), finished, init_from=tmp_path / "run")
+
+
+def find_again(folder: Path) -> Experiment:
+    return Run.load(folder).experiment
