@@ -1,9 +1,9 @@
 """Drawn scenes, from scratch, longer than the demo and with a somewhat deeper CNN.
 
-    imgcap data prepare scenes --train-scenes 48000 --name scenes_48k
-    imgcap train scenes
-    imgcap evaluate runs/scenes --split test
-    imgcap evaluate runs/scenes --split test_compositional
+imgcap data prepare scenes --train-scenes 48000 --name scenes_48k
+imgcap train scenes
+imgcap evaluate runs/scenes --split test
+imgcap evaluate runs/scenes --split test_compositional
 """
 
 from dataclasses import replace

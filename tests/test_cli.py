@@ -102,6 +102,42 @@ def test_unknown_override_names_the_nearest(tiny_file: Path, capsys: pytest.Capt
     assert "did you mean --decoder.hidden-size?" in line
 
 
+def test_unknown_option_of_another_command_names_the_nearest(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean --length-norm?" in refused(["evaluate", str(trained), "--lenght-norm", "1"], capsys)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--data.batch-size", "0"],
+        ["--data.max-words", "0"],
+        ["--decoder.dropout", "1"],
+        ["--decoder.hidden-size", "0"],
+        ["--objective.label-smoothing", "1"],
+    ],
+)
+def test_number_that_makes_no_sense(tiny_file: Path, capsys: pytest.CaptureFixture[str], option: list[str]) -> None:
+    name = option[0].removeprefix("--").split(".")[1].replace("-", "_")
+    assert name in refused(["train", str(tiny_file), *option], capsys)
+
+
+def test_small_folder_is_inspected_with_a_lower_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = photo_folder(tmp_path / "photos")
+    assert main(["data", "prepare", str(folder), "--name", "few", "--data-dir", "d", "--source-note", "my camera"]) == 0
+    assert "min-count" in refused(["data", "inspect", "few", "--data-dir", "d"], capsys)
+    assert main(["data", "inspect", "few", "--data-dir", "d", "--min-count", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "my camera" in printed
+    assert (tmp_path / "few.png").stat().st_size > 1000
+
+
+def test_scenes_of_another_size_under_another_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--train-scenes", "4", "--data-dir", "d"]
+    assert main(["data", "prepare", "scenes", "--name", "few_scenes", *sizes]) == 0
+    assert "few_scenes: train 4" in capsys.readouterr().out
+    assert "small letters" in refused(["data", "prepare", "scenes", "--name", "coco", *sizes], capsys)
+
+
 def test_override_of_the_wrong_type(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(["train", str(tiny_file), "--decoder.hidden-size", "many"], capsys)
     assert "--decoder.hidden-size" in line

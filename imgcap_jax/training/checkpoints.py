@@ -1,6 +1,7 @@
 """Checkpoints with Orbax: the newest, to resume from, and the best, to caption with."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -109,14 +110,21 @@ class Checkpoints:
 
 
 def _manager(folder: Path, writing: bool) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=1,
-        enable_async_checkpointing=False,
-        create=writing,
-        cleanup_tmp_directories=writing,
-        read_only=not writing,
-    )
-    return ocp.CheckpointManager(folder, options=options)
+    # Orbax warns three times that what is read only is read only.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(level if writing else logging.ERROR)
+    try:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=1,
+            enable_async_checkpointing=False,
+            create=writing,
+            cleanup_tmp_directories=writing,
+            read_only=not writing,
+        )
+        return ocp.CheckpointManager(folder, options=options)
+    finally:
+        logger.setLevel(level)
 
 
 def _raw(tree: Any) -> dict[str, Any]:
