@@ -90,6 +90,11 @@ class DataParallel:
 
         return {name: put(np.asarray(leaf)) for name, leaf in batch.items()}
 
+    def _of_all_processes(self, leaf: Array) -> Array:
+        """What pmap gives is each process's own; the same buffers, seen as one array on all devices."""
+        buffers = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, self._replicated, buffers)
+
     def fetch(self, leaf: Array) -> np.ndarray:
         """A whole array on the host, also where other processes hold parts of it."""
         if leaf.is_fully_addressable:
@@ -110,7 +115,7 @@ class DataParallel:
         The state's buffers are donated.
         """
         if self.mode == "pmap":
-            return jax.pmap(
+            mapped = jax.pmap(
                 step,
                 axis_name=AXIS,
                 in_axes=(None, None, 0),
@@ -118,6 +123,9 @@ class DataParallel:
                 devices=self.devices if jax.process_count() == 1 else None,
                 donate_argnums=(0,),
             )
+            if jax.process_count() == 1:
+                return mapped
+            return lambda *arguments: jax.tree.map(self._of_all_processes, mapped(*arguments))
         whole, cut = PartitionSpec(), PartitionSpec(AXIS)
         mapped = jax.shard_map(
             step,
