@@ -4,13 +4,13 @@
     imgcap train flickr8k
     imgcap evaluate runs/flickr8k --split val --beam 3
 
-Measured on 2 cores of an AMD EPYC, float32, Karpathy's split, photos of 224 x 224 pixels (aspect ratio not kept) brought
-to 256 for an 8 x 8 grid of regions: features of 6,000 images x 4 views in 3.9 minutes (104 images/s, 3.9 GB), then 15
-epochs in 27 minutes (about 370 captions/s, 80 s an epoch; other jobs shared the cores for the second half).
+Measured on 2 cores of an AMD EPYC, float32, Karpathy's split, photos of 224 x 224 pixels (aspect ratio not kept)
+brought to 256 for an 8 x 8 grid of regions: features of 6,000 images x 4 views in 3.9 minutes (104 images/s, 3.9 GB),
+then 15 epochs in 27 minutes (about 370 captions/s, 80 s an epoch; other jobs shared the cores for the second half).
 
 Validation, 1,000 images, beam 3, seed 0 (one run), the checkpoint after epoch 10, selected by greedy CIDEr-D (53.4,
-BLEU-4 20.1): BLEU-4 22.1, ROUGE-L 47.2, CIDEr-D 55.3. With --length-norm 0.7: 21.8, 47.4, 55.4; with 0.9: 21.3, 47.3, 55.2.
-The length norm was chosen on these same images; the test split was not seen.
+BLEU-4 20.1): BLEU-4 22.1, ROUGE-L 47.2, CIDEr-D 55.3. With --length-norm 0.7: 21.8, 47.4 and 55.4; with 0.9: 21.3, 47.3
+and 55.2. The length norm was chosen on these same images; the test split was not seen.
 """
 
 from imgcap_jax.data.images import Augmentation

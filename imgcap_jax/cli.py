@@ -16,6 +16,7 @@ _EPILOG = """examples:
   imgcap data prepare scenes
   imgcap train scenes_demo
   imgcap train flickr8k --run runs/mine --decoder.hidden-size 768
+  imgcap features flickr8k
   imgcap evaluate runs/flickr8k --split val --beam 3
   imgcap caption photo.jpg holiday/ --run runs/flickr8k"""
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code (2 for a user's mistake)."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command is not _train:
+    if rest and options.command not in (_train, _features):
         known = re.findall(r"--[a-z-]+", options.parser.format_help())
         near = difflib.get_close_matches(rest[0], known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else "--help after the command lists its options"
@@ -80,6 +81,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_cache(train)
     train.add_argument("-h", "--help", action="store_true", help="show this and the experiment's fields")
+
+    features = commands.add_parser(
+        "features",
+        allow_abbrev=False,
+        help="compute a frozen encoder's features before training; several processes share the work",
+        description="Compute the features that training an experiment would compute first. Given at once in several "
+        "processes, on one host or on several with a common --cache, the same command shares the work; stopped, it "
+        "goes on where it was. Any field of the experiment can be given as an option, as for imgcap train.",
+    )
+    features.set_defaults(command=_features, parser=features)
+    features.add_argument("experiment", help="a file such as experiments/flickr8k.py, or its name")
+    features.add_argument("--splits", default="train,val", help="which splits (default: train,val)")
+    _add_cache(features)
 
     evaluate = commands.add_parser(
         "evaluate", allow_abbrev=False, help="caption a split and score it, in COCO's format"
@@ -184,6 +198,15 @@ def _train(options: argparse.Namespace) -> int:
         print(f"stopped at step {outcome.step}; the same command resumes")
         return 128 + outcome.interrupted
     print(f"done: {folder}, best validation CIDEr-D {100 * (outcome.best or 0):.1f}")
+    return 0
+
+
+def _features(options: argparse.Namespace) -> int:
+    from imgcap_jax.experiment_files import find, override
+    from imgcap_jax.extraction import extract
+
+    experiment = override(find(options.experiment), options.rest)
+    extract(experiment, options.splits.split(","), _cache(options, Path("runs") / "any") / "features")
     return 0
 
 

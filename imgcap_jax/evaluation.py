@@ -12,13 +12,13 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from imgcap_jax.data.features import FeatureStore
 from imgcap_jax.data.pipeline import CaptionData, EvalBatches, eval_batches
+from imgcap_jax.data.regions import RegionSource
 from imgcap_jax.data.scene_truth import TruthScores, judge
 from imgcap_jax.data.scenes import Scene
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
-from imgcap_jax.extraction import feature_store, uses_store
+from imgcap_jax.extraction import Extraction, uses_store
 from imgcap_jax.files import write_text
 from imgcap_jax.generation import Decoding, caption_function
 from imgcap_jax.metrics.coco_format import write_results
@@ -55,7 +55,7 @@ class SplitEvaluator:
         vocabulary: Vocabulary,
         parallel: DataParallel,
         *,
-        store: FeatureStore | None,
+        store: RegionSource | None,
     ) -> None:
         self.source = source
         self._graph, self._data, self._vocabulary = graph, data, vocabulary
@@ -157,7 +157,7 @@ def evaluate(
     name = dataset or parse_mixture(experiment.data.dataset)[0][0]
     source = open_source(name, split, experiment.data.data_dir)
     stored = uses_store(experiment)
-    store = feature_store(experiment, source, views=1, cache=cache) if stored else None
+    store = Extraction(experiment, cache).regions(source, views=1) if stored else None
     parallel = DataParallel(experiment.training.parallel)
     graph, params, frozen = split_trained(run.model(with_encoder=not stored))
     checkpoints = Checkpoints(run.folder)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from imgcap_jax.data.images import Augmentation
 from imgcap_jax.data.pipeline import CaptionData
+from imgcap_jax.data.regions import RegionFiles
 from imgcap_jax.errors import UserError
 from imgcap_jax.generation import Decoding
 from imgcap_jax.models.decoders.attend import ShowAttendTell
@@ -59,7 +60,7 @@ class Experiment:
     """Everything that decides what a run computes."""
 
     data: CaptionData = field(default_factory=CaptionData)
-    encoder: EfficientNetLite | SmallCNN = field(default_factory=SmallCNN)
+    encoder: EfficientNetLite | SmallCNN | RegionFiles = field(default_factory=SmallCNN)
     decoder: ShowAttendTell | ShowTell = field(default_factory=ShowAttendTell)
     optimizer: Optimizer = field(default_factory=Optimizer)
     objective: CrossEntropy = field(default_factory=CrossEntropy)
@@ -75,6 +76,7 @@ _KINDS: dict[str, type] = {
         Augmentation,
         EfficientNetLite,
         SmallCNN,
+        RegionFiles,
         ShowAttendTell,
         ShowTell,
         Optimizer,

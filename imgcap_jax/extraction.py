@@ -1,14 +1,20 @@
-"""Features of a frozen encoder, computed once into a store."""
+"""Regions that don't change in training: of a frozen encoder, computed once into a store, or ready-made ones."""
 
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from imgcap_jax.data.features import FeatureStore
 from imgcap_jax.data.images import Augmentation
-from imgcap_jax.data.sources import CaptionSource
+from imgcap_jax.data.regions import ReadyRegions, RegionFiles, RegionSource
+from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
+from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.models.encoders.weights import fingerprint
 
@@ -18,41 +24,88 @@ BATCH = 32  # images an encoder pass; one shape, so one compilation
 def uses_store(experiment: Experiment) -> bool:
     """A frozen encoder that sees a fixed number of versions of each image needs to see them only once."""
     data = experiment.data
+    if isinstance(experiment.encoder, RegionFiles):
+        return True
     return experiment.encoder.frozen and (data.views > 1 or data.augmentation == Augmentation())
 
 
-def feature_store(
-    experiment: Experiment, source: CaptionSource, *, views: int, cache: Path, progress: bool = True
-) -> FeatureStore:
-    """Opens the store of a split's regions [I,views,N,D], computing what is missing.
+def extract(experiment: Experiment, splits: Sequence[str], cache: Path) -> None:
+    """Computes the stores that training and evaluating an experiment on these splits will look for.
 
-    Args:
-        experiment: says the encoder, its image size and how pixels are resized.
-        source: the split.
-        views: versions of each image: the plain one, its mirror image, random crops.
-        cache: folder that holds the stores, each under a key of all that decides its content.
-        progress: whether to show images/s and the time left.
+    Raises:
+        UserError: the experiment reads images in training, or ready-made regions; no such split; see `Extraction`.
     """
+    if not uses_store(experiment) or isinstance(experiment.encoder, RegionFiles):
+        if isinstance(experiment.encoder, RegionFiles):
+            why = "reads ready-made regions"
+        elif experiment.encoder.frozen:
+            why = "augments images without end (data.views is 1)"
+        else:
+            why = "trains its encoder"
+        raise UserError(f"the experiment {why}, so there are no features to keep")
+    extraction = Extraction(experiment, cache)
     data = experiment.data
-    encoder = experiment.encoder.build(data.image_size, dtype=jnp.dtype(experiment.training.dtype), rngs=nnx.Rngs(0))
-    graph, state = nnx.split(encoder)
-    encode = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
-    return FeatureStore.build(
-        source,
-        lambda images: encode(state, images),
-        key={
-            "dataset": source.name,
-            "split": source.split,
-            "records": source.fingerprint,
-            "encoder": repr(experiment.encoder),
-            "weights": fingerprint(encoder),
-            "dtype": experiment.training.dtype,
-        },
-        root=cache,
-        views=views,
-        image_size=data.image_size,
-        resize=data.resize,
-        augmentation=data.augmentation,
-        batch_size=BATCH,
-        progress=progress,
-    )
+    names = [name for name, _ in parse_mixture(data.dataset)]
+    for split in splits:
+        # As in training: the whole mixture, but validation and tests on its first dataset.
+        for name in names if split == "train" else names[:1]:
+            source = open_source(name, split, data.data_dir)
+            extraction.regions(source, views=data.views if split == "train" else 1)
+
+
+class Extraction:
+    """Gives the regions of splits as an experiment wants them, computing what is missing."""
+
+    def __init__(self, experiment: Experiment, cache: Path, *, progress: bool = True) -> None:
+        """Computes nothing yet.
+
+        Args:
+            experiment: says the encoder, its image size and how pixels are resized.
+            cache: folder that holds the stores, each under a key of all that decides its content.
+            progress: whether to show images/s and the time left.
+        """
+        self.experiment = experiment
+        self._cache = cache
+        self._progress = progress
+
+    def regions(self, source: CaptionSource, *, views: int) -> RegionSource:
+        """The regions of a split, in so many views of each image: the plain one, its mirror image, random crops.
+
+        Raises:
+            UserError: see `FeatureStore.build` and `ReadyRegions`.
+        """
+        data, settings = self.experiment.data, self.experiment.encoder
+        if isinstance(settings, RegionFiles):
+            return ReadyRegions(settings, source)
+        encoder, encode, weights = self._encoder
+        return FeatureStore.build(
+            source,
+            encode,
+            regions=(encoder.region_count, encoder.region_size),
+            key={
+                "dataset": source.name,
+                "split": source.split,
+                "records": source.fingerprint,
+                "encoder": repr(settings),
+                "weights": weights,
+                "dtype": self.experiment.training.dtype,
+            },
+            root=self._cache,
+            views=views,
+            image_size=data.image_size,
+            resize=data.resize,
+            augmentation=data.augmentation,
+            batch_size=BATCH,
+            progress=self._progress,
+        )
+
+    @cached_property
+    def _encoder(self) -> tuple[Any, Callable[[Any], np.ndarray], str]:
+        """The encoder, the compiled function of images, and a fingerprint of all that it computes with."""
+        settings = self.experiment.encoder
+        assert not isinstance(settings, RegionFiles)
+        dtype = jnp.dtype(self.experiment.training.dtype)
+        encoder = settings.build(self.experiment.data.image_size, dtype=dtype, rngs=nnx.Rngs(0))
+        graph, state = nnx.split(encoder)
+        encode = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
+        return encoder, lambda images: np.asarray(encode(state, images)), fingerprint(encoder)

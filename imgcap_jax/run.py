@@ -7,6 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from flax import nnx
 
+from imgcap_jax.data.regions import RegionFiles
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, differences, from_json, to_json
@@ -77,10 +78,19 @@ class Run:
             )
 
     def model(self, *, with_encoder: bool) -> CaptionModel:
-        """A freshly initialised model; without the encoder where regions come from a feature store."""
+        """A freshly initialised model; without the encoder where regions come from a feature store.
+
+        Raises:
+            UserError: the encoder is wanted, but the run was trained on ready-made regions.
+        """
         experiment = self.experiment
+        settings = experiment.encoder
         rngs = nnx.Rngs(experiment.training.seed)
         dtype = jnp.dtype(experiment.training.dtype)
-        encoder = experiment.encoder.build(experiment.data.image_size, dtype=dtype, rngs=rngs)
-        decoder = experiment.decoder.build(encoder.region_size, len(self.vocabulary), dtype=dtype, rngs=rngs)
-        return CaptionModel(encoder if with_encoder else None, decoder)
+        encoder = None
+        if with_encoder:
+            if isinstance(settings, RegionFiles):
+                raise UserError(f"{self.folder} was trained on ready-made regions: it has no encoder to look at photos")
+            encoder = settings.build(experiment.data.image_size, dtype=dtype, rngs=rngs)
+        decoder = experiment.decoder.build(settings.region_size, len(self.vocabulary), dtype=dtype, rngs=rngs)
+        return CaptionModel(encoder, decoder)

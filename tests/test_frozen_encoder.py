@@ -11,7 +11,7 @@ from imgcap_jax.data.pipeline import CaptionData
 from imgcap_jax.data.sources import open_source
 from imgcap_jax.evaluation import evaluate
 from imgcap_jax.experiment import Experiment, Training
-from imgcap_jax.extraction import feature_store
+from imgcap_jax.extraction import Extraction
 from imgcap_jax.generation import Decoding
 from imgcap_jax.models.decoders.show_tell import ShowTell
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
@@ -53,12 +53,13 @@ def test_captions_from_images_equal_those_from_the_store(trained: tuple[Run, Pat
 def test_store_holds_what_the_encoder_says_of_each_image(trained: tuple[Run, Path]) -> None:
     run, cache = trained
     source = open_source("scenes", "train", run.experiment.data.data_dir)
-    store = feature_store(run.experiment, source, views=2, cache=cache, progress=False)
+    store = Extraction(run.experiment, cache, progress=False).regions(source, views=2)
     captioner = Captioner(run)
     encoder = run.model(with_encoder=True).encoder
     images = np.stack([captioner.pixels(source[i].image) for i in (0, 17, 39)])
-    np.testing.assert_allclose(store.gather([0, 17, 39], [0, 0, 0]), encoder(images), atol=0.01)
-    assert not np.allclose(store[0, 1], store[0, 0], atol=0.01)
+    stored = np.stack([store.read(i, 0)[0] for i in (0, 17, 39)])
+    np.testing.assert_allclose(stored, encoder(images), atol=0.01)
+    assert not np.allclose(store.read(0, 1)[0], store.read(0, 0)[0], atol=0.01)
 
 
 def test_checkpoint_is_the_decoder_s_alone(trained: tuple[Run, Path]) -> None:

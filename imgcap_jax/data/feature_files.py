@@ -1,7 +1,8 @@
 """The files of a feature store, and how they are written so that a crash at any moment loses little.
 
-`regions.npy` [I, views, N, D] is written row after row; `manifest.json` says how many rows are valid, and is
-advanced only after they have reached the disk.
+`regions.npy` [I, views, N, D] has its full size from the beginning. Its rows are computed in blocks: who computes one
+locks it, and an empty file says that its rows have reached the disk. `manifest.json` says what the rows are, and in the
+end that they are all there.
 """
 
 import contextlib
@@ -9,11 +10,8 @@ import errno
 import fcntl
 import io
 import json
-import logging
-import math
 import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -33,20 +31,15 @@ DTYPES: dict[str, np.dtype[Any]] = {
 # .npy knows no bfloat16; its bits are stored.
 _STORED = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 REGIONS = "regions.npy"
-_MANIFEST, _LOCK = "manifest.json", "lock"
-# A crash loses at most so much work, and a disk is not made to sync for every batch.
-_FLUSH_SECONDS = 5.0
-
-_log = logging.getLogger(__name__)
+_MANIFEST, _LOCK, _BLOCKS = "manifest.json", "lock", "blocks"
 
 
 class FeatureWriter:
-    """Appends rows to a store.
+    """Fills the rows of a store, block after block; any number of processes may do so at once.
 
     Attributes:
-        done: rows that are on the disk and in the manifest.
-        done_unsaved: rows appended, of which the last may not be on the disk yet.
-        shape: (I, views, N, D), or None as long as the encoder's output is unknown.
+        shape: (I, views, N, D).
+        rows: I * views.
     """
 
     def __init__(
@@ -54,100 +47,66 @@ class FeatureWriter:
         folder: Path,
         identity: Mapping[str, Any],
         fingerprint: str,
-        images: int,
-        views: int,
+        shape: tuple[int, int, int, int],
         dtype: Dtype,
     ) -> None:
         self.folder = folder
-        self.rows = images * views
-        self.done = 0
-        self.done_unsaved = 0
-        self.shape: tuple[int, int, int, int] | None = None
-        self._manifest: dict[str, Any] = {"fingerprint": fingerprint, "dtype": dtype, "key": dict(identity)}
-        self._images, self._views, self._dtype = images, views, dtype
-        self._file: BinaryIO | None = None
-        self._flushed = 0.0
+        self.shape = shape
+        self.rows = shape[0] * shape[1]
+        self._dtype = dtype
+        self._manifest = {"fingerprint": fingerprint, "dtype": dtype, "key": dict(identity), "shape": shape}
+        self._row_bytes = shape[2] * shape[3] * DTYPES[dtype].itemsize
+        self._block_rows = 0
+        self._file = -1
+        self._held: dict[int, BinaryIO] = {}
+        self._missing: dict[int, int] = {}
 
     @property
     def nbytes(self) -> int:
         """Size of the finished store."""
-        return self.rows * self._row_bytes()
+        return self.rows * self._row_bytes
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[None]:
-        """Holds the folder for this process, and finds out what is done."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def open(self, block_rows: int) -> Iterator[None]:
+        """Makes the files, in blocks of so many rows, or goes on with those there are.
+
+        Raises:
+            OSError: there is no room for the whole store.
+        """
+        blocks = self.folder / _BLOCKS
+        blocks.mkdir(parents=True, exist_ok=True)
         with (self.folder / _LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _log.warning("%s: another process is computing these features; waiting for it", self.folder)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
-                if (self.folder / _MANIFEST).exists():
-                    self._resume()
-                yield
-            finally:
-                if self._file is not None:
-                    self._file.close()
+            fcntl.flock(lock, fcntl.LOCK_EX)  # held for a moment: one process makes the files
+            if (self.folder / _MANIFEST).exists():
+                self._check()
+            else:
+                self._allocate()
+                _write_manifest(self.folder, {**self._manifest, "block_rows": block_rows, "done": False})
+        self._block_rows = read_manifest(self.folder)["block_rows"]
+        self._file = os.open(self.folder / REGIONS, os.O_WRONLY)
+        try:
+            yield
+        finally:
+            for held in self._held.values():
+                held.close()
+            os.close(self._file)
 
-    def _resume(self) -> None:
+    def _check(self) -> None:
         manifest = read_manifest(self.folder)
-        self.shape = tuple(manifest["shape"])
-        self.done = self.done_unsaved = manifest["done"]
+        if tuple(manifest["shape"]) != self.shape or manifest["dtype"] != self._dtype:
+            raise damaged(self.folder / _MANIFEST, f"it is of {manifest['shape']}, the features are {self.shape}")
         path = self.folder / REGIONS
-        if self.shape[:2] != (self._images, self._views) or manifest["dtype"] != self._dtype:
-            raise damaged(self.folder / _MANIFEST, "it is not of these images")
-        end = len(self._header()) + self.done * self._row_bytes()
-        if not path.exists() or path.stat().st_size < end:
-            raise damaged(path, f"it is shorter than the {self.done} rows that the manifest tells of")
-        if self.done < self.rows:
-            self._file = path.open("r+b")
-            # Rows beyond those in the manifest may be half written.
-            self._file.truncate(end)
-            self._file.seek(end)
-            self._check_room()
+        if not path.exists() or path.stat().st_size != len(self._header()) + self.nbytes:
+            raise damaged(path, "it is not as large as its manifest says")
 
-    def start(self, regions: int, size: int) -> None:
-        """Begins the file, once the encoder's output [N, D] is known."""
-        self.shape = (self._images, self._views, regions, size)
-        self._check_room()
-        self._file = (self.folder / REGIONS).open("wb")
-        self._file.write(self._header())
-        self.flush()
-
-    def append(self, regions: npt.NDArray[np.float32]) -> None:
-        """Writes [B, N, D]; now and then makes sure that all is on the disk."""
-        assert self.shape is not None
-        assert self._file is not None
-        if regions.shape[1:] != self.shape[2:]:
-            raise damaged(self.folder / _MANIFEST, f"regions are {self.shape[2:]}, the encoder's {regions.shape[1:]}")
-        with np.errstate(over="ignore"):
-            cast = regions.astype(DTYPES[self._dtype])
-        if not np.isfinite(cast).all():
-            if not np.isfinite(regions).all():
-                raise UserError("the encoder's features are NaN or infinite; check its weights")
-            raise UserError(
-                f"features up to {np.abs(regions).max():.3g} are beyond {self._dtype}; store them as bfloat16"
-            )
-        self._file.write(cast.view(_STORED[self._dtype]).tobytes())
-        self.done_unsaved += len(regions)
-        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Rows first, then the manifest that vouches for them."""
-        if self._file is None:
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.done = self.done_unsaved
-        _write_manifest(self.folder, {**self._manifest, "shape": self.shape, "done": self.done})
-        self._flushed = time.monotonic()
-
-    def _row_bytes(self) -> int:
-        assert self.shape is not None
-        return self.shape[2] * self.shape[3] * DTYPES[self._dtype].itemsize
+    def _allocate(self) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if self.nbytes > free:
+            raise OSError(errno.ENOSPC, f"{self.nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+        with (self.folder / REGIONS).open("wb") as file:
+            file.write(self._header())
+            # A disk that others fill up meanwhile can then no longer stop the work halfway.
+            os.posix_fallocate(file.fileno(), 0, len(self._header()) + self.nbytes)
 
     def _header(self) -> bytes:
         header = io.BytesIO()
@@ -157,11 +116,70 @@ class FeatureWriter:
         )
         return header.getvalue()
 
-    def _check_room(self) -> None:
-        missing = self._row_bytes() * (self.rows - self.done)
-        free = shutil.disk_usage(self.folder).free
-        if missing > free:
-            raise OSError(errno.ENOSPC, f"{missing / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+    @property
+    def done(self) -> int:
+        """Rows that are on the disk, whoever computed them."""
+        if read_manifest(self.folder)["done"]:
+            return self.rows
+        return sum(len(self._rows_of(int(path.stem))) for path in (self.folder / _BLOCKS).glob("*.done"))
+
+    def _rows_of(self, block: int) -> range:
+        return range(block * self._block_rows, min((block + 1) * self._block_rows, self.rows))
+
+    def free_blocks(self) -> Iterator[range]:
+        """Takes one block after the other that is neither done nor in the hands of another process."""
+        for block in range(-(-self.rows // self._block_rows)):
+            done = self.folder / _BLOCKS / f"{block}.done"
+            if done.exists() or block in self._held:
+                continue
+            try:
+                held = (self.folder / _BLOCKS / f"{block}.lock").open("wb")
+            except FileNotFoundError:
+                return  # another process has just finished the store
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+            except BlockingIOError:
+                held.close()
+                continue
+            if done.exists():
+                held.close()
+                continue
+            self._held[block] = held
+            self._missing[block] = len(self._rows_of(block))
+            yield self._rows_of(block)
+
+    def write(self, first: int, regions: npt.NDArray[np.float32]) -> None:
+        """Writes rows [B, N, D] of one block, from number `first` on; a full block goes to the disk for good.
+
+        Raises:
+            UserError: features that are no finite numbers, or beyond what the dtype holds.
+        """
+        if regions.shape[1:] != self.shape[2:]:
+            raise ValueError(f"regions are {regions.shape[1:]}, expected {self.shape[2:]}")
+        with np.errstate(over="ignore"):
+            cast = regions.astype(DTYPES[self._dtype])
+        if not np.isfinite(cast).all():
+            if not np.isfinite(regions).all():
+                raise UserError("the encoder's features are NaN or infinite; check its weights")
+            raise UserError(
+                f"features up to {np.abs(regions).max():.3g} are beyond {self._dtype}; store them as bfloat16"
+            )
+        data = cast.view(_STORED[self._dtype]).tobytes()
+        place = len(self._header()) + first * self._row_bytes
+        while data:
+            written = os.pwrite(self._file, data, place)
+            data, place = data[written:], place + written
+        block = first // self._block_rows
+        self._missing[block] -= len(regions)
+        if not self._missing[block]:
+            os.fsync(self._file)
+            (self.folder / _BLOCKS / f"{block}.done").touch()
+            self._held.pop(block).close()
+
+    def finish(self) -> None:
+        """Declares the store finished, once all blocks are done."""
+        _write_manifest(self.folder, {**self._manifest, "block_rows": self._block_rows, "done": True})
+        shutil.rmtree(self.folder / _BLOCKS, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -187,12 +205,11 @@ def is_finished(folder: Path) -> bool:
     """Whether the folder holds a store whose rows are all there. Raises UserError as `read_manifest`."""
     if not (folder / _MANIFEST).exists():
         return False
-    manifest = read_manifest(folder)
-    return bool(manifest["done"] == math.prod(manifest["shape"][:2]))
+    return bool(read_manifest(folder)["done"])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest: "shape", "done" (rows), "dtype", "fingerprint", "key".
+    """The manifest: "shape", "done" (all of it), "dtype", "fingerprint", "key", "block_rows".
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -200,8 +217,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / _MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        shape, done = manifest["shape"], manifest["done"]
-        if len(shape) != 4 or not 0 <= done <= math.prod(shape[:2]) or manifest["dtype"] not in DTYPES:
+        shape, done, block = manifest["shape"], manifest["done"], manifest["block_rows"]
+        if len(shape) != 4 or not isinstance(done, bool) or block < 1 or manifest["dtype"] not in DTYPES:
             raise ValueError(f"shape {shape}, done {done}, dtype {manifest['dtype']}")
     except FileNotFoundError as error:
         raise UserError(f"{folder} holds no features; run the extraction") from error

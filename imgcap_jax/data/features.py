@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,9 @@ VIEW_AUGMENTATION = Augmentation(crop_scale_min=0.5, flip=True)
 """How the views of an image differ from view 0 unless told otherwise."""
 # Distinguishes the random numbers of the views from those of other uses of (image, view).
 _VIEW_STREAM = 0x76696577
+# A crash loses at most so many batches of a process, and a disk is not made to sync for every batch.
+_BLOCK_BATCHES = 16
+_WAIT_SECONDS = 0.5
 
 
 class FeatureStore:
@@ -64,8 +67,8 @@ class FeatureStore:
         self.views = self.shape[1]
         if not is_finished(folder):
             raise UserError(
-                f"{folder}: only {self.manifest['done']} of {self.shape[0] * self.views} feature rows are "
-                "computed; run the extraction again, it goes on from there"
+                f"{folder}: not all of its {self.shape[0] * self.views} feature rows are computed; run the "
+                "extraction again, it goes on from there"
             )
         try:
             stored = np.load(folder / REGIONS, mmap_mode="r")
@@ -85,20 +88,16 @@ class FeatureStore:
         """The regions [N, D] of an image's view; not copied from the disk before they are used."""
         return self._regions[image_and_view]
 
-    def gather(self, images: npt.ArrayLike, views: npt.ArrayLike) -> npt.NDArray[Any]:
-        """The regions [B, N, D] of images [B] in views [B]."""
-        return np.asarray(self._regions[np.asarray(images, np.int64), np.asarray(views, np.int64)])
-
-    @staticmethod
-    def nbytes_for(images: int, views: int, regions: int, size: int, dtype: Dtype = "float16") -> int:
-        """Bytes on disk of a store of so many images and views with N = regions and D = size."""
-        return images * views * regions * size * DTYPES[dtype].itemsize
+    def read(self, i: int, view: int) -> tuple[npt.NDArray[Any], None]:
+        """As `RegionSource.read`: all regions exist."""
+        return self[i, view], None
 
     @staticmethod
     def build(
         source: "CaptionSource",
         encode: Encode,
         *,
+        regions: tuple[int, int],
         key: Mapping[str, Any],
         root: Path,
         views: int = 1,
@@ -111,6 +110,8 @@ class FeatureStore:
     ) -> "FeatureStore":
         """Opens the store of these features, after computing whatever of it is missing.
 
+        Several processes that do this at once share the work.
+
         View 0 is the plain image. View 1 is its mirror image where no caption names a side and `augmentation`
         flips, else a crop. Views from 2 on are random crops, flips and jitter by `augmentation`. Each depends
         on (image, view) only.
@@ -119,6 +120,7 @@ class FeatureStore:
             source: the images.
             encode: uint8 [batch_size, image_size, image_size, 3] -> [batch_size, N, D]; always called with
                 this shape.
+            regions: (N, D).
             key: what else the features depend on: dataset and version, split, encoder, fingerprint of its
                 weights.
             root: folder that holds stores; this one's is root/<hash of the key and of the arguments here>.
@@ -131,8 +133,8 @@ class FeatureStore:
             progress: whether to show size, rate and time left (on stderr).
 
         Raises:
-            UserError: no room on the disk (what was computed is kept), a damaged store, an image that cannot
-                be decoded, values that don't fit the dtype, or views without a crop.
+            UserError: no room on the disk, a damaged store, an image that cannot be decoded, values that don't
+                fit the dtype, or views without a crop. Blocks of rows that were finished before are kept.
         """
         if views > 1 and augmentation.crop_scale_min >= 1:
             raise UserError(
@@ -147,6 +149,7 @@ class FeatureStore:
             "views": views,
             "augmentation": repr(augmentation) if views > 1 else "none",
             "dtype": dtype,
+            "format": 2,
         }
         fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         folder = root / fingerprint[:16]
@@ -159,13 +162,13 @@ class FeatureStore:
             except ImageError as error:
                 raise UserError(f"{source.name}: {example.filename}: {error}; prepare the dataset again") from error
 
-        writer = FeatureWriter(folder, identity, fingerprint, len(source), views, dtype)
+        writer = FeatureWriter(folder, identity, fingerprint, (len(source), views, *regions), dtype)
         with explaining(folder):
             # A finished store may lie on a read-only disk.
             if not is_finished(folder):
-                with writer.open():
-                    if writer.done < writer.rows:
-                        _fill(writer, view_of, encode, image_size, batch_size, progress)
+                with writer.open(_BLOCK_BATCHES * batch_size):
+                    _fill(writer, view_of, encode, image_size, batch_size, progress)
+                    writer.finish()
         return FeatureStore(folder)
 
 
@@ -188,38 +191,45 @@ def _fill(
     batch_size: int,
     progress: bool,
 ) -> None:
-    starts = range(writer.done, writer.rows, batch_size)
+    """Computes free blocks until there are none, then waits for those of other processes (or does what they left)."""
+
+    def batches() -> Iterator[range]:
+        for block in writer.free_blocks():
+            yield from (block[start : start + batch_size] for start in range(0, len(block), batch_size))
+
     images = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool, _progress_bar(progress) as bar:
+        size = f"{writer.rows:,} x {writer.shape[2]} x {writer.shape[3]}, {writer.nbytes / 1e9:.2f} GB"
+        bar.console.print(f"features: {size} in {writer.folder}", highlight=False)
         task = bar.add_task("features", total=writer.rows, completed=writer.done, rate="")
-        began, first = time.monotonic(), writer.done
+        began, mine, done = time.monotonic(), 0, writer.done
 
-        def decoding(start: int) -> list[Future[Pixels]]:
-            return [pool.submit(view_of, row) for row in range(start, min(start + batch_size, writer.rows))]
+        def decoded(rows: range | None) -> list[Future[Pixels]]:
+            return [pool.submit(view_of, row) for row in rows or ()]
 
         try:
-            pending = decoding(starts[0])
-            for start in starts:
-                count = len(pending)
-                for place, future in enumerate(pending):
-                    images[place] = future.result()
-                # A filled-up last batch has the shape of all others, so that encode compiles once.
-                images[count:] = 0
-                # The next batch is decoded while this one is encoded.
-                pending = decoding(start + batch_size)
-                regions = np.asarray(encode(images), np.float32)[:count]
-                if writer.shape is None:
-                    writer.start(regions.shape[1], regions.shape[2])
-                if start == starts[0]:
-                    size = f"{writer.nbytes / 1e9:.2f} GB"
-                    bar.console.print(f"features: {size} in {writer.folder}", highlight=False)
-                writer.append(regions)
-                rate = (writer.done_unsaved - first) / (time.monotonic() - began)
-                bar.update(task, completed=writer.done_unsaved, rate=f"{rate:.0f} images/s")
+            while writer.done < writer.rows:
+                waiting = batches()
+                rows = next(waiting, None)
+                pending = decoded(rows)
+                while rows is not None:
+                    for place, future in enumerate(pending):
+                        images[place] = future.result()
+                    # A filled-up last batch has the shape of all others, so that encode compiles once.
+                    images[len(rows) :] = 0
+                    # The next batch is decoded while this one is encoded.
+                    following = next(waiting, None)
+                    pending = decoded(following)
+                    writer.write(rows.start, np.asarray(encode(images), np.float32)[: len(rows)])
+                    mine, done = mine + len(rows), done + len(rows)
+                    if following is None or following.start != rows.stop:
+                        done = writer.done  # what others did is counted now and then
+                    bar.update(task, completed=done, rate=f"{mine / (time.monotonic() - began):.0f} images/s")
+                    rows = following
+                if writer.done < writer.rows:
+                    time.sleep(_WAIT_SECONDS)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            # What was computed before Ctrl-C or an error is kept as well.
-            writer.flush()
 
 
 def _progress_bar(shown: bool) -> Progress:

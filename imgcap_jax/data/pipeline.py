@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from absl import flags
 
-from imgcap_jax.data.features import FeatureStore
 from imgcap_jax.data.images import Augmentation, ImageError, Resize, augment, decode
+from imgcap_jax.data.regions import RegionSource
 from imgcap_jax.errors import UserError
 from imgcap_jax.special_tokens import PAD
 
@@ -65,8 +65,8 @@ class CaptionData:
     """Worker processes; worth it only where threads don't keep up."""
 
     def __post_init__(self) -> None:
-        lowest = {"image_size": 16, "threads": 0, "workers": 0}
-        for name in ("batch_size", "captions_per_image", "max_words", "min_count", "views", *lowest):
+        lowest = {"threads": 0, "workers": 0}
+        for name in ("image_size", "batch_size", "captions_per_image", "max_words", "min_count", "views", *lowest):
             if getattr(self, name) < lowest.get(name, 1):
                 raise UserError(f"data.{name} is {getattr(self, name)}; give {lowest.get(name, 1)} or more")
 
@@ -138,7 +138,7 @@ def train_batches(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-    features: FeatureStore | Sequence[FeatureStore] | None = None,
+    features: RegionSource | Sequence[RegionSource] | None = None,
 ) -> TrainBatches:
     """Endless batches in random order; each epoch is a new permutation, and batches run across its end.
 
@@ -153,11 +153,12 @@ def train_batches(
         seed: decides order, captions, views and augmentation.
         process_index: which process this is.
         process_count: how many processes share each batch.
-        features: for each source its store, in the same order; batches then carry regions in place of images,
+        features: for each source its regions, in the same order; batches then carry regions in place of images,
             of a view drawn at random, and no image is read.
 
     Returns:
-        Iterator of batches: "image" uint8 [B, h, w, 3] or "regions" [B, N, D] in the store's dtype; "tokens"
+        Iterator of batches: "image" uint8 [B, h, w, 3] or "regions" [B, N, D] in the store's dtype (with
+        "region_mask" bool [B, N] where their number differs); "tokens"
         int32 [B, M, T], rows of pad where an image has fewer than M captions; "image_id" int64 [B]; "weight"
         float32 [B], all ones. B is config.batch_size / process_count.
 
@@ -172,7 +173,7 @@ def train_batches(
             f"take a multiple of {process_count}"
         )
     mixture = list(sources) if isinstance(sources, Sequence) else [(sources, 1.0)]
-    stores = [features] if isinstance(features, FeatureStore) else features
+    stores = features if features is None or isinstance(features, Sequence) else [features]
     rows = _TrainRows(config, [source for source, _ in mixture], vocabulary, stores)
     seeds = [int(value) for value in np.random.SeedSequence(seed).generate_state(len(mixture) + 1)]
     # Every source is a range of numbers: image `number` of the mixture.
@@ -209,7 +210,7 @@ def eval_batches(
     source: "CaptionSource",
     *,
     batch_size: int,
-    features: FeatureStore | None = None,
+    features: RegionSource | None = None,
     vocabulary: "Vocabulary | None" = None,
 ) -> EvalBatches:
     """All images in order, without augmentation (view 0 of a feature store); the last batch is filled up.
@@ -218,13 +219,13 @@ def eval_batches(
         config: image size, resize, threads; with a vocabulary M and T as well.
         source: the images.
         batch_size: images a batch (B).
-        features: store of the source's regions, in place of its images.
+        features: the source's regions, in place of its images.
         vocabulary: where given, batches carry "tokens" int32 [B, M, T]: the first M captions, for
             teacher-forced loss.
 
     Returns:
-        Batches: "image" or "regions" as in training, "image_id" int64 [B], "weight" float32 [B]. Rows that fill the
-        last batch are zeros, with image_id -1 and weight 0.
+        Batches: "image" or "regions" (with "region_mask") as in training, "image_id" int64 [B], "weight"
+        float32 [B]. Rows that fill the last batch are zeros, with image_id -1 and weight 0.
 
     Raises:
         UserError: the store is not of this source. While iterating: an image cannot be decoded.
@@ -262,7 +263,7 @@ class _TrainRows(grain.transforms.RandomMap):
         config: CaptionData,
         sources: "list[CaptionSource]",
         vocabulary: "Vocabulary",
-        stores: Sequence[FeatureStore] | None,
+        stores: Sequence[RegionSource] | None,
     ) -> None:
         self._config = config
         self._sources = sources
@@ -287,7 +288,9 @@ class _TrainRows(grain.transforms.RandomMap):
         row: dict[str, Any] = {}
         if self._stores is not None:
             store = self._stores[of]
-            row["regions"] = store[i, int(rng.integers(store.views))]
+            row["regions"], mask = store.read(i, int(rng.integers(store.views)))
+            if mask is not None:
+                row["region_mask"] = mask
         else:
             i, row["image"] = self._readable(of, i, rng)
             number = self.first[of] + i
@@ -336,7 +339,7 @@ class _EvalRows(grain.transforms.Map):
         config: CaptionData,
         source: "CaptionSource",
         vocabulary: "Vocabulary | None",
-        store: FeatureStore | None,
+        store: RegionSource | None,
         batch_size: int,
     ) -> None:
         if store is not None:
@@ -353,7 +356,10 @@ class _EvalRows(grain.transforms.Map):
         images = range(start, min(start + self._size, len(self._source)))
         batch: Batch = {}
         if self._store is not None:
-            batch["regions"] = self._store.gather(images, np.zeros(len(images), np.int64))
+            regions, masks = zip(*(self._store.read(i, 0) for i in images), strict=True)
+            batch["regions"] = np.stack(regions)
+            if masks[0] is not None:
+                batch["region_mask"] = np.stack(masks)
         else:
             batch["image"] = np.stack([self._image(i) for i in images])
         if self._captions is not None:
@@ -386,9 +392,9 @@ def _read_options(config: CaptionData) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=_BUFFER if config.threads else 0)
 
 
-def _check_store(source: "CaptionSource", store: FeatureStore) -> None:
-    if store.shape[0] != len(source):
+def _check_store(source: "CaptionSource", store: RegionSource) -> None:
+    if len(store) != len(source):
         raise UserError(
-            f"the features in {store.folder} are of {store.shape[0]} images, {source.name} split "
-            f"{source.split} has {len(source)}: delete that folder to compute them again"
+            f"the features are of {len(store)} images, {source.name} split {source.split} has {len(source)}: "
+            "delete the folder of features to compute them again"
         )

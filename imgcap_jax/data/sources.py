@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from imgcap_jax.data.builders import coco
 from imgcap_jax.data.builders.layout import ORIGIN_FILE, SKIPPED_FILE, CaptionIndex, Origin, Skipped
 from imgcap_jax.errors import UserError
@@ -25,13 +27,17 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 @dataclass(frozen=True)
 class CaptionExample:
-    """One image, encoded (JPEG or PNG), with its captions; `scene` is the JSON of a drawn scene, else ""."""
+    """One image, encoded (JPEG or PNG), with its captions.
+
+    `scene` is the JSON of a drawn scene, else ""; `regions` [n, D] come with datasets that have such a feature.
+    """
 
     image: bytes
     filename: str
     image_id: int
     captions: tuple[str, ...]
     scene: str = ""
+    regions: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,7 @@ class CaptionSource:
             image_id=int(features["image/id"]),
             captions=tuple(text.decode() for text in features["captions"]["text"]),
             scene=features["scene"].decode() if "scene" in features else "",
+            regions=features.get("regions"),
         )
 
     def __iter__(self) -> Iterator[CaptionExample]:

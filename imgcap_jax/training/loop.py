@@ -15,7 +15,7 @@ from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.evaluation import Captioned, SplitEvaluator
 from imgcap_jax.experiment import Experiment
-from imgcap_jax.extraction import feature_store, uses_store
+from imgcap_jax.extraction import Extraction, uses_store
 from imgcap_jax.files import owning
 from imgcap_jax.models.model import parameter_count, split_trained
 from imgcap_jax.run import Run
@@ -92,8 +92,9 @@ def _train(
 
     # Features, once, where the encoder never changes.
     stored = uses_store(experiment)
-    stores = [feature_store(experiment, s, views=data.views, cache=cache) for s in sources] if stored else None
-    validation_store = feature_store(experiment, validation, views=1, cache=cache) if stored else None
+    extraction = Extraction(experiment, cache)
+    stores = [extraction.regions(source, views=data.views) for source in sources] if stored else None
+    validation_store = extraction.regions(validation, views=1) if stored else None
 
     # The model, its optimizer and the compiled step.
     model = run.model(with_encoder=not stored)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from imgcap_jax.errors import UserError
@@ -37,10 +38,14 @@ class Optimizer:
     b2: float = 0.999
     encoder_factor: float = 1.0
     """The encoder's learning rate as a multiple of the decoder's."""
+    encoder_start_epochs: float = 0.0
+    """The encoder stands still so long, until the decoder's gradients mean something to it."""
     accumulate: int = 1
     """Microbatches a step: memory of a batch / accumulate, gradients of the whole batch."""
 
     def __post_init__(self) -> None:
+        if self.encoder_factor < 0 or self.encoder_start_epochs < 0:
+            raise UserError("optimizer: encoder_factor and encoder_start_epochs are not below 0")
         if self.accumulate < 1 or self.learning_rate <= 0 or self.warmup_epochs < 0 or self.decay_every_epochs <= 0:
             raise UserError(
                 "optimizer: accumulate is at least 1, learning_rate and decay_every_epochs are above 0, "
@@ -82,8 +87,11 @@ class Optimizer:
             chain.append(optax.adam(rate, self.b1, self.b2))
         else:
             chain.append(optax.sgd(rate))
-        if self.encoder_factor != 1.0:
-            chain.append(optax.masked(optax.scale(self.encoder_factor), _of_encoder))
+        if self.encoder_factor != 1.0 or self.encoder_start_epochs:
+            start = round(self.encoder_start_epochs * steps_per_epoch)
+            # On the update and not on the gradient, of which Adam would undo a factor.
+            factor = optax.scale_by_schedule(lambda step: jnp.where(step < start, 0.0, self.encoder_factor))
+            chain.append(optax.masked(factor, _of_encoder))
         return optax.chain(*chain)
 
 

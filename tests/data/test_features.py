@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgcap_jax.data import feature_files
+from imgcap_jax.data import feature_files, features
 from imgcap_jax.data.features import FeatureStore
 from imgcap_jax.data.images import Augmentation, decode
 from imgcap_jax.errors import UserError
@@ -76,6 +77,7 @@ class Encode:
 
 def build(root: Path, encode: Encode, **changes: object) -> FeatureStore:
     settings = {
+        "regions": (SIZE, SIZE * 3),
         "key": {"encoder": "rows", "weights": "f00"},
         "views": 2,
         "image_size": SIZE,
@@ -91,9 +93,37 @@ def contents(store: FeatureStore) -> np.ndarray:
     return np.stack([np.stack([store[i, v] for v in range(store.views)]) for i in range(len(store))])
 
 
-def build_until_killed(root: Path, calls: int, flush_seconds: float) -> None:
-    feature_files._FLUSH_SECONDS = flush_seconds
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "_BLOCK_BATCHES", 1)
+
+
+def build_until_killed(root: Path, calls: int) -> None:
+    features._BLOCK_BATCHES = 3
     build(root, Encode(kill_at=calls))
+
+
+def build_slowly(root: Path, log: Path) -> None:
+    """Writes down how many batches this process encoded."""
+    features._BLOCK_BATCHES = 1
+    encode = Encode()
+
+    def slow(images: np.ndarray) -> np.ndarray:
+        time.sleep(0.1)
+        return encode(images)
+
+    log.with_suffix(".ready").touch()
+    while len(list(log.parent.glob("*.ready"))) < 3:  # all begin at once
+        time.sleep(0.01)
+    build(root, slow)
+    log.write_text(str(len(encode.calls)))
+
+
+def another_interpreter(function: str, *arguments: object) -> subprocess.Popen[bytes]:
+    """Calls a function of this file in another process; a fork of one with JAX's threads in it may hang."""
+    script = "import pathlib, runpy, sys; a = sys.argv; "
+    script += "runpy.run_path(a[1])[a[2]](pathlib.Path(a[3]), *(eval(x) for x in a[4:]))"
+    return subprocess.Popen([sys.executable, "-c", script, __file__, function, *map(str, arguments)])
 
 
 def test_a_failed_build_goes_on_and_equals_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -102,7 +132,7 @@ def test_a_failed_build_goes_on_and_equals_an_uninterrupted_one(tmp_path: Path) 
     with pytest.raises(RuntimeError, match="encoder failed"):
         build(tmp_path / "parts", interrupted)
     (folder,) = (tmp_path / "parts").iterdir()
-    with pytest.raises(UserError, match=r"only 16 of 44 .* run the extraction again"):
+    with pytest.raises(UserError, match=r"not all of its 44 .* run the extraction again"):
         FeatureStore(folder)
     rest = Encode()
     store = build(tmp_path / "parts", rest)
@@ -114,27 +144,32 @@ def test_a_failed_build_goes_on_and_equals_an_uninterrupted_one(tmp_path: Path) 
     assert not again.calls
 
 
-@pytest.mark.parametrize(("calls", "flush_seconds"), [(0, 0.0), (5, 0.0), (7, 1e9)])
-def test_kill_9_loses_nothing_that_the_manifest_vouches_for(tmp_path: Path, calls: int, flush_seconds: float) -> None:
-    # Another interpreter: a fork of one with JAX's threads in it may hang.
-    script = "import pathlib, runpy, sys; a = sys.argv; build = runpy.run_path(a[1])['build_until_killed']; "
-    script += "build(pathlib.Path(a[2]), int(a[3]), float(a[4]))"
-    command = [sys.executable, "-c", script, __file__, str(tmp_path), str(calls), str(flush_seconds)]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+@pytest.mark.parametrize("calls", [0, 5, 7])
+def test_kill_9_loses_no_finished_block(tmp_path: Path, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = another_interpreter("build_until_killed", tmp_path / "parts", calls)
+    assert process.wait(60) == -signal.SIGKILL
+    monkeypatch.setattr(features, "_BLOCK_BATCHES", 3)
     rest = Encode()
-    store = build(tmp_path, rest)
-    saved = calls if flush_seconds == 0 else 0
-    assert len(rest.calls) == 11 - saved
+    store = build(tmp_path / "parts", rest)
+    assert len(rest.calls) == 11 - calls // 3 * 3
     np.testing.assert_array_equal(contents(store), contents(build(tmp_path / "whole", Encode())))
 
 
-def test_rows_beyond_the_manifest_are_written_again(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError):
-        build(tmp_path, Encode(fail_at=2))
-    (folder,) = tmp_path.iterdir()
-    with (folder / "regions.npy").open("ab") as file:
-        file.write(b"half a row")
-    np.testing.assert_array_equal(contents(build(tmp_path, Encode())), contents(build(tmp_path / "w", Encode())))
+def test_processes_share_the_work_and_take_over_from_one_that_dies(tmp_path: Path) -> None:
+    logs = [tmp_path / f"{n}.log" for n in range(3)]
+    processes = [
+        another_interpreter("build_slowly", tmp_path / "shared", f"pathlib.Path({str(log)!r})") for log in logs
+    ]
+    while not list((tmp_path / "shared").glob("*/blocks/*.lock")):
+        time.sleep(0.01)
+    processes[2].kill()
+    assert [process.wait(60) for process in processes] == [0, 0, -signal.SIGKILL]
+    counts = [int(log.read_text()) for log in logs[:2]]
+    assert min(counts) > 0
+    assert sum(counts) <= 11  # nothing twice
+    np.testing.assert_array_equal(
+        contents(build(tmp_path / "shared", Encode())), contents(build(tmp_path / "whole", Encode()))
+    )
 
 
 def test_views(tmp_path: Path) -> None:
@@ -167,13 +202,12 @@ def test_reading(tmp_path: Path) -> None:
     store = build(tmp_path, Encode())
     everything = contents(store)
     assert store[3, 1].dtype == np.float16
-    images, views = np.array([5, 0, 21]), np.array([1, 0, 1])
-    np.testing.assert_array_equal(store.gather(images, views), everything[images, views])
-    np.testing.assert_array_equal(store.gather(images, 0), everything[images, 0])
+    for i, view in ((5, 1), (0, 0), (21, 1)):
+        regions, mask = store.read(i, view)
+        np.testing.assert_array_equal(regions, everything[i, view])
+        assert mask is None
     np.testing.assert_array_equal(contents(pickle.loads(pickle.dumps(store))), everything)
-    assert FeatureStore.nbytes_for(IMAGES, 2, SIZE, SIZE * 3) == everything.nbytes
     assert (store.folder / "regions.npy").stat().st_size == pytest.approx(everything.nbytes, abs=256)
-    assert FeatureStore.nbytes_for(113_287, 1, 49, 1280) == 113_287 * 49 * 1280 * 2
 
 
 def test_everything_that_changes_the_features_changes_the_folder(tmp_path: Path) -> None:
@@ -210,16 +244,15 @@ def test_values_beyond_float16_are_refused_and_fit_bfloat16(tmp_path: Path) -> N
     assert str(store[0, 0].dtype) == "bfloat16"
     expected = decode(Source().images[2], SIZE).reshape(SIZE, -1).astype(np.float32) * 1250
     np.testing.assert_allclose(store[2, 0].astype(np.float32), expected, rtol=2**-8)
-    assert str(store.gather([0, 1], [0, 1]).dtype) == "bfloat16"
+    assert str(store.read(1, 1)[0].dtype) == "bfloat16"
 
 
 def test_features_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="NaN"):
-        build(tmp_path, lambda images: np.full((BATCH, 2, 3), np.nan))
+        build(tmp_path, lambda images: np.full((BATCH, SIZE, SIZE * 3), np.nan))
 
 
 def test_a_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_files, "_FLUSH_SECONDS", 0.0)
     syncs = 0
 
     def fsync(descriptor: int) -> None:
@@ -247,7 +280,7 @@ def test_too_small_a_disk_is_noticed_before_anything_is_written(
         build(tmp_path, Encode())
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"shape": [1, 2], "done": 0}', '{"shape": [2,2,2,2], "done": 9}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"shape": [1, 2], "done": true}', '{"shape": [2,2,2,2], "done": 9}'])
 def test_a_damaged_manifest_says_what_to_do(tmp_path: Path, text: str) -> None:
     folder = build(tmp_path, Encode()).folder
     (folder / "manifest.json").write_text(text)
@@ -263,8 +296,8 @@ def test_a_file_shorter_than_its_manifest_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="damaged"):
         build(tmp_path, Encode())
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"done": 10}))
-    with pytest.raises(UserError, match="shorter than the 10 rows"):
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"done": False}))
+    with pytest.raises(UserError, match="not as large as"):
         build(tmp_path, Encode())
 
 

@@ -41,6 +41,17 @@ def test_encoder_moves_at_its_own_rate() -> None:
         assert (updates["decoder"]["kernel"] < 0).all()
 
 
+def test_encoder_starts_later() -> None:
+    params = {"encoder": {"kernel": jnp.ones((2, 2))}, "decoder": {"kernel": jnp.ones((2, 2))}}
+    chain = Optimizer(warmup_epochs=0, encoder_factor=0.5, encoder_start_epochs=1.5).build(2, 10)
+    state, moved = chain.init(params), []
+    for _ in range(5):
+        updates, state = chain.update(params, state, params)
+        moved.append(bool((updates["encoder"]["kernel"] != 0).all()))
+        assert (updates["decoder"]["kernel"] != 0).all()
+    assert moved == [False, False, False, True, True]
+
+
 def test_classic_recipe_equals_torch_adam_with_clipped_values() -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is an optional oracle (extra: torch)")
     classic = Optimizer(

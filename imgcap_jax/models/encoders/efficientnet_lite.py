@@ -333,6 +333,11 @@ class EfficientNetLite:
         """Whether nothing of it is trained."""
         return self.trainable_stages == 0
 
+    @property
+    def region_size(self) -> int:
+        """D."""
+        return _FEATURES
+
     def build(self, image_size: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> EfficientNetLiteEncoder:
         """Builds the encoder for square images of `image_size` pixels.
 

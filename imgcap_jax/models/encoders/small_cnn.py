@@ -31,6 +31,11 @@ class SmallCNN:
         """Never: there are no pretrained weights."""
         return False
 
+    @property
+    def region_size(self) -> int:
+        """D."""
+        return self.widths[-1]
+
     def build(self, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "SmallCNNEncoder":
         """Makes the encoder for images of ``image_size`` pixels a side."""
         return SmallCNNEncoder(self, image_size, dtype=dtype, rngs=rngs)
@@ -50,7 +55,7 @@ class SmallCNNEncoder(nnx.Module):
         for _ in config.widths:
             grid = (grid + 1) // 2
         self.region_count = grid * grid
-        self.region_size = config.widths[-1]
+        self.region_size = config.region_size
         inputs = (3, *config.widths[:-1])
         self.position = nnx.Param(0.1 * jax.random.normal(rngs.params(), (self.region_count, self.region_size)))
         self.downs = nnx.List(

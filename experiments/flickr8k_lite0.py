@@ -1,0 +1,18 @@
+"""Flickr8k with the smallest encoder, frozen: where `flickr8k_finetune` starts.
+
+    imgcap data prepare PATH/TO/flickr8k --name flickr8k
+    imgcap train flickr8k_lite0
+    imgcap evaluate runs/flickr8k_lite0 --split val --beam 3
+"""
+
+from dataclasses import replace
+
+from imgcap_jax.experiments.flickr8k import experiment as flickr8k
+from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
+
+experiment = replace(
+    flickr8k,
+    data=replace(flickr8k.data, image_size=224),
+    encoder=EfficientNetLite(variant=0),
+    training=replace(flickr8k.training, epochs=11),
+)

@@ -1,0 +1,135 @@
+"""Regions that were computed elsewhere (bottom-up attention, CLIP), one file an image, in place of an encoder."""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from imgcap_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from imgcap_jax.data.sources import CaptionSource
+
+_SUFFIXES = (".npz", ".npy")
+
+
+class RegionSource(Protocol):
+    """Where the pipeline reads the regions of a split's images from: a `FeatureStore` or `ReadyRegions`."""
+
+    @property
+    def views(self) -> int:
+        """Versions of each image."""
+        ...
+
+    def __len__(self) -> int:
+        """How many images there are, I."""
+        ...
+
+    def read(self, i: int, view: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+        """The regions [N, D] of an image's view, and which of them exist [N]; None: all."""
+        ...
+
+
+@dataclass(frozen=True)
+class RegionFiles:
+    """Ready-made regions, in number different from image to image, take the place of an encoder.
+
+    The folder holds a file an image, named by its id or by its own name without the ending: `391895.npz`,
+    `COCO_val2014_000000391895.npz`. In it is an array [n, D], or [rows, columns, D]. Without a folder the array is
+    the feature `regions` of the dataset's records.
+    """
+
+    folder: Path | None = None
+    region_size: int = 2048
+    """D; 2048 in the bottom-up features of Anderson et al. (2018)."""
+    max_regions: int = 100
+    """N: an image with fewer regions is filled up and masked, of more the first ones are kept."""
+    key: str = "feat"
+    """Name of the array in an .npz file; a file with one array needs none."""
+
+    def __post_init__(self) -> None:
+        if self.region_size < 1 or self.max_regions < 1:
+            raise UserError("encoder: region_size and max_regions are at least 1")
+
+    @property
+    def frozen(self) -> bool:
+        """Always: there is nothing to train."""
+        return True
+
+
+class ReadyRegions:
+    """The ready-made regions of one split. Picklable; any number of readers."""
+
+    views = 1
+
+    def __init__(self, config: RegionFiles, source: "CaptionSource") -> None:
+        """Finds the file of every image.
+
+        Raises:
+            UserError: no such folder, or an image has no file; or the dataset has no feature `regions`.
+        """
+        self._config = config
+        self._source = source
+        self._paths: list[Path] = []
+        if config.folder is None:
+            if source[0].regions is None:
+                raise UserError(
+                    f"{source.name} has no feature `regions`; set encoder.folder to a folder of region files"
+                )
+            return
+        if not config.folder.is_dir():
+            raise UserError(f"encoder.folder {config.folder} is not a folder; give the one with the region files")
+        present = {path.stem: path for path in config.folder.iterdir() if path.suffix in _SUFFIXES}
+        names = list(zip(map(str, source.image_ids()), (Path(name).stem for name in source.filenames()), strict=True))
+        missing = [i for i, (image_id, stem) in enumerate(names) if image_id not in present and stem not in present]
+        if missing:
+            image_id, stem = names[missing[0]]
+            raise UserError(
+                f"{config.folder}: {len(missing)} of {len(names)} images of {source.name}, split {source.split}, have "
+                f"no region file, the first is {image_id}.npz or {stem}.npz; give the folder of this dataset's features"
+            )
+        self._paths = [present.get(image_id) or present[stem] for image_id, stem in names]
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, i: int, view: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+        """The regions [N, D] of an image, float32, filled up with zeros, and which of them exist [N].
+
+        Raises:
+            UserError: the file can't be read, or holds an array of another size.
+        """
+        config = self._config
+        if self._paths:
+            where, array = str(self._paths[i]), _load(self._paths[i], config.key)
+        else:
+            where, array = f"{self._source.name}, image {i}", np.asarray(self._source[i].regions)
+        if array.ndim == 3:
+            array = array.reshape(-1, array.shape[-1])
+        if array.ndim != 2 or array.shape[1] != config.region_size or not len(array) or array.dtype.kind != "f":
+            raise UserError(
+                f"{where}: an array {array.dtype} {list(array.shape)}, expected floating-point regions "
+                f"[n, {config.region_size}]; set encoder.region_size and encoder.key to what the files hold"
+            )
+        count = min(len(array), config.max_regions)
+        regions = np.zeros((config.max_regions, config.region_size), np.float32)
+        regions[:count] = array[:count]
+        return regions, np.arange(config.max_regions) < count
+
+
+def _load(path: Path, key: str) -> npt.NDArray[Any]:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            names = loaded.files
+            if key not in names and len(names) != 1:
+                raise UserError(f"{path} has no array {key!r} but {', '.join(names)}; set encoder.key to one of them")
+            array: npt.NDArray[Any] = loaded[key if key in names else names[0]]
+            return array
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} can't be read as an array ({error}); make this file again") from error

@@ -1,0 +1,114 @@
+"""Ready-made regions: found, filled up, masked, and training and captioning with them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imgcap_jax.captioner import Captioner
+from imgcap_jax.data.pipeline import CaptionData
+from imgcap_jax.data.regions import ReadyRegions, RegionFiles
+from imgcap_jax.data.sources import CaptionSource, open_source
+from imgcap_jax.errors import UserError
+from imgcap_jax.evaluation import evaluate
+from imgcap_jax.experiment import Experiment, Training, from_json, to_json
+from imgcap_jax.generation import Decoding
+from imgcap_jax.models.decoders.attend import ShowAttendTell
+from imgcap_jax.run import Run
+from imgcap_jax.training.loop import train
+
+D = 6
+
+
+@pytest.fixture(scope="module")
+def source(tiny_data: Path) -> CaptionSource:
+    return open_source("scenes", "train", tiny_data)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1 to 5 regions an image, in every way that files are named and laid out."""
+    folder = tmp_path_factory.mktemp("regions")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        source = open_source("scenes", split, tiny_data)
+        for i, (image_id, name) in enumerate(zip(source.image_ids(), source.filenames(), strict=True)):
+            regions = rng.random((1 + i % 5, D)).astype(np.float32)
+            match i % 4:
+                case 0:
+                    np.savez_compressed(folder / f"{image_id}.npz", feat=regions)
+                case 1:
+                    np.savez(folder / f"{Path(name).stem}.npz", feat=regions, boxes=np.zeros(3))
+                case 2:
+                    np.save(folder / f"{image_id}.npy", regions)
+                case 3:
+                    np.savez(folder / f"{image_id}.npz", any_name=regions.reshape(len(regions), 1, D))
+    return folder
+
+
+def test_regions_are_filled_up_and_masked(source: CaptionSource, folder: Path) -> None:
+    ready = ReadyRegions(RegionFiles(folder, region_size=D, max_regions=4), source)
+    assert len(ready) == len(source)
+    for i in range(8):
+        regions, mask = ready.read(i, 0)
+        assert mask is not None
+        count = min(1 + i % 5, 4)
+        assert regions.shape == (4, D)
+        np.testing.assert_array_equal(mask, np.arange(4) < count)
+        assert (regions[:count] > 0).all()
+        assert not regions[count:].any()
+    exact = np.load(folder / f"{source.image_ids()[2]}.npy")
+    np.testing.assert_array_equal(ready.read(2, 0)[0][:3], exact)
+
+
+def test_what_is_wrong_is_named(source: CaptionSource, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a folder"):
+        ReadyRegions(RegionFiles(tmp_path / "nowhere"), source)
+    with pytest.raises(UserError, match=r"40 of 40 images .* no region file"):
+        ReadyRegions(RegionFiles(tmp_path), source)
+    with pytest.raises(UserError, match="no feature `regions`"):
+        ReadyRegions(RegionFiles(), source)
+    with pytest.raises(UserError, match=r"expected floating-point regions \[n, 2048\]"):
+        ReadyRegions(RegionFiles(folder), source).read(0, 0)
+    with pytest.raises(UserError, match="has no array 'x' but feat, boxes"):
+        ReadyRegions(RegionFiles(folder, region_size=D, key="x"), source).read(1, 0)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for image_id in source.image_ids():
+        (broken / f"{image_id}.npz").write_bytes(b"PK not a zip")
+    with pytest.raises(UserError, match="can't be read as an array"):
+        ReadyRegions(RegionFiles(broken, region_size=D), source).read(0, 0)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
+    """The same training with room for 5 and for 9 regions."""
+    home = tmp_path_factory.mktemp("ready")
+    runs = {}
+    for room in (5, 9):
+        experiment = Experiment(
+            data=CaptionData("scenes", tiny_data, image_size=32, batch_size=8, captions_per_image=2, min_count=1),
+            encoder=RegionFiles(folder, region_size=D, max_regions=room),
+            decoder=ShowAttendTell(8, 8, 4, None, dropout=0.0),
+            training=Training(epochs=1, validation_images=8),
+            decoding=Decoding(beam=2),
+        )
+        train(experiment, home / str(room), cache=home / "cache", show=lambda line: None)
+        runs[room] = Run.load(home / str(room))
+    return runs
+
+
+def test_what_fills_up_changes_nothing(trained: dict[int, Run], tmp_path: Path) -> None:
+    evaluations = [evaluate(run, "val", cache=tmp_path) for run in trained.values()]
+    assert evaluations[0].captioned.captions == evaluations[1].captioned.captions
+    lines = [(run.folder / "metrics.jsonl").read_text().splitlines()[-1] for run in trained.values()]
+    first, second = (json.loads(line)["teacher_forced_loss"] for line in lines)
+    np.testing.assert_allclose(first, second, rtol=1e-5)
+
+
+def test_run_on_ready_made_regions_cannot_look_at_photos(trained: dict[int, Run]) -> None:
+    experiment = trained[5].experiment
+    assert from_json(to_json(experiment), "x") == experiment
+    with pytest.raises(UserError, match="ready-made regions"):
+        Captioner(trained[5])
