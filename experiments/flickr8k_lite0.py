@@ -14,5 +14,5 @@ experiment = replace(
     flickr8k,
     data=replace(flickr8k.data, image_size=224),
     encoder=EfficientNetLite(variant=0),
-    training=replace(flickr8k.training, epochs=11),
+    training=replace(flickr8k.training, epochs=9),
 )

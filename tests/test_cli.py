@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,25 @@ def test_disk_full_while_saving_leaves_the_checkpoint_before(
     monkeypatch.setattr(ocp.CheckpointManager, "save", original)
     assert main(command) == 0
     assert "at step 3 of 10" in capsys.readouterr().out
+
+
+def test_disk_that_is_really_full(tiny_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", str(small)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("no right to mount a small file system")
+    command = ["train", str(tiny_file), "--run", str(small / "run"), "--cache", str(tmp_path / "cache")]
+    try:
+        line = refused(command, capfd)
+        assert "disk" in line
+        assert "full" in line
+        subprocess.run(["mount", "-o", "remount,size=16m", str(small)], check=True)
+        capfd.readouterr()
+        assert main(command) == 0
+        assert "resuming" in capfd.readouterr().out
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
 
 
 def test_loss_that_is_not_finite_stops_with_the_step(

@@ -14,24 +14,27 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.slow
-def test_wheel_trains_and_captions_without_the_checkout(tiny_data: Path, tmp_path: Path) -> None:
-    wheels, installed = tmp_path / "wheels", tmp_path / "installed"
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(wheels), str(REPOSITORY)], check=True)
+def test_wheel_trains_and_captions_in_an_environment_of_its_own(tiny_data: Path, tmp_path: Path) -> None:
+    wheels, home = tmp_path / "wheels", tmp_path / "environment"
+    pip = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([sys.executable, *pip, "wheel", "--no-deps", "-w", str(wheels), str(REPOSITORY)], check=True)
     (wheel,) = wheels.glob("imgcap_jax-*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(installed), str(wheel)], check=True)
-    # The wheel's modules come before those of the checkout, which tests run from.
-    environment = {**os.environ, "PYTHONPATH": str(installed), "TFDS_DATA_DIR": str(tiny_data), "XLA_FLAGS": ""}
+    subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+    python = home / "bin" / "python"
+    subprocess.run([python, *pip, "install", "-c", str(REPOSITORY / "constraints.txt"), str(wheel)], check=True)
+    environment = {**os.environ, "TFDS_DATA_DIR": str(tiny_data), "XLA_FLAGS": ""}
+    environment.pop("PYTHONPATH", None)
 
     def imgcap(*arguments: str) -> str:
-        command = [sys.executable, "-m", "imgcap_jax.cli", *arguments]
+        command = [str(home / "bin" / "imgcap"), *arguments]
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     code = "import imgcap_jax, imgcap_jax.experiments; print(imgcap_jax.__file__, *imgcap_jax.experiments.__path__)"
-    where = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert all(path.startswith(str(installed)) for path in where.stdout.split()), where
+    where = subprocess.run([python, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert all(path.startswith(str(home)) for path in where.stdout.split()), where
+    assert where.stdout
     assert "train" in imgcap("--help")
     imgcap("train", "scenes_demo", "--smoke")
     assert "CIDEr-D" in imgcap("evaluate", "runs/scenes_demo_smoke", "--split", "test", "--page", "page.html")

@@ -110,11 +110,8 @@ class Checkpoints:
 
 
 def _manager(folder: Path, writing: bool) -> ocp.CheckpointManager:
-    # Orbax warns three times that what is read only is read only.
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(level if writing else logging.ERROR)
-    try:
+    # It warns three times that what is read only is read only.
+    with _quiet_orbax(logging.ERROR):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=1,
             enable_async_checkpointing=False,
@@ -123,8 +120,18 @@ def _manager(folder: Path, writing: bool) -> ocp.CheckpointManager:
             read_only=not writing,
         )
         return ocp.CheckpointManager(folder, options=options)
+
+
+@contextmanager
+def _quiet_orbax(level: int) -> Iterator[None]:
+    """Drops what Orbax logs below a level."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)
 
 
 def _raw(tree: Any) -> dict[str, Any]:
@@ -148,7 +155,9 @@ def _abstract(tree: Any) -> Any:
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
     try:
-        yield
+        # Its threads log whole tracebacks of what they raise as well.
+        with _quiet_orbax(logging.CRITICAL):
+            yield
     except Exception as error:
         if disk_full(error):
             raise UserError(
