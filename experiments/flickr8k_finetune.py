@@ -1,8 +1,8 @@
 """Flickr8k: the last two stages of EfficientNet-Lite0 are trained, from the converged decoder, on augmented photos.
 
-    imgcap train flickr8k_lite0
-    imgcap train flickr8k_finetune --init-from runs/flickr8k_lite0
-    imgcap evaluate runs/flickr8k_finetune --split val --beam 3
+imgcap train flickr8k_lite0
+imgcap train flickr8k_finetune --init-from runs/flickr8k_lite0
+imgcap evaluate runs/flickr8k_finetune --split val --beam 3
 """
 
 from dataclasses import replace

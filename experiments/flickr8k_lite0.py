@@ -1,8 +1,8 @@
 """Flickr8k with the smallest encoder, frozen: where `flickr8k_finetune` starts.
 
-    imgcap data prepare PATH/TO/flickr8k --name flickr8k
-    imgcap train flickr8k_lite0
-    imgcap evaluate runs/flickr8k_lite0 --split val --beam 3
+imgcap data prepare PATH/TO/flickr8k --name flickr8k
+imgcap train flickr8k_lite0
+imgcap evaluate runs/flickr8k_lite0 --split val --beam 3
 """
 
 from dataclasses import replace
