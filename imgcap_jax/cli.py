@@ -2,8 +2,8 @@
 
 import argparse
 import difflib
+import os
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="auto",
         metavar="HOST:PORT,COUNT,INDEX",
-        help="train over several hosts; the same command on each (on Cloud TPU and Slurm without a value)",
+        help="train over several hosts, the same command on each, --run on a disk that they share; without a value on "
+        "Cloud TPU and Slurm. A stop is heard at the next training.log_steps",
     )
     _add_cache(train)
     train.add_argument("-h", "--help", action="store_true", help="show this and the experiment's fields")
@@ -174,7 +175,7 @@ def _train(options: argparse.Namespace) -> int:
     experiment = override(find(options.experiment), options.rest)
     from imgcap_jax.experiment import for_smoke
     from imgcap_jax.training.loop import train
-    from imgcap_jax.training.parallel import join_processes
+    from imgcap_jax.training.parallel import is_first_process, join_processes
 
     name = Path(options.experiment).stem + ("_smoke" if options.smoke else "")
     if options.smoke and options.run:
@@ -184,21 +185,27 @@ def _train(options: argparse.Namespace) -> int:
             raise UserError("--smoke is for one host; leave out --distributed")
         join_processes(options.distributed)
     folder = options.run or Path("runs") / name
-    if options.smoke:
-        shutil.rmtree(folder, ignore_errors=True)  # a finished smoke run would check nothing
     cache = _cache(options, folder)
-    outcome = train(
-        for_smoke(experiment) if options.smoke else experiment,
-        folder,
-        cache=cache / "features",
-        init_from=options.init_from,
-        smoke=options.smoke,
-    )
+    try:
+        outcome = train(
+            for_smoke(experiment) if options.smoke else experiment,
+            folder,
+            cache=cache / "features",
+            init_from=options.init_from,
+            smoke=options.smoke,
+        )
+    except UserError as error:
+        if not options.distributed:
+            raise
+        # The other processes wait for this one in a collective; only its end tells them.
+        print(f"imgcap: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    ended = f"done: {folder}, best validation CIDEr-D {100 * (outcome.best or 0):.1f}"
     if outcome.interrupted:
-        print(f"stopped at step {outcome.step}; the same command resumes")
-        return 128 + outcome.interrupted
-    print(f"done: {folder}, best validation CIDEr-D {100 * (outcome.best or 0):.1f}")
-    return 0
+        ended = f"stopped at step {outcome.step}; the same command resumes"
+    if is_first_process():
+        print(ended)
+    return 128 + outcome.interrupted if outcome.interrupted else 0
 
 
 def _features(options: argparse.Namespace) -> int:

@@ -67,6 +67,10 @@ class Experiment:
     training: Training = field(default_factory=Training)
     decoding: Decoding = field(default_factory=Decoding)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.encoder, RegionFiles) and self.data.views > 1:
+            raise UserError("data.views is for encoders; ready-made regions have one view an image: set it to 1")
+
 
 _KINDS: dict[str, type] = {
     kind.__name__: kind
@@ -115,7 +119,14 @@ def from_json(text: str, where: str) -> Experiment:
 
 
 # What a run may be resumed with another value of: where things are and how often one hears, not what is computed.
-_FREE = {"data.data_dir", "data.threads", "data.workers", "training.checkpoint_minutes", "training.log_steps"}
+_FREE = {
+    "data.data_dir",
+    "encoder.folder",
+    "data.threads",
+    "data.workers",
+    "training.checkpoint_minutes",
+    "training.log_steps",
+}
 
 
 def differences(old: Experiment, new: Experiment) -> list[str]:
@@ -124,6 +135,16 @@ def differences(old: Experiment, new: Experiment) -> list[str]:
     names = [*before, *(name for name in after if name not in before)]
     changed = [name for name in names if before.get(name) != after.get(name) and name not in _FREE]
     return [f"{name}: {before.get(name)} -> {after.get(name)}" for name in changed]
+
+
+# What may differ from host to host.
+_LOCAL = {"data.data_dir", "data.threads", "data.workers", "encoder.folder"}
+
+
+def signature(experiment: Experiment) -> str:
+    """The same on all hosts that train one experiment together."""
+    fields = _flatten(_encode(experiment))
+    return json.dumps({name: value for name, value in fields.items() if name not in _LOCAL})
 
 
 _SMOKE_BATCH = 16  # divides into as many devices

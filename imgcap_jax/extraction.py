@@ -50,6 +50,8 @@ def extract(experiment: Experiment, splits: Sequence[str], cache: Path) -> None:
         # As in training: the whole mixture, but validation and tests on its first dataset.
         for name in names if split == "train" else names[:1]:
             source = open_source(name, split, data.data_dir)
+            if split == "val":
+                source = source.first(experiment.training.validation_images or len(source))
             extraction.regions(source, views=data.views if split == "train" else 1)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from imgcap_jax.errors import UserError
 
+OWNER = ".lock"  # in a folder that a process owns
+
 
 def disk_full(error: BaseException) -> bool:
     """Whether an error says that there is no room: as the system does, or in its words as C++ libraries do."""
@@ -55,7 +57,7 @@ def owning(folder: Path, doing: str) -> Iterator[None]:
         UserError: another process owns it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / OWNER).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

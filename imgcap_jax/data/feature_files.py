@@ -80,6 +80,8 @@ class FeatureWriter:
             if (self.folder / _MANIFEST).exists():
                 self._check()
             else:
+                shutil.rmtree(blocks)  # of an earlier store: it would vouch for rows that are not there
+                blocks.mkdir()
                 self._allocate()
                 _write_manifest(self.folder, {**self._manifest, "block_rows": block_rows, "done": False})
         self._block_rows = read_manifest(self.folder)["block_rows"]
@@ -98,15 +100,25 @@ class FeatureWriter:
         path = self.folder / REGIONS
         if not path.exists() or path.stat().st_size != len(self._header()) + self.nbytes:
             raise damaged(path, "it is not as large as its manifest says")
+        with path.open("rb") as file:
+            if file.read(len(self._header())) != self._header():
+                raise damaged(path, "its header is not what was written")
 
     def _allocate(self) -> None:
+        (self.folder / REGIONS).unlink(missing_ok=True)  # of a process that was killed here
         free = shutil.disk_usage(self.folder).free
         if self.nbytes > free:
             raise OSError(errno.ENOSPC, f"{self.nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
         with (self.folder / REGIONS).open("wb") as file:
             file.write(self._header())
-            # A disk that others fill up meanwhile can then no longer stop the work halfway.
-            os.posix_fallocate(file.fileno(), 0, len(self._header()) + self.nbytes)
+            size = len(self._header()) + self.nbytes
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                # A disk that others fill up meanwhile can then no longer stop the work halfway.
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            file.flush()
+            os.fsync(file.fileno())
 
     def _header(self) -> bytes:
         header = io.BytesIO()
@@ -141,7 +153,7 @@ class FeatureWriter:
             except BlockingIOError:
                 held.close()
                 continue
-            if done.exists():
+            if done.exists() or is_finished(self.folder):  # it was, between the look and the lock
                 held.close()
                 continue
             self._held[block] = held
@@ -178,8 +190,11 @@ class FeatureWriter:
 
     def finish(self) -> None:
         """Declares the store finished, once all blocks are done."""
-        _write_manifest(self.folder, {**self._manifest, "block_rows": self._block_rows, "done": True})
-        shutil.rmtree(self.folder / _BLOCKS, ignore_errors=True)
+        with (self.folder / _LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # all who see the last block done come here at once
+            if not is_finished(self.folder):
+                _write_manifest(self.folder, {**self._manifest, "block_rows": self._block_rows, "done": True})
+            shutil.rmtree(self.folder / _BLOCKS, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -228,7 +243,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    new = folder / f"{_MANIFEST}.new"
+    new = folder / f"{_MANIFEST}.{os.getpid()}"
     with new.open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=2)
         file.flush()

@@ -1,6 +1,7 @@
 """Regions that were computed elsewhere (bottom-up attention, CLIP), one file an image, in place of an encoder."""
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,9 +38,9 @@ class RegionSource(Protocol):
 class RegionFiles:
     """Ready-made regions, in number different from image to image, take the place of an encoder.
 
-    The folder holds a file an image, named by its id or by its own name without the ending: `391895.npz`,
-    `COCO_val2014_000000391895.npz`. In it is an array [n, D], or [rows, columns, D]. Without a folder the array is
-    the feature `regions` of the dataset's records.
+    The folder holds a file an image, all named by the images' ids (`391895.npz`) or all by their file names without
+    the ending (`COCO_val2014_000000391895.npz`). In it is an array [n, D], or [rows, columns, D]. Without a folder the
+    array is the feature `regions` of the dataset's records.
     """
 
     folder: Path | None = None
@@ -82,16 +83,28 @@ class ReadyRegions:
             return
         if not config.folder.is_dir():
             raise UserError(f"encoder.folder {config.folder} is not a folder; give the one with the region files")
-        present = {path.stem: path for path in config.folder.iterdir() if path.suffix in _SUFFIXES}
-        names = list(zip(map(str, source.image_ids()), (Path(name).stem for name in source.filenames()), strict=True))
-        missing = [i for i, (image_id, stem) in enumerate(names) if image_id not in present and stem not in present]
-        if missing:
-            image_id, stem = names[missing[0]]
+        present: dict[str, Path] = {}
+        for path in sorted(path for path in config.folder.iterdir() if path.suffix in _SUFFIXES):
+            if path.stem in present:
+                raise UserError(f"{config.folder} holds both {present[path.stem].name} and {path.name}; keep one")
+            present[path.stem] = path
+        by_name = [Path(name).stem for name in source.filenames()]
+        by_id = [str(image_id) for image_id in source.image_ids()]
+        # One way for all images: a file `1.npz` may be that of image 1 or that of `1.jpg`.
+        ways = [names for names in (by_name, by_id) if all(name in present for name in names)]
+        where = f"{config.folder}, {source.name}, split {source.split}"
+        if not ways:
+            names = max((by_name, by_id), key=lambda names: sum(name in present for name in names))
+            missing = [name for name in names if name not in present]
             raise UserError(
-                f"{config.folder}: {len(missing)} of {len(names)} images of {source.name}, split {source.split}, have "
-                f"no region file, the first is {image_id}.npz or {stem}.npz; give the folder of this dataset's features"
+                f"{where}: {len(missing)} of {len(names)} images have no region file, the first is {missing[0]}.npz; "
+                f"give the folder of this dataset's features, named all by file name or all by image id"
             )
-        self._paths = [present.get(image_id) or present[stem] for image_id, stem in names]
+        if len(ways) == 2 and by_name != by_id:
+            raise UserError(f"{where}: files match by file name and by image id, which differ; keep one kind")
+        if len(set(ways[0])) < len(ways[0]):
+            raise UserError(f"{where}: several images have the same file name; name the region files by image id")
+        self._paths = [present[name] for name in ways[0]]
 
     def __len__(self) -> int:
         return len(self._source)
@@ -115,6 +128,8 @@ class ReadyRegions:
                 f"[n, {config.region_size}]; set encoder.region_size and encoder.key to what the files hold"
             )
         count = min(len(array), config.max_regions)
+        if not np.isfinite(array[:count]).all():
+            raise UserError(f"{where}: regions that are NaN or infinite; make this file again")
         regions = np.zeros((config.max_regions, config.region_size), np.float32)
         regions[:count] = array[:count]
         return regions, np.arange(config.max_regions) < count
@@ -131,5 +146,5 @@ def _load(path: Path, key: str) -> npt.NDArray[Any]:
                 raise UserError(f"{path} has no array {key!r} but {', '.join(names)}; set encoder.key to one of them")
             array: npt.NDArray[Any] = loaded[key if key in names else names[0]]
             return array
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} can't be read as an array ({error}); make this file again") from error

@@ -84,6 +84,7 @@ def cross_entropy_step(
             label_smoothing=objective.label_smoothing,
             attention=outputs.attention,
             attention_penalty=objective.attention_penalty,
+            region_mask=batch.get("region_mask"),
         )
         return sums.objective, sums
 

@@ -1,6 +1,9 @@
 """The training loop: reads top to bottom, and is the file to fork for an idea of one's own."""
 
+import hashlib
 import math
+import secrets
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +16,11 @@ from imgcap_jax.data.pipeline import train_batches
 from imgcap_jax.data.prefetch import device_prefetch
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
+from imgcap_jax.errors import UserError
 from imgcap_jax.evaluation import Captioned, SplitEvaluator
-from imgcap_jax.experiment import Experiment
+from imgcap_jax.experiment import Experiment, signature
 from imgcap_jax.extraction import Extraction, uses_store
-from imgcap_jax.files import owning
+from imgcap_jax.files import OWNER, owning, write_text
 from imgcap_jax.models.model import parameter_count, split_trained
 from imgcap_jax.run import Run
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
@@ -55,7 +59,7 @@ def train(
         folder: the run's folder.
         cache: where features of frozen encoders are kept.
         init_from: another run whose best parameters are the start; its vocabulary is mapped by word.
-        smoke: read only the first images of each split.
+        smoke: read only the first images of each split, and start anew.
         show: gets the lines for the user.
 
     Raises:
@@ -63,8 +67,15 @@ def train(
             is not finite, a full disk.
     """
     if jax.process_index() != 0:
+        folder.mkdir(parents=True, exist_ok=True)
         return _train(experiment, folder, cache, init_from, smoke, lambda line: None)
     with owning(folder, "training"):
+        if smoke:  # a finished smoke run would check nothing
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != OWNER:
+                    path.unlink()
         return _train(experiment, folder, cache, init_from, smoke, show)
 
 
@@ -92,15 +103,16 @@ def _train(
 
     # Features, once, where the encoder never changes.
     stored = uses_store(experiment)
-    extraction = Extraction(experiment, cache)
+    extraction = Extraction(experiment, cache, progress=jax.process_index() == 0)
     stores = [extraction.regions(source, views=data.views) for source in sources] if stored else None
     validation_store = extraction.regions(validation, views=1) if stored else None
 
     # The model, its optimizer and the compiled step.
     model = run.model(with_encoder=not stored)
     checkpoints = Checkpoints(folder, writing=True)
-    if init_from is not None and checkpoints.step is None:
-        show(transfer(init_from, model, vocabulary))
+    _check_processes(run, checkpoints.step, parallel)
+    if run.init_from is not None and checkpoints.step is None:
+        show(transfer(run.init_from, model, vocabulary))
     graph, params, frozen = split_trained(model)
     steps_per_epoch = max(1, math.ceil(sum(len(source) for source in sources) / data.batch_size))
     total_steps = max(1, round(training.epochs * steps_per_epoch))
@@ -172,7 +184,8 @@ def _train(
             done = _finished(experiment, progress, total_steps)
             overdue = int(time.monotonic() - saved > 60 * training.checkpoint_minutes)
             # Several processes have to agree on when to save, for which they wait for each other: not at each step.
-            if jax.process_count() == 1 or progress.step % training.log_steps == 0:
+            meeting = progress.step % training.log_steps == 0 or progress.step % evaluate_steps == 0
+            if jax.process_count() == 1 or meeting:
                 interrupted, overdue = parallel.agree(stop.signal or 0, overdue)
             else:
                 overdue = 0
@@ -204,6 +217,29 @@ def _open_run(experiment: Experiment, folder: Path, sources: Sequence[CaptionSou
     if jax.process_index() == 0:
         run.save()
     return run
+
+
+def _check_processes(run: Run, step: int | None, parallel: DataParallel) -> None:
+    """Makes sure that all processes train the same, in the same folder.
+
+    Raises:
+        UserError: on all of them, where they do not.
+    """
+    if jax.process_count() == 1:
+        return
+    note = run.folder / ".processes"
+    nonce = parallel.broadcast(secrets.randbits(31))
+    if jax.process_index() == 0:
+        write_text(note, str(nonce))
+    parallel.agree(0)  # all wait until it is written
+    shared = note.is_file() and note.read_text() == str(nonce)
+    start = signature(run.experiment), run.vocabulary.words, str(run.init_from), step
+    digest = int.from_bytes(hashlib.sha256(repr(start).encode()).digest()[:4], "big") >> 1
+    largest, smallest, apart = parallel.agree(digest, -digest, not shared)
+    if apart:
+        raise UserError(f"{run.folder} is not the same folder on all hosts; put --run on a disk that they share")
+    if largest != -smallest:
+        raise UserError("the processes have different experiments, data or runs; give all of them the same command")
 
 
 def _device_part(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

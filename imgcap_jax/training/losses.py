@@ -25,6 +25,7 @@ def caption_loss(
     label_smoothing: float = 0.0,
     attention: Array | None = None,
     attention_penalty: float = 0.0,
+    region_mask: Array | None = None,
 ) -> LossSums:
     """Cross-entropy of the next words, summed over all words of the batch.
 
@@ -36,6 +37,7 @@ def caption_loss(
         attention: [B,M,T-1,N] weights, for the penalty.
         attention_penalty: lambda of the doubly stochastic penalty, added to each caption's negative
             log-likelihood: lambda * sum_i (1 - sum_t alpha_ti)^2 (Xu et al. 2015, equation 14).
+        region_mask: [B,N] regions that exist, which alone are to be looked at; None: all.
     """
     targets = tokens[..., 1:]
     counted = (targets != PAD) * weight[:, None, None]  # [B,M,T-1]
@@ -46,5 +48,8 @@ def caption_loss(
     if attention is not None and attention_penalty:
         seen = (attention * counted[..., None]).sum(axis=2)  # [B,M,N]
         has_words = counted.max(axis=2)  # [B,M]
-        objective += attention_penalty * (jnp.square(1.0 - seen).sum(axis=-1) * has_words).sum()
+        unseen = jnp.square(1.0 - seen)
+        if region_mask is not None:
+            unseen = unseen * region_mask[:, None]
+        objective += attention_penalty * (unseen.sum(axis=-1) * has_words).sum()
     return LossSums(objective, (true * counted).sum(), counted.sum())

@@ -47,10 +47,10 @@ class Meter:
             UserError: the loss of the step before is not finite.
         """
         self.flush()
-        self._pending = (step, metrics)
         if step == self._first + 1:
-            self.flush()  # the first step compiles, which is not its speed
+            np.asarray(metrics["loss"])  # the first step compiles, which is not its speed
             self.restart(step)
+        self._pending = (step, metrics)
 
     def flush(self) -> None:
         """Reads what is pending. Raises UserError as ``add``."""
@@ -68,8 +68,9 @@ class Meter:
                 f"in another --run; the checkpoint before it is intact (--init-from starts from the best)"
             )
         seconds = time.perf_counter() - self._since
-        self._captions += values.pop("captions")
+        captions = values.pop("captions")
         steps = step - self._since_step
+        self._captions += captions if steps else 0.0
         rate = self._captions / seconds if steps else math.nan
         if step % self._log_steps == 0:
             self._log.write("train", step, {**values, "captions_per_second": rate})

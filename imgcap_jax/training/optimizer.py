@@ -39,7 +39,8 @@ class Optimizer:
     encoder_factor: float = 1.0
     """The encoder's learning rate as a multiple of the decoder's."""
     encoder_start_epochs: float = 0.0
-    """The encoder stands still so long, until the decoder's gradients mean something to it."""
+    """The encoder stands still so long, until the decoder's gradients mean something to it.
+    Its own still count in clip_norm and in Adam's moments."""
     accumulate: int = 1
     """Microbatches a step: memory of a batch / accumulate, gradients of the whole batch."""
 
@@ -87,11 +88,13 @@ class Optimizer:
             chain.append(optax.adam(rate, self.b1, self.b2))
         else:
             chain.append(optax.sgd(rate))
-        if self.encoder_factor != 1.0 or self.encoder_start_epochs:
+        # On the update and not on the gradient, of which Adam would undo a factor.
+        if self.encoder_start_epochs:
             start = round(self.encoder_start_epochs * steps_per_epoch)
-            # On the update and not on the gradient, of which Adam would undo a factor.
             factor = optax.scale_by_schedule(lambda step: jnp.where(step < start, 0.0, self.encoder_factor))
             chain.append(optax.masked(factor, _of_encoder))
+        elif self.encoder_factor != 1.0:
+            chain.append(optax.masked(optax.scale(self.encoder_factor), _of_encoder))
         return optax.chain(*chain)
 
 

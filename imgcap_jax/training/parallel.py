@@ -39,6 +39,11 @@ def join_processes(where: str) -> None:
         raise UserError(f"--distributed {where}: {reason}; give HOST:PORT,COUNT,INDEX on each host") from error
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for all."""
+    return jax.process_index() == 0
+
+
 class DataParallel:
     """Data parallelism over every device of every process.
 
@@ -70,7 +75,13 @@ class DataParallel:
 
         The state has to start there: placed otherwise, the second call of the step would compile again.
         """
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, self._replicated), tree)
+
+        def put(leaf: Any) -> Array:
+            # What one process holds can't be put on another's devices but by way of the host.
+            local = jax.process_count() > 1 and isinstance(leaf, Array) and leaf.is_fully_addressable
+            return jax.device_put(np.asarray(leaf) if local else leaf, self._replicated)
+
+        return jax.tree.map(put, tree)
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """Puts this process's rows of a batch on its devices."""
@@ -100,6 +111,10 @@ class DataParallel:
         if leaf.is_fully_addressable:
             return np.asarray(leaf)
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+    def broadcast(self, number: int) -> int:
+        """The first process's number, on all of them."""
+        return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
     def agree(self, *wishes: int) -> tuple[int, ...]:
         """The largest of each number over all processes, which so decide alike; waits for all of them."""

@@ -103,17 +103,19 @@ def build_until_killed(root: Path, calls: int) -> None:
     build(root, Encode(kill_at=calls))
 
 
-def build_slowly(root: Path, log: Path) -> None:
-    """Writes down how many batches this process encoded."""
+def build_together(root: Path, log: Path, dies: bool) -> None:
+    """Begins when two others do, and writes down how many batches this process encoded; or dies holding a block."""
     features._BLOCK_BATCHES = 1
-    encode = Encode()
+    encode = Encode(kill_at=1 if dies else None)
 
     def slow(images: np.ndarray) -> np.ndarray:
         time.sleep(0.1)
         return encode(images)
 
     log.with_suffix(".ready").touch()
-    while len(list(log.parent.glob("*.ready"))) < 3:  # all begin at once
+    limit = time.monotonic() + 60
+    while len(list(log.parent.glob("*.ready"))) < 3:
+        assert time.monotonic() < limit
         time.sleep(0.01)
     build(root, slow)
     log.write_text(str(len(encode.calls)))
@@ -158,18 +160,26 @@ def test_kill_9_loses_no_finished_block(tmp_path: Path, calls: int, monkeypatch:
 def test_processes_share_the_work_and_take_over_from_one_that_dies(tmp_path: Path) -> None:
     logs = [tmp_path / f"{n}.log" for n in range(3)]
     processes = [
-        another_interpreter("build_slowly", tmp_path / "shared", f"pathlib.Path({str(log)!r})") for log in logs
+        another_interpreter("build_together", tmp_path / "shared", f"pathlib.Path({str(log)!r})", log is logs[2])
+        for log in logs
     ]
-    while not list((tmp_path / "shared").glob("*/blocks/*.lock")):
-        time.sleep(0.01)
-    processes[2].kill()
     assert [process.wait(60) for process in processes] == [0, 0, -signal.SIGKILL]
     counts = [int(log.read_text()) for log in logs[:2]]
     assert min(counts) > 0
-    assert sum(counts) <= 11  # nothing twice
+    assert sum(counts) == 11 - 1  # nothing twice; the third did one before it died
     np.testing.assert_array_equal(
         contents(build(tmp_path / "shared", Encode())), contents(build(tmp_path / "whole", Encode()))
     )
+
+
+def test_blocks_of_an_earlier_store_vouch_for_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        build(tmp_path / "parts", Encode(fail_at=5))
+    (folder,) = (tmp_path / "parts").iterdir()
+    (folder / "manifest.json").unlink()
+    rest = Encode()
+    np.testing.assert_array_equal(contents(build(tmp_path / "parts", rest)), contents(build(tmp_path / "w", Encode())))
+    assert len(rest.calls) == 11
 
 
 def test_views(tmp_path: Path) -> None:

@@ -25,10 +25,14 @@ def start(experiment: Path, run: Path, data: Path, devices: int, *options: str) 
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def pair(experiment: Path, run: Path, data: Path, *options: str) -> list[subprocess.Popen[str]]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def pair(experiment: Path, run: Path, data: Path, *options: str) -> list[subprocess.Popen[str]]:
+    port = free_port()
     return [
         start(experiment, run, data, 1, "--distributed", f"127.0.0.1:{port},2,{index}", *options) for index in (0, 1)
     ]
@@ -57,18 +61,48 @@ def test_two_processes_train_as_one_with_two_devices_and_stop_together(
     finish([start(tiny_file, tmp_path / "one", tiny_data, 2, *options)])
     run = tmp_path / "two"
     processes = pair(tiny_file, run, tiny_data, *options)
-    while not any((run / "checkpoints" / "newest").glob("[1-9]")) and processes[0].poll() is None:
-        time.sleep(0.02)
+    while not list((run / "checkpoints" / "newest").glob("[1-9]")):
+        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        time.sleep(0.005)
     processes[1].send_signal(signal.SIGTERM)  # one is told, both stop
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, "\n".join(outputs)
+    assert not (run / "checkpoints" / "newest" / str(STEPS)).exists()
 
     outputs = finish(pair(tiny_file, run, tiny_data, *options))
     assert "resuming" in outputs[0]
-    assert "validation at step" not in outputs[1]  # the first speaks for all
+    assert "step" not in outputs[1]  # the first speaks for all
+    assert "done" not in outputs[1]
     expected, got = state(tmp_path / "one"), state(run)
     assert expected.keys() == got.keys()
     for name, leaf in expected.items():
         np.testing.assert_allclose(got[name], leaf, atol=1e-5, err_msg=name)
     lines = [(folder / "metrics.jsonl").read_text().count("\n") for folder in (tmp_path / "one", run)]
     assert lines[0] == lines[1]
+
+
+@pytest.mark.slow
+def test_what_differs_between_processes_is_told_by_all(tiny_data: Path, tiny_file: Path, tmp_path: Path) -> None:
+    port = free_port()
+    same = ["--distributed", f"127.0.0.1:{port},2,"]
+    processes = [
+        start(tiny_file, tmp_path / "run", tiny_data, 1, same[0], f"{same[1]}{i}", "--optimizer.learning-rate", rate)
+        for i, rate in enumerate(("1e-3", "2e-3"))
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert "different experiments" in outputs[0]
+    port = free_port()
+    processes = [
+        start(tiny_file, tmp_path / f"run{i}", tiny_data, 1, "--distributed", f"127.0.0.1:{port},2,{i}") for i in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert "not the same folder" in outputs[0]
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_another_run(tiny_data: Path, tiny_file: Path, tmp_path: Path) -> None:
+    finish([start(tiny_file, tmp_path / "first", tiny_data, 1)])
+    outputs = finish(pair(tiny_file, tmp_path / "second", tiny_data, "--init-from", str(tmp_path / "first")))
+    assert "starting from" in outputs[0]

@@ -1,6 +1,7 @@
 """The loop's bookkeeping: early stopping, the best parameters, who may train in a folder, and where a run started."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,12 @@ def test_run_remembers_where_it_started(experiment: Experiment, finished: Path, 
     assert run(experiment, tmp_path / "run", init_from=finished).step == 10
     with pytest.raises(UserError, match="not from"):
         run(experiment, tmp_path / "run", init_from=tmp_path / "another")
+    # Killed between its first validation and its first checkpoint: the start is still the other run.
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "newest" / "10")
+    said: list[str] = []
+    train(experiment, tmp_path / "killed", cache=tmp_path / "cache", show=said.append)
+    assert any(f"starting from {finished}" in line for line in said)
     with pytest.raises(UserError, match="fresh weights"):
         run(find_again(finished), finished, init_from=tmp_path / "run")
 
