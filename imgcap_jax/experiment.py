@@ -16,7 +16,9 @@ from imgcap_jax.generation import Decoding
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.decoders.show_tell import ShowTell
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
+from imgcap_jax.models.encoders.resnet import ResNet
 from imgcap_jax.models.encoders.small_cnn import SmallCNN
+from imgcap_jax.models.encoders.vgg import VGG
 from imgcap_jax.training.cross_entropy import CrossEntropy
 from imgcap_jax.training.optimizer import Optimizer
 
@@ -60,7 +62,7 @@ class Experiment:
     """Everything that decides what a run computes."""
 
     data: CaptionData = field(default_factory=CaptionData)
-    encoder: EfficientNetLite | SmallCNN | RegionFiles = field(default_factory=SmallCNN)
+    encoder: EfficientNetLite | ResNet | VGG | SmallCNN | RegionFiles = field(default_factory=SmallCNN)
     decoder: ShowAttendTell | ShowTell = field(default_factory=ShowAttendTell)
     optimizer: Optimizer = field(default_factory=Optimizer)
     objective: CrossEntropy = field(default_factory=CrossEntropy)
@@ -79,6 +81,8 @@ _KINDS: dict[str, type] = {
         CaptionData,
         Augmentation,
         EfficientNetLite,
+        ResNet,
+        VGG,
         SmallCNN,
         RegionFiles,
         ShowAttendTell,

@@ -90,6 +90,7 @@ class Extraction:
                 "records": source.fingerprint,
                 "encoder": repr(settings),
                 "weights": weights,
+                "normalisation": f"{getattr(encoder, 'mean', None)} {getattr(encoder, 'std', None)}",
                 "dtype": self.experiment.training.dtype,
             },
             root=self._cache,

@@ -1,17 +1,26 @@
 """Speed, as ratios within one run: against plain matrix products, and side by side with PyTorch.
 
-    python scripts/benchmark.py encoder          EfficientNet-Lite extraction beside the same network in PyTorch
+    python scripts/benchmark.py encoder          extraction, beside the same network in PyTorch
+    python scripts/benchmark.py finetune         a step that trains encoder and decoder: time, memory, checkpointing
     python scripts/benchmark.py train            a training step, as a share of the plain matmul rate
     python scripts/benchmark.py decode           greedy and beam search, captions/s
 
+`encoder` and `finetune` take --network: resnet50, resnet101, resnet152, vgg16, vgg16_bn, vgg19, vgg19_bn or
+efficientnet_lite0 to 4, with random weights.
+
 Rounds of the things compared are interleaved and medians given, for machines are noisy. Only JAX, flax and optax
-are needed (PyTorch for `encoder`), so that it also runs where there is no TFDS.
+are needed (PyTorch for the comparison in `encoder`), so that it also runs where there is no TFDS.
 """
 
 import argparse
+import importlib.util
+import math
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +30,10 @@ from flax import nnx
 
 from imgcap_jax.generation import Decoding, caption_function
 from imgcap_jax.models.decoders.attend import ShowAttendTell
+from imgcap_jax.models.encoders import efficientnet_lite, resnet, vgg
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
+from imgcap_jax.models.encoders.resnet import ResNet
+from imgcap_jax.models.encoders.vgg import VGG
 from imgcap_jax.models.model import CaptionModel, split_trained
 from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step, first_state
 from imgcap_jax.training.optimizer import Optimizer
@@ -55,40 +67,160 @@ def matmul(size: int = 2048, count: int = 20) -> tuple[Thing, float]:
     return run, 2.0 * count * size**3
 
 
+def settings(name: str, **fields: Any) -> Any:
+    """The encoder that torchvision calls `name`."""
+    if name.startswith("resnet"):
+        return ResNet(depth=int(name.removeprefix("resnet")), **fields)
+    if name.startswith("vgg"):
+        depth, _, norm = name.removeprefix("vgg").partition("_")
+        return VGG(depth=int(depth), batch_norm=norm == "bn", **fields)
+    return EfficientNetLite(variant=int(name.removeprefix("efficientnet_lite")), **fields)
+
+
+def encoder_flops(encoder: Any, size: int) -> float:
+    """Multiplications and additions of all convolutions for one image, by hand."""
+    products = 0
+    match encoder:
+        case ResNet():
+            side = -(-size // 2)
+            products += side**2 * 64 * 3 * 7**2
+            side = -(-side // 2)  # by the max pool
+            for b in (block for stage in resnet.blocks(encoder.depth) for block in stage):
+                inner = -(-side // b.stride)
+                products += side**2 * b.inputs * b.width + inner**2 * b.width * (9 * b.width + b.outputs)
+                products += inner**2 * b.inputs * b.outputs if b.projects else 0
+                side = inner
+        case VGG():
+            for convolution in vgg.network(encoder.depth, encoder.batch_norm).convolutions:
+                products += (size // 2 ** (convolution.stage - 1)) ** 2 * math.prod(convolution.shape)
+        case EfficientNetLite():
+            side = -(-size // 2)
+            products += side**2 * 32 * 3 * 3**2
+            for b in (block for stage in efficientnet_lite.blocks(encoder.variant) for block in stage):
+                inner = -(-side // b.stride)
+                products += side**2 * b.inputs * b.expanded if b.expanded != b.inputs else 0
+                products += inner**2 * b.expanded * (b.kernel**2 + b.outputs)
+                side = inner
+            products += side**2 * b.outputs * encoder.region_size
+    return 2.0 * products
+
+
+def torch_features(name: str, images: np.ndarray, threads: int, folder: Path) -> tuple[Callable[[], np.ndarray], str]:
+    """PyTorch's regions [B,N,D] of images, as a user would compute them, and the file of the network's weights."""
+    import torch
+    import torch_networks as networks
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    match settings(name):
+        case ResNet(depth=depth):
+            network = networks.ResNet(networks.RESNET_BLOCKS[depth])
+        case VGG(depth=depth, batch_norm=batch_norm):
+            network = networks.VGG(networks.VGG_CONVOLUTIONS[depth], batch_norm)
+        case EfficientNetLite(variant=variant):
+            network = networks.EfficientNetLite(networks.LITE_BLOCKS[variant], networks.LITE_CHANNELS[variant])
+    torch.save(network.state_dict(), folder / "network.pth")
+    network = network.eval().to(memory_format=torch.channels_last)
+    pixels = torch.from_numpy(images)
+
+    def run() -> np.ndarray:
+        with torch.no_grad():
+            last = network.features(networks.normalised(pixels, network.mean, network.std))
+        return last.permute(0, 2, 3, 1).flatten(1, 2).numpy()
+
+    return run, str(folder / "network.pth")
+
+
 def encoder(options: argparse.Namespace) -> None:
-    """Images/s of feature extraction, ours and PyTorch's (eval mode, no gradients, channels_last)."""
-    batch, size = 32, 224
-    network = EfficientNetLite(options.variant).build(size, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(network)
+    """Images/s of extraction, and PyTorch's (eval mode, no gradients, channels_last) from the same uint8 images."""
+    batch, size, name = options.batch or 32, options.size, options.network
+    images = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+    things: dict[str, Thing] = {}
+    weights = "random"
+    with tempfile.TemporaryDirectory() as folder:
+        if importlib.util.find_spec("torch") is None:
+            print("PyTorch is not installed: no comparison")
+        else:
+            things["PyTorch"], weights = torch_features(name, images, options.threads, Path(folder))
+        config = settings(name, weights=weights)
+        graph, state = nnx.split(config.build(size, dtype=jnp.dtype(options.dtype), rngs=nnx.Rngs(0)))
     extract = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
-    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8))
-    things: dict[str, Thing] = {"imgcap_jax": lambda: jax.block_until_ready(extract(state, images))}
-    try:
-        import torch
-        from efficientnet_lite_pytorch.model import EfficientNet
-    except ImportError:
-        print("PyTorch and efficientnet_lite_pytorch are not both installed: no comparison")
-    else:
-        torch.set_num_threads(options.threads)
-        reference = EfficientNet.from_name(f"efficientnet-lite{options.variant}", image_size=size).eval()
-        reference = reference.to(memory_format=torch.channels_last)
-        pixels = torch.rand(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
-
-        def with_torch() -> None:
-            with torch.no_grad():
-                reference.extract_features(pixels)
-
-        things["PyTorch"] = with_torch
+    things["imgcap_jax"] = lambda: jax.block_until_ready(extract(state, images))
+    if "PyTorch" in things:
+        theirs, ours = things["PyTorch"](), np.asarray(things["imgcap_jax"]())
+        print(f"relative difference of the features: {np.linalg.norm(ours - theirs) / np.linalg.norm(theirs):.1e}")
+    things["matmul"], flops = matmul()
     seconds = medians(things, options.rounds)
-    for name, value in seconds.items():
-        print(f"EfficientNet-Lite{options.variant} {size} px, batch {batch}: {name} {batch / value:.1f} images/s")
+    plain = flops / seconds.pop("matmul")
+    for side, value in seconds.items():
+        rate = batch * encoder_flops(config, size) / value
+        print(
+            f"{name} {size} px, batch {batch}: {side} {batch / value:.1f} images/s, {rate / 1e9:.1f} GFLOP/s, "
+            f"{rate / plain:.2f} of the plain matmul rate ({plain / 1e9:.1f})"
+        )
     if "PyTorch" in seconds:
         print(f"ratio to PyTorch: {seconds['PyTorch'] / seconds['imgcap_jax']:.2f}")
 
 
-def _decoder(options: argparse.Namespace) -> tuple[CaptionModel, dict[str, int]]:
+def finetune(options: argparse.Namespace) -> None:
+    """A step that trains the encoder's last stages and soft attention, with and without stage checkpointing."""
+    s = _sizes(options, batch=32)
+    rng = np.random.default_rng(0)
+    # Shard_map's step can be lowered, and so asked for its memory; it computes the same as pmap's.
+    parallel = DataParallel("shard_map")
+    batch = parallel.put(
+        {
+            "image": rng.integers(0, 256, (s["B"], options.size, options.size, 3), dtype=np.uint8),
+            "tokens": rng.integers(4, s["V"], (s["B"], s["M"], s["T"])).astype(np.int32),
+            "weight": np.ones(s["B"], np.float32),
+            "row": np.arange(s["B"], dtype=np.int32),
+        }
+    )
+    things: dict[str, Thing] = {}
+    memory: dict[str, float] = {}
+    for checkpoint in (False, True):
+        config = settings(
+            options.network,
+            weights="random",
+            trainable_stages=options.trainable_stages,
+            checkpoint_stages=checkpoint,
+        )
+        dtype = jnp.dtype(options.dtype)
+        network = config.build(options.size, dtype=dtype, rngs=nnx.Rngs(0))
+        decoder = ShowAttendTell().build(network.region_size, s["V"], dtype=dtype, rngs=nnx.Rngs(0))
+        graph, params, frozen = split_trained(CaptionModel(network, decoder))
+        optimizer = Optimizer().build(100, 1000)
+        step = parallel.compile(cross_entropy_step(graph, CrossEntropy(), optimizer, key=jax.random.key(0)))
+        held = [parallel.replicate(first_state(params, optimizer, ema=False))]
+        frozen = parallel.replicate(frozen)
+        compiled = step.lower(held[0], frozen, batch).compile()
+        name = "with checkpoints" if checkpoint else "without"
+        memory[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+        def once(held: list[Any] = held, compiled: Any = compiled, frozen: Any = frozen) -> None:
+            held[0], _ = compiled(held[0], frozen, batch)
+            jax.block_until_ready(held[0])
+
+        things[name] = once
+    seconds = medians(things, options.rounds)
+    for name, value in seconds.items():
+        print(
+            f"{options.network} {options.size} px, last {options.trainable_stages} stages trained, batch {s['B']} x "
+            f"{s['M']} captions, {name}: {value:.2f} s a step, {memory[name]:.0f} MiB of temporaries a device"
+        )
+    print(
+        f"checkpoints: {memory['with checkpoints'] / memory['without']:.2f} of the memory, "
+        f"{seconds['with checkpoints'] / seconds['without']:.2f} of the time"
+    )
+
+
+def _sizes(options: argparse.Namespace, *, batch: int) -> dict[str, int]:
     sizes = {"T": 22, "D": 1280, "H": 512, "V": options.vocabulary, "N": options.regions}
-    sizes |= {"B": options.batch, "M": options.captions}
+    return sizes | {"B": options.batch or batch, "M": options.captions}
+
+
+def _decoder(options: argparse.Namespace) -> tuple[CaptionModel, dict[str, int]]:
+    sizes = _sizes(options, batch=64)
     config = ShowAttendTell()
     decoder = config.build(sizes["D"], sizes["V"], dtype=jnp.dtype(options.dtype), rngs=nnx.Rngs(0))
     return CaptionModel(None, decoder), sizes
@@ -152,19 +284,21 @@ def decode(options: argparse.Namespace) -> None:
 def main() -> None:
     """Parses the command line and runs one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("encoder", "train", "decode"))
+    parser.add_argument("what", choices=("encoder", "finetune", "train", "decode"))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--variant", type=int, default=2, help="encoder: EfficientNet-Lite 0, 1 or 2")
-    parser.add_argument("--threads", type=int, default=2, help="encoder: PyTorch's threads")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--captions", type=int, default=5, help="train: captions an image (M)")
+    parser.add_argument("--network", default="resnet50", help="encoder, finetune: see above")
+    parser.add_argument("--size", type=int, default=224, help="encoder, finetune: side of the images")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="encoder: PyTorch's threads")
+    parser.add_argument("--trainable-stages", type=int, default=2, help="finetune: how many of the last stages")
+    parser.add_argument("--batch", type=int, help="images (encoder and finetune 32, train and decode 64)")
+    parser.add_argument("--captions", type=int, default=5, help="finetune, train: captions an image (M)")
     parser.add_argument("--regions", type=int, default=49)
     parser.add_argument("--vocabulary", type=int, default=10_000)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args()
     device = jax.devices()[0]
     print(f"jax {jax.__version__}, {len(jax.devices())} x {device.device_kind} ({device.platform}), {options.dtype}")
-    {"encoder": encoder, "train": train, "decode": decode}[options.what](options)
+    {"encoder": encoder, "finetune": finetune, "train": train, "decode": decode}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 from imgcap_jax.errors import UserError
@@ -22,7 +23,9 @@ from imgcap_jax.models.encoders.weights import (
     Frozen,
     fingerprint,
     package_weights,
+    read_safetensors,
     read_torch,
+    read_weights,
     select_tensors,
 )
 
@@ -49,8 +52,13 @@ def write_pickle(data: bytes, path: Path, zipped: bool, storage: bytes = b"") ->
     return path
 
 
-def tensor_pickle(size: int, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
-    """The pickle of {"w": tensor} over storage "0" of `size` float32, by a pickler that knows no torch."""
+def tensor_pickle(
+    size: int, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *, ancient: bool = False
+) -> bytes:
+    """The pickle of {"w": tensor} over storage "0" of `size` float32, by a pickler that knows no torch.
+
+    `ancient` as torch wrote it before 0.4.
+    """
 
     python_pickler: Any = pickle._Pickler
 
@@ -73,11 +81,12 @@ def tensor_pickle(size: int, offset: int, shape: tuple[int, ...], strides: tuple
 
     stream = io.BytesIO()
     pickler = Pickler(stream, 2)
-    storage = ("pid", ("storage", Name("torch", "FloatStorage"), "0", "cpu", size))
+    view = (None,) if ancient else ()
+    storage = ("pid", ("storage", Name("torch", "FloatStorage"), "0", "cpu", size, *view))
 
     def save_tensor(pickler: Any, value: Any) -> None:
-        pickler.save(Name("torch._utils", "_rebuild_tensor_v2"))
-        pickler.save((storage, offset, shape, strides, False, OrderedDict()))
+        pickler.save(Name("torch._utils", "_rebuild_tensor" if ancient else "_rebuild_tensor_v2"))
+        pickler.save((storage, offset, shape, strides, *(() if ancient else (False, OrderedDict()))))
         pickler.write(b"R")
 
     pickler.dispatch = {**pickler.dispatch, Tensor: save_tensor}
@@ -173,6 +182,16 @@ def test_hand_made_tensor_is_read(zipped: bool, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_torch(path)["w"], [[1, 2], [3, 4]])
 
 
+def test_tensor_of_the_first_torch_versions_is_read(tmp_path: Path) -> None:
+    # What vgg16-397923af.pth and vgg16_bn-6c64b313.pth ask for, by the list of their pickles' imports on the hub.
+    storage = np.arange(6, dtype="<f4").tobytes()
+    data = tensor_pickle(6, 1, (2, 2), (2, 1), ancient=True)
+    path = write_pickle(data, tmp_path / "w.pth", False, storage)
+    np.testing.assert_array_equal(read_torch(path)["w"], [[1, 2], [3, 4]])
+    torch = pytest.importorskip("torch", reason="PyTorch confirms that such a file is one; install imgcap_jax[torch]")
+    np.testing.assert_array_equal(torch.load(path)["w"], [[1, 2], [3, 4]])
+
+
 @both_formats
 @pytest.mark.parametrize(
     ("offset", "shape", "strides"),
@@ -225,6 +244,45 @@ def test_other_things_than_tensors_are_refused_by_name(zipped: bool, tmp_path: P
 def test_absent_file_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.pth can't be read: No such file"):
         read_torch(tmp_path / "absent.pth")
+
+
+def test_safetensors_are_read(tmp_path: Path) -> None:
+    values = np.arange(6.0).reshape(2, 3)
+    state = {
+        name: values.astype(dtype)
+        for name, dtype in [("double", "f8"), ("single", "f4"), ("half", "f2"), ("brain", ml_dtypes.bfloat16)]
+    }
+    path = tmp_path / "w.safetensors"
+    safetensors.numpy.save_file({**state, "scalar": np.array(7)}, path)
+    read = read_weights(path)
+    assert read.pop("scalar").shape == ()
+    assert {name: tensor.dtype for name, tensor in read.items()} == {name: t.dtype for name, t in state.items()}
+    selected = select_tensors(read, dict.fromkeys(state, (2, 3)), path.name)
+    for name, tensor in selected.items():
+        assert tensor.dtype == np.float32, name
+        np.testing.assert_array_equal(tensor, values, err_msg=name)
+
+
+def test_every_truncation_of_safetensors_is_a_user_error(tmp_path: Path) -> None:
+    whole = safetensors.numpy.save({"a": np.arange(4.0), "b": np.ones(2, np.float32)})
+    path = tmp_path / "cut.safetensors"
+    for length in range(0, len(whole), 5):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"cut\.safetensors is damaged or no safetensors file \(.+\); remove it"):
+            read_safetensors(path)
+
+
+def test_safetensors_that_are_something_else_are_user_errors(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    for content in (b"<html>" * 50, pickle.dumps(Attack(tmp_path / "owned")), b"\xff" * 64):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="no safetensors file"):
+            read_safetensors(path)
+    assert not (tmp_path / "owned").exists()
+    with pytest.raises(UserError, match=r"absent\.safetensors can't be read: No such file or directory\."):
+        read_safetensors(tmp_path / "absent.safetensors")
+    with pytest.raises(UserError, match="Is a directory"):
+        read_safetensors(tmp_path)
 
 
 def test_package_weights_does_not_import_the_package() -> None:

@@ -32,7 +32,7 @@ def test_top_five_hold_the_evident_class(variant: Any, shared: Path) -> None:
     files = {path.name: path for path in (shared / "coco_subset" / "images").rglob("*.jpg")}
     photos = [Image.open(files[f"{number:012d}.jpg"]).convert("RGB") for number in PHOTOS]
     images = np.stack([np.asarray(photo.resize((224, 224), Image.Resampling.BICUBIC)) for photo in photos])
-    encoder = EfficientNetLite(variant=variant).build(224, rngs=nnx.Rngs(0))
+    encoder = EfficientNetLite(variant=variant).build(224, rngs=nnx.Rngs(0), classifier=True)
     logits = np.asarray(nnx.jit(lambda encoder, x: encoder.classify(x))(encoder, images))
     best = np.argsort(-logits, axis=1)
     rank = {name: int(np.argmax(row == index)) for row, (index, name) in zip(best, PHOTOS.values(), strict=True)}

@@ -1,7 +1,8 @@
-"""Pretrained weights: files of torch tensors read without torch, and without running any code from them.
+"""Pretrained weights: files of tensors read without torch, and without running any code from them.
 
-A torch file is a pickle, and a pickle is a program. The unpickler here knows only the handful of names that a
-file of tensors needs and maps each to a harmless stand-in; any other name ends the reading with an error.
+A `.safetensors` file holds nothing but numbers. A torch file is a pickle, and a pickle is a program: the unpickler
+here knows only the handful of names that a file of tensors needs and maps each to a harmless stand-in; any other name
+ends the reading with an error.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 import jax
 import ml_dtypes
 import numpy as np
+import safetensors
 from flax import nnx
 
 from imgcap_jax.errors import UserError
@@ -104,6 +106,8 @@ class _TensorUnpickler(pickle.Unpickler):
             return name
         allowed: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): OrderedDict,
+            # The first is in files from before torch 0.4; torchvision's VGGs are such files.
+            ("torch._utils", "_rebuild_tensor"): rebuild_tensor,
             ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
         }
@@ -207,7 +211,32 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"Weights file {path} can't be read: {error.strerror or error}.") from None
     except Exception as error:  # a damaged pickle can fail in every way there is
         detail = str(error) or type(error).__name__
-        raise UserError(f"Weights file {path} is damaged or no torch file ({detail}); fetch it again.") from None
+        raise UserError(
+            f"Weights file {path} is damaged or no torch file ({detail}); remove it and fetch it again."
+        ) from None
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Reads every tensor of a `.safetensors` file; bfloat16 comes as `ml_dtypes.bfloat16`.
+
+    Raises:
+        UserError: the file is absent, damaged or no safetensors file.
+    """
+    try:
+        path.open("rb").close()  # the library's own errors don't name the cause apart from the file
+        with safetensors.safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except OSError as error:
+        raise UserError(f"Weights file {path} can't be read: {error.strerror or error}.") from None
+    except Exception as error:  # the library's own, a type numpy lacks, or a name that is no text
+        raise UserError(
+            f"Weights file {path} is damaged or no safetensors file ({error}); remove it and fetch it again."
+        ) from None
+
+
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """Reads a `.safetensors` file, or a file of torch under any other name."""
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
 
 
 def package_weights(distribution: str) -> Path:

@@ -1,0 +1,133 @@
+"""The convolutions that the pretrained encoders share, each in the form that is quickest where it runs."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from imgcap_jax.models.encoders import cpu_convolution
+from imgcap_jax.models.encoders.cpu_convolution import Pads, shifted_views
+from imgcap_jax.models.encoders.weights import Frozen
+
+Padding = Literal["symmetric", "same"]
+
+
+def pads(size: int, kernel: int, stride: int, padding: Padding) -> tuple[int, int]:
+    """Zeros before and behind an axis.
+
+    Args:
+        size: the axis's length.
+        kernel: the window's length.
+        stride: its step.
+        padding: "symmetric", half the kernel on both sides as PyTorch's networks have it; or "same", TensorFlow's,
+            which puts the odd zero behind and depends on the size.
+    """
+    if padding == "symmetric":
+        return kernel // 2, kernel // 2
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    """Convolves x [B,h,w,I] with a kernel [I,O] (1x1), [k,k,I] (depthwise) or [k,k,I,O] -> [B,h',w',O]."""
+    if kernel.ndim == 2:
+        return _product(x[:, ::stride, ::stride], kernel)
+    size = kernel.shape[0]
+    around = pads(x.shape[1], size, stride, padding), pads(x.shape[2], size, stride, padding)
+    if jax.default_backend() != "cpu":
+        return _xla(x, kernel if kernel.ndim == 4 else kernel[:, :, None], stride, around)
+    if kernel.ndim == 3:
+        return cpu_convolution.depthwise(x, kernel, stride, around)
+    if _as_product(x, kernel, stride):
+        views = jnp.concatenate(shifted_views(x, size, stride, around), axis=-1)
+        return _product(views, kernel.reshape(-1, kernel.shape[-1]))
+    return cpu_convolution.dense(x, kernel, stride, around)
+
+
+def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x [B,h,w,I] times a matrix [I,O]."""
+    # As a product of two matrices: XLA:CPU would transpose all of x for the gradient of one of higher rank.
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
+
+
+def _as_product(x: jax.Array, kernel: jax.Array, stride: int) -> bool:
+    """Whether gathered windows times the kernel, a matrix, are quicker than XLA's convolution on a CPU.
+
+    XLA's runs at nine tenths of the rate of plain products, but for maps of few cells (two thirds) and for a 3x3 stem.
+    """
+    small_map = x.shape[1] // stride <= 8
+    stem = kernel.shape[:3] == (3, 3, 3) and stride > 1
+    return small_map or stem
+
+
+def _xla(x: jax.Array, kernel: jax.Array, stride: int, around: Pads) -> jax.Array:
+    """XLA's convolution; a kernel [k,k,1,O] filters each channel by its own."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    groups = x.shape[-1] // kernel.shape[2]
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), around, dimension_numbers=layout, feature_group_count=groups
+    )
+
+
+def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
+    """Largest value a window of x [B,h,w,C], as torch's max_pool2d: cells that don't fill a window are left out."""
+    around = ((padding, padding), (padding, padding))
+    if jax.default_backend() != "cpu":
+        sizes, steps = (1, window, window, 1), (1, stride, stride, 1)
+        return lax.reduce_window(x, -jnp.inf, lax.max, sizes, steps, ((0, 0), *around, (0, 0)))
+    first, *others = shifted_views(x, window, stride, around, -np.inf)
+    for view in others:
+        first = jnp.maximum(first, view)
+    return first
+
+
+def adaptive_average_pool(x: jax.Array, side: int) -> jax.Array:
+    """Averages x [B,h,w,C] over side x side windows as torch's adaptive_avg_pool2d does -> [B,side,side,C].
+
+    Windows overlap where the sizes don't divide, and repeat cells where the result is larger than x.
+    """
+
+    def averages(size: int) -> np.ndarray:
+        matrix = np.zeros((side, size), np.float32)
+        for i in range(side):
+            start, stop = i * size // side, -(-(i + 1) * size // side)
+            matrix[i, start:stop] = 1 / (stop - start)
+        return matrix
+
+    rows, columns = (averages(size).astype(x.dtype) for size in x.shape[1:3])
+    return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x, precision=lax.Precision.HIGHEST)
+
+
+class ConvNorm(nnx.Module):
+    """A convolution and the frozen batch norm behind it, NHWC.
+
+    What it is made from tells what is trained (see ``state_dict.convert``). Frozen, it has a `kernel` with the
+    batch norm's scale multiplied in, and a `shift`. Trained, its kernel and its bias, if it has one, are `nnx.Param`s
+    next to the frozen `scale` and `shift` of the batch norm, if it has one.
+    """
+
+    def __init__(
+        self, layer: Mapping[str, jax.Array | np.ndarray], stride: int = 1, padding: Padding = "symmetric"
+    ) -> None:
+        held = {name: jnp.asarray(values) for name, values in layer.items()}
+        trained = "scale" in held or "bias" in held
+        self.kernel = nnx.Param(held["kernel"]) if trained else Frozen(held["kernel"])
+        self.bias = nnx.Param(held["bias"]) if "bias" in held else None
+        self.scale = Frozen(held["scale"]) if "scale" in held else None
+        self.shift = Frozen(held["shift"]) if "shift" in held else None
+        self.stride = stride
+        self.padding: Padding = padding
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B,h,w,I] -> [B,h',w',O]."""
+        kernel = self.kernel[...]
+        shift = jnp.zeros(kernel.shape[-1]) if self.bias is None else self.bias[...]
+        if self.scale is not None:
+            kernel, shift = kernel * self.scale[...], shift * self.scale[...]
+        if self.shift is not None:
+            shift = shift + self.shift[...]
+        return convolve(x, kernel.astype(x.dtype), self.stride, self.padding) + shift.astype(x.dtype)

@@ -1,0 +1,304 @@
+"""Downloads of weights: HTTPS only, resumed where they broke off, checked, and renamed into place when whole.
+
+A download lies beside its place as `.part`, with `.part.json` telling of what it is a part, until its SHA-256 is right.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import http.client
+import json
+import logging
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from http.client import HTTPMessage, HTTPResponse
+from pathlib import Path, PurePosixPath
+from typing import IO
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from imgcap_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+_STALLED_SECONDS = 30.0
+_FRUITLESS_TRIES = 4
+_PAUSE_SECONDS = 2.0
+_CHUNK = 1 << 20
+_CHANGED = "the server now has another file"
+
+
+class _Unreachable(Exception):
+    """No answer that is any use; `status` is HTTP's, where there is one."""
+
+    def __init__(self, reason: str, status: int | None = None) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class _Broken(Exception):
+    """An answer that stopped before its end."""
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """What the server says it is sending. Of two requests it must be the same for the parts to fit together.
+
+    Attributes:
+        url: what was asked for.
+        version: its strong ETag or its date, good for If-Range; "" where there is neither.
+        size: the whole file's size in bytes, None where the server does not say.
+        sha256: the whole file's SHA-256 where the server publishes it, else "".
+    """
+
+    url: str
+    version: str
+    size: int | None
+    sha256: str
+
+
+def cache_folder() -> Path:
+    """Where downloaded weights are kept: in `$IMGCAP_CACHE`, else in imgcap_jax of `$XDG_CACHE_HOME` or `~/.cache`."""
+    if chosen := os.environ.get("IMGCAP_CACHE"):
+        return Path(chosen).expanduser() / "weights"
+    # The XDG rules say that a path which is not absolute is to be ignored.
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "imgcap_jax" / "weights"
+
+
+def fetch(url: str, path: Path, *, sha256: str = "", by_hand: str | None = None) -> Path:
+    """Downloads a file unless it is there already.
+
+    A download that was broken off, now or in an earlier process, goes on where it stopped, if the server still has
+    the same file. Processes that want the same file wait for the first.
+
+    Args:
+        url: where to get it, by https.
+        path: where to put it.
+        sha256: its SHA-256 in hexadecimal digits, or the start of it. The one that Hugging Face's hub publishes is
+            checked as well.
+        by_hand: what to get by hand where the server can't be reached, if not the file itself.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: the server can't be reached or lacks the file, the connection broke off for good, a redirect leads
+            away from https, the checksum is wrong, or the disk is full.
+    """
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        if not path.is_file():
+            part, record = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
+            published = _receive_all(url, part, record, by_hand or url)
+            record.unlink(missing_ok=True)  # first, so that it never outlives its part
+            _check(url, part, [sha256, published])
+            os.replace(part, path)
+    return path
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    # The lock's file stays: another process may already be waiting for this very one.
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.warning("%s: another process is downloading it; waiting for it", path)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _receive_all(url: str, part: Path, record: Path, by_hand: str) -> str:
+    """Completes the part, in several requests where the connection breaks; returns the published SHA-256 or ""."""
+    start = most = _size(part)
+    fruitless = 0
+    bar = _progress_bar()
+    task = bar.add_task(PurePosixPath(urlsplit(url).path).name, total=None)
+    with contextlib.ExitStack() as shown:
+
+        def show(done: int, total: int | None) -> None:
+            if not bar.live.is_started:  # not before something comes, so that an error stands alone
+                shown.enter_context(bar)
+            bar.update(task, completed=done, total=total)
+
+        while True:
+            try:
+                return _receive(url, part, record, show)
+            except (_Unreachable, _Broken) as problem:
+                size = _size(part)
+                most, fruitless = max(most, size), 0 if size > most else fruitless + 1
+                if isinstance(problem, _Unreachable) and most == start:
+                    raise UserError(
+                        f"{url} can't be fetched ({problem}); get {'it' if by_hand == url else by_hand} on another "
+                        f"machine and give the file, as in --encoder.weights /path/to/{by_hand.rsplit('/', 1)[1]}"
+                    ) from problem
+                if fruitless >= _FRUITLESS_TRIES:
+                    raise UserError(
+                        f"{url} broke off after {size / 1e6:.1f} MB ({problem}); the same command goes on from there"
+                    ) from problem
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise UserError(
+                        f"{part.parent}: the disk is full; free some space and give the same command again, or set "
+                        "IMGCAP_CACHE to a folder on another disk"
+                    ) from error
+                raise
+            time.sleep(_PAUSE_SECONDS)
+
+
+def _receive(url: str, part: Path, record: Path, show: Callable[[int, int | None], None]) -> str:
+    """One request for what is missing of the part; returns the published SHA-256 or ""."""
+    have, known = _size(part), _read_record(record)
+    if known is None or known.url != url or not known.version:
+        have = 0
+    elif have == known.size:
+        return known.sha256
+    headers = {"User-Agent": "imgcap_jax"}
+    if known and have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": known.version}
+    redirects = _HttpsRedirects()
+    try:
+        answer = _open(urllib.request.Request(url, headers=headers), redirects)
+    except _Unreachable as problem:
+        if problem.status != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        part.unlink()
+        raise _Broken(_CHANGED) from problem
+    with answer as response:
+        remote, start = _remote(url, response, redirects.sha256)
+        if start and (start != have or remote != known):
+            part.unlink()
+            raise _Broken(_CHANGED)
+        with part.open("ab" if start else "wb") as file:
+            # Only after the old part is gone, of which the record would not be true.
+            if not start:
+                record.write_text(json.dumps(asdict(remote)), encoding="utf-8")
+            show(start, remote.size)
+            while chunk := _read(response):
+                file.write(chunk)
+                show(file.tell(), remote.size)
+    if remote.size is not None and _size(part) != remote.size:
+        raise _Broken("the server closed the connection")
+    return remote.sha256
+
+
+def _open(request: urllib.request.Request, redirects: "_HttpsRedirects") -> HTTPResponse:
+    _refuse_unless_secure(request.full_url)
+    try:
+        response: HTTPResponse = urllib.request.build_opener(redirects).open(request, timeout=_STALLED_SECONDS)
+    except urllib.error.HTTPError as error:
+        with error:
+            raise _Unreachable(f"the server answers {error.code} {error.reason}", error.code) from error
+    except urllib.error.URLError as error:
+        raise _Unreachable(_words(error.reason)) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _Unreachable(_words(error)) from error
+    return response
+
+
+def _read(response: HTTPResponse) -> bytes:
+    try:
+        return response.read1(_CHUNK)
+    except (OSError, http.client.HTTPException) as error:
+        raise _Broken(_words(error)) from error
+
+
+def _words(error: object) -> str:
+    if isinstance(error, TimeoutError) and error.errno is None:  # ours, not the system's
+        return f"nothing came for {_STALLED_SECONDS:.0f} seconds"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _remote(url: str, response: HTTPResponse, sha256: str) -> tuple[_Remote, int]:
+    """What the answer is of, and the byte it starts at."""
+    etag = response.headers.get("ETag", "")
+    # A weak ETag, W/"...", is no promise of the same bytes.
+    version = response.headers.get("Last-Modified", "") if not etag or etag.startswith("W/") else etag
+    length = response.headers.get("Content-Length")
+    start, size = 0, int(length) if length and length.isdecimal() else None
+    if response.status == http.HTTPStatus.PARTIAL_CONTENT:
+        given = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+        if given is None:
+            raise _Unreachable("the server answers with a range it does not name")
+        start, size = int(given[1]), int(given[2]) if given[2] != "*" else None
+    return _Remote(url, version, size, sha256 or _published_sha256(response.headers)), start
+
+
+def _published_sha256(headers: HTTPMessage) -> str:
+    """Hugging Face's hub names a large file's SHA-256 so, in the answer that redirects to where the file lies.
+
+    https://github.com/huggingface/huggingface_hub, file_download.py, `get_hf_file_metadata`.
+    """
+    etag = headers.get("X-Linked-Etag", "").strip('"')
+    return etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
+
+
+class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https only, and keeps the SHA-256 that the first to publish one does publish."""
+
+    def __init__(self) -> None:
+        self.sha256 = ""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        _refuse_unless_secure(newurl)
+        self.sha256 = self.sha256 or _published_sha256(headers)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _refuse_unless_secure(url: str) -> None:
+    if not _is_secure(url):
+        raise UserError(f"{url} is refused: weights are only fetched by https")
+
+
+def _is_secure(url: str) -> bool:
+    return urlsplit(url).scheme == "https"
+
+
+def _check(url: str, part: Path, checksums: list[str]) -> None:
+    with part.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    for expected in checksums:
+        if not digest.startswith(expected):
+            part.unlink()
+            raise UserError(
+                f"{url} is not the file that was published: its SHA-256 starts with {digest[: len(expected)]}, not "
+                f"with {expected}; it was removed, give the same command again to fetch it anew"
+            )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _read_record(path: Path) -> _Remote | None:
+    try:
+        return _Remote(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None  # there is none, or a kill left half of it; then the download starts anew
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

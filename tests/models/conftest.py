@@ -1,0 +1,126 @@
+"""The same networks in PyTorch (scripts/torch_networks.py), with weights that would show a mistake."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
+
+
+class Oracle:
+    """PyTorch's side of a comparison, and the comparison.
+
+    Attributes:
+        networks: the module scripts/torch_networks.py.
+    """
+
+    def __init__(self, torch: Any, networks: Any) -> None:
+        self.torch = torch
+        self.networks = networks
+
+    def images(self, batch: int, size: int) -> np.ndarray:
+        """Pixels uint8 [B,h,w,3], always the same ones."""
+        return np.random.default_rng(size).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+
+    def pixels(self, network: Any, images: np.ndarray) -> Any:
+        """What the network is given."""
+        return self.networks.normalised(self.torch.from_numpy(images), network.mean, network.std)
+
+    def randomised(self, network: Any) -> Any:
+        """Random weights that keep the signal alive, and batch-norm statistics that differ from the images' own."""
+        nn = self.torch.nn
+        self.torch.manual_seed(0)
+        modules = list(network.modules())
+        norms = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
+        with self.torch.no_grad():
+            for module in modules:
+                if isinstance(module, nn.Conv2d) and module.bias is not None:
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                    module.bias.normal_(0, 0.3)
+            for norm in norms:
+                norm.momentum = 1.0
+                norm.weight.uniform_(0.5, 1.5)
+                norm.bias.normal_(0.5, 0.5)
+            if norms:
+                network.train().features(self.pixels(network, self.images(4, 96)))
+            for norm in norms:
+                norm.running_mean += 0.3 * self.torch.randn_like(norm.running_mean) * norm.running_var.sqrt()
+                norm.running_var *= self.torch.empty_like(norm.running_var).uniform_(0.5, 2)
+        return network.eval()
+
+    def saved(self, network: Any, folder: Path) -> str:
+        """The network's state dict as a file."""
+        self.torch.save(network.state_dict(), folder / "network.pth")
+        return str(folder / "network.pth")
+
+    def regions(self, network: Any, images: np.ndarray) -> Any:
+        """The last map as [B,N,C]."""
+        return network.features(self.pixels(network, images)).flatten(2).transpose(1, 2)
+
+    def check(self, network: Any, encoder: Any, images: np.ndarray) -> None:
+        """The encoder's regions, and its logits if it has a classifier, equal the network's."""
+        regions, logits = self.run(encoder, images)
+        assert regions.shape == (len(images), encoder.region_count, encoder.region_size)
+        with self.torch.no_grad():
+            self.close(regions, self.regions(network, images))
+            if logits is not None:
+                self.close(logits, network(self.pixels(network, images)))
+
+    def run(self, encoder: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """The encoder's regions, and its logits if it has a classifier."""
+        both = nnx.jit(lambda encoder, x: (encoder(x), encoder.classify(x) if encoder.classifier else None))
+        regions, logits = both(encoder, images)
+        return np.asarray(regions), None if logits is None else np.asarray(logits)
+
+    def close(self, values: np.ndarray, expected: Any, tolerance: float = 1e-4) -> None:
+        """Equal to `tolerance`, relative to the whole and, for each number, to the largest."""
+        expected = expected.detach().numpy()
+        assert values.shape == expected.shape
+        # A dead network would equal anything, and so would one that gives every image the same.
+        assert (expected > 0).mean() > 0.02
+        assert np.linalg.norm(expected - expected.mean(0)) > 0.01 * np.linalg.norm(expected)
+        error = np.linalg.norm(values - expected) / np.linalg.norm(expected)
+        assert error < tolerance
+        assert np.abs(values - expected).max() < tolerance * np.abs(expected).max()
+
+    def gradients(self, network: Any, images: np.ndarray, direction: np.ndarray) -> dict[str, np.ndarray]:
+        """Of sum(regions * direction) by the weights and biases, by their names in the state dict."""
+        network.zero_grad()
+        (self.regions(network, images) * self.torch.from_numpy(direction)).sum().backward()
+        return {
+            name: parameter.grad.numpy() for name, parameter in network.named_parameters() if parameter.grad is not None
+        }
+
+
+def own_gradients(encoder: Any, images: np.ndarray, direction: np.ndarray) -> dict[str, np.ndarray]:
+    """The same of an encoder, by path ("stages/1/blocks/0/filter/kernel"): of all that is trained and nothing else."""
+
+    def loss(encoder: Any, x: jax.Array) -> jax.Array:
+        return (encoder(x) * direction).sum()
+
+    found = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, nnx.Param)))(encoder, images)
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(found))
+    return {"/".join(str(key.key) for key in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@pytest.fixture(scope="session")
+def gradients_of() -> Any:
+    """``own_gradients``, for test modules can't import from here."""
+    return own_gradients
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Oracle:
+    """PyTorch's networks; skips where there is no PyTorch."""
+    torch: Any = pytest.importorskip("torch", reason="PyTorch is the oracle; install imgcap_jax[torch]")
+    spec = importlib.util.spec_from_file_location("torch_networks", SCRIPTS / "torch_networks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Oracle(torch, module)

@@ -1,0 +1,172 @@
+"""Every form of a convolution, and every gradient written by hand, against XLA's own convolution and PyTorch."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from imgcap_jax.models.encoders import convolution
+from imgcap_jax.models.encoders.convolution import ConvNorm, adaptive_average_pool, convolve, max_pool
+from imgcap_jax.models.encoders.weights import Frozen
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape).astype(np.float32))
+
+
+def reference(x: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.Array:
+    """XLA's convolution with the padding that PyTorch and TensorFlow define."""
+    k = kernel.shape[0]
+    groups = 1 if kernel.ndim == 4 else x.shape[-1]
+    kernel = kernel if kernel.ndim == 4 else kernel[:, :, None]
+    around: Any = "SAME" if padding == "same" else [(k // 2, k // 2)] * 2
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), around, dimension_numbers=layout, feature_group_count=groups
+    )
+
+
+def assert_close(values: jax.Array, expected: jax.Array) -> None:
+    assert values.shape == expected.shape
+    np.testing.assert_allclose(values, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def with_gradients(function: Any, x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+    """What a convolution gives, and its gradients by x and kernel for a random gradient of the output."""
+
+    def all_of_it(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+        y, back = jax.vjp(function, x, kernel)
+        return [y, *back(normal(*y.shape))]
+
+    return jax.jit(all_of_it)(x, kernel)
+
+
+# Sizes where the stride leaves rows over, where it doesn't, and where the map is smaller than the kernel.
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("shape", "padding", "size"),
+    [
+        ((3, 3, 6), "same", (9, 8)),
+        ((3, 3, 6), "same", (3, 2)),
+        ((5, 5, 6), "same", (12, 13)),
+        ((5, 5, 6), "symmetric", (20, 17)),
+        ((3, 3, 6, 4), "symmetric", (28, 29)),
+        ((3, 3, 6, 4), "same", (27, 30)),
+        ((3, 3, 6, 4), "symmetric", (7, 6)),
+        ((7, 7, 6, 2), "symmetric", (33, 30)),
+    ],
+)
+def test_values_and_gradients_are_those_of_xla(
+    shape: tuple[int, ...], padding: Any, size: tuple[int, int], stride: int
+) -> None:
+    x, kernel = normal(3, *size, 6), normal(*shape)
+    expected = with_gradients(lambda x, k: reference(x, k, stride, padding), x, kernel)
+    for own, other in zip(
+        with_gradients(lambda x, k: convolve(x, k, stride, padding), x, kernel), expected, strict=True
+    ):
+        assert_close(own, other)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 3, 4), (3, 3, 6, 4), (6, 4), (5, 5, 6)])
+def test_both_platforms_compute_the_same(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, kernel = normal(2, 30, 30, 6 if len(shape) < 4 else shape[2]), normal(*shape)
+    for stride in (1, 2):
+        monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+        on_cpu = convolve(x, kernel, stride, "same" if len(shape) > 2 else "symmetric")
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        assert_close(on_cpu, convolve(x, kernel, stride, "same" if len(shape) > 2 else "symmetric"))
+
+
+def test_small_maps_and_a_small_stem_are_products() -> None:
+    def convolutions(size: int, channels: int, stride: int) -> int:
+        x, kernel = jnp.zeros((1, size, size, channels)), jnp.zeros((3, 3, channels, 4))
+        text = str(jax.make_jaxpr(lambda x, k: convolve(x, k, stride, "same"))(x, kernel))
+        return text.count("conv_general_dilated")
+
+    assert convolutions(8, 16, 1) == convolutions(16, 16, 2) == convolutions(64, 3, 2) == 0
+    assert convolutions(28, 16, 1) == convolutions(28, 16, 2) == convolutions(64, 3, 1) == 1
+
+
+@pytest.mark.parametrize(("shape", "stride"), [((3, 3, 2), 1), ((5, 5, 2), 2), ((3, 3, 2, 3), 2)])
+def test_gradients_are_finite_differences(shape: tuple[int, ...], stride: int) -> None:
+    from jax.test_util import check_grads
+
+    x, kernel = normal(2, 9, 10, 2), normal(*shape)
+    # Linear in each argument, so that a large step costs no accuracy.
+    check_grads(lambda x: convolve(x, kernel, stride, "same"), (x,), 1, modes=["rev"], eps=1.0, atol=1e-3, rtol=1e-3)
+    check_grads(lambda k: convolve(x, k, stride, "same"), (kernel,), 1, modes=["rev"], eps=1.0, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 6), (3, 3, 6, 4)])
+def test_gradients_go_through_map_checkpoint_and_vmap(shape: tuple[int, ...]) -> None:
+    x, kernel = normal(4, 12, 12, 6), normal(*shape)
+
+    def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return (reference(x, kernel, 2, "same") ** 2).sum()
+
+    def looped(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        one = jax.checkpoint(lambda x: convolve(x, kernel, 2, "same"))
+        return (lax.map(one, x.reshape(2, 2, 12, 12, 6)) ** 2).sum()
+
+    def mapped(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return (jax.vmap(lambda x: convolve(x, kernel, 2, "same"))(x.reshape(2, 2, 12, 12, 6)) ** 2).sum()
+
+    expected = jax.grad(direct, (0, 1))(x, kernel)
+    for function in (looped, mapped):
+        for own, other in zip(jax.jit(jax.grad(function, (0, 1)))(x, kernel), expected, strict=True):
+            assert_close(own, other)
+
+
+def test_sums_of_a_bfloat16_kernel_s_gradient_are_float32() -> None:
+    # 4096 ones: in bfloat16 the sum would stop at 256.
+    x, kernel = jnp.ones((1, 64, 64, 1), jnp.bfloat16), jnp.ones((3, 3, 1), jnp.bfloat16)
+    gradient = jax.grad(lambda k: convolve(x, k, 1, "same").astype(jnp.float32).sum())(kernel)
+    assert gradient.dtype == jnp.bfloat16
+    assert float(gradient[1, 1, 0]) == 4096
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "stride", "padding"), [(9, 3, 2, 1), (8, 3, 2, 1), (9, 2, 2, 0), (8, 2, 2, 0)]
+)
+def test_max_pool_is_pytorch_s(
+    size: int, window: int, stride: int, padding: int, oracle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = normal(2, size, size + 1, 3) - 5  # all below the zero that a wrong padding would bring
+    pooled = oracle.torch.nn.functional.max_pool2d(
+        oracle.torch.from_numpy(np.array(x)).permute(0, 3, 1, 2), window, stride, padding
+    )
+    expected = pooled.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(max_pool(x, window, stride, padding), expected)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_array_equal(max_pool(x, window, stride, padding), expected)
+
+
+@pytest.mark.parametrize("side", [1, 3, 7, 14, 15])
+def test_adaptive_pool_is_pytorch_s(side: int, oracle: Any) -> None:
+    x = normal(2, 7, 10, 3)
+    expected = oracle.torch.nn.functional.adaptive_avg_pool2d(
+        oracle.torch.from_numpy(np.array(x)).permute(0, 3, 1, 2), side
+    )
+    np.testing.assert_allclose(adaptive_average_pool(x, side), expected.permute(0, 2, 3, 1), atol=1e-6)
+
+
+def test_what_is_trained_is_a_param_and_computes_the_same() -> None:
+    x, kernel = normal(2, 9, 9, 3), normal(3, 3, 3, 4)
+    scale, shift, bias = normal(4), normal(4) + 1, normal(4) - 1
+    trained = ConvNorm({"kernel": kernel, "scale": scale, "shift": shift, "bias": bias})
+    folded = ConvNorm({"kernel": kernel * scale, "shift": shift + bias * scale})
+    plain = ConvNorm({"kernel": kernel * scale, "bias": shift + bias * scale})
+    assert (type(trained.kernel), type(trained.bias), type(trained.scale)) == (
+        convolution.nnx.Param,
+        convolution.nnx.Param,
+        Frozen,
+    )
+    assert type(folded.kernel) is Frozen
+    assert folded.bias is None
+    assert type(plain.kernel) is convolution.nnx.Param
+    expected = (reference(x, kernel, 1, "symmetric") + bias) * scale + shift
+    for layer in (trained, folded, plain):
+        assert_close(layer(x), expected)

@@ -1,0 +1,304 @@
+"""Downloads against a server on this machine that breaks off, changes its files and redirects."""
+
+import hashlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.models.encoders import downloads
+from imgcap_jax.models.encoders.downloads import cache_folder, fetch
+
+CONTENT = bytes(range(256)) * 400
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves files with ranges. What it is asked for is in `asked`, as (path, range).
+
+    Attributes:
+        files: contents by path.
+        redirects: where a path leads, and the SHA-256 published on the way.
+        limits: after how many bytes the next answers break off; the last stands for all that follow.
+        statuses: what the next answers are in place of the file, unless 0; the last stands for all that follow.
+        delay: seconds before an answer's connection is closed.
+        honours_if_range: whether a range of another version is answered by the whole file, as it should be.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {"/weights.pth": CONTENT}
+        self.redirects: dict[str, tuple[str, str]] = {}
+        self.limits: list[int | None] = [None]
+        self.statuses = [0]
+        self.delay = 0.0
+        self.honours_if_range = True
+        self.asked: list[tuple[str, str | None]] = []
+
+    @property
+    def base(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+def take(answers: list[Any]) -> Any:
+    return answers.pop(0) if len(answers) > 1 else answers[0]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.path, self.headers["Range"]))
+        if self.path in self.server.redirects:
+            target, sha256 = self.server.redirects[self.path]
+            self.send_response(302)
+            self.send_header("Location", target)
+            self.send_header("X-Linked-Etag", f'"{sha256}"')
+            self.end_headers()
+            return
+        status = take(self.server.statuses)
+        if status or self.path not in self.server.files:
+            self.send_error(status or 404)
+            return
+        content = self.server.files[self.path]
+        etag, start = f'"{hashlib.md5(content).hexdigest()}"', 0
+        wanted = self.headers["Range"]
+        if wanted and (not self.server.honours_if_range or self.headers["If-Range"] == etag):
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                self.send_error(416)
+                return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("ETag", etag)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start:][: take(self.server.limits)])
+        self.wfile.flush()
+        time.sleep(self.server.delay)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A running server; of all addresses without https, only its own counts as secure."""
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        monkeypatch.setattr(downloads, "_is_secure", lambda url: url.startswith((f"{server.base}/", "https://")))
+        monkeypatch.setattr(downloads, "_PAUSE_SECONDS", 0.0)
+        monkeypatch.setenv("no_proxy", "*")
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "weights.pth"
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+
+
+def test_file_is_downloaded_once(server: Server, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"{server.base}/weights.pth"
+    assert fetch(url, path, sha256=SHA256[:8]) == path
+    assert path.read_bytes() == CONTENT
+    assert visible(path.parent) == ["weights.pth"]
+    out, err = capsys.readouterr()
+    assert (out, "weights.pth" in err) == ("", True)
+    fetch(url, path)
+    assert server.asked == [("/weights.pth", None)]
+
+
+def test_broken_connection_is_resumed(server: Server, path: Path) -> None:
+    server.limits = [1000, 2000, None]
+    fetch(f"{server.base}/weights.pth", path, sha256=SHA256)
+    assert path.read_bytes() == CONTENT
+    assert [wanted for _, wanted in server.asked] == [None, "bytes=1000-", "bytes=3000-"]
+
+
+def test_stalled_connection_is_resumed(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "_STALLED_SECONDS", 0.5)
+    server.limits, server.delay = [1000, None], 2.0
+    fetch(f"{server.base}/weights.pth", path)
+    assert path.read_bytes() == CONTENT
+    # A busy machine may take another answer for a stalled one.
+    assert [wanted for _, wanted in server.asked][:2] == [None, "bytes=1000-"]
+
+
+def broken_off(server: Server, path: Path) -> str:
+    """Leaves 1000 bytes of the file behind, as a process does that gave up."""
+    server.limits = [1000, 0]
+    url = f"{server.base}/weights.pth"
+    with pytest.raises(UserError, match=r"weights\.pth broke off after 0\.0 MB \(the server closed the connection\)"):
+        fetch(url, path)
+    assert visible(path.parent) == ["weights.pth.part", "weights.pth.part.json"]
+    server.limits, server.asked = [None], []
+    return url
+
+
+def test_next_process_resumes(server: Server, path: Path) -> None:
+    fetch(broken_off(server, path), path, sha256=SHA256)
+    assert path.read_bytes() == CONTENT
+    assert [wanted for _, wanted in server.asked] == ["bytes=1000-"]
+    assert visible(path.parent) == ["weights.pth"]
+
+
+@pytest.mark.parametrize("honours_if_range", [True, False])
+@pytest.mark.parametrize("changed", [CONTENT[::-1], CONTENT + b"more", CONTENT[:500]])
+def test_changed_file_is_downloaded_anew(honours_if_range: bool, changed: bytes, server: Server, path: Path) -> None:
+    url = broken_off(server, path)
+    server.files["/weights.pth"], server.honours_if_range = changed, honours_if_range
+    fetch(url, path)
+    assert path.read_bytes() == changed
+
+
+def test_part_of_another_address_is_not_used(server: Server, path: Path) -> None:
+    broken_off(server, path)
+    server.files["/other.pth"] = CONTENT[::-1]
+    fetch(f"{server.base}/other.pth", path)
+    assert path.read_bytes() == CONTENT[::-1]
+    assert server.asked == [("/other.pth", None)]
+
+
+def test_damaged_record_starts_anew(server: Server, path: Path) -> None:
+    url = broken_off(server, path)
+    (path.parent / "weights.pth.part.json").write_text('{"url": "ht')
+    fetch(url, path)
+    assert path.read_bytes() == CONTENT
+    assert server.asked == [("/weights.pth", None)]
+
+
+def test_whole_part_is_not_asked_for_again(server: Server, path: Path) -> None:
+    url = broken_off(server, path)
+    (path.parent / "weights.pth.part").write_bytes(CONTENT)
+    fetch(url, path, sha256=SHA256)
+    assert path.read_bytes() == CONTENT
+    assert server.asked == []
+
+
+def test_server_that_fails_after_a_break_is_tried_again_and_then_given_up(server: Server, path: Path) -> None:
+    server.limits, server.statuses = [1000], [0, 503, 0, 503]
+    with pytest.raises(UserError, match=r"broke off after .* \(the server answers 503 Service Unavailable\)"):
+        fetch(f"{server.base}/weights.pth", path)
+    resumed = ["bytes=1000-"] * 2 + ["bytes=2000-"] * 4
+    assert [wanted for _, wanted in server.asked] == [None, *resumed]
+
+
+def test_wrong_checksum_is_an_error_and_leaves_nothing(server: Server, path: Path) -> None:
+    with pytest.raises(UserError, match=rf"its SHA-256 starts with {SHA256[:8]}, not with 01234567"):
+        fetch(f"{server.base}/weights.pth", path, sha256="01234567")
+    assert visible(path.parent) == []
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_checksum_that_the_hub_publishes_is_checked(right: bool, server: Server, path: Path) -> None:
+    published = SHA256 if right else SHA256[::-1]
+    server.redirects["/resolve"] = ("/weights.pth", published)
+    if right:
+        fetch(f"{server.base}/resolve", path)
+        assert path.read_bytes() == CONTENT
+    else:
+        with pytest.raises(UserError, match="SHA-256"):
+            fetch(f"{server.base}/resolve", path)
+        assert not path.exists()
+
+
+def test_redirected_download_is_resumed(server: Server, path: Path) -> None:
+    server.redirects["/resolve"] = ("/weights.pth", SHA256)
+    server.limits = [1000, None]
+    fetch(f"{server.base}/resolve", path)
+    assert path.read_bytes() == CONTENT
+    assert server.asked[-1] == ("/weights.pth", "bytes=1000-")
+
+
+def test_redirect_away_from_https_is_refused(server: Server, path: Path) -> None:
+    insecure = f"http://localhost:{server.server_port}/weights.pth"
+    server.redirects["/resolve"] = (insecure, SHA256)
+    with pytest.raises(UserError, match=rf"{insecure} is refused: weights are only fetched by https"):
+        fetch(f"{server.base}/resolve", path)
+    assert server.asked == [("/resolve", None)]
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9/w.pth", "http://download.pytorch.org/w", "file:///etc/passwd", "ftp://x/y"]
+)
+def test_anything_but_https_is_refused(url: str, path: Path) -> None:
+    with pytest.raises(UserError, match="only fetched by https"):
+        fetch(url, path)
+
+
+def test_offline_message_says_what_to_do(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "_is_secure", lambda url: True)
+    with socket.create_server(("127.0.0.1", 0)) as closed_again:
+        url = f"http://127.0.0.1:{closed_again.getsockname()[1]}/models/weights.pth"
+    with pytest.raises(UserError) as raised:
+        fetch(url, path)
+    assert str(raised.value) == (
+        f"{url} can't be fetched (Connection refused); get it on another machine and give the file, as in "
+        "--encoder.weights /path/to/weights.pth"
+    )
+    with pytest.raises(UserError, match=r"get https://hub/model\.bin on another .* /path/to/model\.bin$"):
+        fetch(url, path, by_hand="https://hub/model.bin")
+    assert visible(path.parent) == []
+
+
+def test_missing_file_is_an_error_at_once(server: Server, path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.pth can't be fetched \(the server answers 404 Not Found\)"):
+        fetch(f"{server.base}/absent.pth", path)
+    assert len(server.asked) == 1
+
+
+def test_full_disk_is_told_in_a_line(server: Server, path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    path.parent.mkdir()
+    (path.parent / "weights.pth.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cache: the disk is full; free some space"):
+        fetch(f"{server.base}/weights.pth", path)
+    assert not path.exists()
+
+
+def test_two_at_once_download_once(server: Server, path: Path) -> None:
+    server.delay = 0.1
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: fetch(f"{server.base}/weights.pth", path, sha256=SHA256), range(4)))
+    assert path.read_bytes() == CONTENT
+    assert len(server.asked) == 1
+
+
+def test_server_without_versions_is_not_resumed(server: Server, path: Path) -> None:
+    url = broken_off(server, path)
+    record = path.parent / "weights.pth.part.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"version": ""}))
+    fetch(url, path)
+    assert path.read_bytes() == CONTENT
+    assert server.asked == [("/weights.pth", None)]
+
+
+def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IMGCAP_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == tmp_path / ".cache" / "imgcap_jax" / "weights"
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    assert cache_folder() == tmp_path / ".cache" / "imgcap_jax" / "weights"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "imgcap_jax" / "weights"
+    monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own" / "weights"
