@@ -15,5 +15,5 @@ experiment = replace(
     data=replace(frozen.data, views=1),
     encoder=EfficientNetLite(variant=0, trainable_stages=2),
     optimizer=replace(frozen.optimizer, learning_rate=2e-4, encoder_factor=0.2),
-    training=replace(frozen.training, epochs=10),
+    training=replace(frozen.training, epochs=15),
 )

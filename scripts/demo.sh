@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on the embedded dataset: install, draw scenes, train from scratch, evaluate, caption, show.
-#   scripts/demo.sh        about 8 minutes on 2 CPU cores after installation; run again, it goes on where it was
+#   scripts/demo.sh        5 to 8 minutes on 2 CPU cores after installation; run again, it goes on where it was
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
