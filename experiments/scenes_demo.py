@@ -3,7 +3,7 @@
     imgcap data prepare scenes
     imgcap train scenes_demo
 
-Measured by scripts/demo.sh on 2 cores of an AMD EPYC, float32: 268 s in all after installation (about 1,400 captions/s),
+Measured by scripts/demo.sh on 2 cores of an AMD EPYC, float32: 268 s after installation (about 1,400 captions/s), and
 442 s (840 captions/s) on another day, with the same scores to the last digit.
 Beam 3, seed 0 (one run), 500 scenes each: test 72.2 % of the captions entirely true, CIDEr-D 455.9, facts 104 % of the
 references', own scene among ten similar ones 67.3 %; test_compositional 38.0 % true, CIDEr-D 395.4, facts 103 %,
