@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from imgcap_jax.errors import UserError
 
@@ -49,8 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as all others are told."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"imgcap: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="imgcap",
         description="Image captioning in JAX: train, evaluate, caption.",
         epilog=_EPILOG,
@@ -71,7 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("experiment", nargs="?", help="a file such as experiments/flickr8k.py, or its name")
     train.add_argument("--run", type=Path, help="the run's folder (default: runs/<experiment>)")
     train.add_argument("--init-from", type=Path, metavar="RUN", help="start from another run's best weights")
-    train.add_argument("--smoke", action="store_true", help="a check in seconds: few images, two short epochs")
+    train.add_argument(
+        "--smoke",
+        action="store_true",
+        help="a check in seconds: few images, two short epochs, in runs/<experiment>_smoke, anew each time",
+    )
     train.add_argument(
         "--distributed",
         nargs="?",
@@ -167,11 +180,13 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> int:
     from imgcap_jax.experiment_files import find, override, overrides_help
 
-    if options.help or options.experiment is None:
+    if options.help:
         options.parser.print_help()
         if options.experiment is not None:
             print("\n" + overrides_help(find(options.experiment)))
-        return 0 if options.help else 2
+        return 0
+    if options.experiment is None:
+        raise UserError("give an experiment: a file, or the name of one of those in experiments/, as flickr8k")
     experiment = override(find(options.experiment), options.rest)
     from imgcap_jax.experiment import for_smoke
     from imgcap_jax.training.loop import train

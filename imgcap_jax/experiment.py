@@ -33,7 +33,8 @@ class Training:
     ema_decay: float = 0.0
     """Decay a step of the averaged parameters that are evaluated and kept; 0: no average."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What products are computed in; parameters and sums stay float32."""
+    """What products are computed in; parameters and sums stay float32. Of float32, JAX's default on TPU takes
+    bfloat16 passes and on newer GPUs TF32; JAX_DEFAULT_MATMUL_PRECISION=highest forbids it."""
     parallel: Literal["pmap", "shard_map"] = "pmap"
     evaluate_epochs: float = 1.0
     """How often the validation split is decoded and scored."""
@@ -126,6 +127,7 @@ def from_json(text: str, where: str) -> Experiment:
 _FREE = {
     "data.data_dir",
     "encoder.folder",
+    "encoder.checkpoint_stages",
     "data.threads",
     "data.workers",
     "training.checkpoint_minutes",

@@ -1,6 +1,7 @@
 """Regions that don't change in training: of a frozen encoder, computed once into a store, or ready-made ones."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,12 @@ def extract(experiment: Experiment, splits: Sequence[str], cache: Path) -> None:
             extraction.regions(source, views=data.views if split == "train" else 1)
 
 
+def _identity(settings: Any) -> str:
+    """The settings of an encoder, less what doesn't change its features."""
+    same = {"checkpoint_stages": False} if hasattr(settings, "checkpoint_stages") else {}
+    return repr(replace(settings, **same))
+
+
 class Extraction:
     """Gives the regions of splits as an experiment wants them, computing what is missing."""
 
@@ -88,7 +95,7 @@ class Extraction:
                 "dataset": source.name,
                 "split": source.split,
                 "records": source.fingerprint,
-                "encoder": repr(settings),
+                "encoder": _identity(settings),
                 "weights": weights,
                 "normalisation": f"{getattr(encoder, 'mean', None)} {getattr(encoder, 'std', None)}",
                 "dtype": self.experiment.training.dtype,
@@ -108,7 +115,15 @@ class Extraction:
         settings = self.experiment.encoder
         assert not isinstance(settings, RegionFiles)
         dtype = jnp.dtype(self.experiment.training.dtype)
-        encoder = settings.build(self.experiment.data.image_size, dtype=dtype, rngs=nnx.Rngs(0))
+        # As `Run.model` builds it, random weights too.
+        rngs = nnx.Rngs(self.experiment.training.seed)
+        encoder = settings.build(self.experiment.data.image_size, dtype=dtype, rngs=rngs)
         graph, state = nnx.split(encoder)
-        encode = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
+
+        @jax.jit
+        def encode(state: Any, images: Any) -> Any:
+            # Whatever the device's default: what is kept under "float32" is the same everywhere.
+            with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
+                return nnx.merge(graph, state)(images)
+
         return encoder, lambda images: np.asarray(encode(state, images)), fingerprint(encoder)

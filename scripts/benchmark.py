@@ -54,9 +54,9 @@ def medians(things: Mapping[str, Thing], rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def matmul(size: int = 2048, count: int = 20) -> tuple[Thing, float]:
+def matmul(dtype: str, size: int = 2048, count: int = 20) -> tuple[Thing, float]:
     """Plain square products, enough of them to last as long as a step, and their FLOPs."""
-    a = jnp.ones((size, size))
+    a = jnp.asarray(np.random.default_rng(0).random((size, size)), jnp.dtype(dtype))
     product = jax.jit(lambda a: a @ a)
 
     def run() -> None:
@@ -120,11 +120,11 @@ def torch_features(name: str, images: np.ndarray, threads: int, folder: Path) ->
         case EfficientNetLite(variant=variant):
             network = networks.EfficientNetLite(networks.LITE_BLOCKS[variant], networks.LITE_CHANNELS[variant])
     torch.save(network.state_dict(), folder / "network.pth")
-    network = network.eval().to(memory_format=torch.channels_last)
+    network = networks.fused(network.eval()).to(memory_format=torch.channels_last)
     pixels = torch.from_numpy(images)
 
     def run() -> np.ndarray:
-        with torch.no_grad():
+        with torch.inference_mode():
             last = network.features(networks.normalised(pixels, network.mean, network.std))
         return last.permute(0, 2, 3, 1).flatten(1, 2).numpy()
 
@@ -132,7 +132,7 @@ def torch_features(name: str, images: np.ndarray, threads: int, folder: Path) ->
 
 
 def encoder(options: argparse.Namespace) -> None:
-    """Images/s of extraction, and PyTorch's (eval mode, no gradients, channels_last) from the same uint8 images."""
+    """Images/s of extraction, and PyTorch's (batch norm fused, inference mode, channels_last), from the same images."""
     batch, size, name = options.batch or 32, options.size, options.network
     images = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
     things: dict[str, Thing] = {}
@@ -140,6 +140,8 @@ def encoder(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if importlib.util.find_spec("torch") is None:
             print("PyTorch is not installed: no comparison")
+        elif jax.default_backend() != "cpu" or options.dtype != "float32":
+            print("PyTorch computes in float32 on the CPU here: no comparison")
         else:
             things["PyTorch"], weights = torch_features(name, images, options.threads, Path(folder))
         config = settings(name, weights=weights)
@@ -149,7 +151,7 @@ def encoder(options: argparse.Namespace) -> None:
     if "PyTorch" in things:
         theirs, ours = things["PyTorch"](), np.asarray(things["imgcap_jax"]())
         print(f"relative difference of the features: {np.linalg.norm(ours - theirs) / np.linalg.norm(theirs):.1e}")
-    things["matmul"], flops = matmul()
+    things["matmul"], flops = matmul(options.dtype)
     seconds = medians(things, options.rounds)
     plain = flops / seconds.pop("matmul")
     for side, value in seconds.items():
@@ -258,7 +260,7 @@ def train(options: argparse.Namespace) -> None:
         held[0], _ = step(held[0], frozen, batch)
         jax.block_until_ready(held[0])
 
-    product, flops = matmul()
+    product, flops = matmul(options.dtype)
     seconds = medians({"step": once, "matmul": product}, options.rounds)
     rate = 3 * _attend_flops(s) / seconds["step"]
     print(
@@ -288,7 +290,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--network", default="resnet50", help="encoder, finetune: see above")
     parser.add_argument("--size", type=int, default=224, help="encoder, finetune: side of the images")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="encoder: PyTorch's threads")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="encoder: PyTorch's threads; JAX takes all cores",
+    )
     parser.add_argument("--trainable-stages", type=int, default=2, help="finetune: how many of the last stages")
     parser.add_argument("--batch", type=int, help="images (encoder and finetune 32, train and decode 64)")
     parser.add_argument("--captions", type=int, default=5, help="finetune, train: captions an image (M)")

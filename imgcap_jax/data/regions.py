@@ -147,4 +147,4 @@ def _load(path: Path, key: str) -> npt.NDArray[Any]:
             array: npt.NDArray[Any] = loaded[key if key in names else names[0]]
             return array
     except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} can't be read as an array ({error}); make this file again") from error
+        raise UserError(f"{path} can't be read as an .npz or .npy file of arrays; make this file again") from error

@@ -46,7 +46,8 @@ class MetricsLog:
                 f"disk full while writing {self._file.name}; the last checkpoint is intact: free some space and "
                 f"give the same command again"
             ) from error
-        for name, value in metrics.items():
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # it warns of others
+        for name, value in finite.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ from imgcap_jax.training.log import MetricsLog
 from imgcap_jax.training.meter import Meter
 from imgcap_jax.training.parallel import DataParallel
 from imgcap_jax.training.signals import StopRequest
-from imgcap_jax.training.transfer import transfer
+from imgcap_jax.training.transfer import check_encoder, transfer
 
 SMOKE_IMAGES = 48
 
@@ -100,6 +100,9 @@ def _train(
     validation = validation.first(training.validation_images or len(validation))
     run = _open_run(experiment, folder, sources, init_from)
     vocabulary = run.vocabulary
+
+    if run.init_from is not None:
+        check_encoder(run.init_from, experiment)  # before hours go into features
 
     # Features, once, where the encoder never changes.
     stored = uses_store(experiment)
@@ -180,7 +183,6 @@ def _train(
                     checkpoints.save_best(progress.step, state.best_guess)
                 log.write("validation", progress.step, scores)
                 show(_validation_line(progress, scores, captioned))
-                meter.restart(progress.step)
             done = _finished(experiment, progress, total_steps)
             overdue = int(time.monotonic() - saved > 60 * training.checkpoint_minutes)
             # Several processes have to agree on when to save, for which they wait for each other: not at each step.
@@ -193,6 +195,7 @@ def _train(
                 meter.flush()  # a loss that is not finite must not reach a checkpoint
                 checkpoints.save(state, progress)
                 saved = time.monotonic()
+                meter.restart(progress.step)
             if interrupted:
                 break
     checkpoints.close()

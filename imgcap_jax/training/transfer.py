@@ -1,5 +1,6 @@
 """Starting from another run's weights (``--init-from``)."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from flax import nnx
 
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
+from imgcap_jax.experiment import Experiment
 from imgcap_jax.extraction import uses_store
 from imgcap_jax.models.model import CaptionModel, split_trained
 from imgcap_jax.run import Run
@@ -20,6 +22,30 @@ _WORD_AXES = {
     "['words']['kernel']": 1,
     "['words']['bias']": 0,
 }
+
+
+def check_encoder(source: Path, new: Experiment) -> None:
+    """Raises UserError unless the run ``source`` looks through the encoder of the experiment ``new``.
+
+    A decoder understands its own encoder only, even where another's features are of the same size.
+    """
+    changed = _encoder_differences(Run.load(source).experiment.encoder, new.encoder)
+    if changed:
+        raise UserError(
+            f"--init-from {source}: that run has another encoder ({changed}); take an experiment with the same "
+            f"encoder, only trainable_stages may differ"
+        )
+
+
+def _encoder_differences(old: Any, new: Any) -> str:
+    """The first field in which two encoders differ, but for what only training knows; "" where none does."""
+    if type(old) is not type(new):
+        return f"{type(old).__name__} -> {type(new).__name__}"
+    for item in dataclasses.fields(old):
+        before, after = getattr(old, item.name), getattr(new, item.name)
+        if item.name not in ("trainable_stages", "checkpoint_stages", "folder") and before != after:
+            return f"{item.name}: {before} -> {after}"
+    return ""
 
 
 def transfer(source: Path, model: CaptionModel, vocabulary: Vocabulary) -> str:
@@ -37,7 +63,7 @@ def transfer(source: Path, model: CaptionModel, vocabulary: Vocabulary) -> str:
         A line that says how much was taken over.
 
     Raises:
-        UserError: no run there, no finished validation in it, or another architecture.
+        UserError: no run there, no finished validation in it, or another architecture (see `check_encoder` as well).
     """
     old = Run.load(source)
     old_model = old.model(with_encoder=not uses_store(old.experiment))

@@ -110,7 +110,7 @@ def test_what_is_wrong_is_named(source: CaptionSource, folder: Path, tmp_path: P
         (broken / f"{image_id}.npz").write_bytes(b"PK not a zip")
     (broken / f"{source.image_ids()[1]}.npz").write_bytes(damaged)
     np.savez(broken / f"{source.image_ids()[2]}.npz", np.full((2, D), np.nan, np.float32))
-    for i, reason in enumerate(("can't be read as an array", "can't be read as an array", "NaN")):
+    for i, reason in enumerate(("can't be read as an .npz", "can't be read as an .npz", "NaN")):
         with pytest.raises(UserError, match=reason):
             ReadyRegions(RegionFiles(broken, region_size=D), source).read(i, 0)
 

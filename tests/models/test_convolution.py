@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 
 from imgcap_jax.models.encoders import convolution
@@ -94,7 +95,7 @@ def test_small_maps_and_a_small_stem_are_products() -> None:
 def test_gradients_are_finite_differences(shape: tuple[int, ...], stride: int) -> None:
     from jax.test_util import check_grads
 
-    x, kernel = normal(2, 9, 10, 2), normal(*shape)
+    x, kernel = normal(2, 19, 18, 2), normal(*shape)
     # Linear in each argument, so that a large step costs no accuracy.
     check_grads(lambda x: convolve(x, kernel, stride, "same"), (x,), 1, modes=["rev"], eps=1.0, atol=1e-3, rtol=1e-3)
     check_grads(lambda k: convolve(x, k, stride, "same"), (kernel,), 1, modes=["rev"], eps=1.0, atol=1e-3, rtol=1e-3)
@@ -102,22 +103,41 @@ def test_gradients_are_finite_differences(shape: tuple[int, ...], stride: int) -
 
 @pytest.mark.parametrize("shape", [(3, 3, 6), (3, 3, 6, 4)])
 def test_gradients_go_through_map_checkpoint_and_vmap(shape: tuple[int, ...]) -> None:
-    x, kernel = normal(4, 12, 12, 6), normal(*shape)
+    x, kernel = normal(4, 24, 24, 6), normal(*shape)
 
     def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return (reference(x, kernel, 2, "same") ** 2).sum()
 
     def looped(x: jax.Array, kernel: jax.Array) -> jax.Array:
         one = jax.checkpoint(lambda x: convolve(x, kernel, 2, "same"))
-        return (lax.map(one, x.reshape(2, 2, 12, 12, 6)) ** 2).sum()
+        return (lax.map(one, x.reshape(2, 2, 24, 24, 6)) ** 2).sum()
 
     def mapped(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return (jax.vmap(lambda x: convolve(x, kernel, 2, "same"))(x.reshape(2, 2, 12, 12, 6)) ** 2).sum()
+        return (jax.vmap(lambda x: convolve(x, kernel, 2, "same"))(x.reshape(2, 2, 24, 24, 6)) ** 2).sum()
 
+    assert "custom_vjp" in str(jax.make_jaxpr(looped)(x, kernel))
     expected = jax.grad(direct, (0, 1))(x, kernel)
     for function in (looped, mapped):
         for own, other in zip(jax.jit(jax.grad(function, (0, 1)))(x, kernel), expected, strict=True):
             assert_close(own, other)
+
+
+def test_sums_of_a_bfloat16_bias_s_gradient_are_float32() -> None:
+    layer = {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
+    graph, params, rest = nnx.split(ConvNorm(layer), nnx.Param, ...)
+    x = jnp.ones((2, 64, 64, 1), jnp.bfloat16)
+
+    def total(params: Any) -> jax.Array:
+        return nnx.merge(graph, params, rest)(x).astype(jnp.float32).sum()
+
+    gradient = jax.grad(total)(params)
+    np.testing.assert_allclose(gradient["bias"][...], 2 * 64 * 64)
+
+
+def test_depthwise_sums_of_bfloat16_are_rounded_once() -> None:
+    x, kernel = normal(1, 16, 16, 8).astype(jnp.bfloat16), normal(5, 5, 8).astype(jnp.bfloat16)
+    exact = reference(x.astype(jnp.float32), kernel.astype(jnp.float32), 1, "same")
+    np.testing.assert_array_equal(convolve(x, kernel, 1, "same"), exact.astype(jnp.bfloat16))
 
 
 def test_sums_of_a_bfloat16_kernel_s_gradient_are_float32() -> None:

@@ -17,6 +17,7 @@ from imgcap_jax.experiment import Experiment
 from imgcap_jax.experiment_files import find
 from imgcap_jax.files import owning
 from imgcap_jax.metrics.scoring import Scores
+from imgcap_jax.models.encoders.small_cnn import SmallCNN
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.run import Run
 from imgcap_jax.training.checkpoints import Checkpoints
@@ -138,6 +139,9 @@ def test_run_remembers_where_it_started(experiment: Experiment, finished: Path, 
     said: list[str] = []
     train(experiment, tmp_path / "killed", cache=tmp_path / "cache", show=said.append)
     assert any(f"starting from {finished}" in line for line in said)
+    deeper = replace(experiment, encoder=SmallCNN(widths=(8, 8), blocks=(0, 1)))
+    with pytest.raises(UserError, match=r"another encoder \(blocks: "):
+        run(deeper, tmp_path / "other", init_from=finished)
     with pytest.raises(UserError, match="fresh weights"):
         run(find_again(finished), finished, init_from=tmp_path / "run")
 

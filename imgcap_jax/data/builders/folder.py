@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from imgcap_jax.data.builders.annotations import ListedImage, find_annotations, read_annotations
 from imgcap_jax.data.builders.base import CaptionBuilder, CaptionRecord, RecordShard
@@ -104,6 +104,8 @@ def read_image(path: Path) -> bytes:
             transposed.convert("RGBA" if transposed.has_transparency_data else "RGB").save(buffer, "PNG")
             return buffer.getvalue()
     # Pillow's decoders raise a good many types on broken files, struct.error and SyntaxError among them.
+    except UnidentifiedImageError as error:
+        raise ValueError("it is in no known image format, or its beginning is damaged") from error
     except Exception as error:
         raise ValueError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
 

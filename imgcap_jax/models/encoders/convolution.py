@@ -130,4 +130,6 @@ class ConvNorm(nnx.Module):
             kernel, shift = kernel * self.scale[...], shift * self.scale[...]
         if self.shift is not None:
             shift = shift + self.shift[...]
-        return convolve(x, kernel.astype(x.dtype), self.stride, self.padding) + shift.astype(x.dtype)
+        y = convolve(x, kernel.astype(x.dtype), self.stride, self.padding)
+        # Added in float32, so that the bias's gradient, a sum over all cells, is one of float32.
+        return (y.astype(jnp.float32) + shift).astype(x.dtype)

@@ -48,7 +48,8 @@ def depthwise(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.A
 
 
 def _weighted_sum(views: list[jax.Array], taps: list[jax.Array]) -> jax.Array:
-    return sum((view * tap for view, tap in zip(views[1:], taps[1:], strict=True)), views[0] * taps[0])
+    products = (view.astype(jnp.float32) * tap.astype(jnp.float32) for view, tap in zip(views, taps, strict=True))
+    return functools.reduce(jnp.add, products).astype(views[0].dtype)
 
 
 def _depthwise_forward(

@@ -177,6 +177,8 @@ def _hub_normalisation(path: Path) -> tuple[Pixel, Pixel] | None:
         if not min(std) > 0:  # so that NaN counts too
             raise ValueError("a standard deviation that is not positive")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not path.is_relative_to(cache_folder()):
+            return None  # the configuration of something else, beside a user's own file
         raise UserError(
             f"{config} does not say how images are normalised ({error}); remove it and fetch it again"
         ) from error

@@ -7,7 +7,9 @@ ends the reading with an error.
 
 import hashlib
 import importlib.metadata
+import io
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -127,9 +129,23 @@ def _no_storage(dtype: np.dtype, key: str, size: int) -> _Storage:
     raise _Unreadable("its header is not that of a torch file")
 
 
+def _load(file: BinaryIO, storage: Callable[[np.dtype, str, int], _Storage]) -> Any:
+    """Reads the one pickle that begins here, after a look at its opcodes that makes nothing."""
+    start = file.tell()
+    memos = 0
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memos += 1
+            # Python would make room for as many entries as the number says; picklers count from 0 or 1.
+            if isinstance(argument, int) and argument > memos:
+                raise _Unreadable("its pickle is not numbered as picklers do")
+    file.seek(start)
+    return _TensorUnpickler(file, storage).load()
+
+
 def _read_old(file: BinaryIO) -> Any:
     """The format before torch 1.6: pickles of magic, protocol, sizes, object and keys, then raw numbers."""
-    header = [_TensorUnpickler(file, _no_storage).load() for _ in range(3)]
+    header = [_load(file, _no_storage) for _ in range(3)]
     if header[:2] != [_OLD_MAGIC, _OLD_PROTOCOL]:
         raise _Unreadable("its header is not that of a torch file")
     if not header[2].get("little_endian", True):
@@ -139,8 +155,8 @@ def _read_old(file: BinaryIO) -> Any:
     def storage(dtype: np.dtype, key: str, size: int) -> _Storage:
         return storages.setdefault(key, _Storage(dtype, size))
 
-    loaded = _TensorUnpickler(file, storage).load()
-    for key in _TensorUnpickler(file, _no_storage).load():
+    loaded = _load(file, storage)
+    for key in _load(file, _no_storage):
         held = storages[key]
         if int.from_bytes(file.read(8), "little") != held.size:
             raise _Unreadable("a storage has another size than its tensors say")
@@ -154,6 +170,9 @@ def _read_zip(file: BinaryIO) -> Any:
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise _Unreadable("it is a zip archive without torch's data.pkl")
+        # A member that unpacks to more than was written to disk could fill the memory.
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise _Unreadable("it is compressed, as torch never writes it")
         folder = pickles[0].removesuffix("data.pkl")
         if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
             raise _Unreadable("it was written on a big-endian machine")
@@ -162,15 +181,14 @@ def _read_zip(file: BinaryIO) -> Any:
         def storage(dtype: np.dtype, key: str, size: int) -> _Storage:
             if key not in storages:
                 member = archive.getinfo(f"{folder}data/{key}")
-                # A member that unpacks to more than was written to disk could fill the memory.
-                if member.compress_type != zipfile.ZIP_STORED or member.file_size != size * dtype.itemsize:
+                if member.file_size != size * dtype.itemsize:
                     raise _Unreadable("a storage has another size than its tensors say")
                 storages[key] = held = _Storage(dtype, size)
                 held.values = _numbers(archive.read(member), held)
             return storages[key]
 
-        with archive.open(pickles[0]) as data:
-            return _TensorUnpickler(data, storage).load()  # type: ignore[arg-type]
+        with io.BytesIO(archive.read(pickles[0])) as data:
+            return _load(data, storage)
 
 
 def _numbers(raw: bytes, storage: _Storage) -> np.ndarray:
@@ -211,9 +229,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"Weights file {path} can't be read: {error.strerror or error}.") from None
     except Exception as error:  # a damaged pickle can fail in every way there is
         detail = str(error) or type(error).__name__
-        raise UserError(
-            f"Weights file {path} is damaged or no torch file ({detail}); remove it and fetch it again."
-        ) from None
+        raise UserError(f"Weights file {path} is damaged or no torch file ({detail}); get it again.") from None
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -229,9 +245,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UserError(f"Weights file {path} can't be read: {error.strerror or error}.") from None
     except Exception as error:  # the library's own, a type numpy lacks, or a name that is no text
-        raise UserError(
-            f"Weights file {path} is damaged or no safetensors file ({error}); remove it and fetch it again."
-        ) from None
+        raise UserError(f"Weights file {path} is damaged or no safetensors file ({error}); get it again.") from None
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
