@@ -268,7 +268,7 @@ def test_every_truncation_of_safetensors_is_a_user_error(tmp_path: Path) -> None
     path = tmp_path / "cut.safetensors"
     for length in range(0, len(whole), 5):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"cut\.safetensors is damaged or no safetensors file \(.+\); remove it"):
+        with pytest.raises(UserError, match=r"cut\.safetensors is damaged or no safetensors file \(.+\); get it again"):
             read_safetensors(path)
 
 
