@@ -101,9 +101,6 @@ def _train(
     run = _open_run(experiment, folder, sources, init_from)
     vocabulary = run.vocabulary
 
-    if run.init_from is not None:
-        check_encoder(run.init_from, experiment)  # before hours go into features
-
     # Features, once, where the encoder never changes.
     stored = uses_store(experiment)
     extraction = Extraction(experiment, cache, progress=jax.process_index() == 0)
@@ -212,6 +209,8 @@ def _open_run(experiment: Experiment, folder: Path, sources: Sequence[CaptionSou
         run = Run.load(folder)
         run.check_same(experiment, init_from)
         return run
+    if init_from is not None:
+        check_encoder(init_from, experiment)  # here and once: before hours go into features, and not on resuming
     captions = (caption for source in sources for i in range(len(source)) for caption in source.captions(i))
     vocabulary = Vocabulary.build(captions, experiment.data.min_count)
     if init_from is not None:

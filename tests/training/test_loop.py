@@ -133,6 +133,11 @@ def test_run_remembers_where_it_started(experiment: Experiment, finished: Path, 
     assert run(experiment, tmp_path / "run", init_from=finished).step == 10
     with pytest.raises(UserError, match="not from"):
         run(experiment, tmp_path / "run", init_from=tmp_path / "another")
+    # Finished, it no longer needs the other run.
+    shutil.copytree(finished, tmp_path / "gone")
+    run(experiment, tmp_path / "of_gone", init_from=tmp_path / "gone")
+    shutil.rmtree(tmp_path / "gone")
+    assert run(experiment, tmp_path / "of_gone").step == 10
     # Killed between its first validation and its first checkpoint: the start is still the other run.
     shutil.copytree(tmp_path / "run", tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / "newest" / "10")
