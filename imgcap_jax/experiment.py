@@ -13,14 +13,22 @@ from imgcap_jax.data.pipeline import CaptionData
 from imgcap_jax.data.regions import RegionFiles
 from imgcap_jax.errors import UserError
 from imgcap_jax.generation import Decoding
+from imgcap_jax.models.decoders.adaptive import Adaptive
+from imgcap_jax.models.decoders.aoa import AttentionOnAttention
+from imgcap_jax.models.decoders.att2in import Att2in
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.decoders.show_tell import ShowTell
+from imgcap_jax.models.decoders.transformer import Transformer
+from imgcap_jax.models.decoders.up_down import UpDown
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.models.encoders.resnet import ResNet
 from imgcap_jax.models.encoders.small_cnn import SmallCNN
 from imgcap_jax.models.encoders.vgg import VGG
 from imgcap_jax.training.cross_entropy import CrossEntropy
 from imgcap_jax.training.optimizer import Optimizer
+
+
+AnyDecoder = ShowAttendTell | ShowTell | Att2in | Adaptive | UpDown | AttentionOnAttention | Transformer
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,9 @@ class Experiment:
 
     data: CaptionData = field(default_factory=CaptionData)
     encoder: EfficientNetLite | ResNet | VGG | SmallCNN | RegionFiles = field(default_factory=SmallCNN)
-    decoder: ShowAttendTell | ShowTell = field(default_factory=ShowAttendTell)
+    decoder: ShowAttendTell | ShowTell | Att2in | Adaptive | UpDown | AttentionOnAttention | Transformer = field(
+        default_factory=ShowAttendTell
+    )
     optimizer: Optimizer = field(default_factory=Optimizer)
     objective: CrossEntropy = field(default_factory=CrossEntropy)
     training: Training = field(default_factory=Training)
@@ -88,6 +98,11 @@ _KINDS: dict[str, type] = {
         RegionFiles,
         ShowAttendTell,
         ShowTell,
+        Att2in,
+        Adaptive,
+        UpDown,
+        AttentionOnAttention,
+        Transformer,
         Optimizer,
         CrossEntropy,
         Training,

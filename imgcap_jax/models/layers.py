@@ -1,5 +1,6 @@
-"""Layers that several decoders share: per-row dropout, the LSTM cell, additive attention, word logits."""
+"""Layers that several decoders share: per-row dropout, the LSTM cell, attention, word logits."""
 
+import math
 from typing import Any
 
 import jax
@@ -53,10 +54,15 @@ class LSTMCell(nnx.Module):
         self.gates = nnx.Linear(input_size + hidden_size, 4 * hidden_size, dtype=dtype, rngs=rngs)
         self.gates.bias = nnx.Param(bias)
 
-    def __call__(self, carry: tuple[Array, Array], inputs: Array) -> tuple[Array, Array]:
-        """One step: carry (h, c), each [...,H] float32, and inputs [...,I] -> the next (h, c)."""
+    def __call__(self, carry: tuple[Array, Array], inputs: Array, constant: Array | None = None) -> tuple[Array, Array]:
+        """One step: carry (h, c), each [...,H] float32, and inputs [...,I] -> the next (h, c).
+
+        ``constant`` [...,4H] is added to the gates: the part of an input that is the same at all steps.
+        """
         hidden, cell = carry
         gates = self.gates(jnp.concatenate([inputs, hidden.astype(inputs.dtype)], axis=-1))  # [...,4H]
+        if constant is not None:
+            gates = gates + constant
         # The cell accumulates over the caption, so it stays in float32 whatever the products use.
         gate_in, forget, candidate, out = jnp.split(gates.astype(jnp.float32), 4, axis=-1)
         cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(gate_in) * jnp.tanh(candidate)
@@ -77,23 +83,71 @@ class AdditiveAttention(nnx.Module):
         """The part of the score that doesn't change over time: regions [B,N,D] -> [B,N,A]."""
         return self.key(regions)
 
-    def __call__(self, query: Array, keys: Array, regions: Array, region_mask: Array | None) -> tuple[Array, Array]:
-        """Attends: query [B,M,Q], keys [B,N,A], regions [B,N,D] -> context [B,M,D], weights [B,M,N]."""
-        return _additive_attention(
-            self.query(query), keys, regions, region_mask, self.score.kernel[...].astype(keys.dtype)
-        )
+    def __call__(
+        self,
+        query: Array,
+        keys: Array,
+        regions: Array,
+        region_mask: Array | None,
+        sentinel: tuple[Array, Array] | None = None,
+    ) -> tuple[Array, Array]:
+        """Attends: query [B,M,Q], keys [B,N,A], regions [B,N,D] -> context [B,M,D], weights float32 [B,M,N].
+
+        ``sentinel``, the key [B,M,A] and value [B,M,D] of one more place to attend, which each sequence has for
+        itself (Lu et al. 2017); the weights of the regions then sum to less than 1.
+        """
+        score = self.score.kernel[...].astype(keys.dtype)
+        return _additive_attention(self.query(query), keys, regions, region_mask, score, sentinel)
 
 
 @jax.checkpoint  # recomputing [B,M,N,A] is cheaper than keeping it for every step of the caption
 def _additive_attention(
-    query: Array, keys: Array, regions: Array, region_mask: Array | None, score: Array
+    query: Array,
+    keys: Array,
+    regions: Array,
+    region_mask: Array | None,
+    score: Array,
+    sentinel: tuple[Array, Array] | None,
 ) -> tuple[Array, Array]:
     hidden = jnp.tanh(keys[:, None] + query[:, :, None])  # [B,M,N,A]
     scores = jnp.matmul(hidden, score, preferred_element_type=jnp.float32)[..., 0]  # [B,M,N]
     if region_mask is not None:
         scores = jnp.where(region_mask[:, None], scores, -1e9)
+    if sentinel is not None:
+        key, value = sentinel
+        last = jnp.matmul(jnp.tanh(key + query), score, preferred_element_type=jnp.float32)  # [B,M,1]
+        scores = jnp.concatenate([scores, last], axis=-1)  # [B,M,N+1]
     weights = jax.nn.softmax(scores, axis=-1)
-    return jnp.einsum("bmn,bnd->bmd", weights.astype(regions.dtype), regions), weights
+    seen = weights[..., : keys.shape[1]]  # [B,M,N]
+    context = jnp.einsum("bmn,bnd->bmd", seen.astype(regions.dtype), regions)
+    if sentinel is not None:
+        context = context + weights[..., -1:].astype(value.dtype) * value
+    return context, seen
+
+
+def multi_head_attention(
+    query: Array, keys: Array, values: Array, heads: int, mask: Array | None = None
+) -> tuple[Array, Array]:
+    """Scaled dot-product attention of several heads (Vaswani et al. 2017, section 3.2), without its projections.
+
+    Args:
+        query: [...,Q,H].
+        keys: [...,S,H].
+        values: [...,S,H].
+        heads: into how many slices H is cut; it has to be divisible.
+        mask: bool, broadcastable to [...,Q,S]: what may be attended; None: everything.
+
+    Returns:
+        The heads' results one behind the other [...,Q,H], and the mean of their weights, float32 [...,Q,S].
+    """
+    query, keys, values = (x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads) for x in (query, keys, values))
+    scores = jnp.einsum("...qhc,...shc->...hqs", query, keys, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(query.shape[-1])
+    if mask is not None:
+        scores = jnp.where(mask[..., None, :, :], scores, -1e9)
+    weights = jax.nn.softmax(scores, axis=-1)  # [...,heads,Q,S]
+    result = jnp.einsum("...hqs,...shc->...qhc", weights.astype(values.dtype), values)
+    return result.reshape(*result.shape[:-2], -1), weights.mean(axis=-3)
 
 
 class WordLogits(nnx.Module):

@@ -1,13 +1,23 @@
-"""The same networks in PyTorch (scripts/torch_networks.py), with weights that would show a mistake."""
+"""The same networks in PyTorch (scripts/torch_networks.py), with weights that would show a mistake; small decoders."""
 
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
+from imgcap_jax.models.decoders.adaptive import Adaptive
+from imgcap_jax.models.decoders.aoa import AttentionOnAttention
+from imgcap_jax.models.decoders.att2in import Att2in
+from imgcap_jax.models.decoders.attend import ShowAttendTell
+from imgcap_jax.models.decoders.contract import Decoder
+from imgcap_jax.models.decoders.show_tell import ShowTell
+from imgcap_jax.models.decoders.transformer import Transformer
+from imgcap_jax.models.decoders.up_down import UpDown
 
 SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
 
@@ -124,3 +134,42 @@ def oracle() -> Oracle:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return Oracle(torch, module)
+
+
+# Sizes that all differ, so that an axis taken for another shows.
+DECODERS: dict[str, Any] = {
+    "show_tell": ShowTell(hidden_size=8, embedding_size=8, dropout=0.5),
+    "show_tell_tied": ShowTell(hidden_size=8, embedding_size=8, tied_embedding=True),
+    "attend": ShowAttendTell(hidden_size=8, embedding_size=4, attention_size=3, region_size=7),
+    "attend_as_paper": ShowAttendTell(hidden_size=8, embedding_size=4, attention_size=3, region_size=None),
+    "attend_tied": ShowAttendTell(
+        hidden_size=8, embedding_size=4, attention_size=3, region_size=7, gate=False, tied_embedding=True
+    ),
+    "att2in": Att2in(hidden_size=8, embedding_size=4, attention_size=3, region_size=7),
+    "adaptive": Adaptive(hidden_size=8, embedding_size=4, attention_size=3),
+    "up_down": UpDown(hidden_size=8, embedding_size=4, attention_size=3),
+    "up_down_projected": UpDown(hidden_size=8, embedding_size=4, attention_size=3, region_size=7),
+    "aoa": AttentionOnAttention(hidden_size=8, embedding_size=4, heads=2, refining=2),
+    "aoa_unrefined": AttentionOnAttention(hidden_size=8, embedding_size=4, heads=4, refining=0),
+    "transformer": Transformer(
+        hidden_size=8, embedding_size=8, heads=2, layers=2, feedforward_size=5, max_length=9, tied_embedding=True
+    ),
+}
+
+
+@pytest.fixture(scope="session", params=DECODERS)
+def decoder_case(request: pytest.FixtureRequest) -> tuple[str, Decoder]:
+    """(name, decoder) of each kind for regions of 6 and 11 words, with random biases."""
+    decoder = DECODERS[request.param].build(6, 11, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    # Fresh biases are 0 and would hide a forgotten one.
+    keys = iter(jax.random.split(jax.random.key(1), 200))
+    state = nnx.state(decoder, nnx.Param)
+    nnx.update(decoder, jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), state))
+    return request.param, decoder
+
+
+@pytest.fixture(scope="session")
+def decoder_inputs() -> tuple[np.ndarray, np.ndarray]:
+    """Regions float32 [3,5,6] and tokens int32 [3,2,7] of 11 words."""
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(3, 5, 6)).astype(np.float32), rng.integers(1, 11, (3, 2, 7)).astype(np.int32)

@@ -9,27 +9,19 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from imgcap_jax.models.decoders.contract import Decoder, StepOutput, check_settings, spread
-from imgcap_jax.models.layers import AdditiveAttention, LSTMCell, WordLogits, dropout, masked_mean, row_keys
+from imgcap_jax.models.decoders.contract import Decoder, DecoderSettings, StepOutput, spread
+from imgcap_jax.models.layers import AdditiveAttention, LSTMCell, WordLogits, dropout, masked_mean
 
 
-@dataclass(frozen=True)
-class ShowAttendTell:
+@dataclass(frozen=True, kw_only=True)
+class ShowAttendTell(DecoderSettings):
     """Settings of a soft-attention decoder."""
 
-    hidden_size: int = 512
-    embedding_size: int = 512
     attention_size: int = 512
     region_size: int | None = 512
     """Regions are first projected to this size (linear, ReLU, dropout), once an image; None: as the paper, not."""
-    dropout: float = 0.5
     gate: bool = True
     """The gating scalar beta_t = sigmoid(f_beta(h_{t-1})) on the context (section 4.2.1)."""
-    tied_embedding: bool = False
-    """The output layer shares the word embedding's matrix."""
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
     def build(
         self, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs
@@ -62,7 +54,7 @@ class ShowAttendTellDecoder(Decoder):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        self.rate = config.dropout
+        self.rate, self.variational = config.dropout, config.variational_dropout
         hidden, size = config.hidden_size, config.region_size or region_size
         self.project = None if config.region_size is None else nnx.Linear(region_size, size, dtype=dtype, rngs=rngs)
         self.first = nnx.Linear(size, 2 * hidden, dtype=dtype, rngs=rngs)
@@ -93,12 +85,13 @@ class ShowAttendTellDecoder(Decoder):
         *,
         keys: Array | None = None,
     ) -> tuple[tuple[Array, Array], StepOutput]:
-        word = dropout(self.embedding(token), self.rate, row_keys(keys, 0))  # [B,M,E]
+        word = self.drop(self.embedding(token), keys, 0)  # [B,M,E]
         context, weights = self.attention(carry[0], memory.keys, memory.regions, memory.region_mask)
         if self.gate is not None:
             context = context * jax.nn.sigmoid(self.gate(carry[0]))  # [B,M,D]
-        hidden, cell = self.lstm(carry, jnp.concatenate([word, context.astype(word.dtype)], axis=-1))
-        state = dropout(jnp.concatenate([hidden, context], axis=-1), self.rate, row_keys(keys, 1))
+        inputs = jnp.concatenate([word, context.astype(word.dtype)], axis=-1)
+        hidden, cell = self.lstm(self.drop_recurrent(carry, keys, 2), inputs)
+        state = self.drop(jnp.concatenate([hidden, context], axis=-1), keys, 1)
         return (hidden, cell), StepOutput(jnp.concatenate([word, state.astype(word.dtype)], axis=-1), weights)
 
     def logits(self, output: StepOutput) -> Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.models.layers import row_keys
+from imgcap_jax.models.layers import dropout, row_keys
 
 Memory = Any  # a pytree whose leaves lead with [B]
 Carry = Any  # a pytree whose leaves lead with [B,M]
@@ -27,11 +28,53 @@ class StepOutput(NamedTuple):
     attention: Array | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecoderSettings:
+    """The settings that all decoders have. Sizes are numbers of units.
+
+    Raises:
+        UserError: a size or number below 1, or a share of dropped units that is none.
+    """
+
+    hidden_size: int = 512
+    embedding_size: int = 512
+    dropout: float = 0.5
+    variational_dropout: bool = False
+    """One mask a caption instead of one a step, on the recurrent state too (Gal & Ghahramani 2016)."""
+    tied_embedding: bool = False
+    """The output layer shares the word embedding's matrix (Press & Wolf 2017)."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name.endswith(("_size", "heads", "layers")) and value is not None and value < 1:
+                raise UserError(f"decoder.{item.name} is {value}; give 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"decoder.dropout is {self.dropout}; give a share from 0 to below 1")
+
+    def check_tied(self, output_size: int) -> None:
+        """Raises UserError where the embedding is tied to an output layer that reads vectors of another size."""
+        if self.tied_embedding and output_size != self.embedding_size:
+            raise UserError(
+                f"decoder: tied_embedding needs hidden_size ({output_size}) equal to "
+                f"embedding_size ({self.embedding_size}); set both to the same number"
+            )
+
+
 class Decoder(nnx.Module):
     """A caption decoder. Training, greedy, sampling and beam search all drive these methods.
 
     ``keys`` [B] are PRNG keys for dropout, one a row of the batch; None means no dropout.
+
+    Attributes:
+        rate: share of units dropped.
+        variational: whether a caption's dropout masks are the same at all steps.
+        max_steps: how many tokens it can read; None: any number.
     """
+
+    rate: float
+    variational: bool
+    max_steps: int | None = None
 
     @abstractmethod
     def start(
@@ -59,25 +102,24 @@ class Decoder(nnx.Module):
 
         def body(carry: Carry, inputs: tuple[Array, Array]) -> tuple[Carry, StepOutput]:
             token, t = inputs
-            return self.step(carry, token, memory, keys=row_keys(keys, t))
+            return self.step(carry, token, memory, keys=self.step_keys(keys, t))
 
         steps = jnp.arange(tokens.shape[-1])
         _, outputs = jax.lax.scan(body, carry, (jnp.moveaxis(tokens, -1, 0), steps))
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), outputs)
 
+    def step_keys(self, keys: Array | None, t: Array) -> Array | None:
+        """The dropout keys [B] of step ``t``: new ones each step, or (variational) always the caption's."""
+        return keys if self.variational else row_keys(keys, t)
 
-def check_settings(settings: Any) -> None:
-    """Checks the fields of a decoder's settings that all decoders have in common: sizes and dropout.
+    def drop(self, x: Array, keys: Array | None, number: int) -> Array:
+        """Drops units of x [B,...]; ``number`` tells the places of a step at which units are dropped apart."""
+        return dropout(x, self.rate, row_keys(keys, number))
 
-    Raises:
-        UserError: a size below 1, or a share of dropped units that is none.
-    """
-    for item in dataclasses.fields(settings):
-        value = getattr(settings, item.name)
-        if item.name.endswith("_size") and value is not None and value < 1:
-            raise UserError(f"decoder.{item.name} is {value}; give 1 or more")
-    if not 0 <= settings.dropout < 1:
-        raise UserError(f"decoder.dropout is {settings.dropout}; give a share from 0 to below 1")
+    def drop_recurrent(self, carry: tuple[Array, Array], keys: Array | None, number: int) -> tuple[Array, Array]:
+        """An LSTM's (h, c) as the next step reads it: h dropped where dropout is variational."""
+        hidden, cell = carry
+        return (self.drop(hidden, keys, number) if self.variational else hidden), cell
 
 
 def spread(leaf: Array, M: int) -> Array:

@@ -7,23 +7,15 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from imgcap_jax.errors import UserError
-from imgcap_jax.models.decoders.contract import Decoder, StepOutput, check_settings, spread
-from imgcap_jax.models.layers import LSTMCell, WordLogits, dropout, masked_mean, row_keys
+from imgcap_jax.models.decoders.contract import Decoder, DecoderSettings, StepOutput, spread
+from imgcap_jax.models.layers import LSTMCell, WordLogits, dropout, masked_mean
 
 
-@dataclass(frozen=True)
-class ShowTell:
+@dataclass(frozen=True, kw_only=True)
+class ShowTell(DecoderSettings):
     """Settings of a Show-and-Tell decoder; the defaults are the paper's sizes."""
 
-    hidden_size: int = 512
-    embedding_size: int = 512
     dropout: float = 0.3
-    tied_embedding: bool = False
-    """The output layer shares the word embedding's matrix (needs hidden_size == embedding_size)."""
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
     def build(self, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "ShowTellDecoder":
         """Makes the decoder for regions [B,N,region_size].
@@ -31,11 +23,7 @@ class ShowTell:
         Raises:
             UserError: the embedding is tied but its size is not the hidden size.
         """
-        if self.tied_embedding and self.hidden_size != self.embedding_size:
-            raise UserError(
-                f"decoder: tied_embedding needs hidden_size ({self.hidden_size}) equal to "
-                f"embedding_size ({self.embedding_size}); set both to the same number"
-            )
+        self.check_tied(self.hidden_size)
         return ShowTellDecoder(self, region_size, vocabulary_size, dtype=dtype, rngs=rngs)
 
 
@@ -51,7 +39,7 @@ class ShowTellDecoder(Decoder):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        self.rate = config.dropout
+        self.rate, self.variational = config.dropout, config.variational_dropout
         self.image = nnx.Linear(region_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.embedding = nnx.Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.lstm = LSTMCell(config.embedding_size, config.hidden_size, dtype=dtype, rngs=rngs)
@@ -73,9 +61,9 @@ class ShowTellDecoder(Decoder):
         *,
         keys: Array | None = None,
     ) -> tuple[tuple[Array, Array], StepOutput]:
-        word = dropout(self.embedding(token), self.rate, row_keys(keys, 0))  # [B,M,E]
-        hidden, cell = self.lstm(carry, word)
-        return (hidden, cell), StepOutput(dropout(hidden, self.rate, row_keys(keys, 1)), None)
+        word = self.drop(self.embedding(token), keys, 0)  # [B,M,E]
+        hidden, cell = self.lstm(self.drop_recurrent(carry, keys, 2), word)
+        return (hidden, cell), StepOutput(self.drop(hidden, keys, 1), None)
 
     def logits(self, output: StepOutput) -> Array:
         return self.words(output.hidden, self.embedding)

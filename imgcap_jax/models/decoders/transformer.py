@@ -1,0 +1,199 @@
+"""A small Transformer decoder (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762), the reference of ablations."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.models.decoders.contract import Decoder, DecoderSettings, StepOutput
+from imgcap_jax.models.layers import WordLogits, dropout, multi_head_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformer(DecoderSettings):
+    """Settings of a Transformer decoder; the defaults are the sizes common in captioning (Cornia et al. 2020)."""
+
+    layers: int = 3
+    heads: int = 8
+    feedforward_size: int = 2048
+    dropout: float = 0.1
+    max_length: int = 64
+    """Tokens that its cache has room for."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_size % self.heads or self.hidden_size % 2:
+            raise UserError(f"decoder.hidden_size is {self.hidden_size}; give an even multiple of heads ({self.heads})")
+        if self.embedding_size != self.hidden_size:
+            raise UserError(
+                f"decoder.embedding_size is {self.embedding_size}; a Transformer's is its hidden_size "
+                f"({self.hidden_size})"
+            )
+        if self.variational_dropout:
+            raise UserError("decoder.variational_dropout is for recurrent decoders; leave it off")
+        if self.max_length < 1:
+            raise UserError(f"decoder.max_length is {self.max_length}; give 1 or more")
+
+    def build(
+        self, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> "TransformerDecoder":
+        """Makes the decoder for regions [B,N,region_size], which are projected to the hidden size."""
+        return TransformerDecoder(self, region_size, vocabulary_size, dtype=dtype, rngs=rngs)
+
+
+class TransformerLayer(nnx.Module):
+    """Self-attention, attention to the regions and a feed-forward part, each x + f(LayerNorm(x)).
+
+    The normalisation comes first (Xiong et al. 2020, https://arxiv.org/abs/2002.04745), which trains without a long
+    warm-up.
+    """
+
+    def __init__(self, config: Transformer, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        size, inner = config.hidden_size, config.feedforward_size
+        self.heads, self.rate = config.heads, config.dropout
+        self.self_norm = nnx.LayerNorm(size, dtype=dtype, rngs=rngs)
+        self.self_projections = nnx.Linear(size, 3 * size, dtype=dtype, rngs=rngs)
+        self.self_out = nnx.Linear(size, size, dtype=dtype, rngs=rngs)
+        self.cross_norm = nnx.LayerNorm(size, dtype=dtype, rngs=rngs)
+        self.cross_query = nnx.Linear(size, size, dtype=dtype, rngs=rngs)
+        self.cross_keys_values = nnx.Linear(size, 2 * size, dtype=dtype, rngs=rngs)
+        self.cross_out = nnx.Linear(size, size, dtype=dtype, rngs=rngs)
+        self.forward_norm = nnx.LayerNorm(size, dtype=dtype, rngs=rngs)
+        self.forward_in = nnx.Linear(size, inner, dtype=dtype, rngs=rngs)
+        self.forward_out = nnx.Linear(inner, size, dtype=dtype, rngs=rngs)
+
+    def keys_values(self, regions: Array) -> tuple[Array, Array]:
+        """What the regions [B,N,H] are attended by, once an image: keys and values [B,N,H]."""
+        key, value = jnp.split(self.cross_keys_values(regions), 2, axis=-1)
+        return key, value
+
+    def queries_keys_values(self, x: Array) -> list[Array]:
+        """x [...,H] -> query, key and value of self-attention, [...,H] each."""
+        return jnp.split(self.self_projections(self.self_norm(x)), 3, axis=-1)
+
+    def rest(
+        self,
+        x: Array,
+        attended: Array,
+        memory: tuple[Array, Array],
+        region_mask: Array | None,
+        drop: Any,
+    ) -> tuple[Array, Array]:
+        """What follows self-attention: x and what it attended to, [B,M,...,H] -> [B,M,...,H], weights [B,M,...,N]."""
+        x = x + drop(self.self_out(attended), 0)
+        query = self.cross_query(self.cross_norm(x))
+        flat = query.reshape(query.shape[0], -1, query.shape[-1])  # [B,M*...,H]
+        mask = None if region_mask is None else region_mask[:, None]
+        seen, weights = multi_head_attention(flat, *memory, self.heads, mask)
+        x = x + drop(self.cross_out(seen.reshape(x.shape)), 1)
+        inner = jax.nn.relu(self.forward_in(self.forward_norm(x)))
+        x = x + drop(self.forward_out(inner), 2)
+        return x, weights.reshape(*x.shape[:-1], weights.shape[-1])
+
+
+class TransformerMemory(NamedTuple):
+    """Keys and values [B,N,H] of each layer, region_mask [B,N] or None."""
+
+    layers: tuple[tuple[Array, Array], ...]
+    region_mask: Array | None
+
+
+class TransformerCarry(NamedTuple):
+    """t int32 [B,M]: tokens read; their keys and values in each layer, [B,M,L,H] with L = max_length."""
+
+    t: Array
+    layers: tuple[tuple[Array, Array], ...]
+
+
+class TransformerDecoder(Decoder):
+    """Vaswani et al. (2017), section 3, with sinusoidal positions and normalisation first.
+
+    A step keeps keys and values in the carry; teacher forcing reads all tokens at once under a causal mask.
+    ``output.attention`` is the last layer's to the regions, mean over heads.
+    """
+
+    def __init__(
+        self, config: Transformer, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        self.rate, self.variational = config.dropout, False
+        self.max_steps = config.max_length
+        self.dtype = dtype
+        self.project = nnx.Linear(region_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.project_norm = nnx.LayerNorm(config.hidden_size, dtype=dtype, rngs=rngs)
+        self.embedding = nnx.Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([TransformerLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
+        self.norm = nnx.LayerNorm(config.hidden_size, dtype=dtype, rngs=rngs)
+        self.words = WordLogits(config.hidden_size, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs)
+
+    def start(
+        self, regions: Array, M: int, *, region_mask: Array | None = None, keys: Array | None = None
+    ) -> tuple[TransformerMemory, TransformerCarry]:
+        regions = self.project_norm(dropout(jax.nn.relu(self.project(regions)), self.rate, keys))  # [B,N,H]
+        memory = TransformerMemory(tuple(layer.keys_values(regions) for layer in self.layers), region_mask)
+        batch, size = regions.shape[0], regions.shape[-1]
+        empty = jnp.zeros((batch, M, self.max_steps, size), regions.dtype)
+        return memory, TransformerCarry(jnp.zeros((batch, M), jnp.int32), ((empty, empty),) * len(self.layers))
+
+    def step(
+        self,
+        carry: TransformerCarry,
+        token: Array,
+        memory: TransformerMemory,
+        *,
+        keys: Array | None = None,
+    ) -> tuple[TransformerCarry, StepOutput]:
+        positions = jnp.arange(self.max_steps)  # [L]
+        now = positions == carry.t[..., None]  # [B,M,L]
+        read = (positions <= carry.t[..., None])[..., None, :]  # [B,M,1,L]
+        x = self._read(token, carry.t, keys)  # [B,M,H]
+        cache = []
+        for number, (layer, regions, (old_keys, old_values)) in enumerate(
+            zip(self.layers, memory.layers, carry.layers, strict=True)
+        ):
+            query, key, value = layer.queries_keys_values(x)  # [B,M,H] each
+            all_keys = jnp.where(now[..., None], key[..., None, :], old_keys)  # [B,M,L,H]
+            all_values = jnp.where(now[..., None], value[..., None, :], old_values)  # [B,M,L,H]
+            cache.append((all_keys, all_values))
+            attended, _ = multi_head_attention(query[..., None, :], all_keys, all_values, layer.heads, read)
+            drop = self._dropper(keys, number)
+            x, weights = layer.rest(x, attended[..., 0, :], regions, memory.region_mask, drop)
+        return TransformerCarry(carry.t + 1, tuple(cache)), StepOutput(self.norm(x), weights)
+
+    def unroll(
+        self, tokens: Array, memory: TransformerMemory, carry: TransformerCarry, *, keys: Array | None = None
+    ) -> StepOutput:
+        """As the scan over steps would give it without dropout, for the carry that ``start`` gave."""
+        length = tokens.shape[-1]
+        causal = jnp.tril(jnp.ones((length, length), bool))  # [T,T]
+        x = self._read(tokens, jnp.arange(length), keys)  # [B,M,T,H]
+        for number, (layer, regions) in enumerate(zip(self.layers, memory.layers, strict=True)):
+            query, key, value = layer.queries_keys_values(x)  # [B,M,T,H] each
+            attended, _ = multi_head_attention(query, key, value, layer.heads, causal)
+            x, weights = layer.rest(x, attended, regions, memory.region_mask, self._dropper(keys, number))
+        return StepOutput(self.norm(x), weights)
+
+    def logits(self, output: StepOutput) -> Array:
+        return self.words(output.hidden, self.embedding)
+
+    def _read(self, tokens: Array, positions: Array, keys: Array | None) -> Array:
+        """Embeddings of tokens [...] at positions, with the positions' sinusoids: [...,H]."""
+        size = self.embedding.features
+        table = jnp.asarray(sinusoids(self.max_steps or 0, size), self.dtype)
+        return self.drop(self.embedding(tokens) * math.sqrt(size) + table[positions], keys, 0)
+
+    def _dropper(self, keys: Array | None, layer: int) -> Any:
+        """The function (x [B,...], place in the layer) -> x with units dropped."""
+        return lambda x, place: self.drop(x, keys, 1 + 3 * layer + place)
+
+
+def sinusoids(length: int, size: int) -> np.ndarray:
+    """Position codes float32 [length,size] (Vaswani et al. 2017, section 3.5)."""
+    angles = np.arange(length)[:, None] / 10000 ** (np.arange(0, size, 2) / size)  # [length,size/2]
+    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(length, size).astype(np.float32)
