@@ -105,8 +105,9 @@ class SplitEvaluator:
         return {"teacher_forced_loss": loss, "teacher_forced_perplexity": float(np.exp(loss))}
 
     def _loss_sums(self, params: Params, frozen: Frozen, batch: Mapping[str, Array]) -> LossSums:
-        logits, _ = nnx.merge(self._graph, params, frozen).teacher_forced(batch)
-        return caption_loss(logits, batch["tokens"], batch["weight"])
+        model = nnx.merge(self._graph, params, frozen)
+        hidden = model.teacher_forced(batch).hidden
+        return caption_loss(model.score_words, hidden, batch["tokens"], batch["weight"])
 
     def _on_devices(self, batches: EvalBatches) -> Iterator[tuple[dict[str, Array], int]]:
         """Batches on the devices, and the number of the first image in each."""

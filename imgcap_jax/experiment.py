@@ -27,7 +27,6 @@ from imgcap_jax.models.encoders.vgg import VGG
 from imgcap_jax.training.cross_entropy import CrossEntropy
 from imgcap_jax.training.optimizer import Optimizer
 
-
 AnyDecoder = ShowAttendTell | ShowTell | Att2in | Adaptive | UpDown | AttentionOnAttention | Transformer
 
 

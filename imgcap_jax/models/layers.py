@@ -1,6 +1,7 @@
 """Layers that several decoders share: per-row dropout, the LSTM cell, attention, word logits."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+
+from imgcap_jax.models.additive_scores import additive_scores
+from imgcap_jax.models.unrolling import constant_product
 
 
 def dropout(x: Array, rate: float, keys: Array | None) -> Array:
@@ -23,8 +27,14 @@ def dropout(x: Array, rate: float, keys: Array | None) -> Array:
     """
     if keys is None or rate == 0.0:
         return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+    # 16 random bits a unit: the share kept is exact to 1/65536, and half as many numbers are drawn as by
+    # jax.random.bernoulli, which on a CPU is a twentieth of a training step.
+    kept = max(1, round((1.0 - rate) * 65536))
+    count = math.prod(x.shape[1:])
+    bits = jax.vmap(lambda key: jax.random.bits(key, (-(-count // 2),)))(keys)  # uint32 [B,count/2]
+    halves = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(len(x), -1)[:, :count]
+    keep = (halves < kept).reshape(x.shape)
+    return jnp.where(keep, x * (65536 / kept), 0.0).astype(x.dtype)
 
 
 def row_keys(keys: Array | None, number: int | Array) -> Array | None:
@@ -42,6 +52,36 @@ def masked_mean(regions: Array, region_mask: Array | None) -> Array:
     return (regions * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1.0)
 
 
+class Linear(nnx.Linear):
+    """x W + b, for use inside a decoder's step: W's gradient is taken once for all steps."""
+
+    def __call__(self, x: Array, out_sharding: Any = None) -> Array:
+        """x [...,I] -> [...,O]."""
+        y = constant_product(_products[jnp.dtype(self.dtype)], x, self.kernel[...])
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class Embed(nnx.Embed):
+    """Word vectors, for use inside a decoder's step: their gradient is taken once for all steps."""
+
+    def __call__(self, tokens: Array, out_sharding: Any = None) -> Array:
+        """tokens int32 [...] -> [...,E]."""
+        return constant_product(_rows, tokens, self.embedding[...]).astype(self.dtype)
+
+
+def _rows(tokens: Array, table: Array) -> Array:
+    return jnp.take(table, tokens, axis=0)
+
+
+def _product(dtype: Any, x: Array, kernel: Array) -> Array:
+    # With all axes but the last made one, for XLA would copy both sides of the kernel's gradient to do so itself.
+    flat = x.astype(dtype).reshape(-1, x.shape[-1]) @ kernel.astype(dtype)
+    return flat.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+_products = {jnp.dtype(dtype): partial(_product, dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float64)}
+
+
 class LSTMCell(nnx.Module):
     """The LSTM of Hochreiter & Schmidhuber (1997) with forget gates (Gers et al. 2000), gates in one product.
 
@@ -51,7 +91,7 @@ class LSTMCell(nnx.Module):
     def __init__(self, input_size: int, hidden_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.hidden_size = hidden_size
         bias = jnp.zeros((4 * hidden_size,)).at[hidden_size : 2 * hidden_size].set(1.0)
-        self.gates = nnx.Linear(input_size + hidden_size, 4 * hidden_size, dtype=dtype, rngs=rngs)
+        self.gates = Linear(input_size + hidden_size, 4 * hidden_size, dtype=dtype, rngs=rngs)
         self.gates.bias = nnx.Param(bias)
 
     def __call__(self, carry: tuple[Array, Array], inputs: Array, constant: Array | None = None) -> tuple[Array, Array]:
@@ -64,9 +104,14 @@ class LSTMCell(nnx.Module):
         if constant is not None:
             gates = gates + constant
         # The cell accumulates over the caption, so it stays in float32 whatever the products use.
-        gate_in, forget, candidate, out = jnp.split(gates.astype(jnp.float32), 4, axis=-1)
-        cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(gate_in) * jnp.tanh(candidate)
-        return jax.nn.sigmoid(out) * jnp.tanh(cell), cell
+        return _lstm_cell(gates.astype(jnp.float32), cell)
+
+
+@partial(jax.checkpoint, prevent_cse=False)  # the gates are kept, rather than all that follows from them
+def _lstm_cell(gates: Array, cell: Array) -> tuple[Array, Array]:
+    gate_in, forget, candidate, out = jnp.split(gates, 4, axis=-1)
+    cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(gate_in) * jnp.tanh(candidate)
+    return jax.nn.sigmoid(out) * jnp.tanh(cell), cell
 
 
 class AdditiveAttention(nnx.Module):
@@ -76,7 +121,7 @@ class AdditiveAttention(nnx.Module):
         self, region_size: int, query_size: int, attention_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         self.key = nnx.Linear(region_size, attention_size, dtype=dtype, rngs=rngs)
-        self.query = nnx.Linear(query_size, attention_size, use_bias=False, dtype=dtype, rngs=rngs)
+        self.query = Linear(query_size, attention_size, use_bias=False, dtype=dtype, rngs=rngs)
         self.score = nnx.Linear(attention_size, 1, use_bias=False, dtype=dtype, rngs=rngs)
 
     def keys(self, regions: Array) -> Array:
@@ -96,33 +141,25 @@ class AdditiveAttention(nnx.Module):
         ``sentinel``, the key [B,M,A] and value [B,M,D] of one more place to attend, which each sequence has for
         itself (Lu et al. 2017); the weights of the regions then sum to less than 1.
         """
-        score = self.score.kernel[...].astype(keys.dtype)
-        return _additive_attention(self.query(query), keys, regions, region_mask, score, sentinel)
+        query = self.query(query)
+        score = self.score.kernel[..., 0]  # [A]
+        scores = additive_scores(query, keys, score)  # [B,M,N]
+        if region_mask is not None:
+            scores = jnp.where(region_mask[:, None], scores, -1e9)
+        if sentinel is not None:
+            key, value = sentinel
+            last = jnp.sum(score * jnp.tanh((key + query).astype(jnp.float32)), axis=-1, keepdims=True)  # [B,M,1]
+            scores = jnp.concatenate([scores, last], axis=-1)  # [B,M,N+1]
+        weights = jax.nn.softmax(scores, axis=-1)
+        seen = weights[..., : keys.shape[1]]  # [B,M,N]
+        context = constant_product(_weighted_sum, seen, regions)
+        if sentinel is not None:
+            context = context + weights[..., -1:].astype(value.dtype) * value
+        return context, seen
 
 
-@jax.checkpoint  # recomputing [B,M,N,A] is cheaper than keeping it for every step of the caption
-def _additive_attention(
-    query: Array,
-    keys: Array,
-    regions: Array,
-    region_mask: Array | None,
-    score: Array,
-    sentinel: tuple[Array, Array] | None,
-) -> tuple[Array, Array]:
-    hidden = jnp.tanh(keys[:, None] + query[:, :, None])  # [B,M,N,A]
-    scores = jnp.matmul(hidden, score, preferred_element_type=jnp.float32)[..., 0]  # [B,M,N]
-    if region_mask is not None:
-        scores = jnp.where(region_mask[:, None], scores, -1e9)
-    if sentinel is not None:
-        key, value = sentinel
-        last = jnp.matmul(jnp.tanh(key + query), score, preferred_element_type=jnp.float32)  # [B,M,1]
-        scores = jnp.concatenate([scores, last], axis=-1)  # [B,M,N+1]
-    weights = jax.nn.softmax(scores, axis=-1)
-    seen = weights[..., : keys.shape[1]]  # [B,M,N]
-    context = jnp.einsum("bmn,bnd->bmd", seen.astype(regions.dtype), regions)
-    if sentinel is not None:
-        context = context + weights[..., -1:].astype(value.dtype) * value
-    return context, seen
+def _weighted_sum(weights: Array, regions: Array) -> Array:
+    return jnp.einsum("...bmn,bnd->...bmd", weights.astype(regions.dtype), regions)
 
 
 def multi_head_attention(

@@ -32,14 +32,17 @@ class CaptionModel(nnx.Module):
             return batch["regions"].astype("float32")
         return self.encoder(batch["image"])
 
-    def teacher_forced(self, batch: Mapping[str, Array], keys: Array | None = None) -> tuple[Array, StepOutput]:
-        """Reads "tokens" [B,M,T] but the last: logits [B,M,T-1,V] of the words that follow, and the outputs."""
+    def teacher_forced(self, batch: Mapping[str, Array], keys: Array | None = None) -> StepOutput:
+        """Reads "tokens" [B,M,T] but the last: the outputs [B,M,T-1,...], which ``score_words`` turns into words."""
         tokens = batch["tokens"]
         memory, carry = self.decoder.start(
             self.regions(batch), tokens.shape[1], region_mask=batch.get("region_mask"), keys=row_keys(keys, 0)
         )
-        outputs = self.decoder.unroll(tokens[:, :, :-1], memory, carry, keys=row_keys(keys, 1))
-        return self.decoder.logits(outputs), outputs
+        return self.decoder.unroll(tokens[:, :, :-1], memory, carry, keys=row_keys(keys, 1))
+
+    def score_words(self, hidden: Array) -> Array:
+        """The decoder's logits [...,V] for ``output.hidden`` [...,F]."""
+        return self.decoder.logits(StepOutput(hidden, None))
 
 
 def split_trained(model: CaptionModel) -> tuple[nnx.GraphDef[CaptionModel], Params, Frozen]:

@@ -76,9 +76,10 @@ def cross_entropy_step(
         model = nnx.merge(graph, params, frozen)
         step_key = jax.random.fold_in(key, step)
         keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(batch["row"])
-        logits, outputs = model.teacher_forced(batch, keys)
+        outputs = model.teacher_forced(batch, keys)
         sums = caption_loss(
-            logits,
+            model.score_words,
+            outputs.hidden,
             batch["tokens"],
             batch["weight"],
             label_smoothing=objective.label_smoothing,

@@ -11,6 +11,7 @@ from flax import nnx
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.decoders.contract import Decoder
 from imgcap_jax.models.decoders.show_tell import ShowTell
+from imgcap_jax.models.decoders.up_down import UpDown
 
 B, M, T, N, D, V = 3, 2, 7, 5, 6, 11
 
@@ -32,6 +33,56 @@ def test_stepping_equals_teacher_forcing(
         carry, output = decoder.step(carry, jnp.asarray(tokens[:, :, t]), memory)
         got = jax.nn.log_softmax(decoder.logits(output))
         np.testing.assert_allclose(got, expected[:, :, t], atol=1e-5)
+
+
+@pytest.mark.parametrize("variational", [False, True])
+def test_gradients_of_teacher_forcing_are_those_of_stepping(
+    decoder_case: tuple[str, Decoder], decoder_inputs: tuple[np.ndarray, np.ndarray], variational: bool
+) -> None:
+    """With dropout, by all parameters and by the regions: the unrolled gradient is put together by hand."""
+    name, decoder = decoder_case
+    if name == "transformer":
+        pytest.skip("its masks are drawn for all words at once")
+    regions, tokens = decoder_inputs
+    graph, params = nnx.split(decoder)
+    keys = jax.random.split(jax.random.key(4), B)
+    direction = jax.random.normal(jax.random.key(5), (B, M, T, V))
+
+    def total(params: Any, regions: Any, unrolled: bool) -> Any:
+        decoder = nnx.merge(graph, params)
+        decoder.variational = variational
+        memory, carry = decoder.start(regions, M, keys=keys)
+        if unrolled:
+            return (decoder.logits(decoder.unroll(jnp.asarray(tokens), memory, carry, keys=keys)) * direction).sum()
+        result = 0.0
+        for t in range(T):
+            step_keys = decoder.step_keys(keys, jnp.asarray(t))
+            carry, output = decoder.step(carry, jnp.asarray(tokens[:, :, t]), memory, keys=step_keys)
+            result += (decoder.logits(output) * direction[:, :, t]).sum()
+        return result
+
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1)), static_argnums=2)
+    got, expected = (jax.tree.leaves(gradient(params, jnp.asarray(regions), way)) for way in (True, False))
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * max(1, np.abs(theirs).max()))
+
+
+def test_variational_dropout_is_the_same_at_all_steps(decoder_inputs: tuple[np.ndarray, np.ndarray]) -> None:
+    regions, tokens = decoder_inputs
+    keys = jax.random.split(jax.random.key(3), B)
+    same = {}
+    for variational in (False, True):
+        settings = UpDown(hidden_size=64, embedding_size=8, attention_size=3, variational_dropout=variational)
+        decoder = settings.build(D, V, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        memory, carry = decoder.start(jnp.asarray(regions), M, keys=keys)
+        dropped = np.asarray(decoder.unroll(jnp.asarray(tokens), memory, carry, keys=keys).hidden) == 0
+        same[variational] = (dropped == dropped[:, :, :1]).mean()
+        assert 0.4 < dropped.mean() < 0.6
+        # Two captions of an image, and two images, have masks of their own.
+        assert (dropped[:, 0] != dropped[:, 1]).any()
+        assert (dropped[0] != dropped[1]).any()
+    assert same[True] == 1
+    assert same[False] < 0.65
 
 
 def test_masked_regions_change_nothing(

@@ -1,10 +1,12 @@
 """The loss against PyTorch's and against the paper's formula."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from imgcap_jax.special_tokens import PAD
+from imgcap_jax.training import losses
 from imgcap_jax.training.losses import caption_loss
 
 B, M, T, V, N = 3, 2, 6, 9, 4
@@ -24,7 +26,9 @@ def test_equals_torch_cross_entropy(batch: tuple[np.ndarray, np.ndarray], smooth
     torch = pytest.importorskip("torch", reason="PyTorch is an optional oracle (extra: torch)")
     logits, tokens = batch
     weight = np.array([1, 1, 0], np.float32)
-    sums = caption_loss(jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(weight), label_smoothing=smoothing)
+    sums = caption_loss(
+        lambda x: x, jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(weight), label_smoothing=smoothing
+    )
     expected = torch.nn.functional.cross_entropy(
         torch.tensor(logits[:2].reshape(-1, V)),
         torch.tensor(tokens[:2, :, 1:].reshape(-1)).long(),
@@ -45,8 +49,8 @@ def test_attention_penalty_is_xu_equation_14_over_the_caption_s_own_steps(
     weight = np.array([1, 0, 1], np.float32)
     attention = np.random.default_rng(1).dirichlet(np.ones(N), (B, M, T - 1)).astype(np.float32)
     arguments = [jnp.asarray(x) for x in (logits, tokens, weight)]
-    without = caption_loss(*arguments).objective
-    penalised = caption_loss(*arguments, attention=jnp.asarray(attention), attention_penalty=0.7).objective
+    without = caption_loss(lambda x: x, *arguments).objective
+    penalised = caption_loss(lambda x: x, *arguments, attention=jnp.asarray(attention), attention_penalty=0.7).objective
     expected = 0.0
     for b in (0, 2):
         for m in range(M):
@@ -54,3 +58,42 @@ def test_attention_penalty_is_xu_equation_14_over_the_caption_s_own_steps(
             if steps:
                 expected += 0.7 * ((1 - attention[b, m, :steps].sum(0)) ** 2).sum()
     np.testing.assert_allclose(penalised - without, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 1000])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradients_of_packed_words_are_those_of_all_of_them(
+    batch: tuple[np.ndarray, np.ndarray], smoothing: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    hidden, tokens = (jnp.asarray(x) for x in batch)
+    weight = jnp.array([1.0, 0.5, 0.0])
+    rng = np.random.default_rng(2)
+    kernel, bias = jnp.asarray(rng.normal(size=(V, V)), jnp.float32), jnp.asarray(rng.normal(size=V), jnp.float32)
+
+    def packed(kernel: jax.Array, bias: jax.Array, hidden: jax.Array) -> jax.Array:
+        score = lambda x: jnp.tanh(x) @ kernel + bias  # noqa: E731
+        return 3.0 * caption_loss(score, hidden, tokens, weight, label_smoothing=smoothing).objective
+
+    def plain(kernel: jax.Array, bias: jax.Array, hidden: jax.Array) -> jax.Array:
+        log_probs = jax.nn.log_softmax(jnp.tanh(hidden) @ kernel + bias)
+        true = jnp.take_along_axis(log_probs, tokens[:, :, 1:, None], axis=-1)[..., 0]
+        smoothed = (1 - smoothing) * true + smoothing * log_probs.mean(-1)
+        return -3.0 * (smoothed * (tokens[:, :, 1:] != PAD) * weight[:, None, None]).sum()
+
+    np.testing.assert_allclose(packed(kernel, bias, hidden), plain(kernel, bias, hidden), rtol=1e-5)
+    got = jax.jit(jax.grad(packed, argnums=(0, 1, 2)))(kernel, bias, hidden)
+    expected = jax.grad(plain, argnums=(0, 1, 2))(kernel, bias, hidden)
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_a_batch_of_pad_alone_costs_nothing_and_has_no_gradient() -> None:
+    tokens = jnp.zeros((B, M, T), jnp.int32)
+
+    def objective(hidden: jax.Array) -> jax.Array:
+        return caption_loss(lambda x: x, hidden, tokens, jnp.ones(B)).objective
+
+    value, gradient = jax.value_and_grad(objective)(jnp.ones((B, M, T - 1, V)))
+    assert value == 0
+    assert not np.any(gradient)

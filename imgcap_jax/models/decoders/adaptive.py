@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from imgcap_jax.models.decoders.contract import Decoder, DecoderSettings, StepOutput
-from imgcap_jax.models.layers import AdditiveAttention, LSTMCell, WordLogits, dropout, masked_mean
+from imgcap_jax.models.layers import AdditiveAttention, Embed, Linear, LSTMCell, WordLogits, dropout, masked_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +59,11 @@ class AdaptiveDecoder(Decoder):
         inputs = 2 * config.embedding_size
         self.project = nnx.Linear(region_size, hidden, dtype=dtype, rngs=rngs)
         self.project_mean = nnx.Linear(region_size, config.embedding_size, dtype=dtype, rngs=rngs)
-        self.embedding = nnx.Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
+        self.embedding = Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.lstm = LSTMCell(inputs, hidden, dtype=dtype, rngs=rngs)
-        self.sentinel_gate = nnx.Linear(inputs + hidden, hidden, dtype=dtype, rngs=rngs)
+        self.sentinel_gate = Linear(inputs + hidden, hidden, dtype=dtype, rngs=rngs)
         self.attention = AdditiveAttention(hidden, hidden, config.attention_size, dtype=dtype, rngs=rngs)
-        self.sentinel_key = nnx.Linear(hidden, config.attention_size, dtype=dtype, rngs=rngs)
+        self.sentinel_key = Linear(hidden, config.attention_size, dtype=dtype, rngs=rngs)
         self.words = WordLogits(hidden, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs)
 
     def start(

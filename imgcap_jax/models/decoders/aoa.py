@@ -12,6 +12,8 @@ from jax.typing import DTypeLike
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.decoders.contract import Decoder, DecoderSettings, StepOutput, spread
 from imgcap_jax.models.layers import (
+    Embed,
+    Linear,
     LSTMCell,
     WordLogits,
     dropout,
@@ -55,7 +57,7 @@ class Attended(nnx.Module):
     """AoA(Q, v) = sigmoid(W_q^g Q + W_v^g v + b^g) * (W_q^i Q + W_v^i v + b^i), for v attended by Q (equation 3)."""
 
     def __init__(self, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.both = nnx.Linear(2 * size, 2 * size, dtype=dtype, rngs=rngs)
+        self.both = Linear(2 * size, 2 * size, dtype=dtype, rngs=rngs)
 
     def __call__(self, query: Array, attended: Array) -> Array:
         """query and attended, [...,H] both -> [...,H]."""
@@ -121,9 +123,9 @@ class AttentionOnAttentionDecoder(Decoder):
         self.refining = nnx.List(
             [RefiningLayer(hidden, config.heads, dtype=dtype, rngs=rngs) for _ in range(config.refining)]
         )
-        self.embedding = nnx.Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
+        self.embedding = Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.lstm = LSTMCell(config.embedding_size + hidden, hidden, dtype=dtype, rngs=rngs)
-        self.query = nnx.Linear(hidden, hidden, dtype=dtype, rngs=rngs)
+        self.query = Linear(hidden, hidden, dtype=dtype, rngs=rngs)
         self.keys_values = nnx.Linear(hidden, 2 * hidden, dtype=dtype, rngs=rngs)
         self.attended = Attended(hidden, dtype=dtype, rngs=rngs)
         self.words = WordLogits(hidden, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs)

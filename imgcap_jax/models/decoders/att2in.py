@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from imgcap_jax.models.decoders.contract import Decoder, DecoderSettings, StepOutput
-from imgcap_jax.models.layers import AdditiveAttention, WordLogits, dropout
+from imgcap_jax.models.layers import AdditiveAttention, Embed, Linear, WordLogits, dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +54,12 @@ class Att2inDecoder(Decoder):
         self.hidden_size = hidden = config.hidden_size
         size = config.region_size or region_size
         self.project = None if config.region_size is None else nnx.Linear(region_size, size, dtype=dtype, rngs=rngs)
-        self.embedding = nnx.Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
+        self.embedding = Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.attention = AdditiveAttention(size, hidden, config.attention_size, dtype=dtype, rngs=rngs)
         # One product gives the gates i, f, o and the two pieces of the maxout; the forget gate's bias starts at 1.
-        self.gates = nnx.Linear(config.embedding_size + hidden, 5 * hidden, dtype=dtype, rngs=rngs)
+        self.gates = Linear(config.embedding_size + hidden, 5 * hidden, dtype=dtype, rngs=rngs)
         self.gates.bias = nnx.Param(jnp.zeros((5 * hidden,)).at[hidden : 2 * hidden].set(1.0))
-        self.attended = nnx.Linear(size, 2 * hidden, use_bias=False, dtype=dtype, rngs=rngs)
+        self.attended = Linear(size, 2 * hidden, use_bias=False, dtype=dtype, rngs=rngs)
         self.words = WordLogits(hidden, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs)
 
     def start(

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from imgcap_jax.models.decoders.contract import Decoder, DecoderSettings, StepOutput, spread
-from imgcap_jax.models.layers import AdditiveAttention, LSTMCell, WordLogits, dropout, masked_mean
+from imgcap_jax.models.layers import AdditiveAttention, Embed, Linear, LSTMCell, WordLogits, dropout, masked_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ class ShowAttendTellDecoder(Decoder):
         hidden, size = config.hidden_size, config.region_size or region_size
         self.project = None if config.region_size is None else nnx.Linear(region_size, size, dtype=dtype, rngs=rngs)
         self.first = nnx.Linear(size, 2 * hidden, dtype=dtype, rngs=rngs)
-        self.embedding = nnx.Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
+        self.embedding = Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.attention = AdditiveAttention(size, hidden, config.attention_size, dtype=dtype, rngs=rngs)
-        self.gate = nnx.Linear(hidden, 1, dtype=dtype, rngs=rngs) if config.gate else None
+        self.gate = Linear(hidden, 1, dtype=dtype, rngs=rngs) if config.gate else None
         self.lstm = LSTMCell(config.embedding_size + size, hidden, dtype=dtype, rngs=rngs)
         self.deep_output = nnx.Linear(hidden + size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.words = WordLogits(

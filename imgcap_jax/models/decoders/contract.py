@@ -12,6 +12,7 @@ from jax import Array
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.layers import dropout, row_keys
+from imgcap_jax.models.unrolling import scan_steps
 
 Memory = Any  # a pytree whose leaves lead with [B]
 Carry = Any  # a pytree whose leaves lead with [B,M]
@@ -100,12 +101,15 @@ class Decoder(nnx.Module):
     def unroll(self, tokens: Array, memory: Memory, carry: Carry, *, keys: Array | None = None) -> StepOutput:
         """Teacher forcing: reads tokens [B,M,T] in turn; the leaves of the output are [B,M,T,...]."""
 
-        def body(carry: Carry, inputs: tuple[Array, Array]) -> tuple[Carry, StepOutput]:
-            token, t = inputs
-            return self.step(carry, token, memory, keys=self.step_keys(keys, t))
+        graph, params = nnx.split(self)
 
-        steps = jnp.arange(tokens.shape[-1])
-        _, outputs = jax.lax.scan(body, carry, (jnp.moveaxis(tokens, -1, 0), steps))
+        def step(constants: tuple[Any, Memory], carry: Carry, inputs: tuple[Array, Any]) -> tuple[Carry, StepOutput]:
+            (params, memory), (token, keys) = constants, inputs
+            return nnx.merge(graph, params).step(carry, token, memory, keys=keys)
+
+        T = tokens.shape[-1]
+        step_keys = None if keys is None else jax.vmap(lambda t: self.step_keys(keys, t))(jnp.arange(T))  # [T,B]
+        outputs = scan_steps(step, (params, memory), carry, (jnp.moveaxis(tokens, -1, 0), step_keys))
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), outputs)
 
     def step_keys(self, keys: Array | None, t: Array) -> Array | None:

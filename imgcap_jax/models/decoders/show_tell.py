@@ -8,7 +8,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from imgcap_jax.models.decoders.contract import Decoder, DecoderSettings, StepOutput, spread
-from imgcap_jax.models.layers import LSTMCell, WordLogits, dropout, masked_mean
+from imgcap_jax.models.layers import Embed, LSTMCell, WordLogits, dropout, masked_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class ShowTellDecoder(Decoder):
     ) -> None:
         self.rate, self.variational = config.dropout, config.variational_dropout
         self.image = nnx.Linear(region_size, config.embedding_size, dtype=dtype, rngs=rngs)
-        self.embedding = nnx.Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
+        self.embedding = Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.lstm = LSTMCell(config.embedding_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.words = WordLogits(config.hidden_size, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs)
 

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from imgcap_jax.models.decoders.contract import Decoder, DecoderSettings, StepOutput
-from imgcap_jax.models.layers import AdditiveAttention, LSTMCell, WordLogits, dropout, masked_mean
+from imgcap_jax.models.layers import AdditiveAttention, Embed, LSTMCell, WordLogits, dropout, masked_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class UpDownDecoder(Decoder):
         self.hidden_size = hidden = config.hidden_size
         size = config.region_size or region_size
         self.project = None if config.region_size is None else nnx.Linear(region_size, size, dtype=dtype, rngs=rngs)
-        self.embedding = nnx.Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
+        self.embedding = Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         # The columns of the first LSTM's matrix that read the mean region, which is the same at all steps.
         self.mean_gates = nnx.Linear(size, 4 * hidden, use_bias=False, dtype=dtype, rngs=rngs)
         self.attention_lstm = LSTMCell(config.embedding_size + hidden, hidden, dtype=dtype, rngs=rngs)

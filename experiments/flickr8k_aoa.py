@@ -1,0 +1,16 @@
+"""Flickr8k with attention on attention (Huang et al. 2019), with two refining layers of the paper's six: one row of the table of decoders in BENCHMARKS.md.
+
+imgcap data prepare PATH/TO/flickr8k --name flickr8k
+imgcap train flickr8k_aoa
+imgcap evaluate runs/flickr8k_aoa --split val --beam 3
+"""
+
+from dataclasses import replace
+
+from imgcap_jax.experiments.flickr8k import experiment as flickr8k
+from imgcap_jax.models.decoders.aoa import AttentionOnAttention
+
+experiment = replace(
+    flickr8k,
+    decoder=AttentionOnAttention(hidden_size=512, embedding_size=256, heads=8, refining=2, dropout=0.5),
+)
