@@ -15,8 +15,8 @@ and 55.2. The length norm was chosen on these same images; the test split was no
 
 from imgcap_jax.data.images import Augmentation
 from imgcap_jax.data.pipeline import CaptionData
+from imgcap_jax.decoding_settings import Decoding
 from imgcap_jax.experiment import Experiment, Training
-from imgcap_jax.generation import Decoding
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.training.cross_entropy import CrossEntropy

@@ -1,4 +1,4 @@
-"""Flickr8k with Show-and-Tell (Vinyals et al. 2015), which sees the mean region once: one row of the table of decoders in BENCHMARKS.md.
+"""Flickr8k with Show-and-Tell (Vinyals et al. 2015): a row of the table in BENCHMARKS.md.
 
 imgcap data prepare PATH/TO/flickr8k --name flickr8k
 imgcap train flickr8k_show_tell

@@ -12,8 +12,8 @@ optimistic.
 """
 
 from imgcap_jax.data.pipeline import CaptionData
+from imgcap_jax.decoding_settings import Decoding
 from imgcap_jax.experiment import Experiment, Training
-from imgcap_jax.generation import Decoding
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.encoders.small_cnn import SmallCNN
 from imgcap_jax.training.cross_entropy import CrossEntropy

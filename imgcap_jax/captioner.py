@@ -10,8 +10,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from imgcap_jax.data.images import ImageError, decode
-from imgcap_jax.generation import Decoding, caption_function
+from imgcap_jax.decoding.decoded import Decoded
+from imgcap_jax.decoding_settings import Decoding
+from imgcap_jax.errors import UserError
+from imgcap_jax.evaluation import check_ensemble
+from imgcap_jax.generation import attention_function, caption_function
 from imgcap_jax.models.model import split_trained
+from imgcap_jax.report.attention import attention_picture
 from imgcap_jax.run import Run
 from imgcap_jax.training.checkpoints import Checkpoints
 
@@ -22,16 +27,28 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".
 
 @dataclass(frozen=True)
 class Caption:
-    """text: the sentence; words with log_probs, each word's own; log_prob: of the whole sentence, eos included."""
+    """A caption of a photo.
+
+    Attributes:
+        text: the sentence.
+        log_prob: the model's own log-probability of the whole sentence, eos included.
+        words: its words.
+        log_probs: each word's own.
+        score: what the search ranked (length penalty and rules included); of a sample, how it was drawn.
+        attention: float32 [words,N], where each word's step looked; its rows may sum to less than 1 (the rest was a
+            sentinel). None: not asked for, or the decoder has no attention.
+    """
 
     text: str
     log_prob: float
     words: tuple[str, ...]
     log_probs: tuple[float, ...]
+    score: float
+    attention: np.ndarray | None = None
 
 
 class Captioner:
-    """Captions photos with a trained run.
+    """Captions photos with a trained run, or with an ensemble of runs.
 
     Example::
 
@@ -40,69 +57,137 @@ class Captioner:
             print(caption.text)
     """
 
-    def __init__(self, run: Run, decoding: Decoding | None = None) -> None:
-        """Restores the best parameters of ``run``. Raises UserError where there are none."""
-        self.run = run
-        graph, params, self._frozen = split_trained(run.model(with_encoder=True))
-        checkpoints = Checkpoints(run.folder)
-        self._params = checkpoints.restore_best(params)
-        checkpoints.close()
-        self._captions = caption_function(graph, decoding or run.experiment.decoding)
+    def __init__(self, runs: Sequence[Run], decoding: Decoding | None = None, *, attention: bool = False) -> None:
+        """Restores the best parameters of ``runs``.
+
+        Args:
+            runs: one, or several with the same vocabulary, whose probabilities are averaged.
+            decoding: search settings; None: those of the first run.
+            attention: captions shall tell where the words looked; the mean of an ensemble with equal regions.
+
+        Raises:
+            UserError: no parameters, different vocabularies, a decoder without attention that shall tell of it.
+        """
+        check_ensemble(runs)
+        self.runs = runs
+        self._graphs, self._params, self._frozen = [], [], []
+        for run in runs:
+            graph, params, frozen = split_trained(run.model(with_encoder=True))
+            checkpoints = Checkpoints(run.folder)
+            self._params.append(checkpoints.restore_best(params))
+            checkpoints.close()
+            self._graphs.append(graph)
+            self._frozen.append(frozen)
+        self._captions = caption_function(self._graphs, decoding or runs[0].experiment.decoding, runs[0].vocabulary)
+        self._attention = [attention_function(graph) for graph in self._graphs] if attention else []
 
     @classmethod
-    def load(cls, folder: str | Path, decoding: Decoding | None = None) -> "Captioner":
-        """Loads the run in ``folder``; ``decoding`` replaces the run's own search settings."""
-        return cls(Run.load(Path(folder)), decoding)
+    def load(cls, *folders: str | Path, decoding: Decoding | None = None, attention: bool = False) -> "Captioner":
+        """Loads the runs in ``folders``; the rest as in ``Captioner``."""
+        return cls([Run.load(Path(folder)) for folder in folders], decoding, attention=attention)
 
     def __call__(self, photos: Sequence[Photo]) -> list[Caption]:
-        """Captions photos: paths, encoded bytes, arrays uint8 [h,w,3] or PIL images.
+        """The best caption of each photo: paths, encoded bytes, arrays uint8 [h,w,3] or PIL images.
 
         Raises:
             ImageError: a photo can't be read.
             OSError: a path can't be opened.
         """
-        return [caption for group in self.stream([self.pixels(photo) for photo in photos]) for caption in group]
+        return [captions[0] for captions in self.n_best(photos)]
 
-    def pixels(self, photo: Photo) -> np.ndarray:
-        """A photo as the run's encoder wants it: uint8 [s,s,3]. Raises as ``__call__``."""
-        data = self.run.experiment.data
+    def n_best(self, photos: Sequence[Photo]) -> list[list[Caption]]:
+        """All captions of each photo: as many as there are beams, best first, or samples. Raises as ``__call__``."""
+        return [captions for group in self.stream(list(map(self.pixels, photos))) for captions in group]
+
+    def pixels(self, photo: Photo) -> list[np.ndarray]:
+        """A photo as each run's encoder wants it: uint8 [s,s,3]. Raises as ``__call__``."""
         if isinstance(photo, Image.Image):
             photo = np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
         elif isinstance(photo, str | Path):
             photo = Path(photo).read_bytes()
-        return decode(photo, data.image_size, data.resize)
+        return [decode(photo, run.experiment.data.image_size, run.experiment.data.resize) for run in self.runs]
 
-    def stream(self, images: Sequence[np.ndarray]) -> Iterator[list[Caption]]:
-        """Captions images uint8 [s,s,3], a batch at a time.
+    def view(self, photo: Path) -> np.ndarray:
+        """What the first run's encoder sees of a photo, in the photo's own proportions: uint8 [h,w,3]."""
+        with Image.open(photo) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        if self.runs[0].experiment.data.resize == "crop":
+            upright = ImageOps.fit(upright, (min(upright.size),) * 2)
+        upright.thumbnail((512, 512))
+        return np.asarray(upright)
 
-        A batch is filled up, so that there are two compiled shapes: one for a single image, one for more.
+    def stream(self, images: Sequence[Sequence[np.ndarray]], first_row: int = 0) -> Iterator[list[list[Caption]]]:
+        """All captions of images (what ``pixels`` gave), a batch at a time.
+
+        A batch is filled up, so that there are two compiled shapes: one for a single image, one for more. ``first_row``
+        is the first image's place in the whole, on which samples depend.
         """
-        vocabulary = self.run.vocabulary
         for first in range(0, len(images), BATCH):
             group = list(images[first : first + BATCH])
             size = 1 if len(images) == 1 else BATCH
-            filled = np.stack(group + [group[-1]] * (size - len(group)))
-            decoded = jax.device_get(self._captions(self._params, self._frozen, {"image": filled}))
-            captions = []
-            for row in range(len(group)):
-                text = vocabulary.decode(decoded.tokens[row, 0])
-                words = tuple(text.split())
-                log_probs = decoded.word_log_probs[row, 0, : len(words)]
-                captions.append(Caption(text, float(decoded.log_prob[row, 0]), words, tuple(map(float, log_probs))))
-            yield captions
+            filled = [np.stack(own) for own in zip(*group, *[group[-1]] * (size - len(group)), strict=True)]
+            rows = np.arange(size, dtype=np.int32) + first_row + first
+            batches = [{"image": own, "row": rows} for own in filled]
+            decoded = jax.device_get(self._captions(self._params, self._frozen, batches))
+            maps = self._maps(filled, decoded.tokens)
+            yield [self._hypotheses(decoded, maps, row) for row in range(len(group))]
+
+    def _hypotheses(self, decoded: Decoded, maps: np.ndarray | None, row: int) -> list[Caption]:
+        captions = []
+        for m in range(decoded.tokens.shape[1]):
+            if not decoded.tokens[row, m].any():
+                continue  # there were fewer captions than beams
+            text = self.runs[0].vocabulary.decode(decoded.tokens[row, m])
+            words = tuple(text.split())
+            captions.append(
+                Caption(
+                    text,
+                    float(decoded.log_prob[row, m]),
+                    words,
+                    tuple(map(float, decoded.word_log_probs[row, m, : len(words)])),
+                    float(decoded.score[row, m]),
+                    None if maps is None else maps[row, m, : len(words)],
+                )
+            )
+        return captions
+
+    def _maps(self, images: Sequence[np.ndarray], tokens: np.ndarray) -> np.ndarray | None:
+        """Where the words of tokens [B,M,T] looked: [B,M,T,N]; None: not asked for."""
+        maps = []
+        for run, function, params, frozen, own in zip(
+            self.runs, self._attention, self._params, self._frozen, images, strict=False
+        ):
+            attention = function(params, frozen, {"image": own}, tokens)
+            if attention is None:
+                kind = type(run.experiment.decoder).__name__
+                raise UserError(f"{run.folder} has a decoder without attention ({kind}); there are no maps to show")
+            maps.append(np.asarray(attention, np.float32))
+        if len({own.shape for own in maps}) > 1:
+            raise UserError("the runs of the ensemble see different regions, so their attention has no mean")
+        return np.mean(maps, axis=0) if maps else None
 
 
-def caption_files(captioner: Captioner, paths: Sequence[Path], *, as_json: bool) -> Iterator[tuple[str, bool]]:
+def caption_files(
+    captioner: Captioner, paths: Sequence[Path], *, as_json: bool, n_best: int = 1, pictures: Path | None = None
+) -> Iterator[tuple[str, bool]]:
     """Captions files and the images in folders, one line each: (line, whether it tells of a failure).
 
     A file that can't be read is told by name, and the others are still captioned.
+
+    Args:
+        captioner: the model.
+        paths: image files and folders.
+        as_json: lines of JSON instead of text.
+        n_best: so many captions a photo.
+        pictures: folder for a picture of each photo and where its words looked; None: none.
     """
     files = list(_files(paths))
     if not files:
         yield f"imgcap: no images in {', '.join(map(str, paths))}", True
-    groups = _chunks(files, BATCH)
-    for group in groups:
-        images: list[np.ndarray] = []
+    done = 0
+    names: set[str] = set()
+    for group in _chunks(files, BATCH):
+        images: list[list[np.ndarray]] = []
         read: list[Path] = []
         for path in group:
             try:
@@ -113,9 +198,42 @@ def caption_files(captioner: Captioner, paths: Sequence[Path], *, as_json: bool)
                 yield f"imgcap: {path}: {reason}; not captioned", True
         if not images:
             continue
-        captions = [caption for part in captioner.stream(images) for caption in part]
-        for path, caption in zip(read, captions, strict=True):
-            yield (json.dumps({"file": str(path), **asdict(caption)}) if as_json else f"{path}: {caption.text}"), False
+        captions = [one for part in captioner.stream(images, done) for one in part]
+        done += len(images)
+        for path, found in zip(read, captions, strict=True):
+            picture = None
+            if pictures is not None:
+                picture = pictures / _new_name(path, names)
+                best = found[0]
+                assert best.attention is not None
+                attention_picture(captioner.view(path), best.words, best.log_probs, best.attention, picture)
+            for line in _lines(path, found[:n_best], n_best, picture, as_json=as_json):
+                yield line, False
+
+
+def _lines(
+    path: Path, captions: Sequence[Caption], n_best: int, picture: Path | None, *, as_json: bool
+) -> Iterator[str]:
+    if as_json:
+        for caption in captions:
+            maps = None if caption.attention is None else np.round(caption.attention.astype(float), 5).tolist()
+            picture_name = None if picture is None else str(picture)
+            yield json.dumps({"file": str(path), **asdict(caption), "attention": maps, "picture": picture_name})
+        return
+    for number, caption in enumerate(captions, 1):
+        place = f" {number}. [{caption.score:.2f}]" if n_best > 1 else ""
+        yield f"{path}:{place} {caption.text}"
+    if picture is not None:
+        yield f"{path}: where its words looked: {picture}"
+
+
+def _new_name(path: Path, taken: set[str]) -> str:
+    """A picture's name: the photo's, numbered where photos of several folders share one."""
+    name, number = f"{path.stem}_attention.png", 2
+    while name in taken:
+        name, number = f"{path.stem}_{number}_attention.png", number + 1
+    taken.add(name)
+    return name
 
 
 def _files(paths: Sequence[Path]) -> Iterator[Path]:

@@ -7,8 +7,9 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from imgcap_jax.decoding_settings import combinations, options_help, split_options
 from imgcap_jax.errors import UserError
 
 # Modules that import JAX or TFDS are imported where they are used, so that --help and errors come at once.
@@ -19,15 +20,22 @@ _EPILOG = """examples:
   imgcap train flickr8k --run runs/mine --decoder.hidden-size 768
   imgcap features flickr8k
   imgcap evaluate runs/flickr8k --split val --beam 3
-  imgcap caption photo.jpg holiday/ --run runs/flickr8k"""
+  imgcap evaluate runs/flickr8k --decode.beam 1 3 5 --decode.length-norm 0 0.7
+  imgcap caption photo.jpg holiday/ --run runs/flickr8k
+  imgcap caption photo.jpg --run runs/flickr8k --attention
+  imgcap caption photo.jpg --run runs/flickr8k --n-best 3 --decode.must frisbee"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code (2 for a user's mistake)."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    decoding: list[str] = []
+    if given[:1] in (["evaluate"], ["caption"]):
+        given, decoding = split_options(given, sweep=given[0] == "evaluate")
+    options, rest = _parser().parse_known_args(given)
+    options.decoding = decoding
     if rest and options.command not in (_train, _features):
-        known = re.findall(r"--[a-z-]+", options.parser.format_help())
+        known = re.findall(r"--[a-z][a-z.-]+", options.parser.format_help())
         near = difflib.get_close_matches(rest[0], known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else "--help after the command lists its options"
         print(f"imgcap: unknown argument {rest[0]}; {hint}", file=sys.stderr)
@@ -110,20 +118,55 @@ def _parser() -> argparse.ArgumentParser:
     _add_cache(features)
 
     evaluate = commands.add_parser(
-        "evaluate", allow_abbrev=False, help="caption a split and score it, in COCO's format"
+        "evaluate",
+        allow_abbrev=False,
+        help="caption a split and score it, in COCO's format",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"{options_help()}\n\nSeveral values make a sweep: every combination is decoded and scored, as in\n"
+        "  imgcap evaluate RUN --decode.beam 1 3 5 --decode.length-norm 0 0.7",
     )
     evaluate.set_defaults(command=_evaluate, parser=evaluate)
     evaluate.add_argument("run", type=Path, help="the run's folder")
     evaluate.add_argument("--split", default="val", help="train, val, test, ... (default: val)")
     evaluate.add_argument("--dataset", help="another dataset than the run's")
+    evaluate.add_argument(
+        "--ensemble",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="average the words' probabilities with this run too",
+    )
+    evaluate.add_argument(
+        "--floor",
+        action="store_true",
+        help="also score the captions as those of other photos: what is had without looking",
+    )
     evaluate.add_argument("--page", type=Path, metavar="HTML", help="also write a page of images and captions")
     _add_decoding(evaluate)
     _add_cache(evaluate)
 
-    caption = commands.add_parser("caption", allow_abbrev=False, help="caption photos")
+    caption = commands.add_parser(
+        "caption",
+        allow_abbrev=False,
+        help="caption photos",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=options_help(),
+    )
     caption.set_defaults(command=_caption, parser=caption)
     caption.add_argument("photos", nargs="+", type=Path, help="image files, or folders of them")
-    caption.add_argument("--run", type=Path, required=True, help="the run's folder")
+    caption.add_argument(
+        "--run", type=Path, required=True, action="append", help="the run's folder; given again, an ensemble"
+    )
+    caption.add_argument("--n-best", type=int, default=1, metavar="N", help="so many captions a photo, with scores")
+    caption.add_argument(
+        "--attention",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="FOLDER",
+        help="draw where each word looked, into PHOTO_attention.png in this folder (default: the present one)",
+    )
     caption.add_argument("--json", action="store_true", help="one JSON object a line, with words and log-probabilities")
     _add_decoding(caption)
     _add_cache(caption)
@@ -234,20 +277,28 @@ def _features(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from imgcap_jax.evaluation import evaluate
-    from imgcap_jax.report.evaluation import lines, write_page
+    from imgcap_jax.report.evaluation import lines, table, write_page
     from imgcap_jax.run import Run
 
-    run = Run.load(options.run)
-    evaluation = evaluate(
-        run,
+    runs = [Run.load(folder) for folder in (options.run, *options.ensemble)]
+    decodings, swept = combinations(_decoding(options, runs[0]), options.decoding)
+    if swept and options.page is not None:
+        raise UserError("--page is for one setting; leave it out of a sweep")
+    evaluations = []
+    for evaluation in evaluate(
+        runs,
         options.split,
-        cache=_cache(options, run.folder) / "features",
+        cache=_cache(options, options.run) / "features",
         dataset=options.dataset,
-        decoding=run.experiment.decoding.but(options.beam, options.length_norm, options.max_words),
-    )
-    print("\n".join(lines(evaluation)))
+        decodings=decodings,
+        floor=options.floor,
+    ):
+        print("\n".join(lines(evaluation)), flush=True)
+        evaluations.append(evaluation)
+    if swept:
+        print("\n" + "\n".join(table(evaluations, swept)))
     if options.page is not None:
-        write_page(evaluation, options.page)
+        write_page(evaluations[0], options.page)
         print(f"page: {options.page}")
     return 0
 
@@ -256,14 +307,29 @@ def _caption(options: argparse.Namespace) -> int:
     from imgcap_jax.captioner import Captioner, caption_files
     from imgcap_jax.run import Run
 
-    run = Run.load(options.run)
-    _cache(options, run.folder)
-    decoding = run.experiment.decoding.but(options.beam, options.length_norm, options.max_words)
+    runs = [Run.load(folder) for folder in options.run]
+    decodings, swept = combinations(_decoding(options, runs[0]), options.decoding)
+    if swept:
+        raise UserError(f"--decode.{swept[0]} has several values; a sweep is for imgcap evaluate")
+    _cache(options, options.run[0])
+    most = decodings[0].samples or decodings[0].beam
+    if not 1 <= options.n_best <= most:
+        raise UserError(
+            f"--n-best is {options.n_best}; the decoding finds 1 to {most} captions (--beam, --decode.samples)"
+        )
+    captioner = Captioner(runs, decodings[0], attention=options.attention is not None)
     bad = 0
-    for line, failed in caption_files(Captioner(run, decoding), options.photos, as_json=options.json):
+    for line, failed in caption_files(
+        captioner, options.photos, as_json=options.json, n_best=options.n_best, pictures=options.attention
+    ):
         print(line, file=sys.stderr if failed else sys.stdout, flush=True)
         bad += failed
     return 2 if bad else 0
+
+
+def _decoding(options: argparse.Namespace, run: Any) -> Any:
+    """The run's decoding with what the short options say."""
+    return run.experiment.decoding.but(beam=options.beam, length_norm=options.length_norm, max_words=options.max_words)
 
 
 def _prepare(options: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,9 +18,11 @@ from imgcap_jax.data.scene_truth import TruthScores, judge
 from imgcap_jax.data.scenes import Scene
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
+from imgcap_jax.decoding_settings import Decoding
+from imgcap_jax.errors import UserError
 from imgcap_jax.extraction import Extraction, uses_store
 from imgcap_jax.files import write_text
-from imgcap_jax.generation import Decoding, caption_function
+from imgcap_jax.generation import caption_function
 from imgcap_jax.metrics.coco_format import write_results
 from imgcap_jax.metrics.scoring import CaptionScorer, Scores
 from imgcap_jax.models.model import CaptionModel, Frozen, Params, split_trained
@@ -33,12 +35,39 @@ BATCH = 64  # images decoded at a time
 
 
 @dataclass(frozen=True)
+class Hypothesis:
+    """One of several captions of an image: log_prob is the model's own, score what the search ranked."""
+
+    caption: str
+    log_prob: float
+    score: float
+
+
+@dataclass(frozen=True)
 class Captioned:
-    """captions: image id -> sentence. mean_steps: decoder steps a batch took. images_per_second: all in all."""
+    """What decoding a split gave.
+
+    Attributes:
+        captions: image id -> the best caption (of samples the first).
+        hypotheses: image id -> all of them, best first (samples as drawn).
+        mean_steps: decoder steps a batch took, on average.
+        max_steps: steps without early exit, T.
+        images_per_second: without the first batch, which compiles, where there are more.
+    """
 
     captions: dict[int, str]
+    hypotheses: dict[int, list[Hypothesis]]
     mean_steps: float
+    max_steps: int
     images_per_second: float
+
+
+class Member(NamedTuple):
+    """A model that captions a split, alone or in an ensemble: its graph, how it reads images, its regions if stored."""
+
+    graph: nnx.GraphDef[CaptionModel]
+    data: CaptionData
+    store: RegionSource | None
 
 
 class SplitEvaluator:
@@ -48,53 +77,71 @@ class SplitEvaluator:
     """
 
     def __init__(
-        self,
-        graph: nnx.GraphDef[CaptionModel],
-        data: CaptionData,
-        source: CaptionSource,
-        vocabulary: Vocabulary,
-        parallel: DataParallel,
-        *,
-        store: RegionSource | None,
+        self, members: Sequence[Member], source: CaptionSource, vocabulary: Vocabulary, parallel: DataParallel
     ) -> None:
         self.source = source
-        self._graph, self._data, self._vocabulary = graph, data, vocabulary
-        self._parallel, self._store = parallel, store
+        self._members, self._vocabulary, self._parallel = members, vocabulary, parallel
         self._ids = [int(image_id) for image_id in source.image_ids()]
         self.references = {image_id: source.captions(i) for i, image_id in enumerate(self._ids)}
         self._scorer = CaptionScorer(self.references)
         self._functions: dict[Decoding, Any] = {}
         devices = len(parallel.devices)
         self._size = -(-min(BATCH, len(source)) // devices) * devices
-        self._images = eval_batches(data, source, batch_size=self._size, features=store)
+        self._images = [
+            eval_batches(member.data, source, batch_size=self._size, features=member.store) for member in members
+        ]
         self._with_tokens: EvalBatches | None = None
         self._teacher_forced = jax.jit(self._loss_sums)
 
-    def caption(self, params: Params, frozen: Frozen, decoding: Decoding) -> Captioned:
-        """Decodes the whole split."""
+    def caption(self, params: Sequence[Params], frozen: Sequence[Frozen], decoding: Decoding) -> Captioned:
+        """Decodes the whole split with the parameters of each member."""
         if decoding not in self._functions:
-            self._functions[decoding] = caption_function(self._graph, decoding)
+            graphs = [member.graph for member in self._members]
+            self._functions[decoding] = caption_function(graphs, decoding, self._vocabulary)
         captions: dict[int, str] = {}
+        hypotheses: dict[int, list[Hypothesis]] = {}
         steps: list[int] = []
-        start = time.perf_counter()
-        for batch, first in self._on_devices(self._images):
-            decoded = self._functions[decoding](params, frozen, batch)
-            tokens = self._parallel.fetch(decoded.tokens)[:, 0]
+        seconds, start = 0.0, time.perf_counter()
+        for batches in zip(*map(self._on_devices, self._images), strict=True):
+            parts, first = [batch for batch, _ in batches], batches[0][1]
+            decoded = self._functions[decoding](params, frozen, parts)
+            tokens, log_probs, scores = map(self._parallel.fetch, (decoded.tokens, decoded.log_prob, decoded.score))
             steps.append(int(decoded.steps))
             for row, image_id in enumerate(self._ids[first : first + len(tokens)]):
-                captions[image_id] = self._vocabulary.decode(tokens[row])
-        seconds = time.perf_counter() - start
-        return Captioned(captions, float(np.mean(steps)), len(captions) / seconds)
+                hypotheses[image_id] = [
+                    Hypothesis(self._vocabulary.decode(words), float(log_prob), float(score))
+                    for words, log_prob, score in zip(tokens[row], log_probs[row], scores[row], strict=True)
+                    if words.any()
+                ]
+                captions[image_id] = hypotheses[image_id][0].caption
+            if len(steps) > 1 or first + len(tokens) >= len(self._ids):  # the first batch compiles
+                seconds += time.perf_counter() - start
+            start = time.perf_counter()
+        timed = len(captions) if len(steps) == 1 else len(captions) - self._size
+        return Captioned(captions, hypotheses, float(np.mean(steps)), decoding.max_steps, timed / seconds)
 
     def score(self, captions: Mapping[int, str]) -> Scores:
         """BLEU, CIDEr-D and whatever else the scorer knows."""
         return self._scorer.score(captions)
 
+    def score_of_other_photos(self, captions: Mapping[int, str]) -> Scores:
+        """The scores when each image gets the caption of another one, drawn at random: the floor.
+
+        What a model scores without looking, only from how people write about such photos; what it scores above that
+        it owes to the image. The images are dealt out in one random ring, so that no image keeps its own caption.
+        """
+        ring = np.random.default_rng(0).permutation(self._ids).tolist()
+        return self.score(dict(zip(ring, (captions[other] for other in ring[1:] + ring[:1]), strict=True)))
+
     def teacher_forced(self, params: Params, frozen: Frozen) -> dict[str, float]:
-        """Loss and perplexity a word with the true words given: a diagnostic, never a basis for selection."""
+        """Loss and perplexity a word with the true words given: a diagnostic, never a basis for selection.
+
+        Of the first member, whose parameters are given.
+        """
         if self._with_tokens is None:  # made once: it encodes all captions
+            member = self._members[0]
             self._with_tokens = eval_batches(
-                self._data, self.source, batch_size=self._size, features=self._store, vocabulary=self._vocabulary
+                member.data, self.source, batch_size=self._size, features=member.store, vocabulary=self._vocabulary
             )
         log_likelihood = words = 0.0
         for batch, _ in self._on_devices(self._with_tokens):
@@ -105,7 +152,7 @@ class SplitEvaluator:
         return {"teacher_forced_loss": loss, "teacher_forced_perplexity": float(np.exp(loss))}
 
     def _loss_sums(self, params: Params, frozen: Frozen, batch: Mapping[str, Array]) -> LossSums:
-        model = nnx.merge(self._graph, params, frozen)
+        model = nnx.merge(self._members[0].graph, params, frozen)
         hidden = model.teacher_forced(batch).hidden
         return caption_loss(model.score_words, hidden, batch["tokens"], batch["weight"])
 
@@ -113,76 +160,134 @@ class SplitEvaluator:
         """Batches on the devices, and the number of the first image in each."""
         for number, batch in enumerate(batches):
             del batch["image_id"]  # 64 bits, which stay on the host
+            batch["row"] = np.arange(self._size, dtype=np.int32) + number * self._size
             yield self._parallel.put_rows(batch), number * self._size
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of a run on a split; truth only for drawn scenes."""
+    """The scores of a run, or an ensemble, on a split; truth only for drawn scenes, floor where it was asked for."""
 
     source: CaptionSource
     decoding: Decoding
     scores: Scores
     captioned: Captioned
     truth: TruthScores | None
+    floor: Scores | None = None
+    models: int = 1
 
     @property
     def title(self) -> str:
         """What was evaluated, in a few words."""
-        search = "greedy" if self.decoding.beam == 1 else f"beam {self.decoding.beam}"
-        return f"{self.source.name} {self.source.split}, {len(self.source)} images, {search}"
+        ensemble = f", ensemble of {self.models}" if self.models > 1 else ""
+        return f"{self.source.name} {self.source.split}, {len(self.source)} images{ensemble}, {self.decoding.title}"
+
+    def results(self) -> dict[str, Any]:
+        """All but the captions, for JSON."""
+        results: dict[str, Any] = {
+            "dataset": self.source.name,
+            "split": self.source.split,
+            "decoding": asdict(self.decoding),
+            "mean_steps": self.captioned.mean_steps,
+            "max_steps": self.captioned.max_steps,
+            "scores": _rounded(self.scores),
+            "signature": self.scores.signature,
+        }
+        if self.floor is not None:
+            results["scores_of_other_photos_captions"] = _rounded(self.floor)
+        if self.truth is not None:
+            results["truth"] = asdict(self.truth)
+        return results
+
+
+def _rounded(scores: Scores) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in scores.values.items()}
 
 
 def evaluate(
-    run: Run,
+    runs: Sequence[Run],
     split: str,
     *,
     cache: Path,
+    decodings: Sequence[Decoding],
     dataset: str | None = None,
-    decoding: Decoding | None = None,
-) -> Evaluation:
-    """Captions a split with the run's best parameters and writes captions and scores into the run.
+    floor: bool = False,
+) -> Iterator[Evaluation]:
+    """Captions a split with the best parameters of a run, or of an ensemble, once with each of some settings.
+
+    With one setting the captions (all hypotheses, too, where there are several) and scores are written into the first
+    run; with more their scores alone, as a sweep.
 
     Args:
-        run: the trained run.
+        runs: the trained run, or several with the same vocabulary.
         split: "val", "test", ...
         cache: folder of the feature stores.
-        dataset: another dataset than the one the run validated on.
-        decoding: other search settings than the run's.
+        decodings: search settings.
+        dataset: another dataset than the one the first run validated on.
+        floor: also score the captions as those of other photos.
 
     Raises:
-        UserError: no such split, no trained parameters, a full disk.
+        UserError: no such split, no trained parameters, runs with different words, a full disk.
     """
-    experiment = run.experiment
-    decoding = decoding or experiment.decoding
-    name = dataset or parse_mixture(experiment.data.dataset)[0][0]
-    source = open_source(name, split, experiment.data.data_dir)
-    stored = uses_store(experiment)
-    store = Extraction(experiment, cache).regions(source, views=1) if stored else None
-    parallel = DataParallel(experiment.training.parallel)
-    graph, params, frozen = split_trained(run.model(with_encoder=not stored))
-    checkpoints = Checkpoints(run.folder)
-    params = checkpoints.restore_best(parallel.replicate(params))
-    step = checkpoints.best_step
-    checkpoints.close()
-    evaluator = SplitEvaluator(graph, experiment.data, source, run.vocabulary, parallel, store=store)
-    captioned = evaluator.caption(params, parallel.replicate(frozen), decoding)
-    scores = evaluator.score(captioned.captions)
-    truth = _truth(source, captioned.captions, evaluator.references)
-    results = {
-        "dataset": source.name,
-        "split": split,
-        "step": step,
-        "decoding": asdict(decoding),
-        "mean_steps": captioned.mean_steps,
-        "scores": {name: round(value, 6) for name, value in scores.values.items()},
-        "signature": scores.signature,
-        **({} if truth is None else {"truth": asdict(truth)}),
-    }
-    prefix = "" if dataset is None else f"{dataset}_"
-    write_results(run.folder / f"captions_{prefix}{split}.json", captioned.captions)
-    write_text(run.folder / f"scores_{prefix}{split}.json", json.dumps(results, indent=2) + "\n")
-    return Evaluation(source, decoding, scores, captioned, truth)
+    check_ensemble(runs)
+    first = runs[0].experiment
+    name = dataset or parse_mixture(first.data.dataset)[0][0]
+    source = open_source(name, split, first.data.data_dir)
+    parallel = DataParallel(first.training.parallel)
+    members, params, frozen, steps = [], [], [], []
+    for run in runs:
+        stored = uses_store(run.experiment)
+        store = Extraction(run.experiment, cache).regions(source, views=1) if stored else None
+        graph, own, rest = split_trained(run.model(with_encoder=not stored))
+        checkpoints = Checkpoints(run.folder)
+        params.append(checkpoints.restore_best(parallel.replicate(own)))
+        steps.append(checkpoints.best_step)
+        checkpoints.close()
+        frozen.append(parallel.replicate(rest))
+        members.append(Member(graph, run.experiment.data, store))
+    evaluator = SplitEvaluator(members, source, runs[0].vocabulary, parallel)
+    where = {"step": steps[0]} if len(runs) == 1 else {"runs": [str(run.folder) for run in runs], "steps": steps}
+    prefix = ("" if len(runs) == 1 else "ensemble_") + ("" if dataset is None else f"{dataset}_")
+    swept = []
+    for decoding in decodings:
+        captioned = evaluator.caption(params, frozen, decoding)
+        evaluation = Evaluation(
+            source,
+            decoding,
+            evaluator.score(captioned.captions),
+            captioned,
+            _truth(source, captioned.captions, evaluator.references),
+            evaluator.score_of_other_photos(captioned.captions) if floor else None,
+            len(runs),
+        )
+        results = {**where, **evaluation.results()}
+        if len(decodings) == 1:
+            _write(runs[0].folder, f"{prefix}{split}", captioned, results)
+        else:
+            swept.append(results)
+            write_text(runs[0].folder / f"sweep_{prefix}{split}.json", json.dumps(swept, indent=2) + "\n")
+        yield evaluation
+
+
+def check_ensemble(runs: Sequence[Run]) -> None:
+    """Raises UserError unless all runs have the words of the first."""
+    for run in runs[1:]:
+        if run.vocabulary.words != runs[0].vocabulary.words:
+            raise UserError(
+                f"{run.folder} and {runs[0].folder} have different vocabularies, so their words can't be averaged; "
+                f"an ensemble's runs are trained on the same captions with the same min_count"
+            )
+
+
+def _write(folder: Path, name: str, captioned: Captioned, results: Mapping[str, Any]) -> None:
+    write_results(folder / f"captions_{name}.json", captioned.captions)
+    if any(len(found) > 1 for found in captioned.hypotheses.values()):
+        n_best = [
+            {"image_id": image_id, "captions": [asdict(one) for one in found]}
+            for image_id, found in captioned.hypotheses.items()
+        ]
+        write_text(folder / f"n_best_{name}.json", json.dumps(n_best, indent=1) + "\n")
+    write_text(folder / f"scores_{name}.json", json.dumps(results, indent=2) + "\n")
 
 
 def _truth(

@@ -1,89 +1,170 @@
-"""Captions from a model: the jitted path from a batch to decoded words."""
+"""Captions from a model, or from several: the jitted path from a batch to decoded words."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from imgcap_jax.decoding.beam import beam_search
+from imgcap_jax.data.vocabulary import Vocabulary
+from imgcap_jax.decoding.beam import diverse_beam_search
+from imgcap_jax.decoding.constrained import constrained_beam_search, constrained_rows
 from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding.greedy import greedy
-from imgcap_jax.decoding.rules import NoRepeatNgram, SuppressUnk
+from imgcap_jax.decoding.rules import (
+    ForbidBadEnding,
+    ForcedPrefix,
+    MinLength,
+    NoRepeatNgram,
+    Rule,
+    SuppressUnk,
+    TopK,
+    TopP,
+)
+from imgcap_jax.decoding.sampling import sample
+from imgcap_jax.decoding_settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
+from imgcap_jax.special_tokens import BOS, UNK
+from imgcap_jax.text import tokenize
+
+BAD_ENDINGS = (
+    *("a", "an", "the", "this", "that", "these", "those", "his", "her", "its", "their", "my", "your", "our"),
+    *("of", "in", "on", "at", "to", "for", "from", "with", "by", "into", "onto", "over", "under", "near", "behind"),
+    *("and", "or", "but", "while", "as", "is", "are", "was", "were", "very"),
+)
+"""Words on which no English caption ends well: articles, possessives, prepositions, conjunctions, auxiliaries."""
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How captions are searched for."""
-
-    beam: int = 3
-    """Beams; 1 is greedy."""
-    length_norm: float = 0.7
-    """Captions are ranked by log-probability / length ** length_norm."""
-    max_words: int = 20
-    suppress_unk: bool = True
-    """Never write <unk>."""
-    no_repeat_ngram: int = 0
-    """No n-gram of this size twice in a caption (3: trigram blocking); 0: off."""
-
-    def but(self, beam: int | None, length_norm: float | None, max_words: int | None) -> "Decoding":
-        """The same settings but for those that are given (not None).
-
-        Raises:
-            UserError: a number that no search can work with.
-        """
-        given = {"beam": beam, "length_norm": length_norm, "max_words": max_words}
-        return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-
-    def __post_init__(self) -> None:
-        for name, lowest in (("beam", 1), ("max_words", 1), ("length_norm", 0), ("no_repeat_ngram", 0)):
-            if getattr(self, name) < lowest:
-                raise UserError(f"{name} is {getattr(self, name)}; give {lowest} or more")
-
-    @property
-    def rules(self) -> tuple[Any, ...]:
-        """The logit rules that the fields ask for."""
-        rules: list[Any] = []
-        if self.suppress_unk:
-            rules.append(SuppressUnk())
-        if self.no_repeat_ngram:
-            rules.append(NoRepeatNgram(self.no_repeat_ngram))
+def _rules(decoding: Decoding, vocabulary: Vocabulary) -> tuple[Rule, ...]:
+    """The logit rules that the settings ask for, in words of the vocabulary."""
+    rules: list[Rule] = []
+    if decoding.suppress_unk:
+        rules.append(SuppressUnk())
+    if decoding.min_words:
+        rules.append(MinLength(decoding.min_words))
+    if decoding.no_repeat_ngram:
+        rules.append(NoRepeatNgram(decoding.no_repeat_ngram))
+    if decoding.forbid_bad_endings:
+        known = vocabulary.ids(BAD_ENDINGS)
+        rules.append(ForbidBadEnding(tuple(number for number in known if number != UNK)))
+    if decoding.top_k:
+        rules.append(TopK(decoding.top_k))
+    if decoding.top_p < 1:
+        rules.append(TopP(decoding.top_p))
+    if not decoding.prefix:
         return tuple(rules)
+    prefix = _known(decoding.prefix, vocabulary, "prefix")
+    if len(prefix) >= decoding.max_words:
+        raise UserError(f"prefix has {len(prefix)} words; give fewer than max_words ({decoding.max_words})")
+    return (ForcedPrefix(prefix, tuple(rules)),)
+
+
+def _known(text: str, vocabulary: Vocabulary, setting: str) -> tuple[int, ...]:
+    """Ids of a text's words. Raises UserError where one is unknown."""
+    words = tokenize(text)
+    ids = vocabulary.ids(words)
+    for word, number in zip(words, ids, strict=True):
+        if number == UNK:
+            raise UserError(f"{setting}: the model doesn't know the word {word!r}; choose another")
+    return ids
+
+
+def _must(decoding: Decoding, vocabulary: Vocabulary) -> list[tuple[int, ...]]:
+    """Ids of the forms of each word that has to occur."""
+    words = []
+    for entry in decoding.must:
+        forms = [_known(form, vocabulary, "must") for form in entry.split("|")]
+        if any(len(form) != 1 for form in forms):
+            raise UserError(f"must: {entry!r} is not a word, or words with | between them; give several one by one")
+        words.append(tuple(form[0] for form in forms))
+    return words
+
+
+CaptionFunction = Callable[[Sequence[Params], Sequence[Frozen], Sequence[Mapping[str, ArrayLike]]], Decoded]
 
 
 def caption_function(
-    graph: nnx.GraphDef[CaptionModel], decoding: Decoding
-) -> Callable[[Params, Frozen, Mapping[str, ArrayLike]], Decoded]:
-    """Makes the jitted function (params, frozen, batch with "image" or "regions" [B,...]) -> Decoded [B,K,T].
+    graphs: Sequence[nnx.GraphDef[CaptionModel]], decoding: Decoding, vocabulary: Vocabulary
+) -> CaptionFunction:
+    """Makes the jitted function of params, frozen parts and batches, one each a model, -> Decoded [B,K,T].
+
+    Several models of one vocabulary are an ensemble: a word's probability is the mean of theirs, and each looks at the
+    image through its own encoder. A batch holds "image" or "regions" [B,...], and, where captions are drawn, may hold
+    "row" [B], each image's place in the whole, on which its samples depend.
 
     The memory is computed once an image; beams share it.
+
+    Raises:
+        UserError: words that the vocabulary lacks, or more of them than the models can read.
+    """
+    rules, must = _rules(decoding, vocabulary), _must(decoding, vocabulary)
+    parallel = decoding.samples or constrained_rows(decoding.beam, must)
+
+    @jax.jit
+    def captions(params: Sequence[Params], frozen: Sequence[Frozen], batches: Sequence[Mapping[str, Array]]) -> Decoded:
+        models = [nnx.merge(*parts) for parts in zip(graphs, params, frozen, strict=True)]
+        for model in models:
+            model.check_length(decoding.max_steps)
+        starts = [
+            model.decoder.start(model.regions(batch), parallel, region_mask=batch.get("region_mask"))
+            for model, batch in zip(models, batches, strict=True)
+        ]
+        memories = [memory for memory, _ in starts]
+        carry = tuple(carry for _, carry in starts)
+
+        def step(carries: Any, tokens: Array) -> tuple[Any, Array]:
+            stepped, logits = [], []
+            for model, memory, carry in zip(models, memories, carries, strict=True):
+                carry, output = model.decoder.step(carry, tokens, memory)
+                stepped.append(carry)
+                logits.append(model.decoder.logits(output))
+            return tuple(stepped), logits[0] if len(models) == 1 else _mean_probability(logits)
+
+        steps = decoding.max_steps
+        if decoding.samples:
+            rows = batches[0].get("row", jnp.arange(jax.tree.leaves(carry)[0].shape[0]))
+            keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(decoding.seed)))(rows)
+            return sample(step, carry, keys, max_steps=steps, temperature=decoding.temperature, rules=rules)
+        if parallel == 1:
+            return greedy(step, carry, max_steps=steps, rules=rules)
+        shared: dict[str, Any] = {
+            "beam": decoding.beam,
+            "max_steps": steps,
+            "length_norm": decoding.length_norm,
+            "length_penalty": decoding.length_penalty,
+            "rules": rules,
+        }
+        if must:
+            return constrained_beam_search(step, carry, words=must, **shared)
+        return diverse_beam_search(step, carry, groups=decoding.groups, diversity=decoding.diversity, **shared)
+
+    return captions
+
+
+def _mean_probability(logits: Sequence[Array]) -> Array:
+    """The log of the models' mean probabilities, from the logits [B,M,V] of each."""
+    log_probs = jnp.stack([jax.nn.log_softmax(one.astype(jnp.float32)) for one in logits])
+    return jax.nn.logsumexp(log_probs, axis=0) - jnp.log(len(logits))
+
+
+def attention_function(
+    graph: nnx.GraphDef[CaptionModel],
+) -> Callable[[Params, Frozen, Mapping[str, ArrayLike], ArrayLike], Array | None]:
+    """Makes the jitted function (params, frozen, batch, tokens [B,M,T] without bos) -> attention [B,M,T,N].
+
+    The captions are read once more by the model that wrote them, which attends to the same regions then: a search need
+    not carry maps along that nobody may ask for. None for a decoder without attention.
     """
 
     @jax.jit
-    def captions(params: Params, frozen: Frozen, batch: Mapping[str, Array]) -> Decoded:
+    def attention(params: Params, frozen: Frozen, batch: Mapping[str, Array], tokens: Array) -> Array | None:
         model = nnx.merge(graph, params, frozen)
-        beams = decoding.beam
-        memory, carry = model.decoder.start(model.regions(batch), beams, region_mask=batch.get("region_mask"))
+        before = jnp.concatenate([jnp.full_like(tokens[:, :, :1], BOS), tokens], axis=-1)
+        return model.teacher_forced({**batch, "tokens": before}).attention
 
-        def step(carry: Any, tokens: Array) -> tuple[Any, Array]:
-            carry, output = model.decoder.step(carry, tokens, memory)
-            return carry, model.decoder.logits(output)
-
-        steps = decoding.max_words + 1  # the words and eos
-        if decoding.beam == 1:
-            return greedy(step, carry, max_steps=steps, rules=decoding.rules)
-        return beam_search(
-            step,
-            carry,
-            beam=decoding.beam,
-            max_steps=steps,
-            length_norm=decoding.length_norm,
-            rules=decoding.rules,
-        )
-
-    return captions
+    return attention

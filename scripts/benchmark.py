@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from imgcap_jax.generation import Decoding, caption_function
+from imgcap_jax.decoding_settings import Decoding
+from imgcap_jax.generation import caption_function
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.encoders import efficientnet_lite, resnet, vgg
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite

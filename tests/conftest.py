@@ -27,7 +27,7 @@ from imgcap_jax.data.pipeline import CaptionData
 from imgcap_jax.experiment import Experiment, Training
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.encoders.small_cnn import SmallCNN
-from imgcap_jax.generation import Decoding
+from imgcap_jax.decoding_settings import Decoding
 
 experiment = Experiment(
     data=CaptionData(dataset="scenes", image_size=32, batch_size=8, captions_per_image=3, min_count=1),

@@ -60,6 +60,10 @@ class Vocabulary:
     def _ids(self) -> dict[str, int]:
         return {word: index for index, word in enumerate(self.words) if index >= len(_SPECIAL)}
 
+    def ids(self, words: Iterable[str]) -> tuple[int, ...]:
+        """The id of each word, unk for those that aren't known."""
+        return tuple(self._ids.get(word, UNK) for word in words)
+
     def encode(self, caption: str, length: int) -> np.ndarray:
         """Ids of a caption, int32 [length]: bos, words, eos, pad.
 
@@ -71,7 +75,7 @@ class Vocabulary:
         """
         if length < 3:
             raise ValueError(f"length {length} leaves no room for bos, a word and eos")
-        words = [self._ids.get(token, UNK) for token in tokenize(caption)]
+        words = self.ids(tokenize(caption))
         tokens = [BOS, *words, EOS] if len(words) <= length - 2 else [BOS, *words[: length - 2]]
         encoded = np.full(length, PAD, np.int32)
         encoded[: len(tokens)] = tokens

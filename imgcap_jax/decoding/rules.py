@@ -146,6 +146,33 @@ class ForbidBadEnding:
 
 
 @dataclass(frozen=True)
+class ForcedPrefix:
+    """A caption begins with these words, at the model's own log-probabilities; other rules hold from then on.
+
+    Raises:
+        UserError: a prefix that ends the caption.
+    """
+
+    words: tuple[int, ...]
+    rules: tuple[Rule, ...] = ()
+    """Those that hold for the words that follow, applied in order."""
+
+    def __post_init__(self) -> None:
+        if {PAD, BOS, EOS} & set(self.words):
+            raise UserError("ForcedPrefix: the prefix holds pad, bos or eos; give words only")
+
+    def __call__(self, logits: Array, tokens: Array, t: Array) -> Array:
+        free = logits
+        for rule in self.rules:
+            free = rule(free, tokens, t)
+        if not self.words:
+            return free
+        word = jnp.array(self.words)[jnp.minimum(t, len(self.words) - 1)]  # []
+        forced = jnp.where(jnp.arange(logits.shape[-1]) == word, logits, FORBIDDEN)
+        return jnp.where(t < len(self.words), forced, free)
+
+
+@dataclass(frozen=True)
 class Temperature:
     """Logits divided by the temperature: below 1 sharper, above 1 flatter.
 

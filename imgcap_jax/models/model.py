@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jax import Array
 
+from imgcap_jax.errors import UserError
 from imgcap_jax.models.decoders.contract import Decoder, StepOutput
 from imgcap_jax.models.layers import row_keys
 
@@ -35,10 +36,20 @@ class CaptionModel(nnx.Module):
     def teacher_forced(self, batch: Mapping[str, Array], keys: Array | None = None) -> StepOutput:
         """Reads "tokens" [B,M,T] but the last: the outputs [B,M,T-1,...], which ``score_words`` turns into words."""
         tokens = batch["tokens"]
+        self.check_length(tokens.shape[-1] - 1)
         memory, carry = self.decoder.start(
             self.regions(batch), tokens.shape[1], region_mask=batch.get("region_mask"), keys=row_keys(keys, 0)
         )
         return self.decoder.unroll(tokens[:, :, :-1], memory, carry, keys=row_keys(keys, 1))
+
+    def check_length(self, steps: int) -> None:
+        """Raises UserError where the decoder can't read so many tokens."""
+        most = self.decoder.max_steps
+        if most is not None and steps > most:
+            raise UserError(
+                f"captions of {steps - 1} words are too long for this decoder, which reads {most - 1}; give a smaller "
+                f"max_words, or train it with a larger decoder.max_length"
+            )
 
     def score_words(self, hidden: Array) -> Array:
         """The decoder's logits [...,V] for ``output.hidden`` [...,F]."""

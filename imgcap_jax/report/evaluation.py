@@ -1,6 +1,7 @@
 """An evaluation as lines for the terminal and as a page of images with captions."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,12 @@ from imgcap_jax.report.page import Row, caption_page
 def lines(evaluation: Evaluation) -> list[str]:
     """The scores x100, as papers print them, with split, beam and signature."""
     report = [f"{evaluation.title}:", "  " + "  ".join(f"{k} {v}" for k, v in _scores(evaluation).items())]
-    report += [f"  {sentence}" for sentence in _truth(evaluation)]
+    report += [f"  {sentence}" for sentence in (*_floor(evaluation), *_truth(evaluation))]
+    captioned = evaluation.captioned
+    report.append(
+        f"  {captioned.mean_steps:.1f} decoder steps a batch on average, of {captioned.max_steps}; "
+        f"{captioned.images_per_second:.0f} images/s"
+    )
     report += [f"  note: {warning}" for warning in evaluation.scores.warnings]
     return [*report, f"  signature {evaluation.scores.signature}"]
 
@@ -47,6 +53,32 @@ def _scores(evaluation: Evaluation) -> dict[str, str]:
     if evaluation.truth is not None:
         values["true"] = f"{100 * evaluation.truth.true:.1f} %"
     return values
+
+
+def _floor(evaluation: Evaluation) -> list[str]:
+    if evaluation.floor is None:
+        return []
+    values = "  ".join(f"{name} {100 * value:.1f}" for name, value in evaluation.floor.values.items())
+    return [f"floor, each image with the caption of another: {values}"]
+
+
+def table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
+    """A sweep as a table: the fields that were swept, the scores x100, mean decoder steps and images/s."""
+    rows = []
+    for evaluation in evaluations:
+        swept = {name: str(getattr(evaluation.decoding, name.replace("-", "_"))) for name in names}
+        captioned = evaluation.captioned
+        rows.append(
+            {
+                **swept,
+                **_scores(evaluation),
+                "steps": f"{captioned.mean_steps:.1f}",
+                "images/s": f"{captioned.images_per_second:.0f}",
+            }
+        )
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    head = {name: name for name in widths}
+    return ["  ".join(f"{row[name]:>{width}}" for name, width in widths.items()) for row in (head, *rows)]
 
 
 def _truth(evaluation: Evaluation) -> list[str]:

@@ -17,7 +17,7 @@ from imgcap_jax.data.prefetch import device_prefetch
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
-from imgcap_jax.evaluation import Captioned, SplitEvaluator
+from imgcap_jax.evaluation import Captioned, Member, SplitEvaluator
 from imgcap_jax.experiment import Experiment, signature
 from imgcap_jax.extraction import Extraction, uses_store
 from imgcap_jax.files import OWNER, owning, write_text
@@ -130,7 +130,7 @@ def _train(
             ema_decay=training.ema_decay,
         )
     )
-    evaluator = SplitEvaluator(graph, data, validation, vocabulary, parallel, store=validation_store)
+    evaluator = SplitEvaluator([Member(graph, data, validation_store)], validation, vocabulary, parallel)
 
     # Where the run stands.
     batches = train_batches(
@@ -169,8 +169,8 @@ def _train(
 
             if progress.step % evaluate_steps == 0 or progress.step == total_steps:
                 meter.flush()
-                search = replace(experiment.decoding, beam=training.validation_beam)
-                captioned = evaluator.caption(state.best_guess, frozen, search)
+                search = experiment.decoding.plain(training.validation_beam)
+                captioned = evaluator.caption([state.best_guess], [frozen], search)
                 scores = {
                     **evaluator.score(captioned.captions).values,
                     **evaluator.teacher_forced(state.best_guess, frozen),

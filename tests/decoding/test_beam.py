@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import imgcap_jax.decoding.beam as beam_module
+import imgcap_jax.decoding.search as search_module
 from imgcap_jax.decoding import (
     Decoded,
     ForbidBadEnding,
@@ -193,7 +193,7 @@ def test_images_are_searched_independently(table: Any, seed: int) -> None:
 def test_early_exit_saves_steps_and_changes_nothing(table: Any, norm: float, monkeypatch: pytest.MonkeyPatch) -> None:
     early = search(table, 2, norm)
     early(table.parameters(0))  # traced before the condition is replaced
-    monkeypatch.setattr(beam_module, "_decided", lambda *args: jnp.zeros((), bool))
+    monkeypatch.setattr(search_module, "_decided", lambda *args: jnp.zeros((), bool))
     patient = search.__wrapped__(table, 2, norm)
     saved = 0
     for seed in range(40):
