@@ -33,14 +33,27 @@ class CaptionModel(nnx.Module):
             return batch["regions"].astype("float32")
         return self.encoder(batch["image"])
 
-    def teacher_forced(self, batch: Mapping[str, Array], keys: Array | None = None) -> StepOutput:
-        """Reads "tokens" [B,M,T] but the last: the outputs [B,M,T-1,...], which ``score_words`` turns into words."""
+    def teacher_forced(
+        self, batch: Mapping[str, Array], keys: Array | None = None, sampling: Array | None = None
+    ) -> StepOutput:
+        """Reads "tokens" [B,M,T] but the last: the outputs [B,M,T-1,...], which ``score_words`` turns into words.
+
+        Args:
+            batch: "tokens", and "image" or "regions".
+            keys: [B] PRNG keys of dropout; None: no dropout.
+            sampling: [], the probability of scheduled sampling, for which keys are needed; None: none.
+        """
         tokens = batch["tokens"]
         self.check_length(tokens.shape[-1] - 1)
         memory, carry = self.decoder.start(
             self.regions(batch), tokens.shape[1], region_mask=batch.get("region_mask"), keys=row_keys(keys, 0)
         )
-        return self.decoder.unroll(tokens[:, :, :-1], memory, carry, keys=row_keys(keys, 1))
+        read, unroll_keys = tokens[:, :, :-1], row_keys(keys, 1)
+        if sampling is None:
+            return self.decoder.unroll(read, memory, carry, keys=unroll_keys)
+        draws = row_keys(keys, 2)
+        assert draws is not None
+        return self.decoder.unroll_sampled(read, memory, carry, sampling, draws, keys=unroll_keys)
 
     def check_length(self, steps: int) -> None:
         """Raises UserError where the decoder can't read so many tokens."""

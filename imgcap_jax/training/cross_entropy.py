@@ -24,10 +24,26 @@ class CrossEntropy:
     label_smoothing: float = 0.1
     attention_penalty: float = 0.0
     """lambda of Xu et al.'s doubly stochastic penalty; 1.0 in the paper."""
+    sampling: float = 0.0
+    """Scheduled sampling (Bengio et al. 2015): the highest share of words read that the model drew itself; 0: off."""
+    sampling_start_epochs: float = 0.0
+    """From when on that share rises."""
+    sampling_ramp_epochs: float = 5.0
+    """How long it rises, linearly."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.sampling <= 1 or self.sampling_start_epochs < 0 or self.sampling_ramp_epochs < 0:
+            raise UserError("objective: sampling is 0 to 1, sampling_start_epochs and sampling_ramp_epochs at least 0")
         if not 0 <= self.label_smoothing < 1 or self.attention_penalty < 0:
             raise UserError("objective: label_smoothing is at least 0 and below 1, attention_penalty at least 0")
+
+    def sampling_share(self, step: Array, steps_per_epoch: int) -> Array | None:
+        """The share of words that are drawn at a step; None where none ever is."""
+        if not self.sampling:
+            return None
+        risen = step / steps_per_epoch - self.sampling_start_epochs
+        ramp = self.sampling_ramp_epochs
+        return self.sampling * (jnp.clip(risen / ramp, 0.0, 1.0) if ramp else jnp.where(risen >= 0, 1.0, 0.0))
 
 
 @struct.dataclass
@@ -58,6 +74,7 @@ def cross_entropy_step(
     transformation: optax.GradientTransformation,
     *,
     key: Array,
+    steps_per_epoch: int = 1,
     accumulate: int = 1,
     ema_decay: float = 0.0,
 ) -> Step:
@@ -76,7 +93,7 @@ def cross_entropy_step(
         model = nnx.merge(graph, params, frozen)
         step_key = jax.random.fold_in(key, step)
         keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(batch["row"])
-        outputs = model.teacher_forced(batch, keys)
+        outputs = model.teacher_forced(batch, keys, objective.sampling_share(step, steps_per_epoch))
         sums = caption_loss(
             model.score_words,
             outputs.hidden,

@@ -126,6 +126,7 @@ def _train(
             experiment.objective,
             transformation,
             key=jax.random.key(training.seed),
+            steps_per_epoch=steps_per_epoch,
             accumulate=experiment.optimizer.accumulate,
             ema_decay=training.ema_decay,
         )

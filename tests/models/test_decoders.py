@@ -134,3 +134,41 @@ def test_dropout_belongs_to_the_row_and_has_the_stated_rate(
 def test_tied_show_tell_of_unequal_sizes_is_told() -> None:
     with pytest.raises(UserError, match="tied_embedding needs hidden_size"):
         ShowTell(hidden_size=8, embedding_size=4, tied_embedding=True).build(D, V, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def test_scheduled_sampling_reads_its_own_words_as_often_as_it_is_told(
+    decoder_case: tuple[str, Decoder], decoder_inputs: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """Share 0 is teacher forcing; at share 1 the words read are a sample, whose frequencies are the model's."""
+    name, decoder = decoder_case
+    if name not in ("show_tell", "up_down", "transformer"):
+        pytest.skip("one with a plain carry, one with a nested one and one with a cache are enough")
+    regions, tokens = decoder_inputs
+    many = 600
+    regions, tokens = np.repeat(regions[:1], many, 0), np.tile(tokens[:1, :1, :3], (many, M, 1))
+    memory, carry = decoder.start(jnp.asarray(regions), M)
+    keys = jax.random.split(jax.random.key(7), many)
+
+    def hidden(share: float) -> np.ndarray:
+        return np.asarray(decoder.unroll_sampled(jnp.asarray(tokens), memory, carry, jnp.float32(share), keys).hidden)
+
+    forced = np.asarray(decoder.unroll(jnp.asarray(tokens), memory, carry).hidden)
+    np.testing.assert_allclose(hidden(0.0), forced, atol=1e-5)
+    # The state after the second token tells which word it read.
+    states = []
+    for word in range(V):
+        _, after = decoder.step(carry, jnp.asarray(tokens[:, :, 0]), memory)
+        probs = np.array(jax.nn.softmax(decoder.logits(after)))[0, 0]
+        read = np.stack([tokens[:, :, 0], np.full((many, M), word)], -1)
+        states.append(np.asarray(decoder.unroll(jnp.asarray(read), memory, carry).hidden)[0, 0, 1])
+    probs[:2] = 0
+    probs /= probs.sum()
+    distance = np.abs(hidden(1.0)[:, :, 1][..., None, :] - np.array(states)).sum(-1)  # [many,M,V]
+    assert distance.min(-1).max() < 1e-4
+    seen = np.bincount(distance.argmin(-1).ravel(), minlength=V) / (many * M)
+    assert np.abs(seen - probs).max() < 5 * 0.5 / np.sqrt(many * M)
+    assert seen[:2].sum() == 0
+    true = int(tokens[0, 0, 1])
+    half = np.abs(hidden(0.5)[:, 0, 1][:, None] - np.array(states)).sum(-1).argmin(-1)
+    expected = 0.5 + 0.5 * probs[true]
+    assert abs((half == true).mean() - expected) < 5 * 0.5 / np.sqrt(many)

@@ -7,6 +7,7 @@ import pytest
 
 from imgcap_jax.special_tokens import PAD
 from imgcap_jax.training import losses
+from imgcap_jax.training.cross_entropy import CrossEntropy
 from imgcap_jax.training.losses import caption_loss
 
 B, M, T, V, N = 3, 2, 6, 9, 4
@@ -97,3 +98,12 @@ def test_a_batch_of_pad_alone_costs_nothing_and_has_no_gradient() -> None:
     value, gradient = jax.value_and_grad(objective)(jnp.ones((B, M, T - 1, V)))
     assert value == 0
     assert not np.any(gradient)
+
+
+def test_scheduled_sampling_rises_linearly_from_its_start() -> None:
+    objective = CrossEntropy(sampling=0.4, sampling_start_epochs=2.0, sampling_ramp_epochs=4.0)
+    shares = [float(objective.sampling_share(jnp.int32(10 * epoch), 10)) for epoch in (0, 2, 3, 4, 6, 9)]
+    np.testing.assert_allclose(shares, [0, 0, 0.1, 0.2, 0.4, 0.4], rtol=1e-6)
+    assert CrossEntropy().sampling_share(jnp.int32(5), 10) is None
+    at_once = CrossEntropy(sampling=0.3, sampling_start_epochs=1.0, sampling_ramp_epochs=0.0)
+    assert [float(at_once.sampling_share(jnp.int32(step), 10)) for step in (9, 10)] == [0, pytest.approx(0.3)]

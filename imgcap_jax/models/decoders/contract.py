@@ -13,6 +13,7 @@ from jax import Array
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.layers import dropout, row_keys
 from imgcap_jax.models.unrolling import scan_steps
+from imgcap_jax.special_tokens import BOS, PAD
 
 Memory = Any  # a pytree whose leaves lead with [B]
 Carry = Any  # a pytree whose leaves lead with [B,M]
@@ -112,6 +113,40 @@ class Decoder(nnx.Module):
         outputs = scan_steps(step, (params, memory), carry, (jnp.moveaxis(tokens, -1, 0), step_keys))
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), outputs)
 
+    def unroll_sampled(
+        self,
+        tokens: Array,
+        memory: Memory,
+        carry: Carry,
+        probability: Array,
+        sampling_keys: Array,
+        *,
+        keys: Array | None = None,
+    ) -> StepOutput:
+        """Scheduled sampling (Bengio et al. 2015, https://arxiv.org/abs/1506.03099): ``unroll``, but from the second
+        on each token is, with the given probability [], one drawn from the model's own distribution of it instead.
+
+        Whether and what is drawn depends on the row's key of ``sampling_keys`` [B]. No gradient flows through draws.
+        """
+        graph, params = nnx.split(self)
+
+        def step(
+            constants: tuple[Any, Memory], carry: tuple[Carry, Array], inputs: tuple[Array, Array, Any]
+        ) -> tuple[tuple[Carry, Array], StepOutput]:
+            (params, memory), (t, token, keys), (carry, drawn) = constants, inputs, carry
+            decoder = nnx.merge(graph, params)
+            uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t), (2, token.shape[1])))
+            coin, place = jnp.moveaxis(uniform(sampling_keys), 1, 0)  # [B,M] both
+            token = jnp.where((coin < probability) & (t > 0) & (token != PAD), drawn, token)
+            carry, output = decoder.step(carry, token, memory, keys=keys)
+            return (carry, _drawn(jax.lax.stop_gradient(decoder.logits(output)), place)), output
+
+        T = tokens.shape[-1]
+        step_keys = None if keys is None else jax.vmap(lambda t: self.step_keys(keys, t))(jnp.arange(T))  # [T,B]
+        inputs = jnp.arange(T), jnp.moveaxis(tokens, -1, 0), step_keys
+        outputs = scan_steps(step, (params, memory), (carry, jnp.zeros_like(tokens[..., 0])), inputs)
+        return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), outputs)
+
     def step_keys(self, keys: Array | None, t: Array) -> Array | None:
         """The dropout keys [B] of step ``t``: new ones each step, or (variational) always the caption's."""
         return keys if self.variational else row_keys(keys, t)
@@ -124,6 +159,14 @@ class Decoder(nnx.Module):
         """An LSTM's (h, c) as the next step reads it: h dropped where dropout is variational."""
         hidden, cell = carry
         return (self.drop(hidden, keys, number) if self.variational else hidden), cell
+
+
+def _drawn(logits: Array, place: Array) -> Array:
+    """A word from the softmax of logits [B,M,V] by a uniform number ``place`` [B,M]: int32 [B,M], never pad or bos."""
+    words = jnp.arange(logits.shape[-1])
+    logits = jnp.where((words == PAD) | (words == BOS), -jnp.inf, logits.astype(jnp.float32))
+    reached = jnp.cumsum(jax.nn.softmax(logits), axis=-1)  # [B,M,V]
+    return jnp.argmax(reached > place[..., None] * reached[..., -1:], axis=-1).astype(jnp.int32)
 
 
 def spread(leaf: Array, M: int) -> Array:
