@@ -99,11 +99,6 @@ class Decoding:
         ]
         return ", ".join([kind, *more])
 
-    @property
-    def max_steps(self) -> int:
-        """Steps of the longest caption: its words and eos."""
-        return self.max_words + 1
-
 
 _DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(Decoding)}
 

@@ -118,7 +118,7 @@ class SplitEvaluator:
                 seconds += time.perf_counter() - start
             start = time.perf_counter()
         timed = len(captions) if len(steps) == 1 else len(captions) - self._size
-        return Captioned(captions, hypotheses, float(np.mean(steps)), decoding.max_steps, timed / seconds)
+        return Captioned(captions, hypotheses, float(np.mean(steps)), decoding.max_words, timed / seconds)
 
     def score(self, captions: Mapping[int, str]) -> Scores:
         """BLEU, CIDEr-D and whatever else the scorer knows."""

@@ -109,7 +109,7 @@ def caption_function(
     def captions(params: Sequence[Params], frozen: Sequence[Frozen], batches: Sequence[Mapping[str, Array]]) -> Decoded:
         models = [nnx.merge(*parts) for parts in zip(graphs, params, frozen, strict=True)]
         for model in models:
-            model.check_length(decoding.max_steps)
+            model.check_length(decoding.max_words)
         starts = [
             model.decoder.start(model.regions(batch), parallel, region_mask=batch.get("region_mask"))
             for model, batch in zip(models, batches, strict=True)
@@ -125,7 +125,7 @@ def caption_function(
                 logits.append(model.decoder.logits(output))
             return tuple(stepped), logits[0] if len(models) == 1 else _mean_probability(logits)
 
-        steps = decoding.max_steps
+        steps = decoding.max_words  # a caption of so many words is left without eos
         if decoding.samples:
             rows = batches[0].get("row", jnp.arange(jax.tree.leaves(carry)[0].shape[0]))
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(decoding.seed)))(rows)

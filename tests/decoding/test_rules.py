@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from imgcap_jax.decoding import (
     ForbidBadEnding,
+    ForcedPrefix,
     MinLength,
     NoRepeatNgram,
     SuppressUnk,
@@ -90,6 +91,24 @@ def test_rule_forbids_exactly_what_it_says(rule: Any, situation: tuple[np.ndarra
         np.testing.assert_array_equal(ruled[b, m], expected)
 
 
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(situation=situations())
+def test_prefix_comes_whatever_other_rules_say_which_hold_from_then_on(
+    situation: tuple[np.ndarray, np.ndarray, int],
+) -> None:
+    logits, tokens, t = situation
+    prefix = (4, 4, UNK)  # repeats a word and holds unk
+    rule = ForcedPrefix(prefix, (NoRepeatNgram(1), SuppressUnk(), MinLength(T)))
+    ruled = np.asarray(jitted(rule)(logits, tokens, np.int32(t)))
+    for b, m in np.ndindex(B, M):
+        expected = logits[b, m].copy()
+        if t < len(prefix):
+            expected[[w for w in range(V) if w != prefix[t]]] = FORBIDDEN
+        else:
+            expected[list(banned_by_ngram(1, tokens[b, m, :t].tolist()) | {UNK, EOS})] = FORBIDDEN
+        np.testing.assert_array_equal(ruled[b, m], expected)
+
+
 def test_temperature_divides_and_leaves_the_forbidden_forbidden() -> None:
     logits = jnp.array([[[-1.0, FORBIDDEN, -3.0]]])
     tokens = jnp.zeros((1, 1, T), jnp.int32)
@@ -129,6 +148,7 @@ def test_no_rule_brings_pad_or_bos_back_and_no_rules_leave_nothing() -> None:
     "make",
     [
         lambda: NoRepeatNgram(0),
+        lambda: ForcedPrefix((4, EOS)),
         lambda: MinLength(-1),
         lambda: Temperature(0.0),
         lambda: Temperature(float("nan")),

@@ -1,0 +1,210 @@
+"""Every search with every decoder, ensembles, attention maps, and the settings that choose among them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from imgcap_jax.data.vocabulary import Vocabulary
+from imgcap_jax.decoding_settings import Decoding, combinations, options_help, split_options
+from imgcap_jax.errors import UserError
+from imgcap_jax.generation import attention_function, caption_function
+from imgcap_jax.models.decoders.adaptive import Adaptive
+from imgcap_jax.models.decoders.aoa import AttentionOnAttention
+from imgcap_jax.models.decoders.att2in import Att2in
+from imgcap_jax.models.decoders.attend import ShowAttendTell
+from imgcap_jax.models.decoders.show_tell import ShowTell
+from imgcap_jax.models.decoders.transformer import Transformer
+from imgcap_jax.models.decoders.up_down import UpDown
+from imgcap_jax.models.model import CaptionModel, split_trained
+from imgcap_jax.special_tokens import BOS, EOS, PAD
+
+B, N, D = 3, 4, 6
+WORDS = ("dog", "dogs", "a", "runs", "frisbee", "red", "with", "grass")
+VOCABULARY = Vocabulary.build(WORDS, min_count=1)
+
+SMALL: dict[str, Any] = {
+    "show_tell": ShowTell(hidden_size=8, embedding_size=8),
+    "attend": ShowAttendTell(hidden_size=8, embedding_size=8, attention_size=4, region_size=8),
+    "att2in": Att2in(hidden_size=8, embedding_size=8, attention_size=4, region_size=8),
+    "adaptive": Adaptive(hidden_size=8, embedding_size=8, attention_size=4),
+    "up_down": UpDown(hidden_size=8, embedding_size=8, attention_size=4),
+    "aoa": AttentionOnAttention(hidden_size=8, embedding_size=8, heads=2, refining=1),
+    "transformer": Transformer(hidden_size=8, embedding_size=8, heads=2, layers=2, feedforward_size=8, max_length=8),
+}
+SEARCHES = {
+    "greedy": Decoding(beam=1, max_words=5, min_words=2),
+    "beam": Decoding(beam=3, max_words=5),
+    "diverse": Decoding(beam=4, groups=2, max_words=5, length_penalty="gnmt"),
+    "constrained": Decoding(beam=2, must=("frisbee", "dog|dogs"), max_words=5),
+    "samples": Decoding(samples=3, max_words=5, temperature=0.8, top_k=5),
+}
+
+
+def parts(kind: str, seed: int = 0, scale: float = 2.0) -> tuple[Any, Any, Any]:
+    """A small model as (graph, params, frozen), with weights large enough that its words depend on what was read."""
+    decoder = SMALL[kind].build(D, len(VOCABULARY), dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    graph, params, frozen = split_trained(CaptionModel(None, decoder))
+    return graph, jax.tree.map(lambda leaf: scale * leaf, params), frozen
+
+
+def regions(seed: int = 0) -> dict[str, np.ndarray]:
+    return {"regions": np.random.default_rng(seed).normal(size=(B, N, D)).astype(np.float32)}
+
+
+def own_log_probs(parts: tuple[Any, Any, Any], batch: Any, tokens: np.ndarray) -> np.ndarray:
+    """[B,M,T,V]: what the model, teacher-forced, gives each next word of captions without bos."""
+    graph, params, frozen = parts
+    model = nnx.merge(graph, params, frozen)
+    read = np.concatenate([np.full_like(tokens[:, :, :1], BOS), tokens], axis=-1)
+    outputs = model.teacher_forced({**batch, "tokens": jnp.asarray(read)})
+    return np.asarray(jax.nn.log_softmax(model.score_words(outputs.hidden)))
+
+
+def check_log_probs(decoded: Any, expected: np.ndarray) -> None:
+    chosen = np.take_along_axis(expected, decoded.tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(decoded.word_log_probs, np.where(decoded.tokens == PAD, 0, chosen), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("kind", SMALL)
+def test_what_a_search_reports_is_what_the_model_gives_its_captions(kind: str, name: str) -> None:
+    """A carry that isn't reordered with its hypotheses would tell other log-probabilities than teacher forcing."""
+    graph, params, frozen = parts(kind)
+    search = caption_function([graph], SEARCHES[name], VOCABULARY)
+    decoded = jax.device_get(search([params], [frozen], [regions()]))
+    check_log_probs(decoded, own_log_probs((graph, params, frozen), regions(), decoded.tokens))
+    captions = [[VOCABULARY.decode(row).split() for row in image] for image in decoded.tokens]
+    assert len({tuple(map(tuple, image)) for image in captions}) > 1, "the images are not looked at"
+    if name == "constrained":
+        for best, *_ in captions:
+            assert "frisbee" in best
+            assert {"dog", "dogs"} & set(best)
+
+
+def test_an_ensemble_takes_the_mean_of_its_members_probabilities() -> None:
+    members = [parts("up_down", seed=1), parts("transformer", seed=2), parts("show_tell", seed=3)]
+    batches = [regions(seed) for seed in (1, 2, 3)]  # each looks through an encoder of its own
+    graphs, params, frozen = (list(column) for column in zip(*members, strict=True))
+    for decoding in (SEARCHES["beam"], SEARCHES["greedy"]):
+        search = caption_function(graphs, decoding, VOCABULARY)
+        decoded = jax.device_get(search(params, frozen, batches))
+        probs = [
+            np.exp(own_log_probs(member, batch, decoded.tokens)) for member, batch in zip(members, batches, strict=True)
+        ]
+        check_log_probs(decoded, np.log(np.mean(probs, axis=0)))
+
+
+def test_the_greedy_ensemble_takes_the_likeliest_mean() -> None:
+    members = [parts("up_down", seed=1), parts("attend", seed=2)]
+    graphs, params, frozen = (list(column) for column in zip(*members, strict=True))
+    search = caption_function(graphs, Decoding(beam=1, max_words=4, suppress_unk=False), VOCABULARY)
+    decoded = jax.device_get(search(params, frozen, [regions(), regions()]))
+    probs = np.mean([np.exp(own_log_probs(member, regions(), decoded.tokens)) for member in members], axis=0)
+    probs[..., [PAD, BOS]] = 0
+    spoken = decoded.tokens != PAD
+    np.testing.assert_array_equal(probs.argmax(-1)[spoken], decoded.tokens[spoken])
+
+
+def test_attention_is_that_of_the_step_which_gave_the_word() -> None:
+    graph, params, frozen = parts("up_down")
+    decoded = caption_function([graph], SEARCHES["greedy"], VOCABULARY)([params], [frozen], [regions()])
+    maps = attention_function(graph)(params, frozen, regions(), decoded.tokens)
+    decoder = nnx.merge(graph, params, frozen).decoder
+    memory, carry = decoder.start(jnp.asarray(regions()["regions"]), 1)
+    token = jnp.full((B, 1), BOS)
+    for t in range(decoded.tokens.shape[-1]):
+        carry, output = decoder.step(carry, token, memory)
+        np.testing.assert_allclose(maps[:, :, t], output.attention, atol=1e-5)
+        token = decoded.tokens[:, :, t]
+    assert attention_function(parts("show_tell")[0])(*parts("show_tell")[1:], regions(), decoded.tokens) is None
+
+
+def test_samples_belong_to_an_image_s_place_and_the_seed() -> None:
+    graph, params, frozen = parts("show_tell", scale=0.5)
+    search = caption_function([graph], Decoding(samples=4, max_words=5), VOCABULARY)
+    batch = {**regions(), "row": np.arange(B, dtype=np.int32)}
+    whole = np.asarray(search([params], [frozen], [batch]).tokens)
+    turned = {name: leaf[::-1] for name, leaf in batch.items()}
+    np.testing.assert_array_equal(search([params], [frozen], [turned]).tokens[::-1], whole)
+    other = caption_function([graph], Decoding(samples=4, max_words=5, seed=1), VOCABULARY)
+    assert np.any(np.asarray(other([params], [frozen], [batch]).tokens) != whole)
+
+
+def test_settings_become_rules() -> None:
+    graph, params, frozen = parts("attend")
+
+    def captions(**settings: Any) -> list[list[str]]:
+        search = caption_function([graph], Decoding(**{"beam": 2, "max_words": 6, **settings}), VOCABULARY)
+        tokens = np.asarray(search([params], [frozen], [regions()]).tokens)
+        return [VOCABULARY.decode(row).split() for image in tokens for row in image if row.any()]
+
+    assert all(caption[:2] == ["red", "dog"] for caption in captions(prefix="red dog"))
+    assert all(len(caption) >= 5 for caption in captions(min_words=5))
+    assert all(caption[-1:] not in (["a"], ["with"]) for caption in captions(forbid_bad_endings=True))
+    assert all(len(set(caption)) == len(caption) for caption in captions(no_repeat_ngram=1))
+    assert all(len(caption) <= 2 for caption in captions(max_words=2))
+    for text in ("zebra", "red zebra"):
+        with pytest.raises(UserError, match="doesn't know the word 'zebra'"):
+            captions(prefix=text)
+    with pytest.raises(UserError, match="is not a word"):
+        captions(must=("red dog",))
+    with pytest.raises(UserError, match="prefix has 6 words"):
+        captions(prefix="a a a a a a")
+
+
+def test_captions_longer_than_a_transformer_reads_are_told() -> None:
+    graph, params, frozen = parts("transformer")
+    with pytest.raises(UserError, match="too long for this decoder"):
+        caption_function([graph], Decoding(max_words=20), VOCABULARY)([params], [frozen], [regions()])
+    tokens = np.full((B, 1, 20), EOS, np.int32)
+    with pytest.raises(UserError, match="too long for this decoder"):
+        nnx.merge(graph, params, frozen).teacher_forced({**regions(), "tokens": tokens})
+
+
+def test_options_make_every_combination() -> None:
+    others, ours = split_options(
+        ["evaluate", "run", "--decode.beam", "1", "3", "--floor", "--decode.must", "dog|dogs,red"], sweep=True
+    )
+    assert others == ["evaluate", "run", "--floor"]
+    settings, swept = combinations(Decoding(), ours)
+    assert [(one.beam, one.must) for one in settings] == [(beam, ("dog|dogs", "red")) for beam in (1, 3)]
+    assert swept == ["beam"]
+    settings, swept = combinations(Decoding(), ["--decode.length-norm", "0", "0.7", "--decode.suppress-unk=false"])
+    assert [(one.length_norm, one.suppress_unk) for one in settings] == [(0.0, False), (0.7, False)]
+    # A photo after an option is not its value.
+    assert split_options(["caption", "--decode.beam", "3", "a.jpg"], sweep=False)[0] == ["caption", "a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--decode.beam", "x"], "--decode.beam is 'x'; give a whole number"),
+        (["--decode.beams", "3"], "did you mean --decode.beam"),
+        (["--decode.beam"], "has no value"),
+        (["--decode.beam", "1", "--decode.beam", "3"], "given twice"),
+        (["--decode.suppress-unk", "maybe"], "give true or false"),
+        (["--decode.temperature", "0.5"], "temperature is for samples"),
+        (["--decode.groups", "2"], "give a multiple of groups"),
+        (["--decode.samples", "2", "--decode.must", "dog"], "three kinds"),
+        (["--decode.length-penalty", "wu"], "give power or gnmt"),
+        (["--decode.min-words", "30"], "max_words is 20"),
+        (["--decode.top-p", "0", "--decode.samples", "1"], "top_p above 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_told_in_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+        combinations(Decoding(), arguments)
+    assert message in str(error.value)
+
+
+def test_help_tells_every_setting_and_what_it_means() -> None:
+    lines = options_help().splitlines()[1:]
+    assert len(lines) == len(dataclasses.fields(Decoding))
+    for line, field in zip(lines, dataclasses.fields(Decoding), strict=True):
+        assert line.startswith(f"  --decode.{field.name.replace('_', '-')} ")
+        assert len(line.split("] ")[1]) > 10, line
