@@ -57,7 +57,7 @@ class Captioner:
             print(caption.text)
     """
 
-    def __init__(self, runs: Sequence[Run], decoding: Decoding | None = None, *, attention: bool = False) -> None:
+    def __init__(self, runs: Run | Sequence[Run], decoding: Decoding | None = None, *, attention: bool = False) -> None:
         """Restores the best parameters of ``runs``.
 
         Args:
@@ -68,6 +68,7 @@ class Captioner:
         Raises:
             UserError: no parameters, different vocabularies, a decoder without attention that shall tell of it.
         """
+        runs = [runs] if isinstance(runs, Run) else list(runs)
         check_ensemble(runs)
         self.runs = runs
         self._graphs, self._params, self._frozen = [], [], []

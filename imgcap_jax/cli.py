@@ -276,7 +276,7 @@ def _features(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from imgcap_jax.evaluation import evaluate
+    from imgcap_jax.evaluation import sweep
     from imgcap_jax.report.evaluation import lines, table, write_page
     from imgcap_jax.run import Run
 
@@ -285,7 +285,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if swept and options.page is not None:
         raise UserError("--page is for one setting; leave it out of a sweep")
     evaluations = []
-    for evaluation in evaluate(
+    for evaluation in sweep(
         runs,
         options.split,
         cache=_cache(options, options.run) / "features",

@@ -204,7 +204,12 @@ def _rounded(scores: Scores) -> dict[str, float]:
     return {name: round(value, 6) for name, value in scores.values.items()}
 
 
-def evaluate(
+def evaluate(run: Run, split: str, *, cache: Path, decoding: Decoding | None = None) -> Evaluation:
+    """``sweep`` of one run with one setting, its own where none is given."""
+    return next(sweep([run], split, cache=cache, decodings=[decoding or run.experiment.decoding]))
+
+
+def sweep(
     runs: Sequence[Run],
     split: str,
     *,

@@ -56,7 +56,7 @@ def test_store_holds_what_the_encoder_says_of_each_image(trained: tuple[Run, Pat
     store = Extraction(run.experiment, cache, progress=False).regions(source, views=2)
     captioner = Captioner(run)
     encoder = run.model(with_encoder=True).encoder
-    images = np.stack([captioner.pixels(source[i].image) for i in (0, 17, 39)])
+    images = np.stack([captioner.pixels(source[i].image)[0] for i in (0, 17, 39)])
     stored = np.stack([store.read(i, 0)[0] for i in (0, 17, 39)])
     np.testing.assert_allclose(stored, encoder(images), atol=0.01)
     assert not np.allclose(store.read(0, 1)[0], store.read(0, 0)[0], atol=0.01)

@@ -124,7 +124,7 @@ def trained(tiny_data: Path, folder: Path, tmp_path_factory: pytest.TempPathFact
         experiment = Experiment(
             data=CaptionData("scenes", tiny_data, image_size=32, batch_size=8, captions_per_image=2, min_count=1),
             encoder=RegionFiles(folder, region_size=D, max_regions=room),
-            decoder=ShowAttendTell(8, 8, 4, None, dropout=0.0),
+            decoder=ShowAttendTell(hidden_size=8, embedding_size=8, attention_size=4, region_size=None, dropout=0.0),
             objective=CrossEntropy(attention_penalty=1.0),
             training=Training(epochs=1, validation_images=8, log_steps=1),
             decoding=Decoding(beam=2),
