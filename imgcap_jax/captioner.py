@@ -79,7 +79,8 @@ class Captioner:
             checkpoints.close()
             self._graphs.append(graph)
             self._frozen.append(frozen)
-        self._captions = caption_function(self._graphs, decoding or runs[0].experiment.decoding, runs[0].vocabulary)
+        self.decoding = decoding or runs[0].experiment.decoding
+        self._captions = caption_function(self._graphs, self.decoding, runs[0].vocabulary)
         self._attention = [attention_function(graph) for graph in self._graphs] if attention else []
 
     @classmethod
@@ -97,7 +98,7 @@ class Captioner:
         return [captions[0] for captions in self.n_best(photos)]
 
     def n_best(self, photos: Sequence[Photo]) -> list[list[Caption]]:
-        """All captions of each photo: as many as there are beams, best first, or samples. Raises as ``__call__``."""
+        """The ``decoding.n_best`` captions of each photo, best first, or all samples. Raises as ``__call__``."""
         return [captions for group in self.stream(list(map(self.pixels, photos))) for captions in group]
 
     def pixels(self, photo: Photo) -> list[np.ndarray]:
@@ -135,7 +136,7 @@ class Captioner:
 
     def _hypotheses(self, decoded: Decoded, maps: np.ndarray | None, row: int) -> list[Caption]:
         captions = []
-        for m in range(decoded.tokens.shape[1]):
+        for m in range(self.decoding.samples or self.decoding.n_best):
             if not decoded.tokens[row, m].any():
                 continue  # there were fewer captions than beams
             text = self.runs[0].vocabulary.decode(decoded.tokens[row, m])
@@ -169,7 +170,7 @@ class Captioner:
 
 
 def caption_files(
-    captioner: Captioner, paths: Sequence[Path], *, as_json: bool, n_best: int = 1, pictures: Path | None = None
+    captioner: Captioner, paths: Sequence[Path], *, as_json: bool, pictures: Path | None = None
 ) -> Iterator[tuple[str, bool]]:
     """Captions files and the images in folders, one line each: (line, whether it tells of a failure).
 
@@ -179,7 +180,6 @@ def caption_files(
         captioner: the model.
         paths: image files and folders.
         as_json: lines of JSON instead of text.
-        n_best: so many captions a photo.
         pictures: folder for a picture of each photo and where its words looked; None: none.
     """
     files = list(_files(paths))
@@ -208,13 +208,11 @@ def caption_files(
                 best = found[0]
                 assert best.attention is not None
                 attention_picture(captioner.view(path), best.words, best.log_probs, best.attention, picture)
-            for line in _lines(path, found[:n_best], n_best, picture, as_json=as_json):
+            for line in _lines(path, found, picture, as_json=as_json):
                 yield line, False
 
 
-def _lines(
-    path: Path, captions: Sequence[Caption], n_best: int, picture: Path | None, *, as_json: bool
-) -> Iterator[str]:
+def _lines(path: Path, captions: Sequence[Caption], picture: Path | None, *, as_json: bool) -> Iterator[str]:
     if as_json:
         for caption in captions:
             maps = None if caption.attention is None else np.round(caption.attention.astype(float), 5).tolist()
@@ -222,7 +220,7 @@ def _lines(
             yield json.dumps({"file": str(path), **asdict(caption), "attention": maps, "picture": picture_name})
         return
     for number, caption in enumerate(captions, 1):
-        place = f" {number}. [{caption.score:.2f}]" if n_best > 1 else ""
+        place = f" {number}. [{caption.score:.2f}]" if len(captions) > 1 else ""
         yield f"{path}:{place} {caption.text}"
     if picture is not None:
         yield f"{path}: where its words looked: {picture}"

@@ -158,7 +158,6 @@ def _parser() -> argparse.ArgumentParser:
     caption.add_argument(
         "--run", type=Path, required=True, action="append", help="the run's folder; given again, an ensemble"
     )
-    caption.add_argument("--n-best", type=int, default=1, metavar="N", help="so many captions a photo, with scores")
     caption.add_argument(
         "--attention",
         nargs="?",
@@ -217,6 +216,9 @@ def _add_data_dir(parser: argparse.ArgumentParser) -> None:
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beam", type=int, help="beams; 1 is greedy (default: the run's)")
     parser.add_argument("--length-norm", type=float, help="exponent of the length in the ranking (default: the run's)")
+    parser.add_argument(
+        "--n-best", type=int, metavar="N", help="so many captions an image, with scores (default: the run's)"
+    )
     parser.add_argument("--max-words", type=int, help="longest caption (default: the run's)")
 
 
@@ -312,16 +314,9 @@ def _caption(options: argparse.Namespace) -> int:
     if swept:
         raise UserError(f"--decode.{swept[0]} has several values; a sweep is for imgcap evaluate")
     _cache(options, options.run[0])
-    most = decodings[0].samples or decodings[0].beam
-    if not 1 <= options.n_best <= most:
-        raise UserError(
-            f"--n-best is {options.n_best}; the decoding finds 1 to {most} captions (--beam, --decode.samples)"
-        )
     captioner = Captioner(runs, decodings[0], attention=options.attention is not None)
     bad = 0
-    for line, failed in caption_files(
-        captioner, options.photos, as_json=options.json, n_best=options.n_best, pictures=options.attention
-    ):
+    for line, failed in caption_files(captioner, options.photos, as_json=options.json, pictures=options.attention):
         print(line, file=sys.stderr if failed else sys.stdout, flush=True)
         bad += failed
     return 2 if bad else 0
@@ -329,7 +324,9 @@ def _caption(options: argparse.Namespace) -> int:
 
 def _decoding(options: argparse.Namespace, run: Any) -> Any:
     """The run's decoding with what the short options say."""
-    return run.experiment.decoding.but(beam=options.beam, length_norm=options.length_norm, max_words=options.max_words)
+    return run.experiment.decoding.but(
+        beam=options.beam, length_norm=options.length_norm, max_words=options.max_words, n_best=options.n_best
+    )
 
 
 def _prepare(options: argparse.Namespace) -> int:

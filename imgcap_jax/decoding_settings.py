@@ -21,6 +21,8 @@ class Decoding:
     """Captions are ranked by log-probability / penalty ** length_norm; 0: no penalty, 1: with power, the average."""
     length_penalty: Literal["power", "gnmt"] = "power"
     """power: the length; gnmt: (5 + length) / 6 (Wu et al. 2016)."""
+    n_best: int = 1
+    """Captions kept of a search, which ends sooner for fewer."""
     max_words: int = 20
     """A caption that isn't finished then is cut."""
     min_words: int = 0
@@ -61,10 +63,18 @@ class Decoding:
     def plain(self, beam: int) -> "Decoding":
         """The same lengths and rules, by plain beam search."""
         nothing = {"samples": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
-        return replace(self, beam=beam, groups=1, must=(), **nothing)  # type: ignore[arg-type]
+        return replace(self, beam=beam, n_best=1, groups=1, must=(), **nothing)  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
-        lowest = {"beam": 1, "max_words": 1, "length_norm": 0, "no_repeat_ngram": 0, "min_words": 0, "groups": 1}
+        lowest = {
+            "beam": 1,
+            "max_words": 1,
+            "length_norm": 0,
+            "no_repeat_ngram": 0,
+            "min_words": 0,
+            "groups": 1,
+            "n_best": 1,
+        }
         for name, least in {**lowest, "diversity": 0, "samples": 0, "top_k": 0}.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; give {least} or more")
@@ -72,6 +82,8 @@ class Decoding:
             raise UserError(f"length_penalty is {self.length_penalty!r}; give power or gnmt")
         if self.min_words > self.max_words:
             raise UserError(f"min_words is {self.min_words}, but max_words is {self.max_words}; give fewer")
+        if self.n_best > self.beam and not self.samples:
+            raise UserError(f"n_best is {self.n_best}, but beam is {self.beam}; give fewer, or more beams")
         if self.beam % self.groups:
             raise UserError(f"beam is {self.beam}; give a multiple of groups ({self.groups})")
         if not self.temperature >= 0.01 or not 0 < self.top_p <= 1:
@@ -89,7 +101,7 @@ class Decoding:
         kind = "greedy" if self.beam == 1 else f"beam {self.beam}"
         if self.samples:
             kind = f"{self.samples} samples" if self.samples > 1 else "sampled"
-        said = {"beam", "samples"}
+        said = {"beam", "samples", "n_best"}
         if self.beam == 1 or self.samples:
             said |= {"length_norm", "length_penalty"}
         more = [

@@ -49,7 +49,7 @@ class Captioned:
 
     Attributes:
         captions: image id -> the best caption (of samples the first).
-        hypotheses: image id -> all of them, best first (samples as drawn).
+        hypotheses: image id -> the n best, best first, or all samples as drawn.
         mean_steps: decoder steps a batch took, on average.
         max_steps: steps without early exit, T.
         images_per_second: without the first batch, which compiles, where there are more.
@@ -112,7 +112,7 @@ class SplitEvaluator:
                     Hypothesis(self._vocabulary.decode(words), float(log_prob), float(score))
                     for words, log_prob, score in zip(tokens[row], log_probs[row], scores[row], strict=True)
                     if words.any()
-                ]
+                ][: decoding.samples or decoding.n_best]
                 captions[image_id] = hypotheses[image_id][0].caption
             if len(steps) > 1 or first + len(tokens) >= len(self._ids):  # the first batch compiles
                 seconds += time.perf_counter() - start

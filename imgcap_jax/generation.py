@@ -95,7 +95,8 @@ def caption_function(
 
     Several models of one vocabulary are an ensemble: a word's probability is the mean of theirs, and each looks at the
     image through its own encoder. A batch holds "image" or "regions" [B,...], and, where captions are drawn, may hold
-    "row" [B], each image's place in the whole, on which its samples depend.
+    "row" [B], each image's place in the whole, on which its samples depend. Of a search's K captions the first
+    ``decoding.n_best`` count.
 
     The memory is computed once an image; beams share it.
 
@@ -138,6 +139,7 @@ def caption_function(
             "length_norm": decoding.length_norm,
             "length_penalty": decoding.length_penalty,
             "rules": rules,
+            "n_best": decoding.n_best,
         }
         if must:
             return constrained_beam_search(step, carry, words=must, **shared)

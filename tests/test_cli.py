@@ -347,10 +347,10 @@ def test_captions_come_with_rivals_scores_and_pictures(
     for name in ("scene_attention.png", "scene_2_attention.png"):
         with Image.open(tmp_path / "maps" / name) as picture:
             assert picture.width > 5 * 200
-    assert main(["caption", "one", "--run", str(trained), "--decode.samples", "3", "--n-best", "3"]) == 0
+    assert main(["caption", "one", "--run", str(trained), "--decode.samples", "3"]) == 0
     assert capsys.readouterr().out.count("one/scene.png: ") == 3
     line = refused(["caption", "one", "--run", str(trained), "--beam", "2", "--n-best", "3"], capsys)
-    assert "finds 1 to 2" in line
+    assert "n_best is 3, but beam is 2" in line
 
 
 def test_an_ensemble_of_a_run_with_itself_changes_nothing(

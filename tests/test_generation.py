@@ -38,7 +38,7 @@ SMALL: dict[str, Any] = {
 }
 SEARCHES = {
     "greedy": Decoding(beam=1, max_words=5, min_words=2),
-    "beam": Decoding(beam=3, max_words=5),
+    "beam": Decoding(beam=3, n_best=3, max_words=5),
     "diverse": Decoding(beam=4, groups=2, max_words=5, length_penalty="gnmt"),
     "constrained": Decoding(beam=2, must=("frisbee", "dog|dogs"), max_words=5),
     "samples": Decoding(samples=3, max_words=5, temperature=0.8, top_k=5),
@@ -139,7 +139,7 @@ def test_settings_become_rules() -> None:
     graph, params, frozen = parts("attend")
 
     def captions(**settings: Any) -> list[list[str]]:
-        search = caption_function([graph], Decoding(**{"beam": 2, "max_words": 6, **settings}), VOCABULARY)
+        search = caption_function([graph], Decoding(**{"beam": 2, "n_best": 2, "max_words": 6, **settings}), VOCABULARY)
         tokens = np.asarray(search([params], [frozen], [regions()]).tokens)
         return [VOCABULARY.decode(row).split() for image in tokens for row in image if row.any()]
 

@@ -30,6 +30,7 @@ def beam_search(
     length_norm: float = 0.0,
     length_penalty: LengthPenalty = "power",
     rules: Sequence[Rule] = (),
+    n_best: int | None = None,
 ) -> Decoded:
     """Finds K captions an image with (nearly) the highest score.
 
@@ -48,6 +49,8 @@ def beam_search(
         length_penalty: what the log-probability is divided by, see ``LengthPenalty``.
         rules: logit rules, applied in order. Ranking goes by what they leave of the log-probabilities (not
             normalised again), `log_prob` and `word_log_probs` are the model's own.
+        n_best: how many of the K captions are sure to be the best that K beams find; None: all. The loop ends sooner
+            for fewer; what else it returns is what it had found by then.
 
     Returns:
         Decoded with [B,K] captions, best first; `score` is what was ranked, length penalty included.
@@ -66,6 +69,7 @@ def beam_search(
         length_norm=length_norm,
         length_penalty=length_penalty,
         rules=rules,
+        n_best=n_best,
     )
 
 
@@ -80,6 +84,7 @@ def diverse_beam_search(
     length_norm: float = 0.0,
     length_penalty: LengthPenalty = "power",
     rules: Sequence[Rule] = (),
+    n_best: int | None = None,
 ) -> Decoded:
     """Diverse beam search with Hamming diversity (Vijayakumar et al. 2016, arXiv:1610.02424, algorithm 1).
 
@@ -98,6 +103,7 @@ def diverse_beam_search(
         length_norm: as in ``beam_search``.
         length_penalty: as in ``beam_search``.
         rules: as in ``beam_search``.
+        n_best: as in ``beam_search``.
 
     Returns:
         Decoded with the [B,K] captions of all groups, best first; two groups may have found the same one.
@@ -112,7 +118,7 @@ def diverse_beam_search(
         raise UserError(f"decoding: {beam} beams don't divide into {groups} groups; give a divisor")
     if diversity < 0:
         raise UserError(f"decoding: diversity is {diversity}; give 0 or more")
-    check_search(carry, beam, max_steps, length_norm)
+    check_search(carry, beam, max_steps, length_norm, n_best)
     width = beam // groups
 
     def choose(totals: Array) -> Choice:
@@ -144,5 +150,6 @@ def diverse_beam_search(
         length_norm=length_norm,
         length_penalty=length_penalty,
         rules=rules,
+        n_best=n_best,
     )
     return decoded(merged(hypotheses, beam), steps)

@@ -48,6 +48,7 @@ def constrained_beam_search(
     length_norm: float = 0.0,
     length_penalty: LengthPenalty = "power",
     rules: Sequence[Rule] = (),
+    n_best: int | None = None,
 ) -> Decoded:
     """Constrained beam search (Anderson et al. 2017, arXiv:1612.00576): each of n words has to occur.
 
@@ -65,6 +66,7 @@ def constrained_beam_search(
         length_norm: as in ``beam_search``.
         length_penalty: as in ``beam_search``.
         rules: as in ``beam_search``.
+        n_best: as in ``beam_search``.
 
     Returns:
         Decoded with [B,K] captions, best first. Where none with all words was found in T steps, those with most of
@@ -76,7 +78,7 @@ def constrained_beam_search(
     """
     if beam < 1:
         raise UserError(f"decoding: beam is {beam}; give at least 1")
-    check_search(carry, constrained_rows(beam, words), max_steps, length_norm)
+    check_search(carry, constrained_rows(beam, words), max_steps, length_norm, n_best)
     states = 2 ** len(words)
     complete = states - 1  # bit i of a state: word i has occurred
 
@@ -111,6 +113,7 @@ def constrained_beam_search(
         length_norm=length_norm,
         length_penalty=length_penalty,
         rules=rules,
+        n_best=n_best,
     )
     return decoded(_most_words(hypotheses, beam), steps)
 

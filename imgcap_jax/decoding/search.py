@@ -44,9 +44,11 @@ class _State(NamedTuple):
     finished: Hypotheses  # best first
 
 
-def check_search(carry: Any, rows: int, max_steps: int, length_norm: float) -> None:
+def check_search(carry: Any, rows: int, max_steps: int, length_norm: float, n_best: int | None) -> None:
     """Raises UserError or ValueError unless the settings that all searches share make sense (``rows``: G*K)."""
     check_steps(max_steps)
+    if n_best is not None and n_best < 1:
+        raise UserError(f"decoding: n_best is {n_best}; give at least 1")
     if length_norm < 0:
         raise UserError(f"decoding: length_norm is {length_norm}; give 0 (none) or more")
     _, parallel = parallel_shape(carry)
@@ -68,12 +70,13 @@ def group_search(
     length_norm: float,
     length_penalty: LengthPenalty,
     rules: Sequence[Rule],
+    n_best: int | None,
 ) -> tuple[Hypotheses, Array]:
     """Runs a search to its end.
 
-    The loop ends when for every image no live hypothesis can still enter the finished ones that are wanted, which never
-    changes them: log-probabilities only fall, and no length helps more than T does, so total / penalty(T) bounds
-    whatever a live hypothesis may become. Hypotheses still unfinished at T compete too, without eos.
+    The loop ends when for every image no live hypothesis can still enter the ``n_best`` finished ones of its group,
+    which never changes them: log-probabilities only fall, and no length helps more than T does, so total / penalty(T)
+    bounds whatever a live hypothesis may become. Hypotheses still unfinished at T compete too, without eos.
 
     Args:
         step: (carry, tokens int32 [B,G*K]) -> (carry, logits [B,G*K,V]).
@@ -88,6 +91,7 @@ def group_search(
         length_norm: exponent of the length penalty.
         length_penalty: its kind.
         rules: logit rules, applied in order.
+        n_best: how many of a group's K are sure to be the best that it finds in T steps; None: all. Fewer end sooner.
 
     Returns:
         The best hypotheses of each group, best first, and the steps run int32 [].
@@ -98,11 +102,12 @@ def group_search(
     # longer be exact.
     norms = jnp.asarray(_penalties(max_steps, length_norm, length_penalty), jnp.float32)  # [T]
     ends_count = np.flatnonzero(np.asarray(wanted))
+    sure = min(n_best or width, width)
 
     def unfinished(s: _State) -> Array:
         live = s.live.score.reshape(batch, 1, -1) if shared else s.live.score[:, ends_count]  # [B,G',...]
-        finished = s.finished.score[:, ends_count]
-        return (s.t < max_steps) & ~_decided(live, finished, norms[-1])
+        worst = s.finished.score[:, ends_count, sure - 1]  # [B,G'']
+        return (s.t < max_steps) & ~_decided(live, worst, norms[-1])
 
     def advance(s: _State) -> _State:
         tokens = s.live.tokens.reshape(*flat, max_steps)  # [B,G*K,T]
@@ -195,9 +200,9 @@ def _penalties(max_steps: int, length_norm: float, kind: LengthPenalty) -> np.nd
     return (lengths if kind == "power" else (5 + lengths) / 6) ** float(length_norm)
 
 
-def _decided(live: Array, finished: Array, largest: Array) -> Array:
-    """Whether no live score [B,G',...] can beat the worst finished one [B,G,K] of its group any more: bool []."""
-    hope = jnp.max(live, axis=-1)  # [B,G']
+def _decided(live: Array, worst: Array, largest: Array) -> Array:
+    """Whether no live score [B,G,...] can beat the worst finished one that is wanted, [B,G], any more: bool []."""
+    hope = jnp.max(live, axis=-1)  # [B,G]
     # A tie doesn't enter: `best` prefers what was finished earlier.
-    beaten = hope / largest <= jnp.min(finished, axis=-1)  # [B,G]
+    beaten = hope / largest <= worst  # [B,G]
     return jnp.all(beaten | (hope < LOWEST))

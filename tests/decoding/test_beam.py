@@ -207,6 +207,26 @@ def test_early_exit_saves_steps_and_changes_nothing(table: Any, norm: float, mon
     assert saved > 3
 
 
+@pytest.mark.parametrize("norm", [0.0, 0.7])
+def test_fewer_captions_are_found_sooner_and_are_the_same(table: Any, norm: float) -> None:
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(parameters: Any, n_best: int | None) -> Decoded:
+        step, carry = functools.partial(table.step, parameters), table.start(parameters, 3)
+        return beam_search(step, carry, beam=3, max_steps=STEPS, length_norm=norm, n_best=n_best)
+
+    saved = 0
+    for seed in range(40):
+        parameters = table.parameters(seed)
+        parameters["image"][..., EOS] += 3
+        everything = run(parameters, None)
+        for n_best in (1, 2, 3):
+            found = run(parameters, n_best)
+            np.testing.assert_array_equal(found.tokens[:, :n_best], everything.tokens[:, :n_best])
+            np.testing.assert_array_equal(found.score[:, :n_best], everything.score[:, :n_best])
+            saved += int(everything.steps - found.steps)
+    assert saved > 10
+
+
 def chain(*rows: dict[int, float]) -> dict[str, np.ndarray]:
     """Parameters of a table decoder for one image: the next word's probabilities at each position."""
     table = np.full((1, STEPS, VOCABULARY, VOCABULARY), -50.0, np.float32)
