@@ -31,7 +31,8 @@ class Caption:
 
     Attributes:
         text: the sentence.
-        log_prob: the model's own log-probability of the whole sentence, eos included.
+        log_prob: the model's own log-probability of the whole sentence, with eos (unless it was cut at max_words), so
+            that it is less than the sum of log_probs.
         words: its words.
         log_probs: each word's own.
         score: what the search ranked (length penalty and rules included); of a sample, how it was drawn.
@@ -82,6 +83,7 @@ class Captioner:
         self.decoding = decoding or runs[0].experiment.decoding
         self._captions = caption_function(self._graphs, self.decoding, runs[0].vocabulary)
         self._attention = [attention_function(graph) for graph in self._graphs] if attention else []
+        self._check_attention()
 
     @classmethod
     def load(cls, *folders: str | Path, decoding: Decoding | None = None, attention: bool = False) -> "Captioner":
@@ -153,19 +155,26 @@ class Captioner:
             )
         return captions
 
-    def _maps(self, images: Sequence[np.ndarray], tokens: np.ndarray) -> np.ndarray | None:
-        """Where the words of tokens [B,M,T] looked: [B,M,T,N]; None: not asked for."""
-        maps = []
-        for run, function, params, frozen, own in zip(
-            self.runs, self._attention, self._params, self._frozen, images, strict=False
-        ):
-            attention = function(params, frozen, {"image": own}, tokens)
-            if attention is None:
+    def _check_attention(self) -> None:
+        """Raises UserError where the maps that are asked for don't exist, before any photo is looked at."""
+        counts = set()
+        for run, function, params, frozen in zip(self.runs, self._attention, self._params, self._frozen, strict=False):
+            side = run.experiment.data.image_size
+            batch = {"image": jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)}
+            maps = jax.eval_shape(function, params, frozen, batch, jax.ShapeDtypeStruct((1, 1, 1), np.int32))
+            if maps is None:
                 kind = type(run.experiment.decoder).__name__
                 raise UserError(f"{run.folder} has a decoder without attention ({kind}); there are no maps to show")
-            maps.append(np.asarray(attention, np.float32))
-        if len({own.shape for own in maps}) > 1:
+            counts.add(maps.shape[-1])
+        if len(counts) > 1:
             raise UserError("the runs of the ensemble see different regions, so their attention has no mean")
+
+    def _maps(self, images: Sequence[np.ndarray], tokens: np.ndarray) -> np.ndarray | None:
+        """Where the words of tokens [B,M,T] looked: [B,M,T,N]; None: not asked for."""
+        maps = [
+            np.asarray(function(params, frozen, {"image": own}, tokens), np.float32)
+            for function, params, frozen, own in zip(self._attention, self._params, self._frozen, images, strict=False)
+        ]
         return np.mean(maps, axis=0) if maps else None
 
 
@@ -214,10 +223,10 @@ def caption_files(
 
 def _lines(path: Path, captions: Sequence[Caption], picture: Path | None, *, as_json: bool) -> Iterator[str]:
     if as_json:
-        for caption in captions:
+        for rank, caption in enumerate(captions, 1):
             maps = None if caption.attention is None else np.round(caption.attention.astype(float), 5).tolist()
-            picture_name = None if picture is None else str(picture)
-            yield json.dumps({"file": str(path), **asdict(caption), "attention": maps, "picture": picture_name})
+            shown = {"picture": str(picture)} if picture is not None and rank == 1 else {}
+            yield json.dumps({"file": str(path), "rank": rank, **asdict(caption), "attention": maps, **shown})
         return
     for number, caption in enumerate(captions, 1):
         place = f" {number}. [{caption.score:.2f}]" if len(captions) > 1 else ""

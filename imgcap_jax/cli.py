@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"imgcap: {place}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("imgcap: interrupted; the same command goes on from what is saved", file=sys.stderr)
+        goes_on = options.command in (_train, _features, _prepare)
+        more = "; the same command goes on from what is saved" if goes_on else ""
+        print(f"imgcap: interrupted{more}", file=sys.stderr)
         return 130
     return code
 
@@ -158,13 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     caption.add_argument(
         "--run", type=Path, required=True, action="append", help="the run's folder; given again, an ensemble"
     )
+    caption.add_argument("--attention", action="store_true", help="draw where each word looked: PHOTO_attention.png")
     caption.add_argument(
-        "--attention",
-        nargs="?",
-        type=Path,
-        const=Path(),
-        metavar="FOLDER",
-        help="draw where each word looked, into PHOTO_attention.png in this folder (default: the present one)",
+        "--attention-dir", type=Path, default=Path(), metavar="FOLDER", help="where those pictures go (default: here)"
     )
     caption.add_argument("--json", action="store_true", help="one JSON object a line, with words and log-probabilities")
     _add_decoding(caption)
@@ -283,7 +281,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from imgcap_jax.run import Run
 
     runs = [Run.load(folder) for folder in (options.run, *options.ensemble)]
-    decodings, swept = combinations(_decoding(options, runs[0]), options.decoding)
+    decodings, swept = _decodings(options, runs[0])
     if swept and options.page is not None:
         raise UserError("--page is for one setting; leave it out of a sweep")
     evaluations = []
@@ -310,11 +308,11 @@ def _caption(options: argparse.Namespace) -> int:
     from imgcap_jax.run import Run
 
     runs = [Run.load(folder) for folder in options.run]
-    decodings, swept = combinations(_decoding(options, runs[0]), options.decoding)
+    decodings, swept = _decodings(options, runs[0])
     if swept:
         raise UserError(f"--decode.{swept[0]} has several values; a sweep is for imgcap evaluate")
     _cache(options, options.run[0])
-    captioner = Captioner(runs, decodings[0], attention=options.attention is not None)
+    captioner = Captioner(runs, decodings[0], attention=options.attention)
     bad = 0
     for line, failed in caption_files(captioner, options.photos, as_json=options.json, pictures=options.attention):
         print(line, file=sys.stderr if failed else sys.stdout, flush=True)
@@ -322,11 +320,15 @@ def _caption(options: argparse.Namespace) -> int:
     return 2 if bad else 0
 
 
-def _decoding(options: argparse.Namespace, run: Any) -> Any:
-    """The run's decoding with what the short options say."""
-    return run.experiment.decoding.but(
-        beam=options.beam, length_norm=options.length_norm, max_words=options.max_words, n_best=options.n_best
-    )
+def _decodings(options: argparse.Namespace, run: Any) -> tuple[list[Any], list[str]]:
+    """The run's decoding with what the options say, and the names of what is swept."""
+    short = {name: getattr(options, name.replace("-", "_")) for name in ("beam", "length-norm", "max-words", "n-best")}
+    given = [f"--decode.{name}={value}" for name, value in short.items() if value is not None]
+    for option in options.decoding:
+        name = option.partition("=")[0].removeprefix("--decode.")
+        if short.get(name) is not None:
+            raise UserError(f"--{name} and --decode.{name} are the same; give one of them")
+    return combinations(run.experiment.decoding, [*given, *options.decoding])
 
 
 def _prepare(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -52,18 +53,10 @@ class Decoding:
     seed: int = 0
     """Of samples; what is drawn for an image depends on this and the image's place."""
 
-    def but(self, **given: Any) -> "Decoding":
-        """The same settings but for those that are given (not None).
-
-        Raises:
-            UserError: a setting that no search can work with, or one that would do nothing.
-        """
-        return replace(self, **{name: value for name, value in given.items() if value is not None})
-
     def plain(self, beam: int) -> "Decoding":
         """The same lengths and rules, by plain beam search."""
-        nothing = {"samples": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
-        return replace(self, beam=beam, n_best=1, groups=1, must=(), **nothing)  # type: ignore[arg-type]
+        others = ("n_best", "groups", "diversity", "must", "samples", "temperature", "top_k", "top_p", "seed")
+        return replace(self, beam=beam, **{name: _DEFAULTS[name] for name in others})
 
     def __post_init__(self) -> None:
         lowest = {
@@ -76,7 +69,7 @@ class Decoding:
             "n_best": 1,
         }
         for name, least in {**lowest, "diversity": 0, "samples": 0, "top_k": 0}.items():
-            if getattr(self, name) < least:
+            if not least <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}; give {least} or more")
         if self.length_penalty not in ("power", "gnmt"):
             raise UserError(f"length_penalty is {self.length_penalty!r}; give power or gnmt")
@@ -94,11 +87,15 @@ class Decoding:
         for name in ("temperature", "top_k", "top_p", "seed"):
             if not drawn and getattr(self, name) != _DEFAULTS[name]:
                 raise UserError(f"{name} is for samples; give samples as well")
+        if drawn and self.n_best > 1:
+            raise UserError("n_best is for searches; all samples are kept")
+        if self.groups == 1 and self.diversity != _DEFAULTS["diversity"]:
+            raise UserError("diversity is for groups of beams; give groups as well")
 
     @property
     def title(self) -> str:
         """The search in a few words, with what differs from the defaults where it changes captions."""
-        kind = "greedy" if self.beam == 1 else f"beam {self.beam}"
+        kind = "greedy" if self.beam == 1 and not self.must else f"beam {self.beam}"
         if self.samples:
             kind = f"{self.samples} samples" if self.samples > 1 else "sampled"
         said = {"beam", "samples", "n_best"}
@@ -120,57 +117,75 @@ def _said(value: Any) -> str:
 
 
 def split_options(arguments: Sequence[str], *, sweep: bool) -> tuple[list[str], list[str]]:
-    """Parts a command line in all that isn't of ``--decode.FIELD VALUE`` and what is; ``sweep``: of any many values."""
+    """Parts a command line in all that isn't of ``--decode.FIELD VALUE`` and what is, as ``--decode.FIELD=VALUE``.
+
+    In a sweep, an option takes all values behind it that it can be given; otherwise the next word, whatever it is.
+    """
     others: list[str] = []
     ours: list[str] = []
-    wanted = 0  # values that the option before may still take
+    option, taken = "", 0
     for argument in arguments:
-        if argument.startswith("--"):
-            is_ours = argument.startswith("--decode.")
-            wanted = 0 if not is_ours or ("=" in argument and not sweep) else len(arguments) if sweep else 1
-            (ours if is_ours else others).append(argument)
-        elif wanted:
-            wanted -= 1
-            ours.append(argument)
+        if argument.startswith("-") and not argument[1:2].isdigit():
+            option, taken = "", 0
+            if not argument.startswith("--decode."):
+                others.append(argument)
+            elif "=" in argument:
+                ours.append(argument)
+            else:
+                option = argument
+                ours.append(argument)
+        elif option and (not taken or (sweep and _fits(option, argument))):
+            if not taken:
+                ours.pop()
+            ours.append(f"{option}={argument}")
+            taken += 1
         else:
             others.append(argument)
     return others, ours
 
 
-def combinations(decoding: Decoding, arguments: Sequence[str]) -> tuple[list[Decoding], list[str]]:
-    """Settings for options such as ``--decode.beam 1 3 5 --decode.length-norm 0 0.7``: every combination.
+def _fits(option: str, value: str) -> bool:
+    try:
+        _converted(_field(option), value)
+    except UserError:
+        return False
+    return True
+
+
+def _field(option: str) -> str:
+    """The field that an option names. Raises UserError, with the nearest one, where there is none."""
+    name = option.removeprefix("--decode.").replace("-", "_")
+    if name not in _DEFAULTS:
+        known = [f"--decode.{field.replace('_', '-')}" for field in _DEFAULTS]
+        near = difflib.get_close_matches(option, known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the fields"
+        raise UserError(f"unknown option {option}; {hint}")
+    return name
+
+
+def combinations(decoding: Decoding, options: Sequence[str]) -> tuple[list[Decoding], list[str]]:
+    """Settings for options such as ``--decode.beam=1 --decode.beam=3 --decode.prefix=``: every combination.
 
     Args:
         decoding: what holds where nothing is given.
-        arguments: the options with their values; those of ``must`` separate several words by commas.
+        options: each with a value; several values of one make a sweep. Those of ``must`` separate words by commas.
 
     Returns:
-        The settings, and the names of the fields that have several values, as they were given.
+        The settings, and the names of the fields that have several values, in the order in which they were given.
 
     Raises:
-        UserError: an option that is no field, a value of another type, settings that don't go together.
+        UserError: an option that is no field, a value of another type or given twice, settings that don't go together.
     """
     values: dict[str, list[Any]] = {}
-    name = ""
-    for argument in arguments:
-        if argument.startswith("--"):
-            option, _, value = argument.partition("=")
-            name = option.removeprefix("--decode.").replace("-", "_")
-            if not option.startswith("--decode.") or name not in _DEFAULTS:
-                known = [f"--decode.{field.replace('_', '-')}" for field in _DEFAULTS]
-                near = difflib.get_close_matches(option, known, n=1, cutoff=0.4)
-                hint = f"did you mean {near[0]}?" if near else "--help lists the fields"
-                raise UserError(f"unknown option {option}; {hint}")
-            if name in values:
-                raise UserError(f"{option} is given twice; give its values one behind the other")
-            values[name] = [_converted(name, value)] if value else []
-        elif not name:
-            raise UserError(f"{argument!r} stands alone; give it as a value of an option")
-        else:
-            values[name].append(_converted(name, argument))
-    for name, given in values.items():
+    for argument in options:
+        option, given, value = argument.partition("=")
+        name = _field(option)
         if not given:
-            raise UserError(f"--decode.{name.replace('_', '-')} has no value; give one, or several for a sweep")
+            raise UserError(f"{option} has no value; give one, or several for a sweep")
+        converted = _converted(name, value)
+        if converted in values.setdefault(name, []):
+            raise UserError(f"{option} {value} is given twice")
+        values[name].append(converted)
     settings = [
         replace(decoding, **dict(zip(values, combination, strict=True)))
         for combination in itertools.product(*values.values())

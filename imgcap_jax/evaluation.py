@@ -1,5 +1,6 @@
 """Decoding and scoring a whole split, after every epoch of training and on demand."""
 
+import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from imgcap_jax.decoding_settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.extraction import Extraction, uses_store
 from imgcap_jax.files import write_text
-from imgcap_jax.generation import caption_function
+from imgcap_jax.generation import caption_function, check_decoding
 from imgcap_jax.metrics.coco_format import write_results
 from imgcap_jax.metrics.scoring import CaptionScorer, Scores
 from imgcap_jax.models.model import CaptionModel, Frozen, Params, split_trained
@@ -52,7 +53,7 @@ class Captioned:
         hypotheses: image id -> the n best, best first, or all samples as drawn.
         mean_steps: decoder steps a batch took, on average.
         max_steps: steps without early exit, T.
-        images_per_second: without the first batch, which compiles, where there are more.
+        images_per_second: all in all, compiled already.
     """
 
     captions: dict[int, str]
@@ -97,11 +98,14 @@ class SplitEvaluator:
         """Decodes the whole split with the parameters of each member."""
         if decoding not in self._functions:
             graphs = [member.graph for member in self._members]
-            self._functions[decoding] = caption_function(graphs, decoding, self._vocabulary)
+            function = self._functions[decoding] = caption_function(graphs, decoding, self._vocabulary)
+            # Compiled before the time is taken.
+            first = [next(self._on_devices(images))[0] for images in self._images]
+            jax.block_until_ready(function(params, frozen, first).tokens)
         captions: dict[int, str] = {}
         hypotheses: dict[int, list[Hypothesis]] = {}
         steps: list[int] = []
-        seconds, start = 0.0, time.perf_counter()
+        start = time.perf_counter()
         for batches in zip(*map(self._on_devices, self._images), strict=True):
             parts, first = [batch for batch, _ in batches], batches[0][1]
             decoded = self._functions[decoding](params, frozen, parts)
@@ -114,11 +118,8 @@ class SplitEvaluator:
                     if words.any()
                 ][: decoding.samples or decoding.n_best]
                 captions[image_id] = hypotheses[image_id][0].caption
-            if len(steps) > 1 or first + len(tokens) >= len(self._ids):  # the first batch compiles
-                seconds += time.perf_counter() - start
-            start = time.perf_counter()
-        timed = len(captions) if len(steps) == 1 else len(captions) - self._size
-        return Captioned(captions, hypotheses, float(np.mean(steps)), decoding.max_words, timed / seconds)
+        seconds = time.perf_counter() - start
+        return Captioned(captions, hypotheses, float(np.mean(steps)), decoding.max_words, len(captions) / seconds)
 
     def score(self, captions: Mapping[int, str]) -> Scores:
         """BLEU, CIDEr-D and whatever else the scorer knows."""
@@ -221,7 +222,7 @@ def sweep(
     """Captions a split with the best parameters of a run, or of an ensemble, once with each of some settings.
 
     With one setting the captions (all hypotheses, too, where there are several) and scores are written into the first
-    run; with more their scores alone, as a sweep.
+    run; with more their scores alone, into the file of its sweeps.
 
     Args:
         runs: the trained run, or several with the same vocabulary.
@@ -235,6 +236,8 @@ def sweep(
         UserError: no such split, no trained parameters, runs with different words, a full disk.
     """
     check_ensemble(runs)
+    for decoding, run in itertools.product(decodings, runs):
+        check_decoding(decoding, run.vocabulary, run.experiment.decoder)
     first = runs[0].experiment
     name = dataset or parse_mixture(first.data.dataset)[0][0]
     source = open_source(name, split, first.data.data_dir)
@@ -253,7 +256,6 @@ def sweep(
     evaluator = SplitEvaluator(members, source, runs[0].vocabulary, parallel)
     where = {"step": steps[0]} if len(runs) == 1 else {"runs": [str(run.folder) for run in runs], "steps": steps}
     prefix = ("" if len(runs) == 1 else "ensemble_") + ("" if dataset is None else f"{dataset}_")
-    swept = []
     for decoding in decodings:
         captioned = evaluator.caption(params, frozen, decoding)
         evaluation = Evaluation(
@@ -269,8 +271,7 @@ def sweep(
         if len(decodings) == 1:
             _write(runs[0].folder, f"{prefix}{split}", captioned, results)
         else:
-            swept.append(results)
-            write_text(runs[0].folder / f"sweep_{prefix}{split}.json", json.dumps(swept, indent=2) + "\n")
+            _add_to_sweep(runs[0].folder / f"sweep_{prefix}{split}.json", results)
         yield evaluation
 
 
@@ -284,7 +285,20 @@ def check_ensemble(runs: Sequence[Run]) -> None:
             )
 
 
+def _add_to_sweep(path: Path, results: dict[str, Any]) -> None:
+    """Puts results into a file of a run's sweeps, in the place of those of the same settings and checkpoints."""
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        before = []
+    results = json.loads(json.dumps(results))  # as what is read: without tuples
+    same = ("step", "runs", "steps", "decoding")
+    others = [one for one in before if any(one.get(name) != results.get(name) for name in same)]
+    write_text(path, json.dumps([*others, results], indent=2) + "\n")
+
+
 def _write(folder: Path, name: str, captioned: Captioned, results: Mapping[str, Any]) -> None:
+    (folder / f"n_best_{name}.json").unlink(missing_ok=True)  # of another decoding
     write_results(folder / f"captions_{name}.json", captioned.captions)
     if any(len(found) > 1 for found in captioned.hypotheses.values()):
         n_best = [

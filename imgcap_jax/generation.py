@@ -40,6 +40,17 @@ BAD_ENDINGS = (
 """Words on which no English caption ends well: articles, possessives, prepositions, conjunctions, auxiliaries."""
 
 
+def check_decoding(decoding: Decoding, vocabulary: Vocabulary, decoder: Any) -> None:
+    """Raises UserError where captions can't be searched for so: before hours of training, not after.
+
+    ``decoder`` are the settings of one.
+    """
+    _rules(decoding, vocabulary), _must(decoding, vocabulary)
+    most = getattr(decoder, "max_length", None)
+    if most is not None and decoding.max_words > most:
+        raise UserError(f"max_words is {decoding.max_words}, but the decoder reads at most {most} tokens; give fewer")
+
+
 def _rules(decoding: Decoding, vocabulary: Vocabulary) -> tuple[Rule, ...]:
     """The logit rules that the settings ask for, in words of the vocabulary."""
     rules: list[Rule] = []
@@ -110,7 +121,7 @@ def caption_function(
     def captions(params: Sequence[Params], frozen: Sequence[Frozen], batches: Sequence[Mapping[str, Array]]) -> Decoded:
         models = [nnx.merge(*parts) for parts in zip(graphs, params, frozen, strict=True)]
         for model in models:
-            model.check_length(decoding.max_words)
+            model.decoder.make_room(decoding.max_words)
         starts = [
             model.decoder.start(model.regions(batch), parallel, region_mask=batch.get("region_mask"))
             for model, batch in zip(models, batches, strict=True)

@@ -225,7 +225,7 @@ def _sizes(options: argparse.Namespace, *, batch: int) -> dict[str, int]:
     return sizes | {"B": options.batch or batch, "M": options.captions}
 
 
-# At their papers' forms, all sizes H = 512.
+# All sizes 512, the regions projected to it.
 DECODERS: dict[str, Any] = {
     "up_down": UpDown(hidden_size=512, embedding_size=512, attention_size=512, region_size=512),
     "attend": ShowAttendTell(),
@@ -322,7 +322,9 @@ def train(options: argparse.Namespace) -> None:
     seconds = medians(things, options.rounds)
     plain = flops / seconds.pop("matmul")
     for side, value in seconds.items():
-        rate = 3 * _decoder_flops(options.decoder, s, words) / value
+        # Each product has two gradients, but the first, of the regions, is not differentiated by its input.
+        products = 3 * _decoder_flops(options.decoder, s, words) - 2.0 * s["B"] * s["N"] * s["D"] * s["H"]
+        rate = products / value
         print(
             f"{options.decoder}, batch {s['B']} x {s['M']} captions of {words / s['B'] / s['M']:.1f} words with eos, "
             f"N={s['N']}, V={s['V']}: {side} {value:.3f} s a step, {s['B'] * s['M'] / value:.1f} captions/s, "

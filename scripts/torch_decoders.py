@@ -36,10 +36,10 @@ class Decoder(nn.Module):
         self.attention, self.words = Attention(size), nn.Linear(size, vocabulary)
         self.dropout = nn.Dropout(dropout)
 
-    def see(self, regions: Tensor) -> tuple[Tensor, Tensor]:
-        """regions [B,N,D] -> projected regions and keys, [B,N,H] both."""
+    def see(self, regions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """regions [B,N,D] -> projected regions and keys, [B,N,H] both, and the regions' mean [B,1,H]."""
         regions = self.dropout(F.relu(self.project(regions)))
-        return regions, self.attention.key(regions)
+        return regions, self.attention.key(regions), regions.mean(1, keepdim=True)
 
     def unroll(self, regions: Tensor, tokens: Tensor) -> Tensor:
         """Teacher forcing: regions [B,N,D], tokens [B,M,T] -> what ``score`` reads, [B,M,T,...]."""
@@ -82,9 +82,8 @@ class UpDown(Decoder):
         return (zeros, zeros), (zeros, zeros)
 
     def step(self, state: Any, word: Tensor, memory: Any) -> tuple[Any, Tensor]:
-        regions, keys = memory
-        mean = regions.mean(1, keepdim=True).expand_as(word)
-        first = cell(self.attention_lstm, torch.cat([state[1][0], mean, word], -1), state[0])
+        regions, keys, mean = memory
+        first = cell(self.attention_lstm, torch.cat([state[1][0], mean.expand_as(word), word], -1), state[0])
         context = self.attention(first[0], keys, regions)
         second = cell(self.language_lstm, torch.cat([context, first[0]], -1), state[1])
         return (first, second), self.dropout(second[0])
@@ -102,11 +101,11 @@ class Attend(Decoder):
         self.lstm, self.deep = nn.LSTMCell(2 * size, size), nn.Linear(2 * size, size)
 
     def first(self, memory: Any, M: int) -> Any:
-        state = torch.tanh(self.initial(memory[0].mean(1)))[:, None].expand(-1, M, -1)
+        state = torch.tanh(self.initial(memory[2])).expand(-1, M, -1)
         return tuple(part.contiguous() for part in state.chunk(2, -1))
 
     def step(self, state: Any, word: Tensor, memory: Any) -> tuple[Any, Tensor]:
-        regions, keys = memory
+        regions, keys, _ = memory
         context = self.attention(state[0], keys, regions) * torch.sigmoid(self.gate(state[0]))
         state = cell(self.lstm, torch.cat([word, context], -1), state)
         return state, torch.cat([word, self.dropout(torch.cat([state[0], context], -1))], -1)

@@ -1,7 +1,9 @@
 """Fixtures that every part uses."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,3 +63,32 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("experiments") / "tiny.py"
     path.write_text(TINY)
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_data: Path, tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny experiment."""
+    from imgcap_jax.cli import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    arguments = ["train", str(tiny_file), "--run", str(folder / "run"), "--cache", str(folder / "cache")]
+    assert main([*arguments, "--data.data-dir", str(tiny_data)]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def refused(request: pytest.FixtureRequest) -> Callable[..., str]:
+    """Runs a command that has to fail with one line and exit code 2; gives the line. ``capture``: capfd, for capsys."""
+    from imgcap_jax.cli import main
+
+    def run(arguments: list[str], capture: Any = None) -> str:
+        capture = capture or request.getfixturevalue("capsys")
+        capture.readouterr()
+        assert main(arguments) == 2
+        # A progress bar that was under way stays above the line.
+        lines = [line for line in capture.readouterr().err.splitlines() if line.strip() and "━" not in line]
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("imgcap: ")
+        return lines[0]
+
+    return run

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,13 @@ from imgcap_jax.cli import main
 from imgcap_jax.data.builders.scenes import encode_png
 from imgcap_jax.data.scenes import draw_scene, sample_scene
 
+Refused = Callable[..., str]
+
 
 @pytest.fixture(autouse=True)
 def _quiet_environment(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_data))
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_data: Path, tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the tiny experiment."""
-    folder = tmp_path_factory.mktemp("trained")
-    arguments = ["train", str(tiny_file), "--run", str(folder / "run"), "--cache", str(folder / "cache")]
-    assert main([*arguments, "--data.data-dir", str(tiny_data)]) == 0
-    return folder / "run"
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Runs a command that has to fail with one line and exit code 2; gives the line."""
-    capsys.readouterr()
-    assert main(arguments) == 2
-    # A progress bar that was under way stays above the line.
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "━" not in line]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("imgcap: ")
-    return lines[0]
 
 
 def photo_folder(folder: Path, count: int = 3) -> Path:
@@ -61,7 +44,7 @@ def write(folder: Path, content: object) -> None:
     (folder / "annotations" / "captions_train.json").write_text(json.dumps(content))
 
 
-def test_usage_mistake_costs_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_mistake_costs_one_line(capsys: pytest.CaptureFixture[str], refused: Refused) -> None:
     for arguments, said in (
         (["caption", "photo.jpg"], "--run"),
         (["evaluate", "run", "--beam", "many"], "many"),
@@ -74,55 +57,55 @@ def test_usage_mistake_costs_one_line(capsys: pytest.CaptureFixture[str]) -> Non
         assert error.startswith("imgcap: ")
         assert error.count("\n") == 1
         assert said in error
-    assert "give an experiment" in refused(["train"], capsys)
+    assert "give an experiment" in refused(["train"])
 
 
-def test_missing_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    line = refused(["data", "prepare", "nowhere/at_all"], capsys)
+def test_missing_folder(refused: Refused) -> None:
+    line = refused(["data", "prepare", "nowhere/at_all"])
     assert "nowhere/at_all" in line
 
 
-def test_corrupt_jpeg_is_listed_and_above_one_percent_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_corrupt_jpeg_is_listed_and_above_one_percent_stops(tmp_path: Path, refused: Refused) -> None:
     folder = photo_folder(tmp_path / "photos")
     (folder / "images" / "1.jpg").write_bytes(b"\xff\xd8 not a picture")
-    assert "1.jpg" in refused(["data", "prepare", str(folder), "--name", "broken", "--data-dir", "d"], capsys)
+    assert "1.jpg" in refused(["data", "prepare", str(folder), "--name", "broken", "--data-dir", "d"])
 
 
-def test_json_with_a_missing_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_with_a_missing_key(tmp_path: Path, refused: Refused) -> None:
     folder = photo_folder(tmp_path / "photos")
     write(folder, {"images": [{"id": 0, "file_name": "0.jpg"}], "annotations": [{"id": 0, "image_id": 0}]})
-    line = refused(["data", "prepare", str(folder), "--name", "keyless", "--data-dir", "d"], capsys)
+    line = refused(["data", "prepare", str(folder), "--name", "keyless", "--data-dir", "d"])
     assert "caption" in line
     assert "captions_train.json" in line
 
 
-def test_listed_image_that_is_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_listed_image_that_is_absent(tmp_path: Path, refused: Refused) -> None:
     folder = photo_folder(tmp_path / "photos")
     (folder / "images" / "2.jpg").unlink()
-    assert "2.jpg" in refused(["data", "prepare", str(folder), "--name", "absent", "--data-dir", "d"], capsys)
+    assert "2.jpg" in refused(["data", "prepare", str(folder), "--name", "absent", "--data-dir", "d"])
 
 
-def test_split_that_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_split_that_is_empty(tmp_path: Path, refused: Refused) -> None:
     folder = photo_folder(tmp_path / "photos")
     write(folder, {"images": [], "annotations": []})
-    line = refused(["data", "prepare", str(folder), "--name", "empty", "--data-dir", "d"], capsys)
+    line = refused(["data", "prepare", str(folder), "--name", "empty", "--data-dir", "d"])
     assert "captions_train.json" in line
 
 
-def test_split_that_does_not_exist(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = refused(["evaluate", str(trained), "--split", "dev"], capsys)
+def test_split_that_does_not_exist(trained: Path, refused: Refused) -> None:
+    line = refused(["evaluate", str(trained), "--split", "dev"])
     assert "dev" in line
     assert "val" in line
 
 
-def test_unknown_override_names_the_nearest(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = refused(["train", str(tiny_file), "--decoder.hiden-size", "9"], capsys)
+def test_unknown_override_names_the_nearest(tiny_file: Path, refused: Refused) -> None:
+    line = refused(["train", str(tiny_file), "--decoder.hiden-size", "9"])
     assert "--decoder.hiden-size" in line
     assert "did you mean --decoder.hidden-size?" in line
 
 
-def test_unknown_option_of_another_command_names_the_nearest(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "did you mean --length-norm?" in refused(["evaluate", str(trained), "--lenght-norm", "1"], capsys)
+def test_unknown_option_of_another_command_names_the_nearest(trained: Path, refused: Refused) -> None:
+    assert "did you mean --length-norm?" in refused(["evaluate", str(trained), "--lenght-norm", "1"])
 
 
 @pytest.mark.parametrize(
@@ -135,40 +118,44 @@ def test_unknown_option_of_another_command_names_the_nearest(trained: Path, caps
         ["--objective.label-smoothing", "1"],
     ],
 )
-def test_number_that_makes_no_sense(tiny_file: Path, capsys: pytest.CaptureFixture[str], option: list[str]) -> None:
+def test_number_that_makes_no_sense(tiny_file: Path, refused: Refused, option: list[str]) -> None:
     name = option[0].removeprefix("--").split(".")[1].replace("-", "_")
-    assert name in refused(["train", str(tiny_file), *option], capsys)
+    assert name in refused(["train", str(tiny_file), *option])
 
 
-def test_small_folder_is_inspected_with_a_lower_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_small_folder_is_inspected_with_a_lower_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
+) -> None:
     folder = photo_folder(tmp_path / "photos")
     assert main(["data", "prepare", str(folder), "--name", "few", "--data-dir", "d", "--source-note", "my camera"]) == 0
-    assert "min-count" in refused(["data", "inspect", "few", "--data-dir", "d"], capsys)
+    assert "min-count" in refused(["data", "inspect", "few", "--data-dir", "d"])
     assert main(["data", "inspect", "few", "--data-dir", "d", "--min-count", "1"]) == 0
     printed = capsys.readouterr().out
     assert "my camera" in printed
     assert (tmp_path / "few.png").stat().st_size > 1000
 
 
-def test_scenes_of_another_size_under_another_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scenes_of_another_size_under_another_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
+) -> None:
     sizes = ["--train-scenes", "4", "--data-dir", "d"]
     assert main(["data", "prepare", "scenes", "--name", "few_scenes", *sizes]) == 0
     assert "few_scenes: train 4" in capsys.readouterr().out
-    assert "small letters" in refused(["data", "prepare", "scenes", "--name", "coco", *sizes], capsys)
+    assert "small letters" in refused(["data", "prepare", "scenes", "--name", "coco", *sizes])
 
 
-def test_override_of_the_wrong_type(tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = refused(["train", str(tiny_file), "--decoder.hidden-size", "many"], capsys)
+def test_override_of_the_wrong_type(tiny_file: Path, refused: Refused) -> None:
+    line = refused(["train", str(tiny_file), "--decoder.hidden-size", "many"])
     assert "--decoder.hidden-size" in line
     assert "'many'" in line
 
 
-def test_unknown_experiment_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "scenes_demo" in refused(["train", "scene"], capsys)
+def test_unknown_experiment_names_those_there_are(refused: Refused) -> None:
+    assert "scenes_demo" in refused(["train", "scene"])
 
 
-def test_run_of_another_experiment(trained: Path, tiny_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = refused(["train", str(tiny_file), "--run", str(trained), "--decoder.dropout", "0.2"], capsys)
+def test_run_of_another_experiment(trained: Path, tiny_file: Path, refused: Refused) -> None:
+    line = refused(["train", str(tiny_file), "--run", str(trained), "--decoder.dropout", "0.2"])
     assert "decoder.dropout: 0.3 -> 0.2" in line
 
 
@@ -176,21 +163,25 @@ def test_run_may_be_resumed_with_another_number_of_threads(trained: Path, tiny_f
     assert main(["train", str(tiny_file), "--run", str(trained), "--data.threads", "1"]) == 0
 
 
-def test_checkpoint_of_another_experiment(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_of_another_experiment(trained: Path, tmp_path: Path, refused: Refused) -> None:
     changed = tmp_path / "changed"
     shutil.copytree(trained, changed)
     text = (changed / "experiment.json").read_text()
     (changed / "experiment.json").write_text(text.replace('"hidden_size": 8', '"hidden_size": 16'))
-    line = refused(["evaluate", str(changed)], capsys)
+    line = refused(["evaluate", str(changed)])
     assert "does not fit" in line
 
 
-def test_not_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "experiment.json" in refused(["evaluate", str(tmp_path)], capsys)
+def test_not_a_run(tmp_path: Path, refused: Refused) -> None:
+    assert "experiment.json" in refused(["evaluate", str(tmp_path)])
 
 
 def test_disk_full_while_saving_leaves_the_checkpoint_before(
-    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import orbax.checkpoint as ocp
 
@@ -204,7 +195,7 @@ def test_disk_full_while_saving_leaves_the_checkpoint_before(
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", full)
     command = ["train", str(tiny_file), "--run", str(tmp_path / "run")]
-    assert "disk full" in refused(command, capsys)
+    assert "disk full" in refused(command)
     steps = [int(p.name) for p in (tmp_path / "run" / "checkpoints" / "newest").iterdir() if p.name.isdigit()]
     assert max(steps) == 3
     monkeypatch.setattr(ocp.CheckpointManager, "save", original)
@@ -213,7 +204,11 @@ def test_disk_full_while_saving_leaves_the_checkpoint_before(
 
 
 def test_disk_that_is_really_full(
-    tiny_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_file: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Refused,
 ) -> None:
     """The same on a small file system, which fills up after the third checkpoint: Orbax's own noise as well."""
     from imgcap_jax.training.checkpoints import Checkpoints
@@ -246,11 +241,9 @@ def test_disk_that_is_really_full(
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
-def test_loss_that_is_not_finite_stops_with_the_step(
-    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_loss_that_is_not_finite_stops_with_the_step(tiny_file: Path, tmp_path: Path, refused: Refused) -> None:
     options = ["--optimizer.learning-rate", "1e30", "--optimizer.warmup-epochs", "0"]
-    line = refused(["train", str(tiny_file), "--run", str(tmp_path / "run"), *options], capsys)
+    line = refused(["train", str(tiny_file), "--run", str(tmp_path / "run"), *options])
     assert "at step" in line
     assert "--optimizer.learning-rate" in line
 
@@ -287,102 +280,6 @@ def test_caption_tells_of_the_bad_file_and_captions_the_others(
     assert len(line["log_probs"]) == len(line["words"])
     assert str(bad) in printed.err
     assert "gone.jpg" in printed.err
-
-
-def test_sweep_scores_every_combination_without_touching_the_run_s_own_scores(
-    trained: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (trained / "scores_val.json").unlink(missing_ok=True)
-    options = ["--decode.beam", "1", "2", "--decode.length-norm", "0", "1.0", "--floor"]
-    assert main(["evaluate", str(trained), *options]) == 0
-    printed = capsys.readouterr().out
-    swept = json.loads((trained / "sweep_val.json").read_text())
-    assert [(one["decoding"]["beam"], one["decoding"]["length_norm"]) for one in swept] == [
-        (1, 0.0),
-        (1, 1.0),
-        (2, 0.0),
-        (2, 1.0),
-    ]
-    assert swept[0]["scores"] == swept[1]["scores"]  # greedy knows no length norm
-    assert 1 <= swept[0]["mean_steps"] <= swept[0]["max_steps"] == 20
-    assert "CIDEr-D" in swept[0]["scores_of_other_photos_captions"]
-    assert not (trained / "scores_val.json").exists()
-    assert len([line for line in printed.splitlines() if "images/s" in line and "decoder steps" in line]) == 4
-    head, *rows = printed.splitlines()[-5:]
-    assert head.split()[:2] == ["beam", "length-norm"]
-    assert [row.split()[:2] for row in rows] == [["1", "0.0"], ["1", "1.0"], ["2", "0.0"], ["2", "1.0"]]
-
-
-def test_floor_gives_no_image_its_own_caption(trained: Path) -> None:
-    from imgcap_jax.data.sources import open_source
-    from imgcap_jax.data.vocabulary import Vocabulary
-    from imgcap_jax.evaluation import SplitEvaluator
-    from imgcap_jax.training.parallel import DataParallel
-
-    source = open_source("scenes", "test", None)
-    evaluator = SplitEvaluator([], source, Vocabulary.load(trained / "vocabulary.json"), DataParallel())
-    own = {image_id: captions[0] for image_id, captions in evaluator.references.items()}
-    dealt: dict[int, str] = {}
-    evaluator.score = lambda captions: dealt.update(captions)  # type: ignore[assignment, method-assign, return-value]
-    names = {image_id: str(image_id) for image_id in own}
-    evaluator.score_of_other_photos(names)
-    assert sorted(dealt.values()) == sorted(names.values())
-    assert all(str(image_id) != other for image_id, other in dealt.items())
-
-
-def test_captions_come_with_rivals_scores_and_pictures(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "scene.png").write_bytes(encode_png(draw_scene(sample_scene("test", 0), 64)))
-    command = ["caption", "one", "two/scene.png", "--run", str(trained), "--attention", "maps"]
-    assert main([*command, "--n-best", "2", "--json"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["file"] for line in lines] == ["one/scene.png"] * 2 + ["two/scene.png"] * 2
-    assert lines[0]["score"] >= lines[1]["score"]
-    weights = np.array(lines[0]["attention"])
-    assert weights.shape == (len(lines[0]["words"]), 64)  # 8 x 8 regions of 32 pixels
-    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-3)
-    for name in ("scene_attention.png", "scene_2_attention.png"):
-        with Image.open(tmp_path / "maps" / name) as picture:
-            assert picture.width > 5 * 200
-    assert main(["caption", "one", "--run", str(trained), "--decode.samples", "3"]) == 0
-    assert capsys.readouterr().out.count("one/scene.png: ") == 3
-    line = refused(["caption", "one", "--run", str(trained), "--beam", "2", "--n-best", "3"], capsys)
-    assert "n_best is 3, but beam is 2" in line
-
-
-def test_an_ensemble_of_a_run_with_itself_changes_nothing(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["evaluate", str(trained), "--split", "test"]) == 0
-    assert main(["evaluate", str(trained), "--split", "test", "--ensemble", str(trained)]) == 0
-    assert "ensemble of 2" in capsys.readouterr().out
-    alone, together = ((trained / name).read_text() for name in ("captions_test.json", "captions_ensemble_test.json"))
-    assert alone == together
-    other = tmp_path / "other"
-    shutil.copytree(trained, other)
-    words = json.loads((other / "vocabulary.json").read_text())
-    words["words"][5] = "zebra"
-    (other / "vocabulary.json").write_text(json.dumps(words))
-    assert "different vocabularies" in refused(
-        ["caption", str(tmp_path), "--run", str(trained), "--run", str(other)], capsys
-    )
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (["--decode.beem", "3"], "did you mean --decode.beam"),
-        (["--decode.prefix", "a zebra"], "doesn't know the word 'zebra'"),
-        (["--decode.must", "a,red,blue,green,large"], "at most 4"),
-    ],
-)
-def test_decoding_that_makes_no_sense(
-    trained: Path, capsys: pytest.CaptureFixture[str], option: list[str], message: str
-) -> None:
-    assert message in refused(["evaluate", str(trained), *option], capsys)
 
 
 def test_captioner_takes_paths_bytes_arrays_and_images(trained: Path, tmp_path: Path) -> None:

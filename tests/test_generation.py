@@ -159,22 +159,24 @@ def test_settings_become_rules() -> None:
 
 def test_captions_longer_than_a_transformer_reads_are_told() -> None:
     graph, params, frozen = parts("transformer")
-    with pytest.raises(UserError, match="too long for this decoder"):
+    with pytest.raises(UserError, match="reads at most 8 tokens"):
         caption_function([graph], Decoding(max_words=20), VOCABULARY)([params], [frozen], [regions()])
     tokens = np.full((B, 1, 20), EOS, np.int32)
-    with pytest.raises(UserError, match="too long for this decoder"):
+    with pytest.raises(UserError, match="reads at most 8 tokens"):
         nnx.merge(graph, params, frozen).teacher_forced({**regions(), "tokens": tokens})
 
 
 def test_options_make_every_combination() -> None:
     others, ours = split_options(
-        ["evaluate", "run", "--decode.beam", "1", "3", "--floor", "--decode.must", "dog|dogs,red"], sweep=True
+        ["evaluate", "--decode.beam", "1", "3", "run", "--floor", "--decode.must", "dog|dogs,red", "-h"], sweep=True
     )
-    assert others == ["evaluate", "run", "--floor"]
+    assert others == ["evaluate", "run", "--floor", "-h"]
     settings, swept = combinations(Decoding(), ours)
     assert [(one.beam, one.must) for one in settings] == [(beam, ("dog|dogs", "red")) for beam in (1, 3)]
     assert swept == ["beam"]
-    settings, swept = combinations(Decoding(), ["--decode.length-norm", "0", "0.7", "--decode.suppress-unk=false"])
+    ours = split_options(["--decode.length-norm", "0", "0.7", "--decode.suppress-unk=false"], sweep=True)[1]
+    settings, swept = combinations(Decoding(prefix="a"), [*ours, "--decode.prefix="])
+    assert {one.prefix for one in settings} == {""}
     assert [(one.length_norm, one.suppress_unk) for one in settings] == [(0.0, False), (0.7, False)]
     # A photo after an option is not its value.
     assert split_options(["caption", "--decode.beam", "3", "a.jpg"], sweep=False)[0] == ["caption", "a.jpg"]
@@ -186,19 +188,23 @@ def test_options_make_every_combination() -> None:
         (["--decode.beam", "x"], "--decode.beam is 'x'; give a whole number"),
         (["--decode.beams", "3"], "did you mean --decode.beam"),
         (["--decode.beam"], "has no value"),
-        (["--decode.beam", "1", "--decode.beam", "3"], "given twice"),
+        (["--decode.beam", "3", "3"], "given twice"),
         (["--decode.suppress-unk", "maybe"], "give true or false"),
         (["--decode.temperature", "0.5"], "temperature is for samples"),
         (["--decode.groups", "2"], "give a multiple of groups"),
         (["--decode.samples", "2", "--decode.must", "dog"], "three kinds"),
         (["--decode.length-penalty", "wu"], "give power or gnmt"),
+        (["--decode.length-norm", "nan"], "length_norm is nan"),
+        (["--decode.diversity", "0.2"], "give groups as well"),
+        (["--decode.samples", "3", "--decode.n-best", "2"], "all samples are kept"),
+        (["--decode.n-best", "4"], "but beam is 3"),
         (["--decode.min-words", "30"], "max_words is 20"),
         (["--decode.top-p", "0", "--decode.samples", "1"], "top_p above 0"),
     ],
 )
 def test_options_that_make_no_sense_are_told_in_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=r"^[^\n]+$") as error:
-        combinations(Decoding(), arguments)
+        combinations(Decoding(), split_options(arguments, sweep=True)[1])
     assert message in str(error.value)
 
 

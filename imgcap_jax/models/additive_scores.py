@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-_LIMIT = 40.0  # of k and of q each, for e^80 is still a float32; a tanh is 1 long before
+# k and q are clipped here, each by itself, for e^86 is still a float32. Where one is beyond and the other has another
+# sign, their sum is then wrong: no trained network has numbers of this size, for its tanh are 1 or -1 from 9 on.
+_LIMIT = 43.0
 
 
 @jax.custom_vjp

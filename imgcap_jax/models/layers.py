@@ -30,6 +30,8 @@ def dropout(x: Array, rate: float, keys: Array | None) -> Array:
     # 16 random bits a unit: the share kept is exact to 1/65536, and half as many numbers are drawn as by
     # jax.random.bernoulli, which on a CPU is a twentieth of a training step.
     kept = max(1, round((1.0 - rate) * 65536))
+    if kept == 65536:
+        return x
     count = math.prod(x.shape[1:])
     bits = jax.vmap(lambda key: jax.random.bits(key, (-(-count // 2),)))(keys)  # uint32 [B,count/2]
     halves = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(len(x), -1)[:, :count]

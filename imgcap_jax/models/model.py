@@ -7,7 +7,6 @@ import jax
 from flax import nnx
 from jax import Array
 
-from imgcap_jax.errors import UserError
 from imgcap_jax.models.decoders.contract import Decoder, StepOutput
 from imgcap_jax.models.layers import row_keys
 
@@ -44,7 +43,7 @@ class CaptionModel(nnx.Module):
             sampling: [], the probability of scheduled sampling, for which keys are needed; None: none.
         """
         tokens = batch["tokens"]
-        self.check_length(tokens.shape[-1] - 1)
+        self.decoder.make_room(tokens.shape[-1] - 1)
         memory, carry = self.decoder.start(
             self.regions(batch), tokens.shape[1], region_mask=batch.get("region_mask"), keys=row_keys(keys, 0)
         )
@@ -54,15 +53,6 @@ class CaptionModel(nnx.Module):
         draws = row_keys(keys, 2)
         assert draws is not None
         return self.decoder.unroll_sampled(read, memory, carry, sampling, draws, keys=unroll_keys)
-
-    def check_length(self, steps: int) -> None:
-        """Raises UserError where the decoder can't read so many tokens."""
-        most = self.decoder.max_steps
-        if most is not None and steps > most:
-            raise UserError(
-                f"captions of {steps - 1} words are too long for this decoder, which reads {most - 1}; give a smaller "
-                f"max_words, or train it with a larger decoder.max_length"
-            )
 
     def score_words(self, hidden: Array) -> Array:
         """The decoder's logits [...,V] for ``output.hidden`` [...,F]."""

@@ -32,6 +32,7 @@ def constant_product(product: Product, x: Array, weight: Array) -> Array:
 def scan_steps(step: Step, constants: Any, carry: Any, xs: Any) -> Any:
     """``jax.lax.scan`` of ``step(constants, carry, x) -> (carry, y)`` over xs; returns the stacked ys.
 
+    The step may close over no traced array: whatever changes from call to call goes through ``constants`` or ``xs``.
     Weights have to reach ``constant_product`` as the leaves of ``constants`` that they are; the gradients of other
     constants are added up step by step as usual.
     """

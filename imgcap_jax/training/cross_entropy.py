@@ -32,6 +32,8 @@ class CrossEntropy:
     """How long it rises, linearly."""
 
     def __post_init__(self) -> None:
+        if not self.sampling and (self.sampling_start_epochs, self.sampling_ramp_epochs) != (0.0, 5.0):
+            raise UserError("objective.sampling is 0, so when it starts and rises says nothing; give a share as well")
         if not 0 <= self.sampling <= 1 or self.sampling_start_epochs < 0 or self.sampling_ramp_epochs < 0:
             raise UserError("objective: sampling is 0 to 1, sampling_start_epochs and sampling_ramp_epochs at least 0")
         if not 0 <= self.label_smoothing < 1 or self.attention_penalty < 0:

@@ -21,6 +21,7 @@ from imgcap_jax.evaluation import Captioned, Member, SplitEvaluator
 from imgcap_jax.experiment import Experiment, signature
 from imgcap_jax.extraction import Extraction, uses_store
 from imgcap_jax.files import OWNER, owning, write_text
+from imgcap_jax.generation import check_decoding
 from imgcap_jax.models.model import parameter_count, split_trained
 from imgcap_jax.run import Run
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
@@ -100,6 +101,10 @@ def _train(
     validation = validation.first(training.validation_images or len(validation))
     run = _open_run(experiment, folder, sources, init_from)
     vocabulary = run.vocabulary
+    check_decoding(experiment.decoding, vocabulary, experiment.decoder)
+    longest = getattr(experiment.decoder, "max_length", None)
+    if longest is not None and data.max_words + 1 > longest:
+        raise UserError(f"decoder.max_length is {longest}; give at least data.max_words + 1 = {data.max_words + 1}")
 
     # Features, once, where the encoder never changes.
     stored = uses_store(experiment)

@@ -70,21 +70,25 @@ def packed_cross_entropy(
     neither kept nor computed again.
 
     Args:
-        score_words: hidden [n,F] -> logits [n,V]; may close over what is differentiated.
+        score_words: hidden [n,F] -> logits [n,V]; may close over arrays of floats, which are differentiated too, and
+            over no others.
         hidden: [...,F].
         targets: int32 [...], the true words.
         counted: float32 [...], each word's weight; those with weight 0 are not scored.
         label_smoothing: share of the target's mass that is spread evenly over V.
 
     Returns:
-        (log_likelihood, objective), float32 [] both. Only the objective can be differentiated, by ``hidden`` and by
-        what ``score_words`` closes over.
+        (log_likelihood, objective), float32 [] both. Only the objective has a gradient, by ``hidden`` and by what
+        ``score_words`` closes over, but not by ``counted``; at label_smoothing 0 it is the negative log-likelihood.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     # Even parts, so that the last chunk of a batch without pad isn't mostly empty.
     chunk = -(-flat.shape[0] // -(-flat.shape[0] // CHUNK))
     converted, closed_over = jax.closure_convert(score_words, flat[:chunk])
-    return _packed(converted, label_smoothing, chunk, closed_over, flat, targets.reshape(-1), counted.reshape(-1))
+    log_likelihood, objective = _packed(
+        converted, label_smoothing, chunk, closed_over, flat, targets.reshape(-1), counted.reshape(-1)
+    )
+    return jax.lax.stop_gradient(log_likelihood), objective
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -157,6 +157,12 @@ DECODERS: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="session")
+def build_decoder() -> Any:
+    """(name, dtype) -> a decoder as in ``decoder_case``, freshly initialised."""
+    return lambda name, dtype: DECODERS[name].build(6, 11, dtype=dtype, rngs=nnx.Rngs(0))
+
+
 @pytest.fixture(scope="session", params=DECODERS)
 def decoder_case(request: pytest.FixtureRequest) -> tuple[str, Decoder]:
     """(name, decoder) of each kind for regions of 6 and 11 words, with random biases."""

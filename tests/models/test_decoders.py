@@ -12,6 +12,7 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.models.decoders.contract import Decoder
 from imgcap_jax.models.decoders.show_tell import ShowTell
 from imgcap_jax.models.decoders.up_down import UpDown
+from imgcap_jax.models.layers import dropout
 
 B, M, T, N, D, V = 3, 2, 7, 5, 6, 11
 
@@ -65,6 +66,14 @@ def test_gradients_of_teacher_forcing_are_those_of_stepping(
     got, expected = (jax.tree.leaves(gradient(params, jnp.asarray(regions), way)) for way in (True, False))
     for ours, theirs in zip(got, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4 * max(1, np.abs(theirs).max()))
+
+
+def test_a_rate_too_small_to_drop_anything_drops_nothing() -> None:
+    keys = jax.random.split(jax.random.key(0), 2)
+    for rate in (1e-7, 1e-6):
+        np.testing.assert_array_equal(dropout(jnp.ones((2, 50)), rate, keys), 1)
+    share = np.asarray(dropout(jnp.ones((2, 40_001)), 0.3, keys) == 0).mean()
+    assert abs(share - 0.3) < 0.01
 
 
 def test_variational_dropout_is_the_same_at_all_steps(decoder_inputs: tuple[np.ndarray, np.ndarray]) -> None:
@@ -172,3 +181,29 @@ def test_scheduled_sampling_reads_its_own_words_as_often_as_it_is_told(
     half = np.abs(hidden(0.5)[:, 0, 1][:, None] - np.array(states)).sum(-1).argmin(-1)
     expected = 0.5 + 0.5 * probs[true]
     assert abs((half == true).mean() - expected) < 5 * 0.5 / np.sqrt(many)
+
+
+def test_bfloat16_products_train_and_decode(
+    decoder_case: tuple[str, Decoder], decoder_inputs: tuple[np.ndarray, np.ndarray], build_decoder: Any
+) -> None:
+    """Carries keep their types from step to step, gradients are float32, and values are near those of float32."""
+    name, exact = decoder_case
+    decoder = build_decoder(name, jnp.bfloat16)
+    nnx.update(decoder, nnx.state(exact))
+    graph, params = nnx.split(decoder)
+    regions, tokens = (jnp.asarray(x) for x in decoder_inputs)
+
+    @jax.jit
+    def logits(params: Any) -> Any:
+        decoder = nnx.merge(graph, params)
+        memory, carry = decoder.start(regions, M)
+        return decoder.logits(decoder.unroll(tokens, memory, carry))
+
+    memory, carry = exact.start(regions, M)
+    near = exact.logits(exact.unroll(tokens, memory, carry))
+    np.testing.assert_allclose(logits(params), near, atol=0.1 * np.abs(near).max())
+    gradients = jax.grad(lambda params: jnp.square(logits(params)).sum())(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
+    memory, carry = decoder.start(regions, M)
+    after, _ = decoder.step(carry, tokens[:, :, 0], memory)
+    assert [leaf.dtype for leaf in jax.tree.leaves(after)] == [leaf.dtype for leaf in jax.tree.leaves(carry)]

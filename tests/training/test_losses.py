@@ -107,3 +107,29 @@ def test_scheduled_sampling_rises_linearly_from_its_start() -> None:
     assert CrossEntropy().sampling_share(jnp.int32(5), 10) is None
     at_once = CrossEntropy(sampling=0.3, sampling_start_epochs=1.0, sampling_ramp_epochs=0.0)
     assert [float(at_once.sampling_share(jnp.int32(step), 10)) for step in (9, 10)] == [0, pytest.approx(0.3)]
+
+
+def test_bfloat16_states_and_a_tied_layer_in_a_sum_of_parts() -> None:
+    """As in training: a layer shared with the reading side, gradients added up over parts in a scan."""
+    rng = np.random.default_rng(3)
+    table = jnp.asarray(rng.normal(size=(V, 5)), jnp.float32)
+    tokens = jnp.asarray(rng.integers(1, V, (4, B, M, T)))
+
+    def objective(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        hidden = jnp.tanh(table[tokens[..., :-1]]).astype(dtype)
+        score = lambda x: jnp.matmul(x, table.astype(dtype).T, preferred_element_type=jnp.float32)  # noqa: E731
+        return caption_loss(score, hidden, tokens, jnp.ones(B)).objective
+
+    def summed(table: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        add = lambda total, part: (total + jax.grad(objective)(table, part, dtype), None)  # noqa: E731
+        return jax.lax.scan(add, jnp.zeros_like(table), tokens)[0]
+
+    def plain(table: jax.Array) -> jax.Array:
+        log_probs = jax.nn.log_softmax(jnp.tanh(table[tokens[..., :-1]]) @ table.T)
+        return -jnp.take_along_axis(log_probs, tokens[..., 1:, None], axis=-1).sum()
+
+    expected = jax.grad(plain)(table)
+    np.testing.assert_allclose(jax.jit(summed, static_argnums=1)(table, jnp.dtype("float32")), expected, atol=1e-4)
+    rounded = jax.jit(summed, static_argnums=1)(table, jnp.dtype("bfloat16"))
+    assert rounded.dtype == jnp.float32
+    np.testing.assert_allclose(rounded, expected, atol=0.03 * np.abs(expected).max())

@@ -1,5 +1,6 @@
 """One device against many, microbatches, and both ways of mapping, against a loss written without them."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -48,12 +49,18 @@ def batches() -> list[dict[str, np.ndarray]]:
     return result
 
 
-def run(batches: list[dict[str, np.ndarray]], mode: Any, devices: int, accumulate: int = 1) -> Any:
+def run(
+    batches: list[dict[str, np.ndarray]],
+    mode: Any,
+    devices: int,
+    accumulate: int = 1,
+    objective: CrossEntropy = OBJECTIVE,
+) -> Any:
     graph, params, frozen = split_trained(model())
     chain = SGD.build(1, STEPS)
     parallel = DataParallel(mode, jax.devices()[:devices])
     step = parallel.compile(
-        cross_entropy_step(graph, OBJECTIVE, chain, key=jax.random.key(5), accumulate=accumulate, ema_decay=0.9)
+        cross_entropy_step(graph, objective, chain, key=jax.random.key(5), accumulate=accumulate, ema_decay=0.9)
     )
     state, frozen = parallel.replicate(first_state(params, chain, ema=True)), parallel.replicate(frozen)
     losses = []
@@ -159,3 +166,18 @@ def test_step_is_compiled_once_and_leaves_the_host_alone(batches: list[dict[str,
 def test_batch_that_does_not_divide_is_told() -> None:
     with pytest.raises(UserError, match="choose a multiple of 8"):
         DataParallel("pmap", jax.devices()[:4]).check_batch_size(12, 2)
+
+
+def test_scheduled_sampling_draws_the_same_words_on_any_number_of_devices(batches: list[dict[str, np.ndarray]]) -> None:
+    """And trains on: shares of words that are drawn, none, half of them, give other parameters."""
+    sampled = replace(OBJECTIVE, sampling=0.5, sampling_ramp_epochs=0.0)
+    alone, losses = run(batches[:3], "pmap", 1, objective=sampled)
+    for mode, devices, accumulate in (("pmap", 4, 1), ("shard_map", 2, 2)):
+        state, _ = run(batches[:3], mode, devices, accumulate, sampled)
+        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone.params), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+    _, forced_losses = run(batches[:3], "pmap", 1)
+    assert np.all(np.isfinite(losses))
+    assert not np.allclose(losses, forced_losses, rtol=1e-4)
+    never = replace(OBJECTIVE, sampling=0.5, sampling_start_epochs=100.0)
+    np.testing.assert_allclose(run(batches[:3], "pmap", 1, objective=never)[1], forced_losses, rtol=1e-5)

@@ -79,8 +79,8 @@ class Att2inDecoder(Decoder):
         keys: Array | None = None,
     ) -> tuple[tuple[Array, Array], StepOutput]:
         word = self.drop(self.embedding(token), keys, 0)  # [B,M,E]
-        context, weights = self.attention(carry[0], memory.keys, memory.regions, memory.region_mask)
         hidden, cell = self.drop_recurrent(carry, keys, 2)
+        context, weights = self.attention(hidden, memory.keys, memory.regions, memory.region_mask)
         gates = self.gates(jnp.concatenate([word, hidden.astype(word.dtype)], axis=-1)).astype(jnp.float32)  # [B,M,5H]
         gate_in, forget, out, first, second = jnp.split(gates, 5, axis=-1)
         also_first, also_second = jnp.split(self.attended(context).astype(jnp.float32), 2, axis=-1)

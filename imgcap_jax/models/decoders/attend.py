@@ -86,11 +86,12 @@ class ShowAttendTellDecoder(Decoder):
         keys: Array | None = None,
     ) -> tuple[tuple[Array, Array], StepOutput]:
         word = self.drop(self.embedding(token), keys, 0)  # [B,M,E]
+        carry = self.drop_recurrent(carry, keys, 2)
         context, weights = self.attention(carry[0], memory.keys, memory.regions, memory.region_mask)
         if self.gate is not None:
             context = context * jax.nn.sigmoid(self.gate(carry[0]))  # [B,M,D]
         inputs = jnp.concatenate([word, context.astype(word.dtype)], axis=-1)
-        hidden, cell = self.lstm(self.drop_recurrent(carry, keys, 2), inputs)
+        hidden, cell = self.lstm(carry, inputs)
         state = self.drop(jnp.concatenate([hidden, context], axis=-1), keys, 1)
         return (hidden, cell), StepOutput(jnp.concatenate([word, state.astype(word.dtype)], axis=-1), weights)
 

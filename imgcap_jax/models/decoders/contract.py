@@ -72,11 +72,28 @@ class Decoder(nnx.Module):
         rate: share of units dropped.
         variational: whether a caption's dropout masks are the same at all steps.
         max_steps: how many tokens it can read; None: any number.
+        room: of those, how many its cache is made for.
     """
 
     rate: float
     variational: bool
     max_steps: int | None = None
+    room: int | None = None
+
+    def make_room(self, steps: int) -> None:
+        """Prepares for so many tokens, before ``start``: a decoder with a cache makes it as long, and no longer.
+
+        Raises:
+            UserError: it can't read so many.
+        """
+        if self.max_steps is None:
+            return
+        if steps > self.max_steps:
+            raise UserError(
+                f"captions take {steps} steps, but the decoder reads at most {self.max_steps} tokens; "
+                f"give fewer words, or train it with a larger decoder.max_length"
+            )
+        self.room = steps
 
     @abstractmethod
     def start(
@@ -131,19 +148,21 @@ class Decoder(nnx.Module):
         graph, params = nnx.split(self)
 
         def step(
-            constants: tuple[Any, Memory], carry: tuple[Carry, Array], inputs: tuple[Array, Array, Any]
+            constants: tuple[Any, Memory], carry: tuple[Carry, Array], inputs: tuple[Array, Array, Array, Any]
         ) -> tuple[tuple[Carry, Array], StepOutput]:
-            (params, memory), (t, token, keys), (carry, drawn) = constants, inputs, carry
+            (params, memory), (token, replaced, place, keys), (carry, drawn) = constants, inputs, carry
             decoder = nnx.merge(graph, params)
-            uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t), (2, token.shape[1])))
-            coin, place = jnp.moveaxis(uniform(sampling_keys), 1, 0)  # [B,M] both
-            token = jnp.where((coin < probability) & (t > 0) & (token != PAD), drawn, token)
+            token = jnp.where(replaced, drawn, token)
             carry, output = decoder.step(carry, token, memory, keys=keys)
             return (carry, _drawn(jax.lax.stop_gradient(decoder.logits(output)), place)), output
 
-        T = tokens.shape[-1]
+        M, T = tokens.shape[1:]
         step_keys = None if keys is None else jax.vmap(lambda t: self.step_keys(keys, t))(jnp.arange(T))  # [T,B]
-        inputs = jnp.arange(T), jnp.moveaxis(tokens, -1, 0), step_keys
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, (2, T, M)))(sampling_keys)  # [B,2,T,M]
+        coin, place = jnp.moveaxis(uniform, 0, 2)  # [T,B,M] both
+        read = jnp.moveaxis(tokens, -1, 0)  # [T,B,M]
+        replaced = (coin < probability) & (jnp.arange(T)[:, None, None] > 0) & (read != PAD)
+        inputs = read, replaced, place, step_keys
         outputs = scan_steps(step, (params, memory), (carry, jnp.zeros_like(tokens[..., 0])), inputs)
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), outputs)
 

@@ -106,7 +106,7 @@ class TransformerMemory(NamedTuple):
 
 
 class TransformerCarry(NamedTuple):
-    """t int32 [B,M]: tokens read; their keys and values in each layer, [B,M,L,H] with L = max_length."""
+    """t int32 [B,M]: tokens read; their keys and values in each layer, [B,M,L,H], with room for L."""
 
     t: Array
     layers: tuple[tuple[Array, Array], ...]
@@ -123,7 +123,7 @@ class TransformerDecoder(Decoder):
         self, config: Transformer, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         self.rate, self.variational = config.dropout, False
-        self.max_steps = config.max_length
+        self.max_steps = self.room = config.max_length
         self.dtype = dtype
         self.project = nnx.Linear(region_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.project_norm = nnx.LayerNorm(config.hidden_size, dtype=dtype, rngs=rngs)
@@ -138,7 +138,7 @@ class TransformerDecoder(Decoder):
         regions = self.project_norm(dropout(jax.nn.relu(self.project(regions)), self.rate, keys))  # [B,N,H]
         memory = TransformerMemory(tuple(layer.keys_values(regions) for layer in self.layers), region_mask)
         batch, size = regions.shape[0], regions.shape[-1]
-        empty = jnp.zeros((batch, M, self.max_steps, size), regions.dtype)
+        empty = jnp.zeros((batch, M, self.room, size), regions.dtype)
         return memory, TransformerCarry(jnp.zeros((batch, M), jnp.int32), ((empty, empty),) * len(self.layers))
 
     def step(
@@ -149,7 +149,7 @@ class TransformerDecoder(Decoder):
         *,
         keys: Array | None = None,
     ) -> tuple[TransformerCarry, StepOutput]:
-        positions = jnp.arange(self.max_steps)  # [L]
+        positions = jnp.arange(carry.layers[0][0].shape[2])  # [L]
         now = positions == carry.t[..., None]  # [B,M,L]
         read = (positions <= carry.t[..., None])[..., None, :]  # [B,M,1,L]
         x = self._read(token, carry.t, keys)  # [B,M,H]

@@ -86,11 +86,12 @@ class UpDownDecoder(Decoder):
         self, carry: UpDownCarry, token: Array, memory: UpDownMemory, *, keys: Array | None = None
     ) -> tuple[UpDownCarry, StepOutput]:
         word = self.drop(self.embedding(token), keys, 0)  # [B,M,E]
-        inputs = jnp.concatenate([carry.language[0].astype(word.dtype), word], axis=-1)
+        before = self.drop_recurrent(carry.language, keys, 3)
+        inputs = jnp.concatenate([before[0].astype(word.dtype), word], axis=-1)
         first = self.attention_lstm(self.drop_recurrent(carry.attention, keys, 2), inputs, memory.mean_gates)
         context, weights = self.attention(first[0], memory.keys, memory.regions, memory.region_mask)
         inputs = jnp.concatenate([context, first[0].astype(context.dtype)], axis=-1)
-        second = self.language_lstm(self.drop_recurrent(carry.language, keys, 3), inputs)
+        second = self.language_lstm(before, inputs)
         return UpDownCarry(first, second), StepOutput(self.drop(second[0], keys, 1), weights)
 
     def logits(self, output: StepOutput) -> Array:

@@ -1,0 +1,120 @@
+"""Decoding on the command line: sweeps, the floor, ensembles, rivals and pictures."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgcap_jax.cli import main
+from imgcap_jax.data.builders.scenes import encode_png
+from imgcap_jax.data.scenes import draw_scene, sample_scene
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_environment(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_data))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_sweep_scores_every_combination_without_touching_the_run_s_own_scores(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("scores_val.json", "sweep_val.json"):
+        (trained / name).unlink(missing_ok=True)
+    options = ["--decode.beam", "1", "2", "--decode.length-norm", "0", "1.0", "--floor"]
+    assert main(["evaluate", str(trained), *options]) == 0
+    printed = capsys.readouterr().out
+    swept = json.loads((trained / "sweep_val.json").read_text())
+    assert [(one["decoding"]["beam"], one["decoding"]["length_norm"]) for one in swept] == [
+        (1, 0.0),
+        (1, 1.0),
+        (2, 0.0),
+        (2, 1.0),
+    ]
+    assert swept[0]["scores"] == swept[1]["scores"]  # greedy knows no length norm
+    assert 1 <= swept[0]["mean_steps"] <= swept[0]["max_steps"] == 20
+    assert "CIDEr-D" in swept[0]["scores_of_other_photos_captions"]
+    assert not (trained / "scores_val.json").exists()
+    # Another sweep adds what is new.
+    assert main(["evaluate", str(trained), "--decode.beam", "2", "3", "--length-norm", "1.0"]) == 0
+    again = json.loads((trained / "sweep_val.json").read_text())
+    assert [one["decoding"]["beam"] for one in again] == [1, 1, 2, 2, 3]
+    assert len([line for line in printed.splitlines() if "images/s" in line and "decoder steps" in line]) == 4
+    head, *rows = printed.splitlines()[-5:]
+    assert head.split()[:2] == ["beam", "length-norm"]
+    assert [row.split()[:2] for row in rows] == [["1", "0.0"], ["1", "1.0"], ["2", "0.0"], ["2", "1.0"]]
+
+
+def test_floor_gives_no_image_its_own_caption(trained: Path) -> None:
+    from imgcap_jax.data.sources import open_source
+    from imgcap_jax.data.vocabulary import Vocabulary
+    from imgcap_jax.evaluation import SplitEvaluator
+    from imgcap_jax.training.parallel import DataParallel
+
+    source = open_source("scenes", "test", None)
+    evaluator = SplitEvaluator([], source, Vocabulary.load(trained / "vocabulary.json"), DataParallel())
+    own = {image_id: captions[0] for image_id, captions in evaluator.references.items()}
+    dealt: dict[int, str] = {}
+    evaluator.score = lambda captions: dealt.update(captions)  # type: ignore[assignment, method-assign, return-value]
+    names = {image_id: str(image_id) for image_id in own}
+    evaluator.score_of_other_photos(names)
+    assert sorted(dealt.values()) == sorted(names.values())
+    assert all(str(image_id) != other for image_id, other in dealt.items())
+
+
+def test_captions_come_with_rivals_scores_and_pictures(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
+) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "scene.png").write_bytes(encode_png(draw_scene(sample_scene("test", 0), 64)))
+    command = ["caption", "one", "two/scene.png", "--run", str(trained), "--attention", "--attention-dir", "maps"]
+    assert main([*command, "--n-best", "2", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["file"] for line in lines] == ["one/scene.png"] * 2 + ["two/scene.png"] * 2
+    assert [(line["rank"], "picture" in line) for line in lines[:2]] == [(1, True), (2, False)]
+    assert lines[0]["score"] >= lines[1]["score"]
+    weights = np.array(lines[0]["attention"])
+    assert weights.shape == (len(lines[0]["words"]), 64)  # 8 x 8 regions of 32 pixels
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-3)
+    for name in ("scene_attention.png", "scene_2_attention.png"):
+        with Image.open(tmp_path / "maps" / name) as picture:
+            assert picture.width > 5 * 200
+    assert main(["caption", "one", "--run", str(trained), "--decode.samples", "3"]) == 0
+    assert capsys.readouterr().out.count("one/scene.png: ") == 3
+    line = refused(["caption", "one", "--run", str(trained), "--beam", "2", "--n-best", "3"])
+    assert "n_best is 3, but beam is 2" in line
+
+
+def test_an_ensemble_of_a_run_with_itself_changes_nothing(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
+) -> None:
+    assert main(["evaluate", str(trained), "--split", "test"]) == 0
+    assert main(["evaluate", str(trained), "--split", "test", "--ensemble", str(trained)]) == 0
+    assert "ensemble of 2" in capsys.readouterr().out
+    alone, together = ((trained / name).read_text() for name in ("captions_test.json", "captions_ensemble_test.json"))
+    assert alone == together
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    words = json.loads((other / "vocabulary.json").read_text())
+    words["words"][5] = "zebra"
+    (other / "vocabulary.json").write_text(json.dumps(words))
+    assert "different vocabularies" in refused(["caption", str(tmp_path), "--run", str(trained), "--run", str(other)])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--decode.beem", "3"], "did you mean --decode.beam"),
+        (["--decode.prefix", "a zebra"], "doesn't know the word 'zebra'"),
+        (["--decode.must", "a,red,blue,green,large"], "at most 4"),
+    ],
+)
+def test_decoding_that_makes_no_sense(trained: Path, refused: Refused, option: list[str], message: str) -> None:
+    assert message in refused(["evaluate", str(trained), *option])
