@@ -1,0 +1,174 @@
+"""Speed of encoders: extraction beside PyTorch, and fine-tuning with and without checkpointing (see benchmark.py)."""
+
+import argparse
+import importlib.util
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from measuring import Thing, decoder_sizes, matmul, medians
+
+from imgcap_jax.models.decoders.attend import ShowAttendTell
+from imgcap_jax.models.encoders import efficientnet_lite, resnet, vgg
+from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
+from imgcap_jax.models.encoders.resnet import ResNet
+from imgcap_jax.models.encoders.vgg import VGG
+from imgcap_jax.models.model import CaptionModel, split_trained
+from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step, first_state
+from imgcap_jax.training.optimizer import Optimizer
+from imgcap_jax.training.parallel import DataParallel
+
+
+def settings(name: str, **fields: Any) -> Any:
+    """The encoder that torchvision calls `name`."""
+    if name.startswith("resnet"):
+        return ResNet(depth=int(name.removeprefix("resnet")), **fields)
+    if name.startswith("vgg"):
+        depth, _, norm = name.removeprefix("vgg").partition("_")
+        return VGG(depth=int(depth), batch_norm=norm == "bn", **fields)
+    return EfficientNetLite(variant=int(name.removeprefix("efficientnet_lite")), **fields)
+
+
+def encoder_flops(encoder: Any, size: int) -> float:
+    """Multiplications and additions of all convolutions for one image, by hand."""
+    products = 0
+    match encoder:
+        case ResNet():
+            side = -(-size // 2)
+            products += side**2 * 64 * 3 * 7**2
+            side = -(-side // 2)  # by the max pool
+            for b in (block for stage in resnet.blocks(encoder.depth) for block in stage):
+                inner = -(-side // b.stride)
+                products += side**2 * b.inputs * b.width + inner**2 * b.width * (9 * b.width + b.outputs)
+                products += inner**2 * b.inputs * b.outputs if b.projects else 0
+                side = inner
+        case VGG():
+            for convolution in vgg.network(encoder.depth, encoder.batch_norm).convolutions:
+                products += (size // 2 ** (convolution.stage - 1)) ** 2 * math.prod(convolution.shape)
+        case EfficientNetLite():
+            side = -(-size // 2)
+            products += side**2 * 32 * 3 * 3**2
+            for b in (block for stage in efficientnet_lite.blocks(encoder.variant) for block in stage):
+                inner = -(-side // b.stride)
+                products += side**2 * b.inputs * b.expanded if b.expanded != b.inputs else 0
+                products += inner**2 * b.expanded * (b.kernel**2 + b.outputs)
+                side = inner
+            products += side**2 * b.outputs * encoder.region_size
+    return 2.0 * products
+
+
+def torch_features(name: str, images: np.ndarray, threads: int, folder: Path) -> tuple[Callable[[], np.ndarray], str]:
+    """PyTorch's regions [B,N,D] of images, as a user would compute them, and the file of the network's weights."""
+    import torch
+    import torch_networks as networks
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    match settings(name):
+        case ResNet(depth=depth):
+            network = networks.ResNet(networks.RESNET_BLOCKS[depth])
+        case VGG(depth=depth, batch_norm=batch_norm):
+            network = networks.VGG(networks.VGG_CONVOLUTIONS[depth], batch_norm)
+        case EfficientNetLite(variant=variant):
+            network = networks.EfficientNetLite(networks.LITE_BLOCKS[variant], networks.LITE_CHANNELS[variant])
+    torch.save(network.state_dict(), folder / "network.pth")
+    network = networks.fused(network.eval()).to(memory_format=torch.channels_last)
+    pixels = torch.from_numpy(images)
+
+    def run() -> np.ndarray:
+        with torch.inference_mode():
+            last = network.features(networks.normalised(pixels, network.mean, network.std))
+        return last.permute(0, 2, 3, 1).flatten(1, 2).numpy()
+
+    return run, str(folder / "network.pth")
+
+
+def encoder(options: argparse.Namespace) -> None:
+    """Images/s of extraction, and PyTorch's (batch norm fused, inference mode, channels_last), from the same images."""
+    batch, size, name = options.batch or 32, options.size, options.network
+    images = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+    things: dict[str, Thing] = {}
+    weights = "random"
+    with tempfile.TemporaryDirectory() as folder:
+        if importlib.util.find_spec("torch") is None:
+            print("PyTorch is not installed: no comparison")
+        elif jax.default_backend() != "cpu" or options.dtype != "float32":
+            print("PyTorch computes in float32 on the CPU here: no comparison")
+        else:
+            things["PyTorch"], weights = torch_features(name, images, options.threads, Path(folder))
+        config = settings(name, weights=weights)
+        graph, state = nnx.split(config.build(size, dtype=jnp.dtype(options.dtype), rngs=nnx.Rngs(0)))
+    extract = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
+    things["imgcap_jax"] = lambda: jax.block_until_ready(extract(state, images))
+    if "PyTorch" in things:
+        theirs, ours = things["PyTorch"](), np.asarray(things["imgcap_jax"]())
+        print(f"relative difference of the features: {np.linalg.norm(ours - theirs) / np.linalg.norm(theirs):.1e}")
+    things["matmul"], flops = matmul(options.dtype)
+    seconds = medians(things, options.rounds)
+    plain = flops / seconds.pop("matmul")
+    for side, value in seconds.items():
+        rate = batch * encoder_flops(config, size) / value
+        print(
+            f"{name} {size} px, batch {batch}: {side} {batch / value:.1f} images/s, {rate / 1e9:.1f} GFLOP/s, "
+            f"{rate / plain:.2f} of the plain matmul rate ({plain / 1e9:.1f})"
+        )
+    if "PyTorch" in seconds:
+        print(f"ratio to PyTorch: {seconds['PyTorch'] / seconds['imgcap_jax']:.2f}")
+
+
+def finetune(options: argparse.Namespace) -> None:
+    """A step that trains the encoder's last stages and soft attention, with and without stage checkpointing."""
+    s = decoder_sizes(options, batch=32)
+    rng = np.random.default_rng(0)
+    # Shard_map's step can be lowered, and so asked for its memory; it computes the same as pmap's.
+    parallel = DataParallel("shard_map")
+    batch = parallel.put(
+        {
+            "image": rng.integers(0, 256, (s["B"], options.size, options.size, 3), dtype=np.uint8),
+            "tokens": rng.integers(4, s["V"], (s["B"], s["M"], s["T"])).astype(np.int32),
+            "weight": np.ones(s["B"], np.float32),
+            "row": np.arange(s["B"], dtype=np.int32),
+        }
+    )
+    things: dict[str, Thing] = {}
+    memory: dict[str, float] = {}
+    for checkpoint in (False, True):
+        config = settings(
+            options.network,
+            weights="random",
+            trainable_stages=options.trainable_stages,
+            checkpoint_stages=checkpoint,
+        )
+        dtype = jnp.dtype(options.dtype)
+        network = config.build(options.size, dtype=dtype, rngs=nnx.Rngs(0))
+        decoder = ShowAttendTell().build(network.region_size, s["V"], dtype=dtype, rngs=nnx.Rngs(0))
+        graph, params, frozen = split_trained(CaptionModel(network, decoder))
+        optimizer = Optimizer().build(100, 1000)
+        step = parallel.compile(cross_entropy_step(graph, CrossEntropy(), optimizer, key=jax.random.key(0)))
+        held = [parallel.replicate(first_state(params, optimizer, ema=False))]
+        frozen = parallel.replicate(frozen)
+        compiled = step.lower(held[0], frozen, batch).compile()
+        name = "with checkpoints" if checkpoint else "without"
+        memory[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+        def once(held: list[Any] = held, compiled: Any = compiled, frozen: Any = frozen) -> None:
+            held[0], _ = compiled(held[0], frozen, batch)
+            jax.block_until_ready(held[0])
+
+        things[name] = once
+    seconds = medians(things, options.rounds)
+    for name, value in seconds.items():
+        print(
+            f"{options.network} {options.size} px, last {options.trainable_stages} stages trained, batch {s['B']} x "
+            f"{s['M']} captions, {name}: {value:.2f} s a step, {memory[name]:.0f} MiB of temporaries a device"
+        )
+    print(
+        f"checkpoints: {memory['with checkpoints'] / memory['without']:.2f} of the memory, "
+        f"{seconds['with checkpoints'] / seconds['without']:.2f} of the time"
+    )
