@@ -4,6 +4,9 @@
     imgcap train flickr8k
     imgcap evaluate runs/flickr8k --split val --beam 3
 
+Soft attention is the best of seven decoders in equal time (experiments/flickr8k_*.py, the table in BENCHMARKS.md).
+What follows was measured before training steps became faster and drew other dropout masks.
+
 Measured on 2 cores of an AMD EPYC, float32, Karpathy's split, photos of 224 x 224 pixels (aspect ratio not kept)
 brought to 256 for an 8 x 8 grid of regions: features of 6,000 images x 4 views in 3.9 minutes (104 images/s, 3.9 GB),
 then 15 epochs in 27 minutes (about 370 captions/s, 80 s an epoch; other jobs shared the cores for the second half).
