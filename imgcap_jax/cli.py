@@ -314,7 +314,9 @@ def _caption(options: argparse.Namespace) -> int:
     _cache(options, options.run[0])
     captioner = Captioner(runs, decodings[0], attention=options.attention)
     bad = 0
-    for line, failed in caption_files(captioner, options.photos, as_json=options.json, pictures=options.attention):
+    for line, failed in caption_files(
+        captioner, options.photos, as_json=options.json, pictures=options.attention_dir if options.attention else None
+    ):
         print(line, file=sys.stderr if failed else sys.stdout, flush=True)
         bad += failed
     return 2 if bad else 0

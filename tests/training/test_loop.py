@@ -106,7 +106,9 @@ def test_validation_with_a_beam_selects_on_its_captions(experiment: Experiment, 
     logged = {line["step"]: line["CIDEr-D"] for line in lines if line["kind"] == "validation"}
     step = best(tmp_path / "run")[0]
     assert step is not None
-    again = evaluate(Run.load(tmp_path / "run"), "val", cache=tmp_path / "cache", decoding=wide.decoding.but(beam=2))
+    again = evaluate(
+        Run.load(tmp_path / "run"), "val", cache=tmp_path / "cache", decoding=replace(wide.decoding, beam=2)
+    )
     assert logged[step] == max(logged.values())
     np.testing.assert_allclose(again.scores.values["CIDEr-D"], logged[step], rtol=1e-9)
 
