@@ -94,6 +94,7 @@ class Captioner:
         """The best caption of each photo: paths, encoded bytes, arrays uint8 [h,w,3] or PIL images.
 
         Raises:
+            TypeError: a single photo; give a list of one.
             ImageError: a photo can't be read.
             OSError: a path can't be opened.
         """
@@ -101,6 +102,8 @@ class Captioner:
 
     def n_best(self, photos: Sequence[Photo]) -> list[list[Caption]]:
         """The ``decoding.n_best`` captions of each photo, best first, or all samples. Raises as ``__call__``."""
+        if isinstance(photos, str | Path | bytes | np.ndarray | Image.Image) and not _is_batch(photos):
+            raise TypeError("photos is a single photo; give a list of one")
         return [captions for group in self.stream(list(map(self.pixels, photos))) for captions in group]
 
     def pixels(self, photo: Photo) -> list[np.ndarray]:
@@ -178,6 +181,10 @@ class Captioner:
         return np.mean(maps, axis=0) if maps else None
 
 
+def _is_batch(photos: object) -> bool:
+    return isinstance(photos, np.ndarray) and photos.ndim == 4
+
+
 def caption_files(
     captioner: Captioner, paths: Sequence[Path], *, as_json: bool, pictures: Path | None = None
 ) -> Iterator[tuple[str, bool]]:
@@ -229,7 +236,7 @@ def _lines(path: Path, captions: Sequence[Caption], picture: Path | None, *, as_
             yield json.dumps({"file": str(path), "rank": rank, **asdict(caption), "attention": maps, **shown})
         return
     for number, caption in enumerate(captions, 1):
-        place = f" {number}. [{caption.score:.2f}]" if len(captions) > 1 else ""
+        place = f" {number}. [score {caption.score:.2f}]" if len(captions) > 1 else ""
         yield f"{path}:{place} {caption.text}"
     if picture is not None:
         yield f"{path}: where its words looked: {picture}"

@@ -160,9 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     caption.add_argument(
         "--run", type=Path, required=True, action="append", help="the run's folder; given again, an ensemble"
     )
-    caption.add_argument("--attention", action="store_true", help="draw where each word looked: PHOTO_attention.png")
+    caption.add_argument("--attention", action="store_true", help="draw where the best caption's words looked")
     caption.add_argument(
-        "--attention-dir", type=Path, default=Path(), metavar="FOLDER", help="where those pictures go (default: here)"
+        "--attention-dir", type=Path, metavar="FOLDER", help="where those pictures go (default: the present folder)"
     )
     caption.add_argument("--json", action="store_true", help="one JSON object a line, with words and log-probabilities")
     _add_decoding(caption)
@@ -312,10 +312,16 @@ def _caption(options: argparse.Namespace) -> int:
     if swept:
         raise UserError(f"--decode.{swept[0]} has several values; a sweep is for imgcap evaluate")
     _cache(options, options.run[0])
+    if options.attention_dir is not None and not options.attention:
+        raise UserError("--attention-dir says where pictures go; give --attention as well")
     captioner = Captioner(runs, decodings[0], attention=options.attention)
+    pictures = (options.attention_dir or Path()) if options.attention else None
     bad = 0
     for line, failed in caption_files(
-        captioner, options.photos, as_json=options.json, pictures=options.attention_dir if options.attention else None
+        captioner,
+        options.photos,
+        as_json=options.json,
+        pictures=pictures,
     ):
         print(line, file=sys.stderr if failed else sys.stdout, flush=True)
         bad += failed

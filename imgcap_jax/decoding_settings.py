@@ -94,13 +94,16 @@ class Decoding:
 
     @property
     def title(self) -> str:
-        """The search in a few words, with what differs from the defaults where it changes captions."""
+        """The search in a few words: its kind and length norm, and what else differs from the defaults."""
         kind = "greedy" if self.beam == 1 and not self.must else f"beam {self.beam}"
         if self.samples:
             kind = f"{self.samples} samples" if self.samples > 1 else "sampled"
         said = {"beam", "samples", "n_best"}
-        if self.beam == 1 or self.samples:
-            said |= {"length_norm", "length_penalty"}
+        said |= {"length_norm"}
+        if kind == "greedy" or self.samples:
+            said |= {"length_penalty"}
+        else:
+            kind = f"{kind}, length_norm {self.length_norm}"
         more = [
             f"{item.name} {_said(getattr(self, item.name))}"
             for item in fields(self)
@@ -181,7 +184,8 @@ def combinations(decoding: Decoding, options: Sequence[str]) -> tuple[list[Decod
         option, given, value = argument.partition("=")
         name = _field(option)
         if not given:
-            raise UserError(f"{option} has no value; give one, or several for a sweep")
+            wanted = "true or false" if isinstance(_DEFAULTS[name], bool) else "one"
+            raise UserError(f"{option} has no value; give {wanted}, or several for a sweep")
         converted = _converted(name, value)
         if converted in values.setdefault(name, []):
             raise UserError(f"{option} {value} is given twice")
@@ -214,7 +218,7 @@ def _converted(name: str, value: str) -> Any:
 def options_help() -> str:
     """The fields as options, with their defaults and what they mean, for --help."""
     meanings = dict(re.findall(r'^    (\w+): .*\n    """(.*)"""$', inspect.getsource(Decoding), flags=re.MULTILINE))
-    lines = ["decoding (default: the run's own settings; in brackets those of an experiment that says nothing):"]
+    lines = ["decoding (default: what the run's experiment says; in brackets, what holds where it says nothing):"]
     for name, default in _DEFAULTS.items():
         said = _said(default) or "none"
         lines.append(f"  --decode.{name.replace('_', '-'):<20} [{said}] {meanings.get(name, '')}".rstrip())

@@ -34,7 +34,8 @@ def attention_picture(
     side = math.isqrt(attention.shape[-1])
     if side * side != attention.shape[-1]:
         raise UserError(f"the model's {attention.shape[-1]} regions are no square grid, so there is nothing to draw")
-    images, texts = [photo], ["the photo"]
+    images: list[np.ndarray] = [photo]
+    texts: list[str] = ["the photo; below each word, how likely the model found it"]
     for word, log_prob, weights in zip(words, log_probs, attention, strict=True):
         images.append(dimmed(photo, weights.reshape(side, side)))
         looked = weights.sum()

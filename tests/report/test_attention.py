@@ -36,7 +36,9 @@ def test_words_come_with_their_probability_and_what_went_to_the_sentinel(
     weights = np.array([[0.25] * 4, [0.1] * 4])
     photo = np.zeros((30, 30, 3), np.uint8)
     attention_picture(photo, ["a", "dog"], [np.log(0.5), np.log(0.25)], weights, tmp_path / "a.png")
-    assert drawn == [["the photo", "a (50 %)", "dog (25 %, looked 40 %)"]]
+    assert drawn == [
+        ["the photo; below each word, how likely the model found it", "a (50 %)", "dog (25 %, looked 40 %)"]
+    ]
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.width > 3 * 256
     with pytest.raises(UserError, match="5 regions are no square grid"):
