@@ -3,11 +3,10 @@
     imgcap data prepare scenes
     imgcap train scenes_demo
 
-Measured by scripts/demo.sh on 2 cores of an AMD EPYC, float32: 268 s after installation (about 1,400 captions/s), and
-442 s (840 captions/s) on another day, with the same scores to the last digit.
-Beam 3, seed 0 (one run), 500 scenes each: test 72.2 % of the captions entirely true, CIDEr-D 455.9, facts 104 % of the
-references', own scene among ten similar ones 67.3 %; test_compositional 38.0 % true, CIDEr-D 395.4, facts 103 %,
-own scene 30.6 %. The settings were chosen by scores on test scenes of earlier drawings, so these are a little
+Measured by scripts/demo.sh on 2 cores of an AMD EPYC, float32: 228 s after installation (about 1,650 captions/s).
+Beam 3, seed 0 (one run), 500 scenes each: test 74.4 % of the captions entirely true, CIDEr-D 464.5, facts 104 % of the
+references', own scene among ten similar ones 69.5 %; test_compositional 41.8 % true, CIDEr-D 403.8, facts 103 %,
+own scene 34.3 %. The settings were chosen by scores on test scenes of earlier drawings, so these are a little
 optimistic.
 """
 
