@@ -24,6 +24,7 @@ from imgcap_jax.models.model import CaptionModel, split_trained
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 
 B, N, D = 3, 4, 6
+slow = pytest.mark.slow
 WORDS = ("dog", "dogs", "a", "runs", "frisbee", "red", "with", "grass")
 VOCABULARY = Vocabulary.build(WORDS, min_count=1)
 
@@ -70,7 +71,9 @@ def check_log_probs(decoded: Any, expected: np.ndarray) -> None:
     np.testing.assert_allclose(decoded.word_log_probs, np.where(decoded.tokens == PAD, 0, chosen), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize(
+    "name", ["beam", "constrained", *(pytest.param(name, marks=slow) for name in ("greedy", "diverse", "samples"))]
+)
 @pytest.mark.parametrize("kind", SMALL)
 def test_what_a_search_reports_is_what_the_model_gives_its_captions(kind: str, name: str) -> None:
     """A carry that isn't reordered with its hypotheses would tell other log-probabilities than teacher forcing."""

@@ -367,7 +367,7 @@ def test_closing_prefetch_stops_its_thread_even_while_it_waits_for_room() -> Non
     next(prefetched)
     prefetched.close()
     prefetched.close()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # a thread of an earlier test may end meanwhile
     assert len(drawn) <= 5
     with pytest.raises(StopIteration):
         next(prefetched)

@@ -36,7 +36,7 @@ def test_stepping_equals_teacher_forcing(
         np.testing.assert_allclose(got, expected[:, :, t], atol=1e-5)
 
 
-@pytest.mark.parametrize("variational", [False, True])
+@pytest.mark.parametrize("variational", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradients_of_teacher_forcing_are_those_of_stepping(
     decoder_case: tuple[str, Decoder], decoder_inputs: tuple[np.ndarray, np.ndarray], variational: bool
 ) -> None:
