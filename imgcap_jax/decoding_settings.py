@@ -98,8 +98,7 @@ class Decoding:
         kind = "greedy" if self.beam == 1 and not self.must else f"beam {self.beam}"
         if self.samples:
             kind = f"{self.samples} samples" if self.samples > 1 else "sampled"
-        said = {"beam", "samples", "n_best"}
-        said |= {"length_norm"}
+        said = {"beam", "samples", "n_best", "length_norm"}
         if kind == "greedy" or self.samples:
             said |= {"length_penalty"}
         else:

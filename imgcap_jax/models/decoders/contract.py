@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.models.layers import dropout, row_keys
+from imgcap_jax.models.layers import draw_words, dropout, row_keys
 from imgcap_jax.models.unrolling import scan_steps
 from imgcap_jax.special_tokens import BOS, PAD
 
@@ -125,9 +125,8 @@ class Decoder(nnx.Module):
             (params, memory), (token, keys) = constants, inputs
             return nnx.merge(graph, params).step(carry, token, memory, keys=keys)
 
-        T = tokens.shape[-1]
-        step_keys = None if keys is None else jax.vmap(lambda t: self.step_keys(keys, t))(jnp.arange(T))  # [T,B]
-        outputs = scan_steps(step, (params, memory), carry, (jnp.moveaxis(tokens, -1, 0), step_keys))
+        inputs = jnp.moveaxis(tokens, -1, 0), self._keys_of_steps(keys, tokens.shape[-1])
+        outputs = scan_steps(step, (params, memory), carry, inputs)
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), outputs)
 
     def unroll_sampled(
@@ -157,14 +156,17 @@ class Decoder(nnx.Module):
             return (carry, _drawn(jax.lax.stop_gradient(decoder.logits(output)), place)), output
 
         M, T = tokens.shape[1:]
-        step_keys = None if keys is None else jax.vmap(lambda t: self.step_keys(keys, t))(jnp.arange(T))  # [T,B]
         uniform = jax.vmap(lambda key: jax.random.uniform(key, (2, T, M)))(sampling_keys)  # [B,2,T,M]
         coin, place = jnp.moveaxis(uniform, 0, 2)  # [T,B,M] both
         read = jnp.moveaxis(tokens, -1, 0)  # [T,B,M]
         replaced = (coin < probability) & (jnp.arange(T)[:, None, None] > 0) & (read != PAD)
-        inputs = read, replaced, place, step_keys
+        inputs = read, replaced, place, self._keys_of_steps(keys, T)
         outputs = scan_steps(step, (params, memory), (carry, jnp.zeros_like(tokens[..., 0])), inputs)
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), outputs)
+
+    def _keys_of_steps(self, keys: Array | None, length: int) -> Array | None:
+        """``step_keys`` of steps 0 to length - 1: [T,B]."""
+        return None if keys is None else jax.vmap(lambda t: self.step_keys(keys, t))(jnp.arange(length))
 
     def step_keys(self, keys: Array | None, t: Array) -> Array | None:
         """The dropout keys [B] of step ``t``: new ones each step, or (variational) always the caption's."""
@@ -184,8 +186,7 @@ def _drawn(logits: Array, place: Array) -> Array:
     """A word from the softmax of logits [B,M,V] by a uniform number ``place`` [B,M]: int32 [B,M], never pad or bos."""
     words = jnp.arange(logits.shape[-1])
     logits = jnp.where((words == PAD) | (words == BOS), -jnp.inf, logits.astype(jnp.float32))
-    reached = jnp.cumsum(jax.nn.softmax(logits), axis=-1)  # [B,M,V]
-    return jnp.argmax(reached > place[..., None] * reached[..., -1:], axis=-1).astype(jnp.int32)
+    return draw_words(jax.nn.softmax(logits), place).astype(jnp.int32)
 
 
 def spread(leaf: Array, M: int) -> Array:
