@@ -98,6 +98,15 @@ class Oracle:
         assert error < tolerance
         assert np.abs(values - expected).max() < tolerance * np.abs(expected).max()
 
+    def close_gradient(self, found: np.ndarray, expected: np.ndarray) -> None:
+        """Equal but for what a few flipped ReLUs make of it.
+
+        Behind many layers a rounding flips some, and how sums are rounded depends on the machine and on its number
+        of threads. The gradients of single convolutions are compared strictly, in test_convolution.py.
+        """
+        assert found.shape == expected.shape
+        assert np.linalg.norm(found - expected) < 2e-2 * np.linalg.norm(expected)
+
     def gradients(self, network: Any, images: np.ndarray, direction: np.ndarray) -> dict[str, np.ndarray]:
         """Of sum(regions * direction) by the weights and biases, by their names in the state dict."""
         network.zero_grad()

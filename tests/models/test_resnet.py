@@ -115,8 +115,7 @@ def test_gradients_of_the_last_stages_equal_pytorch(
     for path, gradient in found.items():
         _, stage, _, block, part, _ = path.split("/")
         theirs = expected[f"layer{int(stage) + 1}.{block}.{names[part]}.weight"].transpose(2, 3, 1, 0)
-        error = np.linalg.norm(gradient - theirs.reshape(gradient.shape)) / np.linalg.norm(theirs)
-        assert error < 1e-3, path
+        oracle.close_gradient(gradient, theirs.reshape(gradient.shape))
 
 
 def test_all_stages_can_be_trained(shallow: Any, oracle: Any, gradients_of: Any) -> None:
@@ -126,8 +125,7 @@ def test_all_stages_can_be_trained(shallow: Any, oracle: Any, gradients_of: Any)
     expected = oracle.gradients(network, images, direction)["conv1.weight"].transpose(2, 3, 1, 0)
     found = gradients_of(build(64, trainable_stages=4), images, direction)
     assert len(found) == 1 + 3 * 5 + 4
-    # Behind so many ReLUs a rounding flips a few, and how sums are rounded depends on the number of threads.
-    assert np.linalg.norm(found["stages/0/stem/kernel"] - expected) < 2e-2 * np.linalg.norm(expected)
+    oracle.close_gradient(found["stages/0/stem/kernel"], expected)
 
 
 def test_checkpointed_stages_need_less_memory(shallow: Any) -> None:
