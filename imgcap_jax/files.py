@@ -12,6 +12,16 @@ from imgcap_jax.errors import UserError
 OWNER = ".lock"  # in a folder that a process owns
 
 
+def cache_folder(name: str) -> Path:
+    """Folder `name` for what can be made again: in `$IMGCAP_CACHE`, else in imgcap_jax of `$XDG_CACHE_HOME` or
+    `~/.cache`."""
+    if chosen := os.environ.get("IMGCAP_CACHE"):
+        return Path(chosen).expanduser() / name
+    # The XDG rules say that a path which is not absolute is to be ignored.
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "imgcap_jax" / name
+
+
 def disk_full(error: BaseException) -> bool:
     """Whether an error says that there is no room: as the system does, or in its words as C++ libraries do."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

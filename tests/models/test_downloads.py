@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import cache_folder
 from imgcap_jax.models.encoders import downloads
-from imgcap_jax.models.encoders.downloads import cache_folder, fetch
+from imgcap_jax.models.encoders.downloads import fetch
 
 CONTENT = bytes(range(256)) * 400
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -295,10 +296,10 @@ def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("IMGCAP_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_folder() == tmp_path / ".cache" / "imgcap_jax" / "weights"
+    assert cache_folder("weights") == tmp_path / ".cache" / "imgcap_jax" / "weights"
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
-    assert cache_folder() == tmp_path / ".cache" / "imgcap_jax" / "weights"
+    assert cache_folder("weights") == tmp_path / ".cache" / "imgcap_jax" / "weights"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg" / "imgcap_jax" / "weights"
+    assert cache_folder("weights") == tmp_path / "xdg" / "imgcap_jax" / "weights"
     monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own" / "weights"
+    assert cache_folder("weights") == tmp_path / "own" / "weights"

@@ -65,15 +65,6 @@ class _Remote:
     sha256: str
 
 
-def cache_folder() -> Path:
-    """Where downloaded weights are kept: in `$IMGCAP_CACHE`, else in imgcap_jax of `$XDG_CACHE_HOME` or `~/.cache`."""
-    if chosen := os.environ.get("IMGCAP_CACHE"):
-        return Path(chosen).expanduser() / "weights"
-    # The XDG rules say that a path which is not absolute is to be ignored.
-    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "imgcap_jax" / "weights"
-
-
 def fetch(url: str, path: Path, *, sha256: str = "", by_hand: str | None = None) -> Path:
     """Downloads a file unless it is there already.
 

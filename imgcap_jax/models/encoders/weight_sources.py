@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.models.encoders.downloads import cache_folder, fetch
+from imgcap_jax.files import cache_folder
+from imgcap_jax.models.encoders.downloads import fetch
 from imgcap_jax.models.encoders.naming import Family, names_in_file
 from imgcap_jax.models.encoders.weights import package_weights, read_weights, select_tensors
 
@@ -138,11 +139,11 @@ def _unknown(weights: str, network: str) -> UserError:
 def _from_torchvision(name: str) -> Path:
     file = _TORCHVISION[name]
     digits = Path(file).stem.rsplit("-", 1)[1]
-    return fetch(_TORCHVISION_URL + file, cache_folder() / "torchvision" / file, sha256=digits)
+    return fetch(_TORCHVISION_URL + file, cache_folder("weights") / "torchvision" / file, sha256=digits)
 
 
 def _from_timm(name: str) -> Path:
-    url, folder = f"{_TIMM_URL}{name}/resolve/main/", cache_folder() / "timm" / name
+    url, folder = f"{_TIMM_URL}{name}/resolve/main/", cache_folder("weights") / "timm" / name
     weights = url + "model.safetensors"
     fetch(url + "config.json", folder / "config.json", by_hand=weights)
     return fetch(weights, folder / "model.safetensors")
@@ -177,7 +178,7 @@ def _hub_normalisation(path: Path) -> tuple[Pixel, Pixel] | None:
         if not min(std) > 0:  # so that NaN counts too
             raise ValueError("a standard deviation that is not positive")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if not path.is_relative_to(cache_folder()):
+        if not path.is_relative_to(cache_folder("weights")):
             return None  # the configuration of something else, beside a user's own file
         raise UserError(
             f"{config} does not say how images are normalised ({error}); remove it and fetch it again"

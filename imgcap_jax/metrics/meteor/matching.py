@@ -1,0 +1,263 @@
+"""All ways to match words and phrases of candidates with those of their references.
+
+Four matchers, in this order: the same word; words with the same stem; words with a synset in common; phrases that the
+table of paraphrases lists, either way round. Each image has one candidate; a pair is a candidate and one of its image's
+references, and has the reference's number.
+
+Letters: S sentences, W words of all sentences, C pairs, M matches, Y different words.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from imgcap_jax.metrics.meteor.tables import Tables
+
+EXACT, STEM, SYNONYM, PARAPHRASE = range(4)
+MATCHERS = 4
+_SHIFT = 32
+
+
+def expand(start: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs written out: which run each entry belongs to, and its place ``start[run] + 0, 1, ..., count[run] - 1``."""
+    run = np.repeat(np.arange(len(count)), count)
+    return run, np.arange(len(run)) - np.repeat(np.cumsum(count) - count - start, count)
+
+
+class Words:
+    """Numbers of the words met so far, and what the matchers need to know of each; it grows with the texts."""
+
+    def __init__(self, tables: Tables) -> None:
+        self.tables = tables
+        self._number: dict[str, int] = {}
+        self._stem_number: dict[str, int] = {}
+        self._stem: list[int] = []
+        self._known: list[int] = []
+        self._function: list[bool] = []
+        self._synsets: list[set[int]] = []
+
+    def numbers(self, sentences: Sequence[Sequence[str]]) -> np.ndarray:
+        """Numbers of the words of all sentences, [W]."""
+        number = self._number
+        for word in {word for sentence in sentences for word in sentence if word not in number}:
+            self._learn(word)
+        return np.array([number[word] for sentence in sentences for word in sentence], np.int64)
+
+    def _learn(self, word: str) -> None:
+        self._number[word] = len(self._number)
+        known = self.tables.number.get(word, -1)
+        self._known.append(known)
+        self._function.append(known >= 0 and bool(self.tables.function[known]))
+        self._stem.append(self._stem_number.setdefault(self.tables.stem(word), len(self._stem_number)))
+        self._synsets.append(self.tables.synsets(word))
+
+    @property
+    def function(self) -> np.ndarray:
+        """Which words are function words, [Y]."""
+        return np.array(self._function, bool)
+
+    @property
+    def known(self) -> np.ndarray:
+        """The tables' number of each word, -1 where they have none, [Y]."""
+        return np.array(self._known, np.int64)
+
+    def same_stem(self) -> "Graph":
+        """Different words with the same stem."""
+        return Graph.of_words_that_share(np.arange(len(self._stem)), np.array(self._stem, np.int64))
+
+    def synonyms(self) -> "Graph":
+        """Different words with a synset in common."""
+        counts = [len(synsets) for synsets in self._synsets]
+        synsets = np.array([synset for synsets in self._synsets for synset in synsets], np.int64)
+        return Graph.of_words_that_share(np.repeat(np.arange(len(counts)), counts), synsets)
+
+
+class Graph(NamedTuple):
+    """Edges between numbers: sorted sources, their targets, and the place of each edge in an order of its own."""
+
+    source: np.ndarray
+    target: np.ndarray
+    rank: np.ndarray
+
+    @classmethod
+    def of_words_that_share(cls, word: np.ndarray, key: np.ndarray) -> "Graph":
+        """Edges, both ways, between different words that have a key in common."""
+        order = np.argsort(key, kind="stable")
+        word, key = word[order], key[order]
+        entry, other = expand(np.searchsorted(key, key, "left"), np.searchsorted(key, key, "right") - _first(key))
+        edges = np.unique((word[entry] << _SHIFT) | word[other])
+        source, target = edges >> _SHIFT, edges & ((1 << _SHIFT) - 1)
+        different = source != target
+        return cls(source[different], target[different], np.zeros(different.sum(), np.int64))
+
+    def reversed(self) -> "Graph":
+        """The same edges the other way round."""
+        order = np.argsort(self.target, kind="stable")
+        return Graph(self.target[order], self.source[order], self.rank[order])
+
+
+def _first(sorted_keys: np.ndarray) -> np.ndarray:
+    """For each key, the place of the first one that equals it."""
+    return np.searchsorted(sorted_keys, sorted_keys, "left")
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Sentences as numbers of their words.
+
+    words [W]; lengths [S]; image [S]: which image each sentence describes.
+    """
+
+    words: np.ndarray
+    lengths: np.ndarray
+    image: np.ndarray
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """Where each sentence begins, [S]."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    @cached_property
+    def sentence(self) -> np.ndarray:
+        """Which sentence each word belongs to, [W]."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+
+class _Spans(NamedTuple):
+    """Parts of sentences: sentence and its image, first word within it, length, what is there (word or phrase)."""
+
+    sentence: np.ndarray
+    image: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    what: np.ndarray
+
+
+def _spans(sentences: Sentences, first_word: np.ndarray, length: np.ndarray, what: np.ndarray) -> _Spans:
+    sentence = sentences.sentence[first_word]
+    return _Spans(sentence, sentences.image[sentence], first_word - sentences.first[sentence], length, what)
+
+
+def _phrases(sentences: Sentences, words: Words) -> _Spans:
+    """All spans that are a node of the tables' tree of phrases."""
+    left = np.repeat(sentences.lengths, sentences.lengths) - (
+        np.arange(len(sentences.words)) - np.repeat(sentences.first, sentences.lengths)
+    )
+    found = list(words.tables.nodes(words.known[sentences.words], left))
+    length = np.repeat(np.arange(1, len(found) + 1), [len(place) for place, _ in found])
+    place, node = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    return _spans(sentences, place, length, node)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Matches, ordered by pair, by where they begin in the reference, and then as the search is to try them.
+
+    Attributes:
+        pair, module [M]; start, length: words of the reference; other_start, other_length: words of the candidate.
+    """
+
+    pair: np.ndarray
+    module: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    other_start: np.ndarray
+    other_length: np.ndarray
+
+    def take(self, chosen: np.ndarray) -> "Matches":
+        """Some of the matches, by number or by a mask."""
+        return Matches(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+    @classmethod
+    def together(cls, parts: Sequence["Matches"]) -> "Matches":
+        """The matches of all parts, one part after the other."""
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    @cached_property
+    def weight(self) -> np.ndarray:
+        """What a match adds to the number of words that the search wants covered, in both sentences, [M].
+
+        Words that are not the same count half, rounded down in each sentence: a single one adds nothing.
+        """
+        half = self.length // 2 + self.other_length // 2
+        return np.where(self.module == EXACT, self.length + self.other_length, half)
+
+
+def find_matches(candidates: Sentences, references: Sentences, words: Words) -> Matches:
+    """All matches of each candidate with each reference of its image."""
+    singles = [
+        _spans(sentences, np.arange(len(sentences.words)), np.ones_like(sentences.words), sentences.words)
+        for sentences in (candidates, references)
+    ]
+    exact = _matches(*singles, EXACT, *_join(*singles, None)[:2])
+    # Of a candidate that equals the reference nothing but the same words is matched.
+    straight = np.bincount(exact.pair[exact.start == exact.other_start], minlength=len(references.lengths))
+    length = candidates.lengths[references.image]
+    equal = (references.lengths == length) & (straight == length)
+
+    found = [exact]
+    for module, graph in ((STEM, words.same_stem()), (SYNONYM, words.synonyms())):
+        found.append(_matches(*singles, module, *_join(*singles, graph)[:2]))
+    found += _paraphrases(_phrases(candidates, words), _phrases(references, words), words.tables)
+    matches = Matches.together(found)
+    matches = matches.take(~equal[matches.pair] | (matches.module == EXACT))
+    return matches.take(np.argsort((matches.pair << _SHIFT) | matches.start, kind="stable"))
+
+
+def _paraphrases(candidates: _Spans, references: _Spans, tables: Tables) -> list[Matches]:
+    """Phrases of the references that the table paraphrases as those of the candidates, then those the other way."""
+    ours, theirs = np.unique(candidates.what), np.unique(references.what)
+    there = _edges(theirs, ours, tables).reversed()
+    ours_of, theirs_of, rank = _join(candidates, references, there)
+    order = np.lexsort((candidates.start[ours_of], rank, references.length[theirs_of]))
+    first = _matches(candidates, references, PARAPHRASE, ours_of[order], theirs_of[order])
+    ours_of, theirs_of, rank = _join(candidates, references, _edges(ours, theirs, tables))
+    order = np.lexsort((rank, candidates.length[ours_of], candidates.start[ours_of]))
+    return [first, _matches(candidates, references, PARAPHRASE, ours_of[order], theirs_of[order])]
+
+
+def _edges(sources: np.ndarray, targets: np.ndarray, tables: Tables) -> Graph:
+    """The table's edges from one set of phrases to another."""
+    wanted = np.zeros(len(tables.paraphrase_start) - 1, bool)
+    wanted[targets] = True
+    start = tables.paraphrase_start[sources]
+    entry, place = expand(start, tables.paraphrase_start[sources + 1] - start)
+    target = np.asarray(tables.paraphrase[place])
+    chosen = wanted[target]
+    return Graph(sources[entry[chosen]], target[chosen].astype(np.int64), place[chosen])
+
+
+def _join(candidates: _Spans, references: _Spans, graph: Graph | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Candidates' and references' spans of the same image that hold the same, or what an edge leads to.
+
+    Returns:
+        Places in `candidates`, in their order; places in `references`; the edges' ranks.
+    """
+    what, rank = candidates.what, np.zeros(len(candidates.what), np.int64)
+    entry = np.arange(len(what))
+    if graph is not None:
+        start = np.searchsorted(graph.source, what, "left")
+        entry, edge = expand(start, np.searchsorted(graph.source, what, "right") - start)
+        what, rank = graph.target[edge], graph.rank[edge]
+    order = np.argsort((references.image << _SHIFT) | references.what, kind="stable")
+    keys = ((references.image << _SHIFT) | references.what)[order]
+    wanted = (candidates.image[entry] << _SHIFT) | what
+    start = np.searchsorted(keys, wanted, "left")
+    run, place = expand(start, np.searchsorted(keys, wanted, "right") - start)
+    return entry[run], order[place], rank[run]
+
+
+def _matches(
+    candidates: _Spans, references: _Spans, module: int, ours: np.ndarray, theirs: np.ndarray
+) -> Matches:
+    return Matches(
+        references.sentence[theirs],
+        np.full(len(theirs), module),
+        references.start[theirs],
+        references.length[theirs],
+        candidates.start[ours],
+        candidates.length[ours],
+    )
