@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from imgcap_jax.metrics.corpus import ORDERS, Candidates, MetricScores, References, pairs, unpair
+from imgcap_jax.metrics.corpus import ORDERS, Candidates, MetricScore, MetricScores, References, pairs, unpair
 
 # COCO's constants: a candidate without any n-gram scores (almost) 0 rather than being undefined.
 _TINY, _SMALL = 1e-15, 1e-9
@@ -41,9 +41,15 @@ def prepare(references: References) -> Callable[[Candidates], MetricScores]:
             np.add.at(correct[n], counts.caption[found], clipped)
         guessed = np.maximum(length - np.arange(ORDERS)[:, None], 0)
 
-        corpus = _bleu(correct.sum(1), guessed.sum(1), length.sum(), closest.sum())
         images = _bleu(correct, guessed, length, closest)
-        return {f"BLEU-{n + 1}": (float(corpus[n]), images[n]) for n in range(ORDERS)}
+
+        def corpus(counts: np.ndarray) -> np.ndarray:
+            return _bleu(correct @ counts.T, guessed @ counts.T, counts @ length, counts @ closest)
+
+        return {
+            f"BLEU-{n + 1}": MetricScore(images[n], lambda counts, n=n: corpus(counts)[n])  # type: ignore[misc]
+            for n in range(ORDERS)
+        }
 
     return score
 

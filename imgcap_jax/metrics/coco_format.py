@@ -6,37 +6,86 @@ dog"}, ...]}``.
 """
 
 import json
+import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import write_text
+from imgcap_jax.files import replacing, write_text
 
 _RESULTS = 'a list of {"image_id": 1, "caption": "..."}'
 _REFERENCES = 'an object with "annotations": [{"image_id": 1, "caption": "..."}, ...]'
 
 
-def read_results(path: Path) -> dict[int, str]:
-    """Candidate captions by image id, in the file's order.
+def read_captions(path: Path) -> dict[int, list[str]]:
+    """All captions of each image, in the file's order: one in a results file, several in one of samples.
+
+    Several captions may also stand together, as ``imgcap evaluate`` writes n-best lists: ``[{"image_id": 1,
+    "captions": [{"caption": "a dog"}, ...]}, ...]``.
 
     Raises:
-        UserError: the file is missing, not in the format, or captions an image twice.
+        UserError: the file is missing or not in the format.
     """
     entries = _read(path, _RESULTS)
     if isinstance(entries, dict) and "annotations" in entries:
         raise UserError(f"{path} holds references (COCO annotations), not results: expected {_RESULTS}")
-    captions: dict[int, str] = {}
+    if isinstance(entries, list):
+        entries = [single for entry in entries for single in _singles(entry)]
+    captions: dict[int, list[str]] = {}
     for image_id, caption in _entries(entries, path, "", _RESULTS):
-        if image_id in captions:
-            raise UserError(f"{path} captions image {image_id} twice: keep one caption an image")
-        captions[image_id] = caption
+        captions.setdefault(image_id, []).append(caption)
     return captions
 
 
+def _singles(entry: Any) -> list[Any]:
+    """The captions of one image, one an entry."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("captions"), list):
+        return [entry]
+    several = [one if isinstance(one, dict) else {"caption": one} for one in entry["captions"]]
+    return [{**one, **({"image_id": entry["image_id"]} if "image_id" in entry else {})} for one in several]
+
+
 def write_results(path: Path, captions: Mapping[int, str]) -> None:
-    """Writes candidate captions, as the COCO test server takes them."""
-    _write(path, [{"image_id": int(image), "caption": caption} for image, caption in captions.items()])
+    """Writes candidate captions, one an image."""
+    write_text(path, _json(_results(captions)))
+
+
+def _results(captions: Mapping[int, str]) -> list[dict[str, Any]]:
+    return [{"image_id": int(image), "caption": caption} for image, caption in captions.items()]
+
+
+_TEST_SERVER = {"val2014": 40_504, "test2014": 40_775}
+"""Splits that COCO's test server wants captions of, and how many images each has."""
+
+
+def write_submission(path: Path, name: str, splits: Mapping[str, Mapping[int, str]]) -> list[str]:
+    """Writes captions as COCO's test server takes them: a zip of ``captions_<split>_<name>_results.json``.
+
+    Args:
+        path: the zip file.
+        name: what the server is to call the system; letters, digits, "-" and "_".
+        splits: "val2014" and "test2014" -> image id -> caption.
+
+    Returns:
+        A line for each thing the server would refuse.
+
+    Raises:
+        UserError: a name that the server does not take, a full disk.
+    """
+    if not re.fullmatch(r"[\w-]+", name, re.ASCII):
+        raise UserError(f"{name!r} can't name a submission: use letters, digits, - and _")
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for split, captions in splits.items():
+            archive.writestr(f"captions_{split}_{name}_results.json", _json(_results(captions)))
+    return [
+        f"{split} has captions of {len(splits[split])} images, and the server wants all {images}"
+        if split in splits
+        else f"{split} is not there, and the server wants it too"
+        for split, images in _TEST_SERVER.items()
+        if len(splits.get(split, ())) != images
+    ]
 
 
 def read_references(path: Path) -> dict[int, list[str]]:
@@ -53,13 +102,14 @@ def read_references(path: Path) -> dict[int, list[str]]:
     if not isinstance(document, dict) or "annotations" not in document:
         raise UserError(f"{path} has no 'annotations': expected {_REFERENCES}")
     images = document.get("images", [])
-    if not isinstance(images, list) or not all(isinstance(i, dict) and _is_id(i.get("id")) for i in images):
+    if not isinstance(images, list) or not all(isinstance(i, dict) and _is_id(_as_id(i.get("id"))) for i in images):
         raise UserError(f'{path}: "images" must be a list of {{"id": 1, ...}} with whole numbers as ids')
     listed: set[int] = set()
     for image in images:
-        if image["id"] in listed:
-            raise UserError(f"{path} lists image {image['id']} twice under 'images': keep one entry an image")
-        listed.add(image["id"])
+        image_id = _as_id(image["id"])
+        if image_id in listed:
+            raise UserError(f"{path} lists image {image_id} twice under 'images': keep one entry an image")
+        listed.add(image_id)
     references: dict[int, list[str]] = {}
     for image_id, caption in _entries(document["annotations"], path, "annotations", _REFERENCES):
         if listed and image_id not in listed:
@@ -79,7 +129,7 @@ def write_references(
     annotations = [
         {"id": number, "image_id": image, "caption": caption} for number, (image, caption) in enumerate(captions, 1)
     ]
-    _write(path, {"images": images, "annotations": annotations})
+    write_text(path, _json({"images": images, "annotations": annotations}))
 
 
 def _read(path: Path, expected: str) -> Any:
@@ -106,11 +156,12 @@ def _entries(entries: Any, path: Path, key: str, expected: str) -> list[tuple[in
         for name in ("image_id", "caption"):
             if name not in entry:
                 raise UserError(f"{where} has no {name!r}: expected {expected}")
-        if not _is_id(entry["image_id"]):
-            raise UserError(f"{where}: image_id {entry['image_id']!r} is not a whole number: use the COCO image id")
+        image_id = _as_id(entry["image_id"])
+        if not _is_id(image_id):
+            raise UserError(f"{where}: image_id {image_id!r} is not a whole number: use the COCO image id")
         if not isinstance(entry["caption"], str):
             raise UserError(f"{where}: caption {entry['caption']!r} is not text: put the sentence in quotes")
-        pairs.append((entry["image_id"], entry["caption"]))
+        pairs.append((image_id, entry["caption"]))
     return pairs
 
 
@@ -118,5 +169,10 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _write(path: Path, document: Any) -> None:
-    write_text(path, json.dumps(document, ensure_ascii=False))
+def _as_id(value: Any) -> Any:
+    """An image id; those of files that write them in quotes become numbers."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+
+
+def _json(document: Any) -> str:
+    return json.dumps(document, ensure_ascii=False)

@@ -151,5 +151,28 @@ class Candidates:
         return self._references.n_grams.count(self.tokens)
 
 
-MetricScores = dict[str, tuple[float, np.ndarray]]
-"""Score of the corpus and of each image [I], by the metric's name."""
+@dataclass(frozen=True)
+class MetricScore:
+    """A metric of a set of candidates.
+
+    Attributes:
+        images: the score of each image, [I].
+        corpus: how often each image counts, float [B,I] -> the score of the whole set, [B]; for B samples of images.
+    """
+
+    images: np.ndarray
+    corpus: Callable[[np.ndarray], np.ndarray]
+
+    @cached_property
+    def value(self) -> float:
+        """The score of all images, each once."""
+        return float(self.corpus(np.ones((1, len(self.images))))[0])
+
+
+def mean_score(images: np.ndarray) -> MetricScore:
+    """A metric whose score of a set is the mean over its images."""
+    return MetricScore(images, lambda counts: counts @ images / counts.sum(1))
+
+
+MetricScores = dict[str, MetricScore]
+"""Scores by the metric's name."""

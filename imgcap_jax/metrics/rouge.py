@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from imgcap_jax.metrics.corpus import Candidates, MetricScores, References
+from imgcap_jax.metrics.corpus import Candidates, MetricScores, References, mean_score
 
 BETA = 1.2  # weight of recall against precision
 
@@ -14,7 +14,7 @@ def prepare(references: References) -> Callable[[Candidates], MetricScores]:
 
     def score(candidates: Candidates) -> MetricScores:
         scores = np.array([_rouge(*pair) for pair in zip(candidates.tokens, references.tokens, strict=True)])
-        return {"ROUGE-L": (float(scores.mean()), scores)}
+        return {"ROUGE-L": mean_score(scores)}
 
     return score
 

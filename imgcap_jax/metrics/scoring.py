@@ -1,26 +1,50 @@
 """Scoring candidate captions against references.
 
-A metric is a function that takes references and returns a function that scores candidates; to add one, add it
-to `METRICS`.
+A metric is a function that takes references and returns a function that scores candidates; to add one, add it to
+`metrics`.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.metrics import bleu, cider, rouge
-from imgcap_jax.metrics.corpus import Candidates, MetricScores, References
+from imgcap_jax.metrics.corpus import Candidates, MetricScore, MetricScores, References
+from imgcap_jax.metrics.meteor import metric as meteor
+from imgcap_jax.metrics.meteor.tables import HOW_TO_ADD, package_folder
 from imgcap_jax.text import tokenize
 
 Metric = Callable[[References], Callable[[Candidates], MetricScores]]
+_CIDER = f"CIDEr-D:s{cider.SIGMA:g}"
+_ORIGINAL_CIDER = "CIDEr:unclipped"
+_METEOR = "METEOR:1.5-en-norm"
+_USE_IDF = (_CIDER, _ORIGINAL_CIDER)
 
-METRICS: dict[str, Metric] = {
-    "BLEU:closest": bleu.prepare,
-    f"ROUGE-L:b{rouge.BETA:g}": rouge.prepare,
-    f"CIDEr-D:s{cider.SIGMA:g}": cider.prepare,
-}
-"""The metrics by name and parameters, as they stand in the signature."""
+
+def metrics(idf: Mapping[int, Sequence[str]] | None = None, *, original_cider: bool = False) -> dict[str, Metric]:
+    """The metrics that can be computed here, by name and parameters as they stand in signatures.
+
+    Args:
+        idf: captions of a corpus that document frequencies are to come from; None: the references.
+        original_cider: CIDEr as first defined too, beside CIDEr-D.
+    """
+    corpus = None if idf is None else References.from_captions(idf).tokens
+    found: dict[str, Metric] = {"BLEU:closest": bleu.prepare}
+    if not missing():
+        found[_METEOR] = meteor.prepare
+    found[f"ROUGE-L:b{rouge.BETA:g}"] = rouge.prepare
+    found[_CIDER] = partial(cider.prepare, corpus=corpus)
+    if original_cider:
+        found[_ORIGINAL_CIDER] = partial(cider.prepare_original, corpus=corpus)
+    return found
+
+
+def missing() -> dict[str, str]:
+    """Metrics that can't be computed here, and the command that adds each."""
+    return {} if package_folder() else {"METEOR": HOW_TO_ADD}
 
 
 @dataclass(frozen=True)
@@ -28,17 +52,23 @@ class Scores:
     """Scores of a set of candidates.
 
     Attributes:
-        values: metric -> score of the corpus, 0 to 1 (CIDEr-D 0 to 10); papers print them times 100.
+        values: metric -> score of the corpus, 0 to 1 (CIDEr 0 to 10); papers print them times 100.
         per_image: metric -> image id -> score.
         signature: how the scores were computed, in the manner of sacreBLEU; scores of different signatures
             can't be compared.
         warnings: one line for each thing that makes the scores less than they seem.
+        missing: metrics that could not be computed, and the command that adds each.
+        signatures: metric -> the signature of that metric alone.
+        metrics: metric -> what its score is computed from, for comparisons.
     """
 
     values: dict[str, float]
     per_image: dict[str, dict[int, float]]
     signature: str
     warnings: tuple[str, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
+    signatures: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, MetricScore] = field(default_factory=dict, repr=False)
 
 
 class CaptionScorer:
@@ -46,13 +76,20 @@ class CaptionScorer:
 
     Args:
         references: image id -> raw captions; which images they are decides the idf of CIDEr-D.
-        metrics: the metrics to compute, a part of `METRICS` or one's own.
+        metrics: the metrics to compute; None: all of ``metrics()``.
+        idf: what signatures call the source of document frequencies.
 
     Raises:
         UserError: no image, or an image without a reference.
     """
 
-    def __init__(self, references: Mapping[int, Sequence[str]], metrics: Mapping[str, Metric] | None = None) -> None:
+    def __init__(
+        self,
+        references: Mapping[int, Sequence[str]],
+        metrics: Mapping[str, Metric] | None = None,
+        *,
+        idf: str = "references",
+    ) -> None:
         if not references:
             raise UserError("no references to score against: choose a split or file that has captions")
         bare = [image_id for image_id, captions in references.items() if not captions]
@@ -60,10 +97,12 @@ class CaptionScorer:
             raise UserError(
                 f"image {bare[0]} has no reference{_and_more(bare)}: add captions, or leave it out of the references"
             )
-        metrics = METRICS if metrics is None else metrics
+        self._missing = missing() if metrics is None else {}
+        metrics = _all_metrics() if metrics is None else metrics
+        self._idf = idf
         self._references = References.from_captions(references)
-        self._metrics = [prepare(self._references) for prepare in metrics.values()]
-        self.signature = self._sign(metrics)
+        self._metrics = {label: prepare(self._references) for label, prepare in metrics.items()}
+        self.signature = self._sign(list(metrics))
 
     def score(self, candidates: Mapping[int, str]) -> Scores:
         """Scores one candidate for every image.
@@ -72,10 +111,10 @@ class CaptionScorer:
             UserError: an image has no candidate, or a candidate no references.
         """
         image_ids = self._references.image_ids
-        missing = [image_id for image_id in image_ids if image_id not in candidates]
-        if missing:
+        absent = [image_id for image_id in image_ids if image_id not in candidates]
+        if absent:
             raise UserError(
-                f"image {missing[0]} has no candidate caption{_and_more(missing)}: "
+                f"image {absent[0]} has no candidate caption{_and_more(absent)}: "
                 "caption every image that has references, or score against the references of fewer images"
             )
         if len(candidates) > len(image_ids):
@@ -87,15 +126,22 @@ class CaptionScorer:
             )
         tokens = [tokenize(candidates[image_id]) for image_id in image_ids]
         prepared = Candidates(tokens, self._references)
-        values: dict[str, float] = {}
-        per_image: dict[str, dict[int, float]] = {}
-        for metric in self._metrics:
-            for name, (value, of_images) in metric(prepared).items():
-                values[name] = value
-                per_image[name] = dict(zip(image_ids, of_images.tolist(), strict=True))
-        return Scores(values, per_image, self.signature, self._warnings(tokens, candidates))
+        found: dict[str, MetricScore] = {}
+        signatures: dict[str, str] = {}
+        for label, metric in self._metrics.items():
+            for name, score in metric(prepared).items():
+                found[name], signatures[name] = score, self._sign([label])
+        return Scores(
+            {name: score.value for name, score in found.items()},
+            {name: dict(zip(image_ids, score.images.tolist(), strict=True)) for name, score in found.items()},
+            self.signature,
+            self._warnings(tokens, candidates),
+            self._missing,
+            signatures,
+            found,
+        )
 
-    def _sign(self, metrics: Mapping[str, Metric]) -> str:
+    def _sign(self, labels: Sequence[str]) -> str:
         fewest, most = self._references.per_image.min(), self._references.per_image.max()
         return "|".join(
             [
@@ -103,14 +149,14 @@ class CaptionScorer:
                 "tok:ptb-coco",
                 f"refs:{fewest}" if fewest == most else f"refs:{fewest}-{most}",
                 f"n:{len(self._references.image_ids)}",
-                "idf:references",
-                ",".join(metrics),
+                *([f"idf:{self._idf}"] if any(label in _USE_IDF for label in labels) else []),
+                ",".join(labels),
             ]
         )
 
     def _warnings(self, tokens: Sequence[list[str]], candidates: Mapping[int, str]) -> tuple[str, ...]:
         warnings = []
-        if len(tokens) == 1:
+        if len(tokens) == 1 and self._idf == "references":
             warnings.append("CIDEr-D is 0 with one image, as all its words then have an idf of 0: score more images")
         empty = sum(not words for words in tokens)
         if empty:
@@ -118,7 +164,19 @@ class CaptionScorer:
         broken = sum("\n" in caption for caption in candidates.values())
         if broken:
             warnings.append(f"{broken} of {len(tokens)} candidates hold newlines, which were read as blanks")
+        marked = [found[0] for caption in candidates.values() if (found := _MARKER.search(caption))]
+        if marked:
+            warnings.append(
+                f"{len(marked)} of {len(tokens)} candidates hold a model's own token such as {marked[0]}, which is "
+                "scored as a word: cut captions at their end before they are written"
+            )
+        if len(tokens) > 1 and len(set(map(tuple, tokens))) == 1:
+            warnings.append(f"all {len(tokens)} candidates are the same caption")
         return tuple(warnings)
+
+
+_MARKER = re.compile(r"<(?:unk|eos|bos|pad|s|/s|start|end|sos)>|\[(?:SEP|CLS|PAD|UNK)\]|<\|endoftext\|>", re.IGNORECASE)
+_all_metrics = metrics  # under a name that no argument hides
 
 
 def _and_more(image_ids: Sequence[int]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from imgcap_jax.metrics.coco_format import read_references, read_results
+from imgcap_jax.metrics.coco_format import read_references, read_captions
 from imgcap_jax.metrics.scoring import CaptionScorer, Scores
 from imgcap_jax.text import PUNCTUATION, tokenize
 

@@ -116,9 +116,7 @@ class _Paths:
 class _Search:
     """The search over a group of pairs, which are numbered from 0."""
 
-    def __init__(
-        self, matches: Matches, pair: np.ndarray, definite: np.ndarray, reference_lengths: np.ndarray
-    ) -> None:
+    def __init__(self, matches: Matches, pair: np.ndarray, definite: np.ndarray, reference_lengths: np.ndarray) -> None:
         self._matches, self._definite, self._lengths = matches, definite, reference_lengths
         self._weight = matches.weight
         self._distance = np.abs(matches.start - matches.other_start)
@@ -132,9 +130,8 @@ class _Search:
         """Numbers of the matches that the best paths take."""
         self._spans = _bits(self._matches.other_start, self._matches.other_length, -(-candidate_length // 64) or 1)
         pairs = len(self._lengths)
-        zeros = [np.zeros(pairs, np.int64) for _ in range(5)]
-        zeros[3] = zeros[3] + _NOTHING
-        paths = _Paths(np.arange(pairs), *zeros, used=np.zeros((pairs, self._spans.shape[1]), np.uint64))
+        zero, used = np.zeros(pairs, np.int64), np.zeros((pairs, self._spans.shape[1]), np.uint64)
+        paths = _Paths(np.arange(pairs), zero, zero, zero, zero + _NOTHING, zero, used)
         chosen = []
         for current in range(int(self._lengths.max(initial=0)) + 1):
             rows = paths.ranking()
@@ -190,9 +187,7 @@ class _Search:
         before = np.cumsum(charge) - charge
         first = np.searchsorted(row, row)
         new.distance = new.distance + np.where(forced[row], charge, before - before[first])
-        new.position = np.where(
-            takes, current + self._matches.length[match], np.maximum(new.position, current + 1)
-        )
+        new.position = np.where(takes, current + self._matches.length[match], np.maximum(new.position, current + 1))
         ended = np.where(inside[row], new.end, _NOTHING)
         new.end = np.where(takes, self._matches.other_start[match] + self._matches.other_length[match], ended)
         return new, row, np.where(takes, match, _NOTHING)

@@ -38,6 +38,7 @@ class Words:
         self._known: list[int] = []
         self._function: list[bool] = []
         self._synsets: list[set[int]] = []
+        self._graphs: tuple[int, tuple[Graph, Graph]] | None = None  # of so many words
 
     def numbers(self, sentences: Sequence[Sequence[str]]) -> np.ndarray:
         """Numbers of the words of all sentences, [W]."""
@@ -64,15 +65,16 @@ class Words:
         """The tables' number of each word, -1 where they have none, [Y]."""
         return np.array(self._known, np.int64)
 
-    def same_stem(self) -> "Graph":
-        """Different words with the same stem."""
-        return Graph.of_words_that_share(np.arange(len(self._stem)), np.array(self._stem, np.int64))
-
-    def synonyms(self) -> "Graph":
-        """Different words with a synset in common."""
-        counts = [len(synsets) for synsets in self._synsets]
-        synsets = np.array([synset for synsets in self._synsets for synset in synsets], np.int64)
-        return Graph.of_words_that_share(np.repeat(np.arange(len(counts)), counts), synsets)
+    def graphs(self) -> tuple["Graph", "Graph"]:
+        """Different words with the same stem; different words with a synset in common."""
+        known = len(self._stem)
+        if self._graphs is None or self._graphs[0] != known:
+            counts = [len(synsets) for synsets in self._synsets]
+            synsets = np.array([synset for synsets in self._synsets for synset in synsets], np.int64)
+            same_stem = Graph.of_words_that_share(np.arange(known), np.array(self._stem, np.int64))
+            synonyms = Graph.of_words_that_share(np.repeat(np.arange(known), counts), synsets)
+            self._graphs = known, (same_stem, synonyms)
+        return self._graphs[1]
 
 
 class Graph(NamedTuple):
@@ -188,19 +190,19 @@ class Matches:
 
 def find_matches(candidates: Sentences, references: Sentences, words: Words) -> Matches:
     """All matches of each candidate with each reference of its image."""
-    singles = [
+    ours, theirs = (
         _spans(sentences, np.arange(len(sentences.words)), np.ones_like(sentences.words), sentences.words)
         for sentences in (candidates, references)
-    ]
-    exact = _matches(*singles, EXACT, *_join(*singles, None)[:2])
+    )
+    exact = _matches(ours, theirs, EXACT, *_join(ours, theirs, None)[:2])
     # Of a candidate that equals the reference nothing but the same words is matched.
     straight = np.bincount(exact.pair[exact.start == exact.other_start], minlength=len(references.lengths))
     length = candidates.lengths[references.image]
     equal = (references.lengths == length) & (straight == length)
 
     found = [exact]
-    for module, graph in ((STEM, words.same_stem()), (SYNONYM, words.synonyms())):
-        found.append(_matches(*singles, module, *_join(*singles, graph)[:2]))
+    for module, graph in zip((STEM, SYNONYM), words.graphs(), strict=True):
+        found.append(_matches(ours, theirs, module, *_join(ours, theirs, graph)[:2]))
     found += _paraphrases(_phrases(candidates, words), _phrases(references, words), words.tables)
     matches = Matches.together(found)
     matches = matches.take(~equal[matches.pair] | (matches.module == EXACT))
@@ -250,9 +252,7 @@ def _join(candidates: _Spans, references: _Spans, graph: Graph | None) -> tuple[
     return entry[run], order[place], rank[run]
 
 
-def _matches(
-    candidates: _Spans, references: _Spans, module: int, ours: np.ndarray, theirs: np.ndarray
-) -> Matches:
+def _matches(candidates: _Spans, references: _Spans, module: int, ours: np.ndarray, theirs: np.ndarray) -> Matches:
     return Matches(
         references.sentence[theirs],
         np.full(len(theirs), module),

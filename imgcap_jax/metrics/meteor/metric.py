@@ -10,12 +10,12 @@ An image's score is that of its best reference. The corpus's score is the formul
 mean. Parameters are those of the tool's English ranking task.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from imgcap_jax.metrics.corpus import Candidates, MetricScores, References
+from imgcap_jax.metrics.corpus import Candidates, MetricScore, MetricScores, References
 from imgcap_jax.metrics.meteor.alignment import align
 from imgcap_jax.metrics.meteor.matching import MATCHERS, Matches, Sentences, Words, expand, find_matches
 from imgcap_jax.metrics.meteor.normalize import normalize
@@ -25,6 +25,9 @@ ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 WEIGHTS = (1.0, 0.6, 0.8, 0.6)  # exact, stem, synonym, paraphrase
 
 
+_IMAGES_AT_A_TIME = 1000  # matches of all at once would take gigabytes with COCO's 40,504
+
+
 def prepare(references: References) -> Callable[[Candidates], MetricScores]:
     """A function that scores candidates against these references.
 
@@ -32,31 +35,35 @@ def prepare(references: References) -> Callable[[Candidates], MetricScores]:
         ModuleNotFoundError: METEOR's tables are not installed.
     """
     words = Words(Tables.load())
-    texts = [normalize(tokens) for of_image in references.tokens for tokens in of_image]
-    theirs = _sentences(texts, references.image_of, words)
-    first = np.cumsum(references.per_image) - references.per_image  # [I] first reference of each image
+    begins = range(0, len(references.tokens), _IMAGES_AT_A_TIME)
+    groups = [_sentences(references.tokens[begin : begin + _IMAGES_AT_A_TIME], words) for begin in begins]
 
     def score(candidates: Candidates) -> MetricScores:
-        ours = _sentences([normalize(tokens) for tokens in candidates.tokens], np.arange(len(first)), words)
-        counts = _count(ours, theirs, words)
-        of_pairs = counts.score()
-        # Of equally good references the first.
-        best = _first_best(of_pairs, references.image_of, first)
-        corpus = counts.take(best).total().score()
-        return {"METEOR": (float(corpus[0]), of_pairs[best])}
+        # All words are learnt before the first group, so that what words have in common is looked up once.
+        ours = [
+            _sentences([(tokens,) for tokens in candidates.tokens[begin : begin + _IMAGES_AT_A_TIME]], words)
+            for begin in begins
+        ]
+        counts = _Counts.together(
+            [_best(_count(*pair, words), pair[1].image) for pair in zip(ours, groups, strict=True)]
+        )
+        return {"METEOR": MetricScore(counts.score(), lambda times: counts.totals(times).score())}
 
     return score
 
 
-def _sentences(texts: list[list[str]], image: np.ndarray, words: Words) -> Sentences:
-    return Sentences(words.numbers(texts), np.array([len(text) for text in texts], np.int64), image)
+def _sentences(texts: Sequence[Sequence[list[str]]], words: Words) -> Sentences:
+    """The sentences of each image."""
+    normalized = [normalize(tokens) for of_image in texts for tokens in of_image]
+    lengths = np.array([len(text) for text in normalized], np.int64)
+    image = np.repeat(np.arange(len(texts)), [len(of_image) for of_image in texts])
+    return Sentences(words.numbers(normalized), lengths, image)
 
 
-def _first_best(scores: np.ndarray, image_of: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Of each image, the number of the reference with the highest score."""
-    highest = np.maximum.reduceat(scores, first)
-    is_best = np.flatnonzero(scores == highest[image_of])
-    return is_best[np.searchsorted(image_of[is_best], np.arange(len(first)))]
+def _best(counts: "_Counts", image: np.ndarray) -> "_Counts":
+    """Of each image, the counts of the reference with the highest score; of equal ones the first."""
+    order = np.lexsort((-counts.score(), image))
+    return counts.take(order[np.unique(image[order], return_index=True)[1]])
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class _Counts:
     """What the score is made of, each for candidate and reference [2, C]; C pairs.
 
     length, function: words, and function words among them; matched, matched_function: the same of each matcher
-    [2, MATCHERS, C]; chunks [C].
+    [2, MATCHERS, C]; chunks [C], 0 where one holds both sentences, for that is no fragment, in the sums neither.
     """
 
     length: np.ndarray
@@ -76,8 +83,15 @@ class _Counts:
     def take(self, pairs: np.ndarray) -> "_Counts":
         return _Counts(*(values[..., pairs] for values in vars(self).values()))
 
-    def total(self) -> "_Counts":
-        return _Counts(*(values.sum(-1, keepdims=True) for values in vars(self).values()))
+    @classmethod
+    def together(cls, parts: Sequence["_Counts"]) -> "_Counts":
+        return cls(
+            *(np.concatenate(values, -1) for values in zip(*(vars(part).values() for part in parts), strict=True))
+        )
+
+    def totals(self, times: np.ndarray) -> "_Counts":
+        """Sums in which each pair counts several times, [B,C]; B sums take the place of the pairs."""
+        return _Counts(*(values @ times.T for values in vars(self).values()))
 
     def score(self) -> np.ndarray:
         """METEOR of each pair, [C]."""
@@ -90,10 +104,7 @@ class _Counts:
         precision, recall = matched / np.where(whole > 0, whole, 1)
         both = (precision > 0) & (recall > 0)
         mean = np.where(both, 1 / ((1 - ALPHA) / np.where(both, precision, 1) + ALPHA / np.where(both, recall, 1)), 0)
-        covered = self.matched.sum(1)
-        # One chunk that holds everything is no fragment.
-        whole_chunk = (covered == self.length).all(0) & (self.chunks == 1)
-        fragmentation = np.where(whole_chunk, 0, self.chunks / np.maximum(covered.mean(0), 1))
+        fragmentation = self.chunks / np.maximum(self.matched.sum(1).mean(0), 1)
         return mean * (1 - GAMMA * fragmentation**BETA)
 
 
@@ -119,13 +130,11 @@ def _count(ours: Sentences, theirs: Sentences, words: Words) -> _Counts:
         matched[side] = np.bincount(cell, minlength=MATCHERS * pairs).reshape(MATCHERS, pairs)
         weights = is_function[sentences.words[word]]
         matched_function[side] = np.bincount(cell, weights, MATCHERS * pairs).reshape(MATCHERS, pairs)
-    return _Counts(
-        np.stack([our_lengths, theirs.lengths]),
-        np.stack([functions(ours)[theirs.image], functions(theirs)]),
-        matched,
-        matched_function,
-        _chunks(taken, pairs),
-    )
+    length = np.stack([our_lengths, theirs.lengths])
+    chunks = _chunks(taken, pairs)
+    chunks[(matched.sum(1) == length).all(0) & (chunks == 1)] = 0
+    function = np.stack([functions(ours)[theirs.image], functions(theirs)])
+    return _Counts(length, function, matched, matched_function, chunks)
 
 
 def _chunks(taken: Matches, pairs: int) -> np.ndarray:

@@ -1,0 +1,136 @@
+"""How varied captions are: of a whole file, and of several captions of the same image."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from imgcap_jax.metrics.corpus import ORDERS
+from imgcap_jax.text import tokenize
+
+_Grams = Counter[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """Of a file with one caption an image.
+
+    Attributes:
+        vocabulary: different words used. length: words a caption, on average.
+        distinct: different n-grams as a share of all, n = 1 and 2 (Li et al., 2016).
+        unique: share of captions that no other image has.
+        novel: share of captions that are not among the training captions; None where those were not given.
+    """
+
+    vocabulary: int
+    length: float
+    distinct: tuple[float, float]
+    unique: float
+    novel: float | None
+
+
+@dataclass(frozen=True)
+class SetDiversity:
+    """Of a file with several captions an image; means over the images with two or more.
+
+    Attributes:
+        images: how many those are. captions: captions an image.
+        distinct: different n-grams of an image's captions as a share of its words, n = 1 and 2 (Div-1 and Div-2 of
+            Shetty et al., 2017).
+        self_cider: 0 where an image's captions say the same, 1 where they have nothing in common (Wang and Chan, 2019).
+    """
+
+    images: int
+    captions: float
+    distinct: tuple[float, float]
+    self_cider: float
+
+
+def diversity(captions: Iterable[str], training: Iterable[str] | None = None) -> Diversity:
+    """Diversity of one caption an image; compared as tokens, without case and punctuation."""
+    tokens = [tuple(tokenize(caption)) for caption in captions]
+    often = Counter(tokens)
+    words = sum(map(len, tokens))
+    novel = None
+    if training is not None:
+        seen = {tuple(tokenize(caption)) for caption in training}
+        novel = sum(caption not in seen for caption in tokens) / len(tokens)
+    return Diversity(
+        len({word for caption in tokens for word in caption}),
+        words / len(tokens),
+        (_distinct(tokens, 1), _distinct(tokens, 2)),
+        sum(often[caption] == 1 for caption in tokens) / len(tokens),
+        novel,
+    )
+
+
+def set_diversity(sets: Mapping[int, Sequence[str]], references: Mapping[int, Sequence[str]]) -> SetDiversity | None:
+    """Diversity of several captions an image; None where no image has two.
+
+    Args:
+        sets: image id -> its captions.
+        references: image id -> raw captions, the source of the document frequencies of self-CIDEr.
+    """
+    several = {image: [tokenize(caption) for caption in captions] for image, captions in sets.items()}
+    several = {image: captions for image, captions in several.items() if len(captions) > 1}
+    if not several:
+        return None
+    documents: _Grams = Counter()
+    for captions in references.values():
+        documents.update({gram for caption in captions for gram in _grams(tokenize(caption))})
+    words = [max(1, sum(map(len, captions))) for captions in several.values()]
+    distinct = [
+        float(
+            np.mean(
+                [len(_grams_of(captions, n)) / total for captions, total in zip(several.values(), words, strict=True)]
+            )
+        )
+        for n in (1, 2)
+    ]
+    self_cider = [_self_cider(captions, documents, len(references)) for captions in several.values()]
+    return SetDiversity(
+        len(several),
+        float(np.mean([len(captions) for captions in several.values()])),
+        (distinct[0], distinct[1]),
+        float(np.mean(self_cider)),
+    )
+
+
+def _distinct(tokens: Sequence[Sequence[str]], n: int) -> float:
+    total = sum(max(0, len(caption) - n + 1) for caption in tokens)
+    return len(_grams_of(tokens, n)) / max(1, total)
+
+
+def _grams_of(captions: Iterable[Sequence[str]], n: int) -> set[tuple[str, ...]]:
+    return {tuple(caption[i : i + n]) for caption in captions for i in range(len(caption) - n + 1)}
+
+
+def _grams(caption: Sequence[str]) -> Iterable[tuple[str, ...]]:
+    """All n-grams up to 4-grams."""
+    return (tuple(caption[i : i + n]) for n in range(1, ORDERS + 1) for i in range(len(caption) - n + 1))
+
+
+def _self_cider(captions: Sequence[Sequence[str]], documents: _Grams, images: int) -> float:
+    """-log_m(r), with r the share of the largest of the square roots of the kernel's eigenvalues.
+
+    The kernel [m,m] holds the captions' CIDEr with each other, 1 where they are the same.
+    """
+    kernel = np.zeros((len(captions), len(captions)))
+    for n in range(1, ORDERS + 1):
+        vectors = []
+        for caption in captions:
+            counts = Counter(tuple(caption[i : i + n]) for i in range(len(caption) - n + 1))
+            vector = {gram: count * math.log(images / max(1, documents[gram])) for gram, count in counts.items()}
+            norm = math.sqrt(sum(weight**2 for weight in vector.values()))
+            vectors.append({gram: weight / norm for gram, weight in vector.items()} if norm else {})
+        for i, one in enumerate(vectors):
+            for j, other in enumerate(vectors[: i + 1]):
+                cosine = sum(weight * other.get(gram, 0.0) for gram, weight in one.items())
+                kernel[i, j] += cosine / ORDERS
+                kernel[j, i] = kernel[i, j]
+    roots = np.sqrt(np.clip(np.linalg.eigvalsh(kernel), 0, None))
+    if not roots.sum():
+        return 0.0
+    return -math.log(roots.max() / roots.sum(), len(captions))
