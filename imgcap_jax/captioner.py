@@ -1,6 +1,7 @@
 """Captioner: load a run and caption photos. The Python API for using a trained model."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from imgcap_jax.decoding_settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.evaluation import check_ensemble
 from imgcap_jax.generation import attention_function, caption_function
+from imgcap_jax.metrics.coco_format import write_results
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.report.attention import attention_picture
 from imgcap_jax.run import Run
@@ -186,7 +188,12 @@ def _is_batch(photos: object) -> bool:
 
 
 def caption_files(
-    captioner: Captioner, paths: Sequence[Path], *, as_json: bool, pictures: Path | None = None
+    captioner: Captioner,
+    paths: Sequence[Path],
+    *,
+    as_json: bool,
+    pictures: Path | None = None,
+    results: Path | None = None,
 ) -> Iterator[tuple[str, bool]]:
     """Captions files and the images in folders, one line each: (line, whether it tells of a failure).
 
@@ -197,8 +204,15 @@ def caption_files(
         paths: image files and folders.
         as_json: lines of JSON instead of text.
         pictures: folder for a picture of each photo and where its words looked; None: none.
+        results: file of the best captions in COCO's format, as `COCO_test2014_000000000016.jpg` is image 16; None:
+            none.
+
+    Raises:
+        UserError: results are wanted of files whose names don't end in a number, or of two with the same.
     """
     files = list(_files(paths))
+    image_ids = _image_ids(files) if results is not None else {}
+    found_results: dict[int, str] = {}
     if not files:
         yield f"imgcap: no images in {', '.join(map(str, paths))}", True
     done = 0
@@ -226,6 +240,25 @@ def caption_files(
                 attention_picture(captioner.view(path), best.words, best.log_probs, best.attention, picture)
             for line in _lines(path, found, picture, as_json=as_json):
                 yield line, False
+            if results is not None:
+                found_results[image_ids[path]] = found[0].text
+    if results is not None and found_results:
+        write_results(results, found_results)
+
+
+def _image_ids(files: Sequence[Path]) -> dict[Path, int]:
+    """COCO's image ids: the numbers that the files' names end in."""
+    image_ids: dict[Path, int] = {}
+    named: dict[int, Path] = {}
+    for path in files:
+        found = re.search(r"[0-9]+$", path.stem)
+        if found is None:
+            raise UserError(f"{path}: its name does not end in an image id, as COCO's do; leave out --results")
+        number = int(found[0])
+        if number in named:
+            raise UserError(f"{path} and {named[number]} are both image {number}; leave one of them out")
+        named[number], image_ids[path] = path, number
+    return image_ids
 
 
 def _lines(path: Path, captions: Sequence[Caption], picture: Path | None, *, as_json: bool) -> Iterator[str]:

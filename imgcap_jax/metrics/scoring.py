@@ -68,7 +68,7 @@ class Scores:
     warnings: tuple[str, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
     signatures: Mapping[str, str] = field(default_factory=dict)
-    metrics: Mapping[str, MetricScore] = field(default_factory=dict, repr=False)
+    metrics: Mapping[str, MetricScore] = field(default_factory=dict, repr=False, compare=False)
 
 
 class CaptionScorer:

@@ -24,6 +24,7 @@ def lines(evaluation: Evaluation) -> list[str]:
         f"{captioned.images_per_second:.0f} images/s"
     )
     report += [f"  note: {warning}" for warning in evaluation.scores.warnings]
+    report += [f"  note: {name} is missing: {how}" for name, how in evaluation.scores.missing.items()]
     return [*report, f"  signature {evaluation.scores.signature}"]
 
 

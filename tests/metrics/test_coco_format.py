@@ -1,13 +1,20 @@
 """COCO's files: what is written is read back, and each mistake is named in one line."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.metrics.coco_format import read_references, read_results, write_references, write_results
+from imgcap_jax.metrics.coco_format import (
+    read_captions,
+    read_references,
+    write_references,
+    write_results,
+    write_submission,
+)
 
 
 def test_results_there_and_back(tmp_path: Path) -> None:
@@ -18,7 +25,7 @@ def test_results_there_and_back(tmp_path: Path) -> None:
         {"image_id": 391895, "caption": "a man’s dog"},
         {"image_id": 7, "caption": ""},
     ]
-    assert read_results(path) == captions
+    assert read_captions(path) == {image: [caption] for image, caption in captions.items()}
     assert [file.name for file in tmp_path.iterdir()] == ["captions.json"]
 
 
@@ -51,8 +58,8 @@ def check(read: Any, path: Path, words: str) -> None:
     [
         ([{"image_id": 1}], "entry 0 has no 'caption'"),
         ([{"image_id": 1, "caption": "a"}, {"caption": "b"}], "entry 1 has no 'image_id'"),
-        ([{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}], "image 1 twice"),
-        ([{"image_id": "1", "caption": "a"}], "'1' is not a whole number"),
+        ([{"image_id": "cat", "caption": "a"}], "'cat' is not a whole number"),
+        ([{"image_id": 1, "captions": [{"score": 1}]}], "no 'caption'"),
         ([{"image_id": True, "caption": "a"}], "not a whole number"),
         ([{"image_id": 1, "caption": ["a"]}], "not text"),
         (["a dog"], "not an object"),
@@ -64,7 +71,7 @@ def check(read: Any, path: Path, words: str) -> None:
 def test_bad_results(tmp_path: Path, document: Any, words: str) -> None:
     path = tmp_path / "captions.json"
     path.write_text(json.dumps(document))
-    check(read_results, path, words)
+    check(read_captions, path, words)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +92,7 @@ def test_bad_references(tmp_path: Path, document: Any, words: str) -> None:
     check(read_references, path, words)
 
 
-@pytest.mark.parametrize("read", [read_results, read_references])
+@pytest.mark.parametrize("read", [read_captions, read_references])
 def test_unreadable_files(tmp_path: Path, read: Any) -> None:
     check(read, tmp_path / "missing.json", "No such file")
     check(read, tmp_path, "directory")
@@ -94,3 +101,40 @@ def test_unreadable_files(tmp_path: Path, read: Any) -> None:
     check(read, path, "not JSON")
     path.write_bytes(b'["\xff"]')
     check(read, path, "not UTF-8")
+
+
+def test_several_captions_of_an_image(tmp_path: Path) -> None:
+    path = tmp_path / "samples.json"
+    path.write_text(
+        json.dumps(
+            [
+                {"image_id": 1, "caption": "a dog"},
+                {"image_id": "2", "captions": ["a cat", {"caption": "the cat", "score": -1.0}]},
+                {"image_id": 1, "caption": "the dog"},
+            ]
+        )
+    )
+    assert read_captions(path) == {1: ["a dog", "the dog"], 2: ["a cat", "the cat"]}
+
+
+def test_references_with_ids_in_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "references.json"
+    path.write_text(json.dumps({"images": [{"id": "7"}], "annotations": [{"image_id": "7", "caption": "a dog"}]}))
+    assert read_references(path) == {7: ["a dog"]}
+
+
+def test_submission(tmp_path: Path) -> None:
+    path = tmp_path / "results.zip"
+    whole = dict.fromkeys(range(40504), "a dog")
+    warnings = write_submission(path, "soft-attention", {"val2014": whole, "test2014": {16: "a cat"}})
+    assert warnings == ["test2014 has captions of 1 images, and the server wants all 40775"]
+    with zipfile.ZipFile(path) as archive:
+        names = [f"captions_{split}_soft-attention_results.json" for split in ("val2014", "test2014")]
+        assert archive.namelist() == names
+        assert json.loads(archive.read(names[1])) == [{"image_id": 16, "caption": "a cat"}]
+        assert len(json.loads(archive.read(names[0]))) == 40_504
+    assert write_submission(path, "a", {"test2014": whole | dict.fromkeys(range(40504, 40775), "")}) == [
+        "val2014 is not there, and the server wants it too"
+    ]
+    with pytest.raises(UserError, match="can't name a submission"):
+        write_submission(path, "my/model", {})

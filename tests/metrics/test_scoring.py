@@ -8,8 +8,8 @@ import pytest
 from nltk.translate.bleu_score import corpus_bleu
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.metrics.corpus import Candidates, MetricScores, References
-from imgcap_jax.metrics.scoring import METRICS, CaptionScorer
+from imgcap_jax.metrics.corpus import Candidates, MetricScores, References, mean_score
+from imgcap_jax.metrics.scoring import CaptionScorer, metrics
 from imgcap_jax.text import tokenize
 
 OTHERS = {2: ["two cats sleep on red chairs"], 3: ["some people ski down hills"]}
@@ -127,7 +127,16 @@ def test_metrics_equal_a_plain_reading() -> None:
     assert scores.values["CIDEr-D"] == pytest.approx(np.mean(list(scores.per_image["CIDEr-D"].values())))
 
 
-def plain_cider(candidate: list[str], image: int, references: dict[int, list[list[str]]]) -> float:
+def plain_cider(
+    candidate: list[str],
+    image: int,
+    references: dict[int, list[list[str]]],
+    corpus: dict[int, list[list[str]]] | None = None,
+    *,
+    original: bool = False,
+) -> float:
+    corpus = references if corpus is None else corpus
+
     def grams(words: list[str], n: int) -> list[tuple[str, ...]]:
         return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
@@ -135,8 +144,8 @@ def plain_cider(candidate: list[str], image: int, references: dict[int, list[lis
         found = grams(words, n)
         result = {}
         for gram in set(found):
-            images = sum(any(gram in grams(text, n) for text in texts) for texts in references.values())
-            result[gram] = found.count(gram) * np.log(len(references) / max(1, images))
+            images = sum(any(gram in grams(text, n) for text in texts) for texts in corpus.values())
+            result[gram] = found.count(gram) * np.log(len(corpus) / max(1, images))
         return result
 
     total = 0.0
@@ -145,8 +154,11 @@ def plain_cider(candidate: list[str], image: int, references: dict[int, list[lis
         for reference in references[image]:
             theirs = vector(reference, n)
             norms = np.linalg.norm(list(mine.values())) * np.linalg.norm(list(theirs.values()))
-            dot = sum(min(weight, theirs.get(gram, 0)) * theirs.get(gram, 0) for gram, weight in mine.items())
-            difference = len(candidate) - len(reference)
+            dot = sum(
+                (weight if original else min(weight, theirs.get(gram, 0))) * theirs.get(gram, 0)
+                for gram, weight in mine.items()
+            )
+            difference = 0 if original else len(candidate) - len(reference)
             if norms:
                 total += dot / norms * np.exp(-(difference**2) / 72)
     return 10 * total / 4 / len(references[image])
@@ -184,10 +196,49 @@ def test_scoring_twice_gives_the_same() -> None:
 
 def test_signature() -> None:
     scorer = CaptionScorer({1: ["a dog", "dog"], **OTHERS})
-    assert scorer.signature.endswith("|tok:ptb-coco|refs:1-2|n:3|idf:references|" + ",".join(METRICS))
+    assert scorer.signature.endswith("|tok:ptb-coco|refs:1-2|n:3|idf:references|" + ",".join(metrics()))
     assert scorer.signature.startswith("imgcap-")
-    assert "BLEU:closest,ROUGE-L:b1.2,CIDEr-D:s6" in scorer.signature
-    assert scorer.score({1: "a", 2: "b", 3: "c"}).signature == scorer.signature
+    scores = scorer.score({1: "a", 2: "b", 3: "c"})
+    assert scores.signature == scorer.signature
+    assert scores.signatures["BLEU-2"].endswith("|refs:1-2|n:3|BLEU:closest")
+    assert scores.signatures["CIDEr-D"].endswith("|refs:1-2|n:3|idf:references|CIDEr-D:s6")
+
+
+def test_original_cider_equals_a_plain_reading() -> None:
+    """Cosines as they are: no clipping, no penalty on length."""
+    references, candidates = random_corpus(40)
+    scores = CaptionScorer(references, metrics(original_cider=True)).score(candidates)
+    tokens = {image: [tokenize(text) for text in texts] for image, texts in references.items()}
+    for image, candidate in candidates.items():
+        expected = plain_cider(tokenize(candidate), image, tokens, original=True)
+        assert scores.per_image["CIDEr (original)"][image] == pytest.approx(expected, abs=1e-9)
+
+
+def test_document_frequencies_of_another_corpus() -> None:
+    references, candidates = random_corpus(40)
+    # A corpus that has words which neither references nor candidates have, and lacks some that they have.
+    corpus = {image: [text + " yak", "a yak"] for image, text in zip(range(15), candidates.values(), strict=False)}
+    scorer = CaptionScorer(references, metrics(idf=corpus), idf="corpus.json")
+    scores = scorer.score(candidates)
+    assert "|idf:corpus.json|" in scores.signature
+    tokens = {image: [tokenize(text) for text in texts] for image, texts in references.items()}
+    documents = {image: [tokenize(text) for text in texts] for image, texts in corpus.items()}
+    for image, candidate in candidates.items():
+        expected = plain_cider(tokenize(candidate), image, tokens, documents)
+        assert scores.per_image["CIDEr-D"][image] == pytest.approx(expected, abs=1e-9)
+
+
+def test_one_image_has_a_cider_with_another_corpus() -> None:
+    corpus = {1: ["a dog"], 2: ["a cat"], 3: ["some people ski"]}
+    scores = CaptionScorer({7: ["some people ski"]}, metrics(idf=corpus), idf="corpus").score({7: "some people ski"})
+    assert scores.values["CIDEr-D"] == pytest.approx(7.5)
+    assert scores.warnings == ()
+
+
+def test_a_model_s_own_tokens_are_told() -> None:
+    scores = CaptionScorer({1: ["a dog"], **OTHERS}).score({1: "a <unk> dog", 2: "two cats <eos>", 3: "some people"})
+    assert "2 of 3 candidates hold a model's own token such as <unk>" in scores.warnings[0]
+    assert "same caption" in CaptionScorer(OTHERS).score({2: "a dog", 3: "A dog."}).warnings[0]
 
 
 def test_one_image_is_warned_about() -> None:
@@ -200,7 +251,7 @@ def test_one_image_is_warned_about() -> None:
 
 def test_own_metric() -> None:
     def words(references: References) -> Callable[[Candidates], MetricScores]:
-        return lambda candidates: {"words": (candidates.lengths.mean(), candidates.lengths)}
+        return lambda candidates: {"words": mean_score(candidates.lengths)}
 
     scores = CaptionScorer({1: ["a dog"], **OTHERS}, {"words": words}).score({1: "a", 2: "b b", 3: "c"})
     assert scores.values == {"words": pytest.approx(4 / 3)}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from imgcap_jax.metrics.coco_format import read_references, read_captions
+from imgcap_jax.metrics.coco_format import read_captions, read_references
 from imgcap_jax.metrics.scoring import CaptionScorer, Scores
 from imgcap_jax.text import PUNCTUATION, tokenize
 
@@ -22,6 +22,7 @@ COLUMNS = {
     "Bleu_4": "BLEU-4",
     "ROUGE_L": "ROUGE-L",
     "CIDEr": "CIDEr-D",
+    "METEOR": "METEOR",
 }
 
 
@@ -42,21 +43,27 @@ def published(flickr30k: Path) -> dict[str, dict[str, float]]:
 
 
 def score(scorer: CaptionScorer, flickr30k: Path, system: str) -> Scores:
-    return scorer.score(read_results(flickr30k / f"{system}.json"))
+    return scorer.score(captions_of(flickr30k, system))
+
+
+def captions_of(flickr30k: Path, system: str) -> dict[int, str]:
+    return {image: found for image, [found] in read_captions(flickr30k / f"{system}.json").items()}
 
 
 def test_published_scores(flickr30k: Path, scorer: CaptionScorer, published: dict[str, dict[str, float]]) -> None:
     """All twelve systems. The published CIDEr is 4e-5 off the official tools on these very files."""
+    pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed (extra: meteor)")
+    largest = dict.fromkeys(COLUMNS.values(), 0.0)
     systems = [system for system in published if system != "human_1"]  # scored on slightly other captions
     assert len(systems) == 12
     for system in systems:
         values = score(scorer, flickr30k, system).values
         for column, metric in COLUMNS.items():
             tolerance = 1e-4 if metric == "CIDEr-D" else 1e-6
-            assert values[metric] == pytest.approx(published[system][column], abs=tolerance, rel=0), (
-                system,
-                metric,
-            )
+            difference = abs(values[metric] - published[system][column])
+            largest[metric] = max(largest[metric], difference)
+            assert difference <= tolerance, (system, metric)
+    print("largest differences:", largest)
 
 
 @pytest.mark.parametrize("system", ["human_1", "merge_1", "pre_2"])
@@ -67,7 +74,7 @@ def test_scores_equal_pycocoevalcap(flickr30k: Path, scorer: CaptionScorer, syst
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    candidates = read_results(flickr30k / f"{system}.json")
+    candidates = captions_of(flickr30k, system)
     references = read_references(flickr30k / "references.json")
     ids = list(references)
     gts = {i: [" ".join(tokenize(text)) for text in references[i]] for i in ids}

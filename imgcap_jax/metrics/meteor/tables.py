@@ -138,6 +138,8 @@ class Tables:
         yield place, node
         offset = len(self.function)
         for length, keys in enumerate(self.prefix, 2):
+            if not len(keys):
+                return
             goes_on = left[place] >= length
             place, node = place[goes_on], node[goes_on]
             last = words[place + length - 1].astype(np.int64)

@@ -1,0 +1,97 @@
+"""SPICE (Anderson et al., 2016) by the official Java tool, where it is installed.
+
+It parses sentences with Stanford's CoreNLP, so there is no way around its jar and the 400 MB of CoreNLP's models; it
+takes minutes where the other metrics take seconds, and is computed only when asked for.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.metrics.corpus import Candidates, MetricScores, References, mean_score
+
+LABEL = "SPICE:1.0"
+_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+# The tool's serialiser looks into classes that Java closes from version 16 on; Java 8 doesn't read this variable.
+_OPENED = " ".join(
+    f"--add-opens=java.base/java.{package}=ALL-UNNAMED"
+    for package in ("lang", "math", "net", "text", "util", "util.concurrent")
+)
+
+
+def obstacle() -> str | None:
+    """Why SPICE can't be computed here and what to do, in one line; None where it can."""
+    if shutil.which("java") is None:
+        return "SPICE needs Java 8 or later on the PATH; the other metrics do without"
+    folder = _folder()
+    if folder is None:
+        return "SPICE needs its jar: pip install pycocoevalcap (extra java) brings it"
+    missing = [name for name in _MODELS if not (folder / "lib" / name).is_file()]
+    if missing:
+        return (
+            f"SPICE needs {' and '.join(missing)} in {folder / 'lib'}; "
+            "python -m pycocoevalcap.spice.get_stanford_models downloads CoreNLP (400 MB) there"
+        )
+    return None
+
+
+def prepare(references: References) -> Callable[[Candidates], MetricScores]:
+    """A function that scores candidates against these references.
+
+    Raises:
+        UserError: something is missing (``obstacle``), or, when scoring, the tool failed.
+    """
+    if reason := obstacle():
+        raise UserError(reason)
+
+    def score(candidates: Candidates) -> MetricScores:
+        entries = [
+            {"image_id": number, "test": " ".join(candidate), "refs": [" ".join(tokens) for tokens in theirs]}
+            for number, (candidate, theirs) in enumerate(zip(candidates.tokens, references.tokens, strict=True))
+        ]
+        images = np.zeros(len(entries))
+        for result in _run(entries):
+            images[result["image_id"]] = float(result["scores"]["All"]["f"])
+        return {"SPICE": mean_score(images)}
+
+    return score
+
+
+def _folder() -> Path | None:
+    found = importlib.util.find_spec("pycocoevalcap")
+    if found is None or not found.submodule_search_locations:
+        return None
+    folder = Path(found.submodule_search_locations[0]) / "spice"
+    return folder if (folder / "spice-1.0.jar").is_file() else None
+
+
+def _run(entries: list[dict]) -> list[dict]:
+    folder = _folder()
+    assert folder is not None
+    with tempfile.TemporaryDirectory() as temporary:
+        given, result = Path(temporary) / "captions.json", Path(temporary) / "scores.json"
+        given.write_text(json.dumps(entries), "utf-8")
+        command = ["java", "-Xmx8G", "-jar", str(folder / "spice-1.0.jar"), str(given), "-out", str(result)]
+        opened = f"{os.environ.get('JDK_JAVA_OPTIONS', '')} {_OPENED}".strip()
+        # Where the jar lies, because it looks for CoreNLP beside itself.
+        run = subprocess.run(
+            [*command, "-subset", "-silent"],
+            cwd=folder,
+            env={**os.environ, "JDK_JAVA_OPTIONS": opened},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if run.returncode or not result.is_file():
+            lines = [line for line in run.stderr.splitlines() if line.strip()]
+            raise UserError(f"SPICE failed ({lines[-1].strip() if lines else f'exit code {run.returncode}'})")
+        scores: list[dict] = json.loads(result.read_text("utf-8"))
+        return scores

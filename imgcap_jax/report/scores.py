@@ -1,0 +1,52 @@
+"""Scores of files as lines for the terminal."""
+
+from imgcap_jax.metrics.compare import Difference
+from imgcap_jax.score_files import ScoreReport
+
+
+def lines(report: ScoreReport) -> list[str]:
+    """A table of scores x100, each with its signature; comparison, diversity and warnings."""
+    table = [["x100", *(["", "other", "difference", "95 % interval", "p"] if report.other else [""]), "signature"]]
+    for name, value in report.scores.values.items():
+        compared = _compared(report.differences[name]) if name in report.differences else []
+        table.append([name, f"{100 * value:.2f}", *compared, report.scores.signatures[name]])
+    found = _aligned(table)
+    found += [f"{name} is missing: {how}" for name, how in report.scores.missing.items()]
+    own = report.diversity
+    novel = f", {100 * own.novel:.1f} % not in training" if own.novel is not None else ""
+    found += [
+        "",
+        f"captions: {own.length:.1f} words on average, vocabulary {own.vocabulary}, "
+        f"distinct-1 {100 * own.distinct[0]:.1f} %, distinct-2 {100 * own.distinct[1]:.1f} %, "
+        f"{100 * own.unique:.1f} % of one image only{novel}",
+    ]
+    if report.sets is not None:
+        sets = report.sets
+        found.append(
+            f"samples: {sets.captions:.1f} captions of each of {sets.images} images, self-CIDEr {sets.self_cider:.3f}, "
+            f"Div-1 {sets.distinct[0]:.3f}, Div-2 {sets.distinct[1]:.3f}"
+        )
+    return [*found, *(f"warning: {warning}" for warning in report.warnings)]
+
+
+def _compared(difference: Difference) -> list[str]:
+    low, high = 100 * difference.low, 100 * difference.high
+    change = 100 * (difference.ours - difference.other)
+    return [
+        f"{100 * difference.other:.2f}",
+        f"{change:+.2f}",
+        f"{low:+.2f} to {high:+.2f}",
+        f"{difference.p_value:.3f}",
+    ]
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    """Columns: the first and last to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place in (0, len(row) - 1) else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]

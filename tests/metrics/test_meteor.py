@@ -1,0 +1,279 @@
+"""METEOR: by hand, against a plain reading of the search, and where its tables are missing.
+
+Against the official Java tool: tests/real/test_official_scores.py.
+"""
+
+import gzip
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from imgcap_jax.metrics import scoring
+from imgcap_jax.metrics.meteor import metric, tables
+from imgcap_jax.metrics.meteor.alignment import BEAM, align
+from imgcap_jax.metrics.meteor.matching import EXACT, PARAPHRASE, STEM, SYNONYM, Matches, Sentences, Words, find_matches
+from imgcap_jax.metrics.meteor.normalize import normalize
+from imgcap_jax.metrics.meteor.tables import Tables
+from imgcap_jax.metrics.scoring import CaptionScorer
+
+SYNSETS = "dog\n1 2\nhound\n1\ngrind\n3\ncrush\n3\nbe\n4\nexist\n4\nice_cream\n5\nman\n6\nguy\n6\nbox\n7\ncase\n7\n"
+EXCEPTIONS = "grind\nground\nbe\nis am\n"
+PARAPHRASES = ["a dog|the hound", "hound|big animal", "big animal|hound", "in front of the|before a", "a|the", "x|y y"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package with small tables."""
+    folder = tmp_path_factory.mktemp("package") / "meteor"
+    (folder / "data").mkdir(parents=True)
+    with zipfile.ZipFile(folder / "meteor-1.5.jar", "w") as jar:
+        jar.writestr("function/english.words", "the\na\nis\n")
+        jar.writestr("synonym/english.synsets", SYNSETS)
+        jar.writestr("synonym/english.exceptions", EXCEPTIONS)
+    with gzip.open(folder / "data" / "paraphrase-en.gz", "wt") as file:
+        for pair in PARAPHRASES:
+            file.write("0.5\n" + pair.replace("|", "\n") + "\n")
+    return folder
+
+
+@pytest.fixture
+def small_tables(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tables:
+    monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path))
+    monkeypatch.setattr(tables, "package_folder", lambda: small)
+    return Tables.load()
+
+
+@pytest.fixture(scope="module")
+def real_tables() -> Tables:
+    if tables.package_folder() is None:
+        pytest.skip("METEOR's tables are not installed (extra: meteor)")
+    return Tables.load()
+
+
+def sentences(texts: list[list[str]], words: Words, image: list[int] | None = None) -> Sentences:
+    lengths = np.array([len(text) for text in texts])
+    return Sentences(words.numbers(texts), lengths, np.arange(len(texts)) if image is None else np.array(image))
+
+
+def rows(matches: Matches, pair: int) -> list[tuple[int, ...]]:
+    """(module, start, length, other start, other length) of the matches of a pair."""
+    columns = (matches.module, matches.start, matches.length, matches.other_start, matches.other_length)
+    return [tuple(int(column[row]) for column in columns) for row in np.flatnonzero(matches.pair == pair)]
+
+
+def test_tables_are_compiled_once(small_tables: Tables, tmp_path: Path) -> None:
+    folder = next((tmp_path / "meteor").iterdir())
+    assert [path.name for path in (tmp_path / "meteor").iterdir()] == [folder.name]  # nothing half done beside it
+    before = (folder / "paraphrase.npy").stat().st_mtime_ns
+    assert Tables.load().number == small_tables.number
+    assert (folder / "paraphrase.npy").stat().st_mtime_ns == before
+
+
+def test_a_broken_compilation_leaves_nothing(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path))
+    monkeypatch.setattr(tables, "package_folder", lambda: small)
+    with monkeypatch.context() as broken:
+        broken.setattr(tables, "_prefix_tree", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Tables.load()
+    assert not list((tmp_path / "meteor").iterdir())
+    Tables.load()
+
+
+def test_synsets_of_forms(small_tables: Tables) -> None:
+    synsets = small_tables.synsets
+    assert synsets("dog") == {1, 2}
+    assert synsets("dogs") == {1, 2}  # a regular form
+    assert synsets("ground") == {3}  # an irregular one
+    assert synsets("is") == {4}
+    assert synsets("guys") == synsets("men") == {6}  # by the ending -men
+    assert synsets("boxes") == {7}
+    assert synsets("mans") == {6}
+    assert synsets("bes") == {4}
+    assert synsets("dogss") == set()  # no -s after s
+    assert synsets("zebra") == set()
+    assert "ice_cream" not in small_tables.number
+
+
+def test_phrases_of_all_lengths(small_tables: Tables) -> None:
+    """The prefix tree against a search for every phrase."""
+    text = ["a", "dog", "in", "front", "of", "the", "hound", "before", "a", "big", "animal", "in", "front", "of"]
+    words = np.array([small_tables.number.get(word, -1) for word in text])
+    left = np.arange(len(text), 0, -1)
+    phrases = {phrase for pair in PARAPHRASES for phrase in pair.split("|")}
+    prefixes = {tuple(phrase.split()[:n]) for phrase in phrases for n in range(2, 8)}
+    for length, (place, node) in enumerate(small_tables.nodes(words, left), 1):
+        expected = [i for i in range(len(text) - length + 1) if length == 1 or tuple(text[i : i + length]) in prefixes]
+        assert place.tolist() == expected
+        # Equal phrases, and only they, have the same node.
+        spans = [tuple(text[i : i + length]) for i in place]
+        assert len(set(zip(spans, node.tolist(), strict=True))) == len(set(spans)) == len(set(node.tolist()))
+
+
+def test_matches_by_hand(small_tables: Tables) -> None:
+    words = Words(small_tables)
+    ours = sentences([["a", "dog", "is", "barking"], ["hound"], ["in", "front", "of", "the", "x"]], words)
+    theirs = sentences([["the", "hound", "was", "barked"], ["big", "animal"], ["before", "a", "y", "y"]], words)
+    matches = find_matches(ours, theirs, words)
+    assert rows(matches, 0) == [
+        (PARAPHRASE, 0, 1, 0, 1),  # the, a: the table has it the other way
+        (PARAPHRASE, 0, 2, 0, 2),  # the hound, a dog
+        (SYNONYM, 1, 1, 1, 1),  # hound, dog
+        (STEM, 3, 1, 3, 1),  # barked, barking
+    ]
+    assert rows(matches, 1) == [(PARAPHRASE, 0, 2, 0, 1)] * 2  # listed both ways, so found twice
+    assert rows(matches, 2) == [
+        (PARAPHRASE, 0, 2, 0, 4),
+        (PARAPHRASE, 1, 1, 3, 1),
+        (PARAPHRASE, 2, 2, 4, 1),
+    ]
+
+
+def plain_align(found: list[tuple[int, ...]], ours: int, theirs: int, beam: int = BEAM) -> list[tuple[int, ...]]:
+    """The search as alignment.py's docstring tells it, one path a tuple."""
+    covered = ([0] * ours, [0] * theirs)
+    for _, start, length, other, other_length in found:
+        for word in range(start, start + length):
+            covered[1][word] += 1
+        for word in range(other, other + other_length):
+            covered[0][word] += 1
+    definite = {
+        match
+        for match in found
+        if all(covered[1][word] == 1 for word in range(match[1], match[1] + match[2]))
+        and all(covered[0][word] == 1 for word in range(match[3], match[3] + match[4]))
+    }
+
+    def rank(path: tuple) -> tuple:
+        return (-path[0], path[1], path[2])
+
+    paths: list[Any] = [(0, 0, 0, -1, 0, frozenset(), ())]  # covered, chunks, distance, end, next word, used, taken
+    for current in range(theirs + 1):
+        paths = sorted(paths, key=rank)[:beam]
+        if current == theirs:
+            break
+        further: list[Any] = []
+        for total, chunks, distance, end, position, used, taken in paths:
+            if position > current:
+                further.append((total, chunks, distance, end, position, used, taken))
+                continue
+            here = [match for match in found if match[1] == current]
+            charged = distance
+            for match in here:
+                module, start, length, other, other_length = match
+                span = set(range(other, other + other_length))
+                if used & span:
+                    continue
+                gain = length + other_length if module == EXACT else length // 2 + other_length // 2
+                broken = chunks + (end not in (-1, other))
+                own = charged + abs(start - other) * (match in definite)
+                further.append(
+                    (total + gain, broken, own, other + other_length, current + length, used | span, (*taken, match))
+                )
+                charged += abs(start - other)
+            if not any(match in definite for match in here):
+                further.append((total, chunks + (end != -1), charged, -1, current + 1, used, taken))
+        paths = further
+    paths = [(path[0], path[1] + (path[3] != -1), *path[2:]) for path in paths]
+    return list(min(paths, key=rank)[6])
+
+
+_WORDS = """
+a the man men guy dog dogs hound runs running run is are in on of front to street road big large red ball play plays
+playing woman girl through grass next sitting sits an with two people
+"""
+LEXICON = _WORDS.split()
+
+
+@pytest.mark.parametrize(("count", "longest", "vocabulary"), [(600, 14, 40), (60, 30, 12), (4, 150, 40), (3, 90, 3)])
+def test_search_equals_a_plain_reading(count: int, longest: int, vocabulary: int, real_tables: Tables) -> None:
+    """Short captions; many equal words, where the beam is full; and more words than an integer has bits."""
+    rng = random.Random(longest)
+    lexicon = LEXICON[:vocabulary]
+
+    def sentence() -> list[str]:
+        return [rng.choice(lexicon) for _ in range(rng.randint(max(1, longest // 3), longest))]
+
+    ours, theirs = [sentence() for _ in range(count)], [sentence() for _ in range(count)]
+    theirs[0] = ours[0]
+    words = Words(real_tables)
+    candidates, references = sentences(ours, words), sentences(theirs, words)
+    matches = find_matches(candidates, references, words)
+    taken = matches.take(align(matches, candidates.lengths, references.lengths))
+    assert (matches.module == PARAPHRASE).any()
+    for pair in range(count):
+        assert rows(taken, pair) == plain_align(rows(matches, pair), len(ours[pair]), len(theirs[pair])), pair
+
+
+def test_groups_do_not_matter(real_tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    texts = {i: [" ".join(rng.choices(LEXICON, k=rng.randint(1, 12))) for _ in range(i % 4 + 1)] for i in range(30)}
+    candidates = {i: " ".join(rng.choices(LEXICON, k=8)) for i in texts}
+    together = CaptionScorer(texts, {"METEOR": metric.prepare}).score(candidates)
+    monkeypatch.setattr(metric, "_IMAGES_AT_A_TIME", 7)
+    apart = CaptionScorer(texts, {"METEOR": metric.prepare}).score(candidates)
+    assert together == apart
+
+
+def meteor(candidate: str, references: list[str]) -> float:
+    return CaptionScorer({1: references}, {"METEOR": metric.prepare}).score({1: candidate}).values["METEOR"]
+
+
+def test_values_by_hand(real_tables: Tables) -> None:
+    assert meteor("a dog runs", ["a dog runs"]) == pytest.approx(1)
+    assert meteor("a dog runs", ["a zebra", "a dog runs"]) == pytest.approx(1)
+    assert meteor("zebra", ["a dog runs"]) == 0
+    assert meteor("", ["a dog runs"]) == 0
+    assert meteor(".", ["a dog runs"]) == 0
+    assert meteor("zebra", ["."]) == 0
+    # "cat dog" and "a dog": one of two content words, one content word of a function and a content word.
+    precision, recall = 0.75 / 1.5, 0.75 / 1.0
+    mean = 1 / (0.15 / precision + 0.85 / recall)
+    assert meteor("cat dog", ["a dog"]) == pytest.approx(mean * (1 - 0.6 * 1**0.2))
+    # The same words the other way round: everything is matched, in two chunks.
+    assert meteor("dog cat", ["cat dog"]) == pytest.approx(1 - 0.6 * (2 / 2) ** 0.2)
+    # A stem counts 0.6.
+    assert meteor("zebra dogs", ["zebra dog"]) <= 1 - 0.4 / 2
+
+
+def test_corpus_is_scored_on_sums(real_tables: Tables) -> None:
+    """Sums of 6 and 6 words; the chunk of the image that is matched as a whole doesn't count in them."""
+    scorer = CaptionScorer({1: ["a dog runs fast"], 2: ["a dog"]}, {"METEOR": metric.prepare})
+    scores = scorer.score({1: "a dog runs fast", 2: "cat dog"})
+    precision, recall = (4 * 0.75 + 0.25) / (5 * 0.75 + 0.25), (4 * 0.75 + 0.25) / (4 * 0.75 + 2 * 0.25)
+    mean = 1 / (0.15 / precision + 0.85 / recall)
+    assert scores.values["METEOR"] == pytest.approx(mean * (1 - 0.6 * (1 / 5) ** 0.2))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ("a man 's t-shirt", "a man ' s t shirt"),
+        ("do n't", "do n 't"),
+        ("u.s. army", "us army"),
+        ("mr. x", "mr. x"),
+        ("x mr.", "x mr ."),
+        ("1,000 and 3.5 in 1/2", "1,000 and 3.5 in 1 / 2"),
+        ("a-b-c", "a b-c"),
+        ("-lrb- x -rrb-", "-lrb- x -rrb-"),
+        ("$ 50%", "$ 50 %"),
+        ("日本 é", "日 本 é"),
+    ],
+)
+def test_normalized_text(tokens: str, words: str) -> None:
+    assert normalize(tokens.split()) == words.split()
+
+
+def test_without_its_tables_meteor_is_told_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "package_folder", lambda: None)
+    scores = CaptionScorer({1: ["a dog"], 2: ["a cat"]}).score({1: "a dog", 2: "a cat"})
+    assert "METEOR" not in scores.values
+    assert "METEOR" not in scores.signature
+    assert "imgcap_jax[meteor]" in scores.missing["METEOR"]
+    monkeypatch.setattr(tables, "package_folder", lambda: None)
+    with pytest.raises(ModuleNotFoundError, match="meteor"):
+        Tables.load()
