@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from imgcap_jax.metrics.coco_format import read_captions, read_references
@@ -66,16 +67,35 @@ def test_published_scores(flickr30k: Path, scorer: CaptionScorer, published: dic
     print("largest differences:", largest)
 
 
-@pytest.mark.parametrize("system", ["human_1", "merge_1", "pre_2"])
-def test_scores_equal_pycocoevalcap(flickr30k: Path, scorer: CaptionScorer, system: str) -> None:
+Corpus = tuple[dict[int, list[str]], dict[int, str]]
+
+
+@pytest.fixture(scope="module")
+def corpora(shared: Path, flickr30k: Path) -> dict[str, Corpus]:
+    """References and candidates: systems' captions, and raw ones by people, the first of each image its candidate."""
+    references = read_references(flickr30k / "references.json")
+    found = {system: (references, captions_of(flickr30k, system)) for system in ("human_1", "merge_1", "pre_2")}
+    karpathy = json.loads((shared / "flickr8k" / "dataset_flickr8k.json").read_text())
+    texts = {i: [s["raw"] for s in image["sentences"]] for i, image in enumerate(karpathy["images"][:4500])}
+    texts |= {
+        10_000 + image: captions
+        for image, captions in read_references(shared / "coco_subset" / "annotations" / "captions_train.json").items()
+        if len(captions) > 4
+    }
+    assert len(texts) > 5000
+    people = {image: captions[1:] for image, captions in texts.items()}
+    return {**found, "people": (people, {image: captions[0] for image, captions in texts.items()})}
+
+
+@pytest.mark.parametrize("name", ["human_1", "merge_1", "pre_2", "people"])
+def test_scores_equal_pycocoevalcap(corpora: dict[str, Corpus], name: str) -> None:
     """Corpus and single images, on the same tokens; needs no Java."""
     pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed (extra: java)")
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    candidates = captions_of(flickr30k, system)
-    references = read_references(flickr30k / "references.json")
+    references, candidates = corpora[name]
     ids = list(references)
     gts = {i: [" ".join(tokenize(text)) for text in references[i]] for i in ids}
     res = {i: [" ".join(tokenize(candidates[i]))] for i in ids}
@@ -83,12 +103,44 @@ def test_scores_equal_pycocoevalcap(flickr30k: Path, scorer: CaptionScorer, syst
     cider, cider_images = Cider().compute_score(gts, res)
     rouge, rouge_images = Rouge().compute_score(gts, res)
 
-    ours = score(scorer, flickr30k, system)
+    ours = CaptionScorer(references).score(candidates)
     theirs = {f"BLEU-{n + 1}": (bleu[n], bleu_images[n]) for n in range(4)}
     theirs |= {"CIDEr-D": (cider, cider_images), "ROUGE-L": (rouge, rouge_images)}
     for metric, (corpus, images) in theirs.items():
         assert ours.values[metric] == pytest.approx(corpus, abs=1e-9), metric
         assert list(ours.per_image[metric].values()) == pytest.approx(list(images), abs=1e-9), metric
+
+
+@pytest.mark.parametrize("name", ["human_1", "people"])
+def test_meteor_equals_the_jar(corpora: dict[str, Corpus], name: str) -> None:
+    references, candidates = corpora[name]
+    corpus, images = jar_meteor([(candidates[i], references[i]) for i in references])
+    scores = CaptionScorer(references).score(candidates)
+    differences = np.abs(np.array(list(scores.per_image["METEOR"].values())) - images)
+    print(f"{(differences > 1e-4).sum()} of {len(images)} captions differ, the largest by {differences.max():.1e}")
+    assert differences.max() < 1e-9
+    assert scores.values["METEOR"] == pytest.approx(corpus, abs=1e-9)
+
+
+def jar_meteor(pairs: list[tuple[str, list[str]]]) -> tuple[float, np.ndarray]:
+    """METEOR of the corpus and of each caption, by the official jar."""
+    official("meteor", "meteor-1.5.jar")
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    candidates = {i: [" ".join(tokenize(candidate))] for i, (candidate, _) in enumerate(pairs)}
+    references = {i: [" ".join(tokenize(text)) for text in texts] for i, (_, texts) in enumerate(pairs)}
+    corpus, images = Meteor().compute_score(references, candidates)
+    return corpus, np.array(images)
+
+
+def official(folder: str, jar: str) -> Path:
+    """A jar of pycocoevalcap; skips where Java or the package is missing."""
+    if shutil.which("java") is None:
+        pytest.skip("no java on this machine")
+    package = importlib.util.find_spec("pycocoevalcap")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("pycocoevalcap is not installed (extra: java)")
+    return Path(package.submodule_search_locations[0]) / folder / jar
 
 
 def raw_captions(shared: Path) -> Iterator[str]:
@@ -103,12 +155,7 @@ def raw_captions(shared: Path) -> Iterator[str]:
 
 def jar_tokens(captions: list[str], folder: Path) -> list[list[str]]:
     """Tokens by Stanford's jar, called and filtered as pycocoevalcap does."""
-    if shutil.which("java") is None:
-        pytest.skip("no java on this machine")
-    package = importlib.util.find_spec("pycocoevalcap")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("pycocoevalcap is not installed (extra: java)")
-    jar = Path(package.submodule_search_locations[0]) / "tokenizer" / "stanford-corenlp-3.4.1.jar"
+    jar = official("tokenizer", "stanford-corenlp-3.4.1.jar")
     text = folder / "captions.txt"
     text.write_text("\n".join(caption.replace("\n", " ") for caption in captions), encoding="utf-8")
     options = ["-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-cp", str(jar)]
@@ -161,3 +208,28 @@ def test_tokens_of_odd_text_equal_the_jar(tmp_path: Path) -> None:
     different = [(text, tokens, tokenize(text)) for text, tokens in pairs if tokenize(text) != tokens]
     print(f"{len(different)} of {len(pairs)} texts differ: {different}")
     assert len(different) <= 2e-3 * len(pairs), different[:20]
+
+
+def odd_texts(count: int, seed: int) -> list[str]:
+    rng, odd = random.Random(seed), ODD.split()
+    texts = [
+        "".join(rng.choice(odd) + rng.choice(["", " ", " "]) for _ in range(rng.randint(1, 9))) for _ in range(count)
+    ]
+    return [text.replace("|", " ") for text in texts]  # which the jar's protocol is made of
+
+
+def test_meteor_of_odd_text_equals_the_jar() -> None:
+    """Unicode, emoji, quotes, addresses, nothing at all, a thousand words."""
+    others = odd_texts(1500, seed=2)
+    pairs = [(text, [other, f"{text} {other}"]) for text, other in zip(odd_texts(1500, seed=1), others, strict=True)]
+    odd = ["", " ", "...", "\u200b", "dog " * 1000, "a man and a dog " * 200, "\u0301", "x\ty", "“dog” — ‘cat’…"]
+    pairs += [(text, ["a man and his dog", "the dogs"]) for text in odd]
+    pairs += [("the dog is in front of a man", [text, "zebra"]) for text in odd]
+    corpus, images = jar_meteor(pairs)
+    scores = CaptionScorer({i: references for i, (_, references) in enumerate(pairs)}).score(
+        {i: candidate for i, (candidate, _) in enumerate(pairs)}
+    )
+    differences = np.abs(np.array(list(scores.per_image["METEOR"].values())) - images)
+    print([(pairs[place], images[place]) for place in np.flatnonzero(differences > 1e-9)])
+    assert differences.max() < 1e-9
+    assert scores.values["METEOR"] == pytest.approx(corpus, abs=1e-9)
