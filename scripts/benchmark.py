@@ -5,6 +5,9 @@
     python scripts/benchmark.py train            a training step, as a share of the plain matmul rate, beside PyTorch
     python scripts/benchmark.py decode           greedy and beam search, captions/s, beside PyTorch
     python scripts/benchmark.py decoders         training steps of every decoder on Flickr8k (needs TFDS)
+    python scripts/benchmark.py score CAPTIONS REFERENCES
+                                                 scores of COCO-format files, beside the official tools (needs Java
+                                                 and pycocoevalcap): time and memory, start-up included
 
 `encoder` and `finetune` take --network: resnet50, resnet101, resnet152, vgg16, vgg16_bn, vgg19, vgg19_bn or
 efficientnet_lite0 to 4, with random weights.
@@ -18,13 +21,15 @@ import os
 
 import benchmark_decoders
 import benchmark_encoders
+import benchmark_scores
 import jax
 
 
 def main() -> None:
     """Parses the command line and runs one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("encoder", "finetune", "train", "decode", "decoders"))
+    parser.add_argument("what", choices=("encoder", "finetune", "train", "decode", "decoders", "score"))
+    parser.add_argument("files", nargs="*", help="score: captions and references")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--network", default="resnet50", help="encoder, finetune: see above")
     parser.add_argument("--size", type=int, default=224, help="encoder, finetune: side of the images")
@@ -59,6 +64,7 @@ def main() -> None:
         "train": benchmark_decoders.train,
         "decode": benchmark_decoders.decode,
         "decoders": benchmark_decoders.decoders,
+        "score": benchmark_scores.score,
     }
     benchmarks[options.what](options)
 

@@ -1,0 +1,48 @@
+"""Diversity by hand."""
+
+import math
+
+import pytest
+
+from imgcap_jax.metrics.diversity import diversity, set_diversity
+
+
+def test_of_one_caption_an_image() -> None:
+    found = diversity(["A dog runs.", "a dog runs", "a cat"], training=["The cat", "a dog runs!"])
+    assert found.vocabulary == 4
+    assert found.length == pytest.approx(8 / 3)
+    assert found.distinct == (pytest.approx(4 / 8), pytest.approx(3 / 5))
+    assert found.unique == pytest.approx(1 / 3)
+    assert found.novel == pytest.approx(1 / 3)
+    assert diversity(["a dog"]).novel is None
+
+
+REFERENCES = {1: ["a dog runs fast"], 2: ["two cats sleep there"], 3: ["some people ski down"]}
+
+
+def self_cider(captions: list[str]) -> float:
+    found = set_diversity({1: captions}, REFERENCES)
+    assert found is not None
+    return found.self_cider
+
+
+def test_self_cider_from_none_to_all() -> None:
+    assert self_cider(["a dog runs fast"] * 5) == pytest.approx(0, abs=1e-9)
+    assert self_cider(["a dog runs fast", "two cats sleep there", "some people ski down"]) == pytest.approx(1)
+
+
+def test_self_cider_of_two_captions() -> None:
+    """The kernel is [[1, c], [c, 1]], with eigenvalues 1 + c and 1 - c."""
+    # Three of four words, two of three pairs, one of two triples, no quadruple, all with the same idf.
+    cosine = (3 / 4 + 2 / 3 + 1 / 2 + 0) / 4
+    large, small = math.sqrt(1 + cosine), math.sqrt(1 - cosine)
+    assert self_cider(["a dog runs fast", "a dog runs there"]) == pytest.approx(-math.log2(large / (large + small)))
+
+
+def test_sets() -> None:
+    sets = {1: ["a dog", "a dog runs"], 2: ["one caption only"], 3: ["a cat", "a cat"]}
+    found = set_diversity(sets, REFERENCES)
+    assert found is not None
+    assert (found.images, found.captions) == (2, 2)
+    assert found.distinct == (pytest.approx((3 / 5 + 2 / 4) / 2), pytest.approx((2 / 5 + 1 / 4) / 2))
+    assert set_diversity({2: ["one caption only"]}, REFERENCES) is None

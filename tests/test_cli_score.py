@@ -1,0 +1,124 @@
+"""``imgcap score`` and ``imgcap submission`` from the command line."""
+
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imgcap_jax.cli import main
+
+REFERENCES = {1: ["a dog runs fast", "the dog runs"], 2: ["two cats sleep"], 3: ["some people ski down a hill"]}
+CAPTIONS = {1: "a dog runs", 2: "two cats", 3: "people ski"}
+
+
+def results(path: Path, captions: Any) -> str:
+    if isinstance(captions, dict):
+        captions = [{"image_id": image, "caption": caption} for image, caption in captions.items()]
+    path.write_text(json.dumps(captions))
+    return str(path)
+
+
+@pytest.fixture
+def references(tmp_path: Path) -> str:
+    annotations = [{"image_id": image, "caption": text} for image, texts in REFERENCES.items() for text in texts]
+    path = tmp_path / "references.json"
+    path.write_text(json.dumps({"annotations": annotations}))
+    return str(path)
+
+
+def test_table_and_json(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captions = results(tmp_path / "captions.json", CAPTIONS)
+    assert main(["score", captions, references, "--json", str(tmp_path / "out.json"), "--training", references]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    document = json.loads((tmp_path / "out.json").read_text())
+    line = next(line.split() for line in shown if line.startswith("BLEU-1"))
+    assert line[1] == f"{100 * document['scores']['BLEU-1']:.2f}"
+    assert line[2].endswith("|refs:1-2|n:3|BLEU:closest")
+    assert document["per_image"]["1"]["ROUGE-L"] == pytest.approx(2.44 * 0.75 / (0.75 + 1.44), abs=1e-6)
+    assert document["diversity"]["novel"] == 1
+    assert not any(line.startswith("warning") for line in shown)
+
+
+def test_comparison(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captions = results(tmp_path / "captions.json", CAPTIONS)
+    other = results(tmp_path / "other.json", dict.fromkeys(CAPTIONS, "a zebra"))
+    command = ["score", captions, references, "--compare", other, "--bootstrap", "50"]
+    assert main([*command, "--json", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())["differences"]["ROUGE-L"]
+    assert found["low"] > 0
+    assert "95 % interval" in capsys.readouterr().out
+
+
+def test_what_fools_people_is_told(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captions = results(
+        tmp_path / "captions.json",
+        [
+            {"image_id": "1", "caption": "a dog\nruns"},
+            {"image_id": 1, "caption": "a cat"},
+            {"image_id": 99, "caption": "a cow"},
+        ],
+    )
+    assert main(["score", captions, references]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    for words in ("more than once", "1 of 2 images have no references", "2 of 3 images", "one image", "newlines"):
+        assert sum(words in line for line in told) == 1, (words, told)
+
+
+def test_samples(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captions = results(tmp_path / "captions.json", CAPTIONS)
+    several = [{"image_id": 1, "captions": [{"caption": "a dog runs fast"}, {"caption": "two cats sleep there"}]}]
+    samples = results(tmp_path / "samples.json", several)
+    assert main(["score", captions, references, "--samples", samples]) == 0
+    assert "2.0 captions of each of 1 images, self-CIDEr 1.000" in capsys.readouterr().out
+    assert main(["score", captions, references, "--samples", captions]) == 2
+    assert "no image with two captions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["missing.json", "{references}"], "can't read missing.json"),
+        (["{references}", "{references}"], "holds references"),
+        (["{captions}", "{captions}"], "as results do, not references"),
+        (["{strange}", "{references}"], "none of the 1 images of .* has references"),
+        (["{captions}", "{references}", "--compare", "{strange}"], "none of the 1 images"),
+        (["{captions}", "{references}", "--bootstrap", "0"], "at least 1 sample"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], words: str, references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {
+        "references": references,
+        "captions": results(tmp_path / "captions.json", CAPTIONS),
+        "strange": results(tmp_path / "strange.json", {77: "a cow"}),
+    }
+    assert main(["score", *(argument.format(**files) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(words, error)
+
+
+def test_spice_is_looked_for_before_anything_is_read(
+    references: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert main(["score", "missing.json", references, "--spice"]) == 2
+    assert "SPICE needs Java" in capsys.readouterr().err
+
+
+def test_submission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    test = results(tmp_path / "test.json", {16: "a dog"})
+    output = tmp_path / "results.zip"
+    assert main(["submission", "--name", "mine", "--test", test, "--output", str(output)]) == 0
+    assert "val2014 is not there" in capsys.readouterr().err
+    with zipfile.ZipFile(output) as archive:
+        assert archive.namelist() == ["captions_test2014_mine_results.json"]
+    assert main(["submission", "--name", "mine"]) == 2
+    assert main(["submission", "--name", "my/model", "--test", test]) == 2
+    twice = results(tmp_path / "twice.json", [{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}])
+    assert main(["submission", "--name", "mine", "--test", twice]) == 2
+    assert "image 1 more than once" in capsys.readouterr().err
