@@ -59,6 +59,7 @@ def best(folder: Path) -> tuple[int | None, list[np.ndarray]]:
     return checkpoints.best_step, [np.asarray(leaf) for leaf in jax.tree.leaves(restored)]
 
 
+@pytest.mark.slow
 def test_patience_survives_a_restart(
     experiment: Experiment, scores: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +127,7 @@ def finished(tiny_file: Path, tiny_data: Path, tmp_path_factory: pytest.TempPath
     return folder
 
 
+@pytest.mark.slow
 def test_run_remembers_where_it_started(experiment: Experiment, finished: Path, tmp_path: Path) -> None:
     run(experiment, tmp_path / "run", init_from=finished)
     assert Run.load(tmp_path / "run").init_from == finished

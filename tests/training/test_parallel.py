@@ -168,6 +168,7 @@ def test_batch_that_does_not_divide_is_told() -> None:
         DataParallel("pmap", jax.devices()[:4]).check_batch_size(12, 2)
 
 
+@pytest.mark.slow
 def test_scheduled_sampling_draws_the_same_words_on_any_number_of_devices(batches: list[dict[str, np.ndarray]]) -> None:
     """And trains on: shares of words that are drawn, none, half of them, give other parameters."""
     sampled = replace(OBJECTIVE, sampling=0.5, sampling_ramp_epochs=0.0)
