@@ -1,6 +1,7 @@
 """Captioner: load a run and caption photos. The Python API for using a trained model."""
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -212,26 +213,19 @@ def caption_files(
     """
     files = list(_files(paths))
     image_ids = _image_ids(files) if results is not None else {}
+    if results is not None and not os.access(results.parent, os.W_OK):
+        raise UserError(f"{results} can't be written: choose another place")
     found_results: dict[int, str] = {}
+    names: set[str] = set()
     if not files:
         yield f"imgcap: no images in {', '.join(map(str, paths))}", True
-    done = 0
-    names: set[str] = set()
-    for group in _chunks(files, BATCH):
-        images: list[list[np.ndarray]] = []
-        read: list[Path] = []
-        for path in group:
-            try:
-                images.append(captioner.pixels(path))
-                read.append(path)
-            except (ImageError, OSError) as error:
-                reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                yield f"imgcap: {path}: {reason}; not captioned", True
-        if not images:
-            continue
-        captions = [one for part in captioner.stream(images, done) for one in part]
-        done += len(images)
-        for path, found in zip(read, captions, strict=True):
+    try:
+        for path, found in _captioned(captioner, files):
+            if isinstance(found, str):
+                yield f"imgcap: {path}: {found}; not captioned", True
+                continue
+            if results is not None:
+                found_results[image_ids[path]] = found[0].text
             picture = None
             if pictures is not None:
                 picture = pictures / _new_name(path, names)
@@ -240,10 +234,29 @@ def caption_files(
                 attention_picture(captioner.view(path), best.words, best.log_probs, best.attention, picture)
             for line in _lines(path, found, picture, as_json=as_json):
                 yield line, False
-            if results is not None:
-                found_results[image_ids[path]] = found[0].text
-    if results is not None and found_results:
-        write_results(results, found_results)
+    finally:  # an interruption too keeps what there is
+        if results is not None and found_results:
+            write_results(results, found_results)
+    if results is not None and len(found_results) < len(files):
+        yield f"imgcap: {results} has captions of {len(found_results)} of {len(files)} photos", True
+
+
+def _captioned(captioner: Captioner, files: Sequence[Path]) -> Iterator[tuple[Path, Sequence[Caption] | str]]:
+    """Each file's captions, or why it has none."""
+    done = 0
+    for group in _chunks(files, BATCH):
+        images: list[list[np.ndarray]] = []
+        read: list[Path] = []
+        for path in group:
+            try:
+                images.append(captioner.pixels(path))
+                read.append(path)
+            except (ImageError, OSError) as error:
+                yield path, error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if images:
+            captions = [one for part in captioner.stream(images, done) for one in part]
+            done += len(images)
+            yield from zip(read, captions, strict=True)
 
 
 def _image_ids(files: Sequence[Path]) -> dict[Path, int]:
@@ -292,5 +305,5 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
             yield path
 
 
-def _chunks(items: list[Path], size: int) -> Iterator[list[Path]]:
+def _chunks(items: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
     return (items[first : first + size] for first in range(0, len(items), size))

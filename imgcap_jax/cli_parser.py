@@ -140,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         help="score a file of captions, of any system, against a file of references",
         description="Score captions in COCO's results format against references in COCO's annotations format: BLEU, "
-        "METEOR, ROUGE-L, CIDEr-D and CIDEr, equal to the official tools, without Java. Scores are x100 on the "
+        "METEOR, ROUGE-L and CIDEr-D equal to the official tools, without Java, and CIDEr. Scores are x100 on the "
         "terminal and 0 to 1 (CIDEr 0 to 10) in JSON.",
     )
     score.set_defaults(command="score", parser=score)
@@ -151,9 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--compare", type=Path, metavar="OTHER", help="another system's results: differences by paired bootstrap"
     )
-    score.add_argument(
-        "--bootstrap", type=int, default=1000, metavar="N", help="samples drawn for --compare (default: 1000)"
-    )
+    score.add_argument("--bootstrap", type=int, metavar="N", help="samples drawn for --compare (default: 1000)")
     score.add_argument("--json", type=Path, metavar="FILE", help="also write all scores, of each image too")
     score.add_argument(
         "--idf", type=Path, metavar="REFERENCES", help="CIDEr's document frequencies from these captions instead"

@@ -34,8 +34,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside ``path`` to write to, and renames it when all went well.
 
     Raises:
-        UserError: the disk is full.
+        UserError: the disk is full, or the path is a folder or can't be written.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -44,6 +46,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         if disk_full(error):
             raise UserError(f"{path}: the disk is full; free some space and give the same command again") from error
+        if isinstance(error, PermissionError):
+            raise UserError(f"{path} can't be written ({error.strerror}): choose another place") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

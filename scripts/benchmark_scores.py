@@ -13,8 +13,8 @@ OURS = """
 import sys
 from pathlib import Path
 from imgcap_jax.metrics.coco_format import read_captions, read_references
-from imgcap_jax.metrics.scoring import CaptionScorer, metrics
-chosen = {name: metric for name, metric in metrics().items() if with_meteor or not name.startswith("METEOR")}
+from imgcap_jax.metrics.scoring import CaptionScorer, available_metrics
+chosen = {name: metric for name, metric in available_metrics().items() if with_meteor or not name.startswith("METEOR")}
 captions = {image: found[0] for image, found in read_captions(Path(sys.argv[1])).items()}
 values = CaptionScorer(read_references(Path(sys.argv[2])), chosen).score(captions).values
 """

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from imgcap_jax.cli import main
+from imgcap_jax.metrics import scoring
 
 REFERENCES = {1: ["a dog runs fast", "the dog runs"], 2: ["two cats sleep"], 3: ["some people ski down a hill"]}
 CAPTIONS = {1: "a dog runs", 2: "two cats", 3: "people ski"}
@@ -47,9 +48,35 @@ def test_comparison(references: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     other = results(tmp_path / "other.json", dict.fromkeys(CAPTIONS, "a zebra"))
     command = ["score", captions, references, "--compare", other, "--bootstrap", "50"]
     assert main([*command, "--json", str(tmp_path / "out.json")]) == 0
-    found = json.loads((tmp_path / "out.json").read_text())["differences"]["ROUGE-L"]
+    document = json.loads((tmp_path / "out.json").read_text())
+    found = document["differences"]["ROUGE-L"]
     assert found["low"] > 0
-    assert "95 % interval" in capsys.readouterr().out
+    assert document["bootstrap"] == {"samples": 50, "seed": 0}
+    ours, theirs = document["per_image"], document["per_image_compared_with"]
+    mean = sum(ours[image]["ROUGE-L"] - theirs[image]["ROUGE-L"] for image in ours) / 3
+    assert found["ours"] - found["other"] == pytest.approx(mean, abs=1e-6)
+    shown = capsys.readouterr().out
+    assert "95 % interval" in shown
+    assert "with 3 images neither interval nor p-value can be trusted" in shown
+
+
+def test_document_frequencies_of_a_file(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captions = results(tmp_path / "captions.json", CAPTIONS)
+    texts = ["a dog runs", "two cats", "people ski", "a hill"]
+    train = [{"image_id": image, "caption": text} for image, text in enumerate(texts)]
+    (tmp_path / "train set.json").write_text(json.dumps({"annotations": train}))
+    assert main(["score", captions, references, "--idf", str(tmp_path / "train set.json")]) == 0
+    assert ":idf=train_set.json-4-" in capsys.readouterr().out
+
+
+def test_meteor_s_absence_is_told(
+    references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "package_folder", lambda: None)
+    captions = results(tmp_path / "captions.json", CAPTIONS)
+    assert main(["score", captions, references, "--json", str(tmp_path / "out.json")]) == 0
+    assert "METEOR is missing: pip install" in capsys.readouterr().out
+    assert "METEOR" in json.loads((tmp_path / "out.json").read_text())["missing"]
 
 
 def test_what_fools_people_is_told(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +90,8 @@ def test_what_fools_people_is_told(references: str, tmp_path: Path, capsys: pyte
     )
     assert main(["score", captions, references]) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    for words in ("more than once", "1 of 2 images have no references", "2 of 3 images", "one image", "newlines"):
+    expected = ("more than once", "1 of 2 images have no references", "for 2 of 3 images", "one image", "newlines")
+    for words in expected:
         assert sum(words in line for line in told) == 1, (words, told)
 
 
@@ -85,7 +113,10 @@ def test_samples(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["{captions}", "{captions}"], "as results do, not references"),
         (["{strange}", "{references}"], "none of the 1 images of .* has references"),
         (["{captions}", "{references}", "--compare", "{strange}"], "none of the 1 images"),
-        (["{captions}", "{references}", "--bootstrap", "0"], "at least 1 sample"),
+        (["{captions}", "{references}", "--compare", "{captions}", "--bootstrap", "0"], "at least 1 sample"),
+        (["{captions}", "{references}", "--bootstrap", "9"], "is for --compare"),
+        (["{captions}", "{references}", "--idf", "{one}"], "one.json has 1"),
+        (["{captions}", "{references}", "--json", "{folder}"], "is a folder"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -95,7 +126,10 @@ def test_mistakes_are_one_line(
         "references": references,
         "captions": results(tmp_path / "captions.json", CAPTIONS),
         "strange": results(tmp_path / "strange.json", {77: "a cow"}),
+        "one": str(tmp_path / "one.json"),
+        "folder": str(tmp_path),
     }
+    (tmp_path / "one.json").write_text(json.dumps({"annotations": [{"image_id": 1, "caption": "a dog"}]}))
     assert main(["score", *(argument.format(**files) for argument in arguments)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -3,8 +3,8 @@
 Captions are tf-idf vectors of their n-grams, and a candidate's score is the mean similarity of its vector with those of
 the references, averaged over n = 1..4, times 10. CIDEr takes the cosine; CIDEr-D clips the candidate's weights and
 damps by the difference in length, so that repeating words doesn't pay. The COCO caption tools compute CIDEr-D and call
-it CIDEr; every published "CIDEr" that came from them is CIDEr-D. Neither stems words here, as the authors' code does
-not (their paper does).
+it CIDEr; every published "CIDEr" that came from them is CIDEr-D. CIDEr is as in the authors' code
+(github.com/vrama91/cider), which takes it times 10 and, unlike the paper, does not stem.
 
 Document frequencies come from the references of the evaluated images themselves, so that scores depend on the split,
 and a single image scores 0; or from another corpus, as in self-critical training.
@@ -107,9 +107,9 @@ class Vectors:
         return dot / np.where(scale > 0, scale, 1)
 
 
-def prepare(references: References, corpus: Corpus | None = None) -> Callable[[Candidates], MetricScores]:
-    """CIDEr-D: a function that scores candidates against these references, which are weighted here, once."""
-    vectors = Vectors(references, corpus)
+def score_clipped(vectors: Vectors) -> Callable[[Candidates], MetricScores]:
+    """A function that gives candidates' CIDEr-D."""
+    references = vectors.references
 
     def score(candidates: Candidates) -> MetricScores:
         similarity = vectors.similarities(candidates, clip=True).mean(0)
@@ -122,13 +122,12 @@ def prepare(references: References, corpus: Corpus | None = None) -> Callable[[C
     return score
 
 
-def prepare_original(references: References, corpus: Corpus | None = None) -> Callable[[Candidates], MetricScores]:
-    """CIDEr of the paper: neither clipped nor damped."""
-    vectors = Vectors(references, corpus)
+def score_original(vectors: Vectors) -> Callable[[Candidates], MetricScores]:
+    """A function that gives candidates' CIDEr of the paper, neither clipped nor damped."""
 
     def score(candidates: Candidates) -> MetricScores:
         similarity = vectors.similarities(candidates, clip=False).mean(0)
-        return {"CIDEr (original)": mean_score(_mean_over_references(similarity, references))}
+        return {"CIDEr (original)": mean_score(_mean_over_references(similarity, vectors.references))}
 
     return score
 

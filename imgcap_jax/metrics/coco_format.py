@@ -31,20 +31,10 @@ def read_captions(path: Path) -> dict[int, list[str]]:
     entries = _read(path, _RESULTS)
     if isinstance(entries, dict) and "annotations" in entries:
         raise UserError(f"{path} holds references (COCO annotations), not results: expected {_RESULTS}")
-    if isinstance(entries, list):
-        entries = [single for entry in entries for single in _singles(entry)]
     captions: dict[int, list[str]] = {}
     for image_id, caption in _entries(entries, path, "", _RESULTS):
         captions.setdefault(image_id, []).append(caption)
     return captions
-
-
-def _singles(entry: Any) -> list[Any]:
-    """The captions of one image, one an entry."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("captions"), list):
-        return [entry]
-    several = [one if isinstance(one, dict) else {"caption": one} for one in entry["captions"]]
-    return [{**one, **({"image_id": entry["image_id"]} if "image_id" in entry else {})} for one in several]
 
 
 def write_results(path: Path, captions: Mapping[int, str]) -> None:
@@ -69,7 +59,7 @@ def write_submission(path: Path, name: str, splits: Mapping[str, Mapping[int, st
         splits: "val2014" and "test2014" -> image id -> caption.
 
     Returns:
-        A line for each thing the server would refuse.
+        A line for each split that has not as many images as the server wants.
 
     Raises:
         UserError: a name that the server does not take, a full disk.
@@ -139,7 +129,7 @@ def _read(path: Path, expected: str) -> Any:
         raise UserError(f"can't read {path} ({error.strerror}): give a file that holds {expected}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: give a JSON file that holds {expected}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): expected {expected}") from None
 
 
@@ -153,15 +143,22 @@ def _entries(entries: Any, path: Path, key: str, expected: str) -> list[tuple[in
         where = f"{path}: entry {number}{' of ' + key if key else ''}"
         if not isinstance(entry, dict):
             raise UserError(f"{where} is not an object: expected {expected}")
-        for name in ("image_id", "caption"):
-            if name not in entry:
-                raise UserError(f"{where} has no {name!r}: expected {expected}")
-        image_id = _as_id(entry["image_id"])
-        if not _is_id(image_id):
-            raise UserError(f"{where}: image_id {image_id!r} is not a whole number: use the COCO image id")
-        if not isinstance(entry["caption"], str):
-            raise UserError(f"{where}: caption {entry['caption']!r} is not text: put the sentence in quotes")
-        pairs.append((image_id, entry["caption"]))
+        several = entry.get("captions") if "caption" not in entry else None
+        if several is not None and (not isinstance(several, list) or not several):
+            raise UserError(f"{where}: its captions {several!r} are not a list of one or more: expected {expected}")
+        for one in [entry] if several is None else several:
+            found = one if isinstance(one, dict) else {"caption": one}
+            for name, value in (("image_id", entry.get("image_id")), ("caption", found.get("caption"))):
+                if value is None:
+                    raise UserError(f"{where} has no {name!r}: expected {expected}")
+            image_id, caption = _as_id(entry["image_id"]), found["caption"]
+            if not _is_id(image_id):
+                raise UserError(f"{where}: image_id {image_id!r} is not a whole number: use the COCO image id")
+            if not isinstance(caption, str):
+                raise UserError(f"{where}: caption {caption!r} is not text: put the sentence in quotes")
+            if re.search("[\ud800-\udfff]", caption):
+                raise UserError(f"{where}: caption {caption!r} holds half a character, cut where it should not be")
+            pairs.append((image_id, caption))
     return pairs
 
 
@@ -171,7 +168,7 @@ def _is_id(value: Any) -> bool:
 
 def _as_id(value: Any) -> Any:
     """An image id; those of files that write them in quotes become numbers."""
-    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+    return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value) else value
 
 
 def _json(document: Any) -> str:

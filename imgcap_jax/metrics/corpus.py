@@ -100,9 +100,9 @@ class NGramNumbers:
         return numbers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class References:
-    """References to score against.
+    """References to score against; one equals itself only, so that what was counted of it can be kept.
 
     image_ids [I]; tokens: of each image, the tokens of each of its references.
     """

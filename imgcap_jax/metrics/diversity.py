@@ -19,7 +19,7 @@ class Diversity:
 
     Attributes:
         vocabulary: different words used. length: words a caption, on average.
-        distinct: different n-grams as a share of all, n = 1 and 2 (Li et al., 2016).
+        distinct: different n-grams for each word there is, n = 1 and 2 (Li et al., 2016).
         unique: share of captions that no other image has.
         novel: share of captions that are not among the training captions; None where those were not given.
     """
@@ -39,7 +39,8 @@ class SetDiversity:
         images: how many those are. captions: captions an image.
         distinct: different n-grams of an image's captions as a share of its words, n = 1 and 2 (Div-1 and Div-2 of
             Shetty et al., 2017).
-        self_cider: 0 where an image's captions say the same, 1 where they have nothing in common (Wang and Chan, 2019).
+        self_cider: 0 where an image's captions say the same, 1 where captions of four words or more have nothing in
+            common, nan where no caption has a word with an idf (Wang and Chan, 2019).
     """
 
     images: int
@@ -49,7 +50,7 @@ class SetDiversity:
 
 
 def diversity(captions: Iterable[str], training: Iterable[str] | None = None) -> Diversity:
-    """Diversity of one caption an image; compared as tokens, without case and punctuation."""
+    """Diversity of one caption an image, of one image at least; compared as tokens, without case and punctuation."""
     tokens = [tuple(tokenize(caption)) for caption in captions]
     often = Counter(tokens)
     words = sum(map(len, tokens))
@@ -60,7 +61,7 @@ def diversity(captions: Iterable[str], training: Iterable[str] | None = None) ->
     return Diversity(
         len({word for caption in tokens for word in caption}),
         words / len(tokens),
-        (_distinct(tokens, 1), _distinct(tokens, 2)),
+        (len(_grams_of(tokens, 1)) / max(1, words), len(_grams_of(tokens, 2)) / max(1, words)),
         sum(often[caption] == 1 for caption in tokens) / len(tokens),
         novel,
     )
@@ -94,13 +95,8 @@ def set_diversity(sets: Mapping[int, Sequence[str]], references: Mapping[int, Se
         len(several),
         float(np.mean([len(captions) for captions in several.values()])),
         (distinct[0], distinct[1]),
-        float(np.mean(self_cider)),
+        float(np.mean([value for value in self_cider if not math.isnan(value)] or [math.nan])),
     )
-
-
-def _distinct(tokens: Sequence[Sequence[str]], n: int) -> float:
-    total = sum(max(0, len(caption) - n + 1) for caption in tokens)
-    return len(_grams_of(tokens, n)) / max(1, total)
 
 
 def _grams_of(captions: Iterable[Sequence[str]], n: int) -> set[tuple[str, ...]]:
@@ -115,7 +111,7 @@ def _grams(caption: Sequence[str]) -> Iterable[tuple[str, ...]]:
 def _self_cider(captions: Sequence[Sequence[str]], documents: _Grams, images: int) -> float:
     """-log_m(r), with r the share of the largest of the square roots of the kernel's eigenvalues.
 
-    The kernel [m,m] holds the captions' CIDEr with each other, 1 where they are the same.
+    The kernel [m,m] holds the captions' CIDEr with each other, from 0 to 1.
     """
     kernel = np.zeros((len(captions), len(captions)))
     for n in range(1, ORDERS + 1):
@@ -132,5 +128,5 @@ def _self_cider(captions: Sequence[Sequence[str]], documents: _Grams, images: in
                 kernel[j, i] = kernel[i, j]
     roots = np.sqrt(np.clip(np.linalg.eigvalsh(kernel), 0, None))
     if not roots.sum():
-        return 0.0
+        return math.nan
     return -math.log(roots.max() / roots.sum(), len(captions))

@@ -1,13 +1,14 @@
 """Scoring candidate captions against references.
 
 A metric is a function that takes references and returns a function that scores candidates; to add one, add it to
-`metrics`.
+`available_metrics`.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 
 from imgcap_jax.errors import UserError
@@ -18,31 +19,42 @@ from imgcap_jax.metrics.meteor.tables import HOW_TO_ADD, package_folder
 from imgcap_jax.text import tokenize
 
 Metric = Callable[[References], Callable[[Candidates], MetricScores]]
-_CIDER = f"CIDEr-D:s{cider.SIGMA:g}"
-_ORIGINAL_CIDER = "CIDEr:unclipped"
 _METEOR = "METEOR:1.5-en-norm"
-_USE_IDF = (_CIDER, _ORIGINAL_CIDER)
+_OWN_IDF = "idf=references"
 
 
-def metrics(idf: Mapping[int, Sequence[str]] | None = None, *, original_cider: bool = False) -> dict[str, Metric]:
+def available_metrics(
+    idf: Mapping[int, Sequence[str]] | None = None, *, idf_name: str = "corpus", original_cider: bool = False
+) -> dict[str, Metric]:
     """The metrics that can be computed here, by name and parameters as they stand in signatures.
 
     Args:
-        idf: captions of a corpus that document frequencies are to come from; None: the references.
+        idf: image id -> captions of a corpus that document frequencies are to come from; None: the references.
+        idf_name: what signatures call that corpus; the number of its images and a digest of its words are added.
         original_cider: CIDEr as first defined too, beside CIDEr-D.
+
+    Raises:
+        UserError: the corpus has fewer than two images, so that every idf would be 0.
     """
-    corpus = None if idf is None else References.from_captions(idf).tokens
+    corpus, source = None, _OWN_IDF
+    if idf is not None:
+        if len(idf) < 2:
+            raise UserError(f"document frequencies need a corpus of two images or more, and {idf_name} has {len(idf)}")
+        corpus = References.from_captions(idf).tokens
+        digest = hashlib.sha256("\n".join(" ".join(text) for texts in corpus for text in texts).encode()).hexdigest()
+        source = f"idf={re.sub('[^A-Za-z0-9._-]', '_', idf_name)}-{len(corpus)}-{digest[:8]}"
+    vectors = cache(partial(cider.Vectors, corpus=corpus))  # shared by both of them
     found: dict[str, Metric] = {"BLEU:closest": bleu.prepare}
-    if not missing():
+    if not missing_metrics():
         found[_METEOR] = meteor.prepare
     found[f"ROUGE-L:b{rouge.BETA:g}"] = rouge.prepare
-    found[_CIDER] = partial(cider.prepare, corpus=corpus)
+    found[f"CIDEr-D:s{cider.SIGMA:g}:{source}"] = lambda references: cider.score_clipped(vectors(references))
     if original_cider:
-        found[_ORIGINAL_CIDER] = partial(cider.prepare_original, corpus=corpus)
+        found[f"CIDEr:unclipped:{source}"] = lambda references: cider.score_original(vectors(references))
     return found
 
 
-def missing() -> dict[str, str]:
+def missing_metrics() -> dict[str, str]:
     """Metrics that can't be computed here, and the command that adds each."""
     return {} if package_folder() else {"METEOR": HOW_TO_ADD}
 
@@ -76,8 +88,7 @@ class CaptionScorer:
 
     Args:
         references: image id -> raw captions; which images they are decides the idf of CIDEr-D.
-        metrics: the metrics to compute; None: all of ``metrics()``.
-        idf: what signatures call the source of document frequencies.
+        metrics: the metrics to compute; None: ``available_metrics()``.
 
     Raises:
         UserError: no image, or an image without a reference.
@@ -87,8 +98,6 @@ class CaptionScorer:
         self,
         references: Mapping[int, Sequence[str]],
         metrics: Mapping[str, Metric] | None = None,
-        *,
-        idf: str = "references",
     ) -> None:
         if not references:
             raise UserError("no references to score against: choose a split or file that has captions")
@@ -97,9 +106,7 @@ class CaptionScorer:
             raise UserError(
                 f"image {bare[0]} has no reference{_and_more(bare)}: add captions, or leave it out of the references"
             )
-        self._missing = missing() if metrics is None else {}
-        metrics = _all_metrics() if metrics is None else metrics
-        self._idf = idf
+        metrics = available_metrics() if metrics is None else metrics
         self._references = References.from_captions(references)
         self._metrics = {label: prepare(self._references) for label, prepare in metrics.items()}
         self.signature = self._sign(list(metrics))
@@ -136,7 +143,7 @@ class CaptionScorer:
             {name: dict(zip(image_ids, score.images.tolist(), strict=True)) for name, score in found.items()},
             self.signature,
             self._warnings(tokens, candidates),
-            self._missing,
+            missing_metrics(),
             signatures,
             found,
         )
@@ -145,18 +152,17 @@ class CaptionScorer:
         fewest, most = self._references.per_image.min(), self._references.per_image.max()
         return "|".join(
             [
-                f"imgcap-{version('imgcap_jax')}",
+                _VERSION,
                 "tok:ptb-coco",
                 f"refs:{fewest}" if fewest == most else f"refs:{fewest}-{most}",
                 f"n:{len(self._references.image_ids)}",
-                *([f"idf:{self._idf}"] if any(label in _USE_IDF for label in labels) else []),
                 ",".join(labels),
             ]
         )
 
     def _warnings(self, tokens: Sequence[list[str]], candidates: Mapping[int, str]) -> tuple[str, ...]:
         warnings = []
-        if len(tokens) == 1 and self._idf == "references":
+        if len(tokens) == 1 and any(_OWN_IDF in label for label in self._metrics):
             warnings.append("CIDEr-D is 0 with one image, as all its words then have an idf of 0: score more images")
         empty = sum(not words for words in tokens)
         if empty:
@@ -175,8 +181,11 @@ class CaptionScorer:
         return tuple(warnings)
 
 
-_MARKER = re.compile(r"<(?:unk|eos|bos|pad|s|/s|start|end|sos)>|\[(?:SEP|CLS|PAD|UNK)\]|<\|endoftext\|>", re.IGNORECASE)
-_all_metrics = metrics  # under a name that no argument hides
+_MARKER = re.compile(
+    r"\b(?:startseq|endseq)\b|<(?:unk|eos|bos|pad|s|/s|start|end|sos)>|\[(?:SEP|CLS|PAD|UNK)\]|<\|endoftext\|>",
+    re.IGNORECASE,
+)
+_VERSION = f"imgcap-{version('imgcap_jax')}"
 
 
 def _and_more(image_ids: Sequence[int]) -> str:

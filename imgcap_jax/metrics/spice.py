@@ -7,6 +7,7 @@ takes minutes where the other metrics take seconds, and is computed only when as
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -47,7 +48,7 @@ def prepare(references: References) -> Callable[[Candidates], MetricScores]:
     """A function that scores candidates against these references.
 
     Raises:
-        UserError: something is missing (``obstacle``), or, when scoring, the tool failed.
+        UserError: something is missing (``obstacle``), or, when scoring, the tool failed or left out an image.
     """
     if reason := obstacle():
         raise UserError(reason)
@@ -57,9 +58,11 @@ def prepare(references: References) -> Callable[[Candidates], MetricScores]:
             {"image_id": number, "test": " ".join(candidate), "refs": [" ".join(tokens) for tokens in theirs]}
             for number, (candidate, theirs) in enumerate(zip(candidates.tokens, references.tokens, strict=True))
         ]
-        images = np.zeros(len(entries))
-        for result in _run(entries):
-            images[result["image_id"]] = float(result["scores"]["All"]["f"])
+        found = {result["image_id"]: result["scores"]["All"]["f"] for result in _run(entries)}
+        images = np.array([found.get(number) for number in range(len(entries))], float)
+        broken = int(np.isnan(images).sum())
+        if broken:
+            raise UserError(f"SPICE gave no score for {broken} of {len(entries)} captions, so it has no mean")
         return {"SPICE": mean_score(images)}
 
     return score
@@ -91,7 +94,7 @@ def _run(entries: list[dict]) -> list[dict]:
             check=False,
         )
         if run.returncode or not result.is_file():
-            lines = [line for line in run.stderr.splitlines() if line.strip()]
-            raise UserError(f"SPICE failed ({lines[-1].strip() if lines else f'exit code {run.returncode}'})")
+            causes = [line.strip() for line in run.stderr.splitlines() if re.search(r"(?:Error|Exception)\b", line)]
+            raise UserError(f"SPICE failed ({causes[0] if causes else f'exit code {run.returncode}'})")
         scores: list[dict] = json.loads(result.read_text("utf-8"))
         return scores

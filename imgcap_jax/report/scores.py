@@ -26,6 +26,8 @@ def lines(report: ScoreReport) -> list[str]:
             f"samples: {sets.captions:.1f} captions of each of {sets.images} images, self-CIDEr {sets.self_cider:.3f}, "
             f"Div-1 {sets.distinct[0]:.3f}, Div-2 {sets.distinct[1]:.3f}"
         )
+    if report.other is not None:
+        found.append(f"compared: paired bootstrap, {report.bootstrap} samples, seed 0")
     return [*found, *(f"warning: {warning}" for warning in report.warnings)]
 
 

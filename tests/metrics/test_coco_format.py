@@ -59,7 +59,13 @@ def check(read: Any, path: Path, words: str) -> None:
         ([{"image_id": 1}], "entry 0 has no 'caption'"),
         ([{"image_id": 1, "caption": "a"}, {"caption": "b"}], "entry 1 has no 'image_id'"),
         ([{"image_id": "cat", "caption": "a"}], "'cat' is not a whole number"),
-        ([{"image_id": 1, "captions": [{"score": 1}]}], "no 'caption'"),
+        (
+            [{"image_id": 1, "captions": ["a", "b"]}, {"image_id": 2, "captions": [{"score": 1}]}],
+            "entry 1 has no 'caption'",
+        ),
+        ([{"image_id": 1, "captions": []}], "not a list of one or more"),
+        ([{"image_id": 1, "caption": "a \ud83d"}], "half a character"),
+        ([{"image_id": "9" * 5000, "caption": "a"}], "not a whole number"),
         ([{"image_id": True, "caption": "a"}], "not a whole number"),
         ([{"image_id": 1, "caption": ["a"]}], "not text"),
         (["a dog"], "not an object"),
@@ -98,6 +104,8 @@ def test_unreadable_files(tmp_path: Path, read: Any) -> None:
     check(read, tmp_path, "directory")
     path = tmp_path / "broken.json"
     path.write_text('[{"image_id": 1, "caption":')
+    check(read, path, "not JSON")
+    path.write_text("[" * 100_000)
     check(read, path, "not JSON")
     path.write_bytes(b'["\xff"]')
     check(read, path, "not UTF-8")

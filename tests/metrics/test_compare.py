@@ -50,9 +50,16 @@ def test_p_value_of_a_normal_difference() -> None:
     noise = rng.normal(0, 1, 1000)
     noise -= noise.mean()
     for errors, expected in ((1.0, 0.317), (1.96, 0.05), (0.0, 1.0), (6.0, 1 / 4001)):
+        spread = (expected * (1 - expected) / 4000) ** 0.5
         ours = noise + errors * noise.std() / 1000**0.5
         found = paired_bootstrap(mean_score(ours), mean_score(np.zeros(1000)), samples=4000)
-        assert found.p_value == pytest.approx(expected, abs=0.03)
+        assert found.p_value == pytest.approx(expected, abs=4 * spread)
+
+
+def test_one_image_says_nothing() -> None:
+    assert paired_bootstrap(mean_score(np.array([0.9])), mean_score(np.array([0.1]))).p_value == 1
+    with pytest.raises(ValueError, match="1 and 2 images"):
+        paired_bootstrap(mean_score(np.zeros(1)), mean_score(np.zeros(2)))
 
 
 def test_equal_systems_do_not_differ() -> None:

@@ -11,7 +11,7 @@ def test_of_one_caption_an_image() -> None:
     found = diversity(["A dog runs.", "a dog runs", "a cat"], training=["The cat", "a dog runs!"])
     assert found.vocabulary == 4
     assert found.length == pytest.approx(8 / 3)
-    assert found.distinct == (pytest.approx(4 / 8), pytest.approx(3 / 5))
+    assert found.distinct == (pytest.approx(4 / 8), pytest.approx(3 / 8))
     assert found.unique == pytest.approx(1 / 3)
     assert found.novel == pytest.approx(1 / 3)
     assert diversity(["a dog"]).novel is None
@@ -37,6 +37,14 @@ def test_self_cider_of_two_captions() -> None:
     cosine = (3 / 4 + 2 / 3 + 1 / 2 + 0) / 4
     large, small = math.sqrt(1 + cosine), math.sqrt(1 - cosine)
     assert self_cider(["a dog runs fast", "a dog runs there"]) == pytest.approx(-math.log2(large / (large + small)))
+
+
+def test_self_cider_without_any_idf_is_unknown() -> None:
+    found = set_diversity(
+        {1: ["a dog", "two cats"], 2: ["the end", "no more"]}, {1: ["a dog two cats the end no more"]}
+    )
+    assert found is not None
+    assert math.isnan(found.self_cider)
 
 
 def test_sets() -> None:

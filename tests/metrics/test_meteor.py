@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from imgcap_jax.errors import UserError
 from imgcap_jax.metrics import scoring
 from imgcap_jax.metrics.meteor import metric, tables
 from imgcap_jax.metrics.meteor.alignment import BEAM, align
@@ -71,6 +72,37 @@ def test_tables_are_compiled_once(small_tables: Tables, tmp_path: Path) -> None:
     before = (folder / "paraphrase.npy").stat().st_mtime_ns
     assert Tables.load().number == small_tables.number
     assert (folder / "paraphrase.npy").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
+def test_damaged_tables_are_compiled_again(damage: str, small_tables: Tables, tmp_path: Path) -> None:
+    folder = next((tmp_path / "meteor").iterdir())
+    words = (folder / "words.txt").read_text()
+    if damage == "cut":
+        (folder / "words.txt").write_text(words[:20])
+    elif damage == "gone":
+        (folder / "synset.npy").unlink()
+    else:
+        for path in folder.iterdir():
+            path.unlink()
+    assert Tables.load().number == small_tables.number
+    assert (folder / "words.txt").read_text() == words
+
+
+def test_what_can_not_be_compiled_is_one_line(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "package_folder", lambda: small)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="set IMGCAP_CACHE"):
+        Tables.load()
+    monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path))
+    broken = tmp_path / "broken"
+    (broken / "data").mkdir(parents=True)
+    (broken / "meteor-1.5.jar").write_text("version https://git-lfs.github.com/spec/v1")
+    (broken / "data" / "paraphrase-en.gz").touch()
+    monkeypatch.setattr(tables, "package_folder", lambda: broken)
+    with pytest.raises(UserError, match=r"is damaged .* install pycocoevalcap again"):
+        Tables.load()
 
 
 def test_a_broken_compilation_leaves_nothing(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,5 +309,5 @@ def test_without_its_tables_meteor_is_told_to_be_missing(monkeypatch: pytest.Mon
     assert "METEOR" not in scores.signature
     assert "imgcap_jax[meteor]" in scores.missing["METEOR"]
     monkeypatch.setattr(tables, "package_folder", lambda: None)
-    with pytest.raises(ModuleNotFoundError, match="meteor"):
+    with pytest.raises(UserError, match="meteor"):
         Tables.load()

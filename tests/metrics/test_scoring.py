@@ -9,7 +9,7 @@ from nltk.translate.bleu_score import corpus_bleu
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.metrics.corpus import Candidates, MetricScores, References, mean_score
-from imgcap_jax.metrics.scoring import CaptionScorer, metrics
+from imgcap_jax.metrics.scoring import CaptionScorer, available_metrics
 from imgcap_jax.text import tokenize
 
 OTHERS = {2: ["two cats sleep on red chairs"], 3: ["some people ski down hills"]}
@@ -196,18 +196,18 @@ def test_scoring_twice_gives_the_same() -> None:
 
 def test_signature() -> None:
     scorer = CaptionScorer({1: ["a dog", "dog"], **OTHERS})
-    assert scorer.signature.endswith("|tok:ptb-coco|refs:1-2|n:3|idf:references|" + ",".join(metrics()))
+    assert scorer.signature.endswith("|tok:ptb-coco|refs:1-2|n:3|" + ",".join(available_metrics()))
     assert scorer.signature.startswith("imgcap-")
     scores = scorer.score({1: "a", 2: "b", 3: "c"})
     assert scores.signature == scorer.signature
     assert scores.signatures["BLEU-2"].endswith("|refs:1-2|n:3|BLEU:closest")
-    assert scores.signatures["CIDEr-D"].endswith("|refs:1-2|n:3|idf:references|CIDEr-D:s6")
+    assert scores.signatures["CIDEr-D"].endswith("|refs:1-2|n:3|CIDEr-D:s6:idf=references")
 
 
 def test_original_cider_equals_a_plain_reading() -> None:
     """Cosines as they are: no clipping, no penalty on length."""
     references, candidates = random_corpus(40)
-    scores = CaptionScorer(references, metrics(original_cider=True)).score(candidates)
+    scores = CaptionScorer(references, available_metrics(original_cider=True)).score(candidates)
     tokens = {image: [tokenize(text) for text in texts] for image, texts in references.items()}
     for image, candidate in candidates.items():
         expected = plain_cider(tokenize(candidate), image, tokens, original=True)
@@ -218,9 +218,9 @@ def test_document_frequencies_of_another_corpus() -> None:
     references, candidates = random_corpus(40)
     # A corpus that has words which neither references nor candidates have, and lacks some that they have.
     corpus = {image: [text + " yak", "a yak"] for image, text in zip(range(15), candidates.values(), strict=False)}
-    scorer = CaptionScorer(references, metrics(idf=corpus), idf="corpus.json")
+    scorer = CaptionScorer(references, available_metrics(corpus))
     scores = scorer.score(candidates)
-    assert "|idf:corpus.json|" in scores.signature
+    assert ":idf=corpus-15-" in scores.signature
     tokens = {image: [tokenize(text) for text in texts] for image, texts in references.items()}
     documents = {image: [tokenize(text) for text in texts] for image, texts in corpus.items()}
     for image, candidate in candidates.items():
@@ -230,9 +230,14 @@ def test_document_frequencies_of_another_corpus() -> None:
 
 def test_one_image_has_a_cider_with_another_corpus() -> None:
     corpus = {1: ["a dog"], 2: ["a cat"], 3: ["some people ski"]}
-    scores = CaptionScorer({7: ["some people ski"]}, metrics(idf=corpus), idf="corpus").score({7: "some people ski"})
+    scores = CaptionScorer({7: ["some people ski"]}, available_metrics(corpus)).score({7: "some people ski"})
     assert scores.values["CIDEr-D"] == pytest.approx(7.5)
     assert scores.warnings == ()
+    with pytest.raises(UserError, match="two images or more"):
+        available_metrics({1: ["a dog"]})
+    # Another corpus under the same name is another signature.
+    other = CaptionScorer({7: ["some people ski"]}, available_metrics(corpus | {3: ["people"]}))
+    assert other.signature != scores.signature
 
 
 def test_a_model_s_own_tokens_are_told() -> None:

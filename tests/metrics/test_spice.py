@@ -22,7 +22,9 @@ arguments = sys.argv[1:]
 entries = json.loads(Path(arguments[3]).read_text())
 Path("given.json").write_text(json.dumps([arguments, os.environ["JDK_JAVA_OPTIONS"], entries]))
 if os.environ.get("FAIL"):
-    sys.exit("java.lang.OutOfMemoryError: Java heap space")
+    sys.exit("NOTE: options\\njava.lang.OutOfMemoryError: Java heap space\\n\\tat a.B\\n\\t... 3 more")
+if os.environ.get("NOTHING"):
+    entries = entries[:1]
 # In another order than given.
 scores = [{{"image_id": e["image_id"], "scores": {{"All": {{"f": len(e["test"]) / 10}}}}}} for e in reversed(entries)]
 Path(arguments[arguments.index("-out") + 1]).write_text(json.dumps(scores))
@@ -61,6 +63,12 @@ def test_scores_are_read_by_image(folder: Path) -> None:
 def test_a_failure_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAIL", "1")
     with pytest.raises(UserError, match=r"SPICE failed .*Java heap space"):
+        CaptionScorer(REFERENCES, {spice.LABEL: spice.prepare}).score(CANDIDATES)
+
+
+def test_a_caption_without_a_score_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTHING", "1")
+    with pytest.raises(UserError, match="no score for 1 of 2 captions"):
         CaptionScorer(REFERENCES, {spice.LABEL: spice.prepare}).score(CANDIDATES)
 
 

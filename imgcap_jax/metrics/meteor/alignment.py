@@ -132,15 +132,17 @@ class _Search:
         pairs = len(self._lengths)
         zero, used = np.zeros(pairs, np.int64), np.zeros((pairs, self._spans.shape[1]), np.uint64)
         paths = _Paths(np.arange(pairs), zero, zero, zero, zero + _NOTHING, zero, used)
-        chosen = []
+        parent, match, chosen = np.arange(pairs), np.full(pairs, _NOTHING), []
         for current in range(int(self._lengths.max(initial=0)) + 1):
             rows = paths.ranking()
+            rows = rows[paths.take(rows).place_in_pair() < BEAM]
             paths = paths.take(rows)
-            kept = np.flatnonzero(paths.place_in_pair() < BEAM)
-            ends = self._lengths[paths.pair[kept]] == current
-            chosen.append(self._trace(self._winners(paths, kept[ends]), rows))
-            paths, parent, match = self._step(paths.take(kept[~ends]), current)
-            self._history.append((rows[kept[~ends]][parent], match))
+            self._history.append((parent[rows], match[rows]))
+            ends = self._lengths[paths.pair] == current
+            chosen.append(self._trace(self._winners(paths, np.flatnonzero(ends))))
+            further = np.flatnonzero(~ends)
+            paths, parent, match = self._step(paths.take(further), current)
+            parent = further[parent]
         return np.concatenate(chosen)
 
     def _winners(self, paths: _Paths, rows: np.ndarray) -> np.ndarray:
@@ -150,9 +152,9 @@ class _Search:
         order = done.ranking()
         return rows[order[done.take(order).place_in_pair() == 0]]
 
-    def _trace(self, winners: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def _trace(self, winners: np.ndarray) -> np.ndarray:
         """The matches that led to these rows of the paths ranked last."""
-        at, found = rows[winners], [np.zeros(0, np.int64)]
+        at, found = winners, [np.zeros(0, np.int64)]
         for parent, match in reversed(self._history):
             found.append(match[at][match[at] != _NOTHING])
             at = parent[at]

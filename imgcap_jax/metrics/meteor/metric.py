@@ -23,8 +23,6 @@ from imgcap_jax.metrics.meteor.tables import Tables
 
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 WEIGHTS = (1.0, 0.6, 0.8, 0.6)  # exact, stem, synonym, paraphrase
-
-
 _IMAGES_AT_A_TIME = 1000  # matches of all at once would take gigabytes with COCO's 40,504
 
 
@@ -32,7 +30,7 @@ def prepare(references: References) -> Callable[[Candidates], MetricScores]:
     """A function that scores candidates against these references.
 
     Raises:
-        ModuleNotFoundError: METEOR's tables are not installed.
+        UserError: METEOR's tables are not installed or can't be compiled.
     """
     words = Words(Tables.load())
     begins = range(0, len(references.tokens), _IMAGES_AT_A_TIME)

@@ -59,6 +59,8 @@ def _line(text: str) -> list[str]:
     for pattern, replacement in _REWRITES[1:]:
         text = pattern.sub(replacement, text)
     words = text.split()
+    if not words:
+        return []
     separated = [part for word, after in zip(words, [*words[1:], ""], strict=True) for part in _full_stop(word, after)]
     return [word.replace(_HIDDEN_STOP, ".") for word in separated]
 

@@ -8,23 +8,30 @@ Letters: K known words, D synsets' entries, P nodes of the prefix tree of phrase
 
 import gzip
 import importlib.util
+import json
 import re
 import shutil
+import sys
 import tempfile
+import time
 import zipfile
+import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from imgcap_jax.errors import UserError
 from imgcap_jax.files import cache_folder
 
 HOW_TO_ADD = 'pip install "imgcap_jax[meteor]" (or: pip install pycocoevalcap) adds its tables'
 LONGEST = 7  # words of the longest phrase in the table
-_FORMAT = 1  # of the compiled tables; to be raised when it changes
+_FORMAT = 2  # of the compiled tables; to be raised when it changes
+_WHOLE = "sizes.json"  # in a folder of compiled tables: the bytes of each file
 _SHIFT = 32
 
 # Endings that WordNet's morphology takes off a word, tried in this order until a word of the dictionary is left.
@@ -76,18 +83,24 @@ class Tables:
 
     @classmethod
     def load(cls) -> "Tables":
-        """Maps the compiled tables into memory, after compiling them where that was not done yet (about 15 s).
+        """Maps the compiled tables into memory, after compiling them where that was not done yet (10 s, 900 MB).
 
         Raises:
-            ModuleNotFoundError: `pycocoevalcap` is not installed.
+            UserError: `pycocoevalcap` is not installed or damaged, the cache can't be written.
         """
         package = package_folder()
         if package is None:
-            raise ModuleNotFoundError(f"METEOR needs its tables: {HOW_TO_ADD}")
+            raise UserError(f"METEOR needs its tables: {HOW_TO_ADD}")
         sizes = "-".join(str(path.stat().st_size) for path in _sources(package))
         folder = cache_folder("meteor") / f"1.5-en-{sizes}-{_FORMAT}"
-        if not folder.is_dir():
-            _compile(package, folder)
+        try:
+            if not _is_whole(folder):
+                _compile(package, folder)
+        except OSError as error:
+            raise UserError(
+                f"can't keep METEOR's tables in {folder.parent} ({error.strerror or error}): set IMGCAP_CACHE to a "
+                "folder that can be written and has 100 MB of room"
+            ) from error
         words, stems = ((folder / f"{name}.txt").read_text("utf-8").split("\n") for name in ("words", "stems"))
         arrays = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r")
@@ -151,28 +164,53 @@ class Tables:
             yield place, node
 
 
-def _stem(word: str) -> str:
+@cache
+def _snowball() -> Callable[[str], str]:
     from nltk.stem.snowball import EnglishStemmer  # loads much, and most words' stems are in the tables
 
-    stem: str = EnglishStemmer().stem(word)
+    stem: Callable[[str], str] = EnglishStemmer().stem
+    return stem
+
+
+def _stem(word: str) -> str:
+    stem = _snowball()(word)
     # After one of these suffixes nltk keeps the e of -ize and -ate, which Snowball's last step takes off.
     if re.search("(?:ization|izer|ational)", word) and stem.endswith(("ize", "ate")):
         return stem[:-1]
     return stem
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether all files are there in the size they were written in; a power cut or a cleaner may have taken some."""
+    try:
+        sizes = json.loads((folder / _WHOLE).read_text("utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
 def _compile(package: Path, folder: Path) -> None:
-    """Compiles the tables into a folder that appears when it is whole."""
-    jar, paraphrases = _sources(package)
+    """Compiles the tables into a folder that appears when it is whole, in the place of a damaged one."""
+    print("METEOR: compiling its tables, once (10 s)", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(".1.5-en-*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     temporary.chmod(0o755)  # a cache may be shared
     try:
-        _write_tables(jar, paraphrases, temporary)
+        try:
+            _write_tables(*_sources(package), temporary)
+        except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+            raise UserError(f"{package} is damaged ({error}): install pycocoevalcap again") from error
+        sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
+        (temporary / _WHOLE).write_text(json.dumps(sizes), "utf-8")
+        if folder.is_dir() and not _is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
         try:
             temporary.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was quicker
+            if not _is_whole(folder):  # else another process was quicker
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -197,7 +235,7 @@ def _write_tables(jar: Path, paraphrases: Path, folder: Path) -> None:
     words = sorted(word for word in {*filter(None, function), *synsets, *irregular, *in_phrases} if "_" not in word)
     number = {word: i for i, word in enumerate(words)}
     (folder / "words.txt").write_text("\n".join(words), "utf-8")
-    (folder / "stems.txt").write_text("\n".join(_stems(words)), "utf-8")
+    (folder / "stems.txt").write_text("\n".join(map(_stem, words)), "utf-8")
 
     known_bases = [[number[base] for base in bases.get(word, ()) if base in number] for word in words]
     arrays = {
@@ -227,10 +265,6 @@ def _listed(name: str, lists: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
     starts = np.concatenate([[0], np.cumsum([len(numbers) for numbers in lists])])
     values = np.array([number for numbers in lists for number in numbers], np.int32)
     return {f"{name}_start": starts.astype(np.int32), name: values}
-
-
-def _stems(words: Iterable[str]) -> Iterator[str]:
-    return (_stem(word) for word in words)
 
 
 def _read_paraphrases(path: Path) -> tuple[list[str], array, array]:
