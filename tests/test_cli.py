@@ -282,6 +282,36 @@ def test_caption_tells_of_the_bad_file_and_captions_the_others(
     assert "gone.jpg" in printed.err
 
 
+def test_captions_of_a_folder_as_coco_s_results(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "test2014"
+    photos.mkdir()
+    for number in (16, 7):
+        picture = encode_png(draw_scene(sample_scene("test", number), 64))
+        (photos / f"COCO_test2014_{number:012}.png").write_bytes(picture)
+    (photos / "COCO_test2014_000000000099.jpg").write_bytes(b"no picture")
+    output = tmp_path / "results.json"
+    command = ["caption", str(photos), "--run", str(trained), "--results"]
+    assert main([*command, str(output)]) == 2  # for the one that can't be read
+    printed = capsys.readouterr()
+    lines = dict(line.split(": ", 1) for line in printed.out.splitlines())
+    assert json.loads(output.read_text()) == [
+        {"image_id": number, "caption": lines[str(photos / f"COCO_test2014_{number:012}.png")]} for number in (7, 16)
+    ]
+    assert "has captions of 2 of 3 photos" in printed.err
+    (photos / "beach.png").write_bytes(b"")
+    assert main([*command, str(output)]) == 2
+    assert "does not end in an image id" in capsys.readouterr().err
+    (photos / "beach.png").rename(photos / "beach_7.png")
+    assert main([*command, str(output)]) == 2
+    assert "are both image 7" in capsys.readouterr().err
+    (photos / "beach_7.png").unlink()
+    assert main([*command, str(tmp_path / "nowhere" / "results.json")]) == 2
+    assert "choose another place" in capsys.readouterr().err
+    assert len(json.loads(output.read_text())) == 2  # what was there is as it was
+
+
 def test_captioner_takes_paths_bytes_arrays_and_images(trained: Path, tmp_path: Path) -> None:
     from imgcap_jax.captioner import Captioner
 
