@@ -1,7 +1,6 @@
 """Captioner: load a run and caption photos. The Python API for using a trained model."""
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding_settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.evaluation import check_ensemble
+from imgcap_jax.files import check_writable
 from imgcap_jax.generation import attention_function, caption_function
 from imgcap_jax.metrics.coco_format import write_results
 from imgcap_jax.models.model import split_trained
@@ -213,8 +213,8 @@ def caption_files(
     """
     files = list(_files(paths))
     image_ids = _image_ids(files) if results is not None else {}
-    if results is not None and not os.access(results.parent, os.W_OK):
-        raise UserError(f"{results} can't be written: choose another place")
+    if results is not None:
+        check_writable(results)
     found_results: dict[int, str] = {}
     names: set[str] = set()
     if not files:
@@ -260,11 +260,13 @@ def _captioned(captioner: Captioner, files: Sequence[Path]) -> Iterator[tuple[Pa
 
 
 def _image_ids(files: Sequence[Path]) -> dict[Path, int]:
-    """COCO's image ids: the numbers that the files' names end in."""
+    """COCO's image ids: the numbers that the files' names end in, after a mark (the end of a hash is none)."""
     image_ids: dict[Path, int] = {}
     named: dict[int, Path] = {}
     for path in files:
-        found = re.search(r"[0-9]+$", path.stem)
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        found = re.search(r"(?<![0-9A-Za-z])[0-9]+$", path.stem)
         if found is None:
             raise UserError(f"{path}: its name does not end in an image id, as COCO's do; leave out --results")
         number = int(found[0])

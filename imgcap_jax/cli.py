@@ -225,6 +225,7 @@ def _score(options: argparse.Namespace) -> int:
         samples=options.samples,
         with_spice=options.spice,
         bootstrap=options.bootstrap,
+        output=options.json,
     )
     print("\n".join(lines(report)))
     if options.json is not None:

@@ -24,7 +24,7 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.extraction import Extraction, uses_store
 from imgcap_jax.files import write_text
 from imgcap_jax.generation import caption_function, check_decoding
-from imgcap_jax.metrics.coco_format import write_results
+from imgcap_jax.metrics.coco_format import write_references, write_results
 from imgcap_jax.metrics.scoring import CaptionScorer, Scores
 from imgcap_jax.models.model import CaptionModel, Frozen, Params, split_trained
 from imgcap_jax.run import Run
@@ -270,6 +270,8 @@ def sweep(
         results = {**where, **evaluation.results()}
         if len(decodings) == 1:
             _write(runs[0].folder, f"{prefix}{split}", captioned, results)
+            suffix = split if dataset is None else f"{dataset}_{split}"
+            write_references(runs[0].folder / f"references_{suffix}.json", evaluator.references)
         else:
             _add_to_sweep(runs[0].folder / f"sweep_{prefix}{split}.json", results)
         yield evaluation

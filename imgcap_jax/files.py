@@ -4,7 +4,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from imgcap_jax.errors import UserError
@@ -29,28 +29,42 @@ def disk_full(error: BaseException) -> bool:
     return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
+def check_writable(path: Path) -> None:
+    """Raises UserError where ``replacing`` could not write this file, before hours are spent on what is to be in it."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the name of a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is a device or a pipe, which can't be replaced: give the name of a file")
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise UserError(f"{path} can't be written: choose a folder that exists and can be written")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside ``path`` to write to, and renames it when all went well.
 
+    A link stays one, and what it leads to is replaced.
+
     Raises:
-        UserError: the disk is full, or the path is a folder or can't be written.
+        UserError: the disk is full, or the path can't be written.
     """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: give the name of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    if path.exists() and not path.is_file():
+        check_writable(path)
+    target = path.resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         if disk_full(error):
             raise UserError(f"{path}: the disk is full; free some space and give the same command again") from error
-        if isinstance(error, PermissionError):
+        if error.filename is not None and Path(error.filename) in (temporary, *target.parents):
             raise UserError(f"{path} can't be written ({error.strerror}): choose another place") from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import write_text
+from imgcap_jax.files import check_writable, write_text
 from imgcap_jax.metrics import spice
 from imgcap_jax.metrics.coco_format import read_captions, read_references
 from imgcap_jax.metrics.compare import SAMPLES, Difference, paired_bootstrap
@@ -83,6 +83,7 @@ def score_files(
     training: Path | None = None,
     samples: Path | None = None,
     with_spice: bool = False,
+    output: Path | None = None,
 ) -> ScoreReport:
     """Scores a file of captions in COCO's format.
 
@@ -95,6 +96,7 @@ def score_files(
         training: annotations of which captions that occur there are not novel.
         samples: several captions an image, whose diversity is measured.
         with_spice: SPICE too.
+        output: where the report is to be written, which is checked before anything is computed.
 
     Raises:
         UserError: a file that can't be read, no image in common, SPICE without what it needs, options that don't go
@@ -107,6 +109,12 @@ def score_files(
     if bootstrap is not None and bootstrap < 1:
         raise UserError(f"--bootstrap {bootstrap}: draw at least 1 sample, better {SAMPLES}")
     drawn = bootstrap or SAMPLES
+    given = {"captions": captions, "references": references, "compare": compare, "idf": idf, "training": training}
+    files = {name: path for name, path in {**given, "samples": samples}.items() if path is not None}
+    if output is not None:
+        check_writable(output)
+        if any(path.exists() and output.exists() and path.samefile(output) for path in files.values()):
+            raise UserError(f"{output} is one of the files to be read: give another name")
     # All files are read before anything is computed, for that may take minutes.
     warnings: list[str] = []
     all_references = read_references(references)
@@ -139,9 +147,8 @@ def score_files(
         }
         if len(images) < _FEW:
             warnings.append(f"with {len(images)} images neither interval nor p-value can be trusted: compare on {_FEW}")
-    given = {"captions": captions, "references": references, "compare": compare, "idf": idf, "training": training}
-    files = {name: str(path) for name, path in {**given, "samples": samples}.items() if path is not None}
-    return ScoreReport(files, scores, diversity(ours.values(), seen), other, differences, drawn, sets, tuple(warnings))
+    named = {name: str(path) for name, path in files.items()}
+    return ScoreReport(named, scores, diversity(ours.values(), seen), other, differences, drawn, sets, tuple(warnings))
 
 
 def _sets(path: Path, references: Mapping[int, Sequence[str]], warnings: list[str]) -> SetDiversity:

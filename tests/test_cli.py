@@ -308,7 +308,7 @@ def test_captions_of_a_folder_as_coco_s_results(
     assert "are both image 7" in capsys.readouterr().err
     (photos / "beach_7.png").unlink()
     assert main([*command, str(tmp_path / "nowhere" / "results.json")]) == 2
-    assert "choose another place" in capsys.readouterr().err
+    assert "choose a folder that exists" in capsys.readouterr().err
     assert len(json.loads(output.read_text())) == 2  # what was there is as it was
 
 

@@ -37,7 +37,9 @@ def test_table_and_json(references: str, tmp_path: Path, capsys: pytest.CaptureF
     document = json.loads((tmp_path / "out.json").read_text())
     line = next(line.split() for line in shown if line.startswith("BLEU-1"))
     assert line[1] == f"{100 * document['scores']['BLEU-1']:.2f}"
-    assert line[2].endswith("|refs:1-2|n:3|BLEU:closest")
+    assert line[2] == "BLEU:closest"
+    assert any("|refs:1-2|n:3|(its last column)" in line for line in shown)
+    assert document["signatures"]["BLEU-1"].endswith("|refs:1-2|n:3|BLEU:closest")
     assert document["per_image"]["1"]["ROUGE-L"] == pytest.approx(2.44 * 0.75 / (0.75 + 1.44), abs=1e-6)
     assert document["diversity"]["novel"] == 1
     assert not any(line.startswith("warning") for line in shown)
@@ -117,6 +119,8 @@ def test_samples(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["{captions}", "{references}", "--bootstrap", "9"], "is for --compare"),
         (["{captions}", "{references}", "--idf", "{one}"], "one.json has 1"),
         (["{captions}", "{references}", "--json", "{folder}"], "is a folder"),
+        (["{captions}", "{references}", "--json", "{captions}"], "one of the files to be read"),
+        (["{captions}", "{references}", "--json", "/dev/null"], "a device or a pipe"),
     ],
 )
 def test_mistakes_are_one_line(

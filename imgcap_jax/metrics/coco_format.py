@@ -153,7 +153,7 @@ def _entries(entries: Any, path: Path, key: str, expected: str) -> list[tuple[in
                     raise UserError(f"{where} has no {name!r}: expected {expected}")
             image_id, caption = _as_id(entry["image_id"]), found["caption"]
             if not _is_id(image_id):
-                raise UserError(f"{where}: image_id {image_id!r} is not a whole number: use the COCO image id")
+                raise UserError(f"{where}: image_id {repr(image_id)[:40]} is not a whole number: use the COCO image id")
             if not isinstance(caption, str):
                 raise UserError(f"{where}: caption {caption!r} is not text: put the sentence in quotes")
             if re.search("[\ud800-\udfff]", caption):

@@ -6,19 +6,21 @@ from imgcap_jax.score_files import ScoreReport
 
 def lines(report: ScoreReport) -> list[str]:
     """A table of scores x100, each with its signature; comparison, diversity and warnings."""
-    table = [["x100", *(["", "other", "difference", "95 % interval", "p"] if report.other else [""]), "signature"]]
+    table = [["x100", *(["", "other", "difference", "95 % interval", "p"] if report.other else [""]), ""]]
+    shared = ""
     for name, value in report.scores.values.items():
         compared = _compared(report.differences[name]) if name in report.differences else []
-        table.append([name, f"{100 * value:.2f}", *compared, report.scores.signatures[name]])
-    found = _aligned(table)
+        shared, own_part = report.scores.signatures[name].rsplit("|", 1)
+        table.append([name, f"{100 * value:.2f}", *compared, own_part])
+    found = [*_aligned(table), f"signature of each: {shared}|(its last column)"]
     found += [f"{name} is missing: {how}" for name, how in report.scores.missing.items()]
     own = report.diversity
     novel = f", {100 * own.novel:.1f} % not in training" if own.novel is not None else ""
     found += [
         "",
         f"captions: {own.length:.1f} words on average, vocabulary {own.vocabulary}, "
-        f"distinct-1 {100 * own.distinct[0]:.1f} %, distinct-2 {100 * own.distinct[1]:.1f} %, "
-        f"{100 * own.unique:.1f} % of one image only{novel}",
+        f"distinct-1 {100 * own.distinct[0]:.1f} %, distinct-2 {100 * own.distinct[1]:.1f} %,",
+        f"          {100 * own.unique:.1f} % that no other image has{novel}",
     ]
     if report.sets is not None:
         sets = report.sets
