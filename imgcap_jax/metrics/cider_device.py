@@ -1,0 +1,176 @@
+"""CIDEr-D as a function of token ids on the device: the reward of self-critical training (Rennie et al., 2017).
+
+It equals ``imgcap_jax.metrics.cider`` on the same words, in float32 and int32 alone. N-grams are compared word by word,
+never hashed, so that none is taken for another: captions have some twenty words, and comparing all pairs of places
+costs less than sorting. Document frequencies are looked up in the prefix tree of the corpus's n-grams, exactly.
+
+Ids below the vocabulary's size are the model's words; words of the references that it lacks have ids of their own from
+there on, so that they count in a reference's length and norm and nothing that the model says can match them. ``unk`` is
+a word like any other that no reference has.
+
+Letters: B images, M captions an image, R references an image, T places, K_n n-grams of order n, W ids.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from imgcap_jax.metrics.cider import SIGMA
+from imgcap_jax.metrics.corpus import ORDERS
+from imgcap_jax.special_tokens import PAD
+
+
+class DocumentFrequencies(NamedTuple):
+    """The n-grams of a corpus and their idf.
+
+    An n-gram's number is its place among those of its order, sorted by the number of its first n-1 words and then by
+    its last word; a single word's is its id.
+
+    Attributes:
+        start: of each order from 2 on, where the n-grams that begin with each (n-1)-gram begin, int32 [K_(n-1) + 1].
+        last: of each order from 2 on, the last word of each n-gram, int32 [K_n].
+        idf: of each order, float32 [K_n] (order 1: [W]).
+        unseen: the idf of an n-gram that is not in the corpus, float32 [].
+    """
+
+    start: tuple[Array, ...]
+    last: tuple[Array, ...]
+    idf: tuple[Array, ...]
+    unseen: Array
+
+
+def document_frequencies(corpus: Sequence[Sequence[Sequence[int]]], words: int) -> DocumentFrequencies:
+    """Counts, on the host, in how many images of a corpus each n-gram occurs.
+
+    Args:
+        corpus: of each image, the ids of its captions' words; eos among them where the reward is to count it.
+        words: W, more than the largest id.
+
+    Raises:
+        ValueError: fewer than two images, whose n-grams would all have an idf of 0.
+    """
+    if len(corpus) < 2:
+        raise ValueError(f"a corpus of {len(corpus)} images has no document frequencies: give two or more")
+    captions = [caption for texts in corpus for caption in texts]
+    lengths = np.array([len(caption) for caption in captions], np.int64)
+    image = np.repeat(np.repeat(np.arange(len(corpus)), [len(texts) for texts in corpus]), lengths)
+    flat = np.array([word for caption in captions for word in caption], np.int64)
+    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(flat))  # words left in the caption
+    place, gram, size = np.arange(len(flat)), flat, words
+    start, last, idf = [], [], []
+    for order in range(1, ORDERS + 1):
+        if order > 1:
+            place, gram = place[left[place] >= order], gram[left[place] >= order]
+            keys, gram = np.unique((gram << 32) | flat[place + order - 1], return_inverse=True)
+            start.append(jnp.asarray(np.searchsorted(keys >> 32, np.arange(size + 1)), jnp.int32))
+            last.append(jnp.asarray(keys & 0xFFFFFFFF, jnp.int32))
+            size = len(keys)
+        documents = np.unique((image[place] << 32) | gram) & 0xFFFFFFFF
+        frequency = np.maximum(1, np.bincount(documents, minlength=size))
+        idf.append(jnp.asarray(np.log(len(corpus)) - np.log(frequency), jnp.float32))
+    return DocumentFrequencies(tuple(start), tuple(last), tuple(idf), jnp.float32(np.log(len(corpus))))
+
+
+class References(NamedTuple):
+    """References on the device: ids int32 [B,R,T], norms of their vectors float32 [B,R,ORDERS], how many an image
+    really has, float32 [B]."""
+
+    tokens: Array
+    norm: Array
+    per_image: Array
+
+
+def prepare_references(tokens: Array, per_image: Array, frequencies: DocumentFrequencies) -> References:
+    """Weights references, int32 [B,R,T], filled up with pad; `per_image` [B] of each image's R are real."""
+    norm = jnp.sqrt(_squares(_Grams(tokens), frequencies))
+    return References(tokens, norm, per_image.astype(jnp.float32))
+
+
+def cider_d(candidates: Array, references: References, frequencies: DocumentFrequencies) -> Array:
+    """CIDEr-D of each caption, 0 to 10.
+
+    Args:
+        candidates: ids int32 [B,M,T], pad after the last word; eos where it is to count.
+        references: of the same images.
+        frequencies: of the training corpus.
+
+    Returns:
+        float32 [B,M].
+    """
+    ours, theirs = _Grams(candidates[:, :, None]), _Grams(references.tokens[:, None])  # [B,M,1,T] and [B,1,R,T]
+    idf = [values[:, :, None] for values in _idf(candidates, frequencies)]  # [B,M,1,T]
+    norm = jnp.sqrt(_squares(_Grams(candidates), frequencies))  # [B,M,ORDERS]
+    similarity = jnp.zeros(())
+    for order in range(ORDERS):
+        own, common = ours.counts(ours, order), ours.counts(theirs, order)  # [B,M,1,T], [B,M,R,T]
+        # Each place of an n-gram brings its share of what all its places are to bring.
+        product = jnp.minimum(own, common) * common * idf[order] ** 2 / jnp.maximum(own, 1)
+        scale = norm[:, :, None, order] * references.norm[:, None, :, order]  # [B,M,R]
+        similarity += product.sum(-1) / jnp.where(scale > 0, scale, 1)
+    # The official code counts bigrams as the length.
+    difference = jnp.maximum(ours.length - 1, 0) - jnp.maximum(theirs.length - 1, 0)
+    similarity *= jnp.exp(-(difference.astype(jnp.float32) ** 2) / (2 * SIGMA**2)) / ORDERS
+    return 10 * similarity.sum(-1) / references.per_image[:, None]
+
+
+class _Grams:
+    """Captions int32 [...,T] as places where n-grams begin."""
+
+    def __init__(self, tokens: Array) -> None:
+        self.tokens = tokens
+        self.real = tokens != PAD
+        self.length = self.real.sum(-1)  # [...]
+
+    def begins(self, order: int) -> Array:
+        """Where an n-gram of `order` + 1 words begins, bool [...,T]."""
+        place = jnp.arange(self.tokens.shape[-1])
+        return place < (self.length - order)[..., None]
+
+    def counts(self, other: "_Grams", order: int) -> Array:
+        """How often the n-gram that begins at each place of these captions occurs in others, float32 [...,T]."""
+        same = self.tokens[..., :, None] == other.tokens[..., None, :]  # [...,T,T of the others]
+        equal = same
+        for further in range(1, order + 1):
+            equal = equal & jnp.roll(same, (-further, -further), (-2, -1))
+        equal = equal & self.begins(order)[..., :, None] & other.begins(order)[..., None, :]
+        return equal.sum(-1).astype(jnp.float32)
+
+
+def _squares(grams: _Grams, frequencies: DocumentFrequencies) -> Array:
+    """Squared norms of tf-idf vectors, [...,ORDERS]: each place of an n-gram brings count x idf²."""
+    idf = _idf(grams.tokens, frequencies)
+    return jnp.stack([(grams.counts(grams, order) * idf[order] ** 2).sum(-1) for order in range(ORDERS)], -1)
+
+
+def _idf(tokens: Array, frequencies: DocumentFrequencies) -> list[Array]:
+    """The idf of the n-gram that begins at each place, [...,T] for each order; beyond a caption's end anything."""
+    known = (tokens >= 0) & (tokens < len(frequencies.idf[0]))
+    number = jnp.where(known, tokens, 0)
+    found = [jnp.where(known, frequencies.idf[0][number], frequencies.unseen)]
+    for order in range(1, ORDERS):
+        word = jnp.roll(tokens, -order, -1)
+        number, known = _look_up(number, known, word, frequencies.start[order - 1], frequencies.last[order - 1])
+        idf = frequencies.idf[order]
+        found.append(jnp.where(known, idf[number] if len(idf) else 0.0, frequencies.unseen))
+    return found
+
+
+def _look_up(prefix: Array, known: Array, word: Array, start: Array, last: Array) -> tuple[Array, Array]:
+    """Numbers of n-grams by the number of their first n-1 words and their last word, and whether there are such."""
+    if not len(last):
+        return jnp.zeros_like(prefix), jnp.zeros_like(known)
+    low, high = start[prefix], start[prefix + 1]
+    end = high
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) // 2
+        right = (low < high) & (last[jnp.minimum(middle, len(last) - 1)] < word)
+        return jnp.where(right, middle + 1, low), jnp.where(right, high, jnp.minimum(middle, high))
+
+    low, _ = lax.fori_loop(0, len(last).bit_length(), halve, (low, high))
+    place = jnp.minimum(low, len(last) - 1)
+    return place, known & (low < end) & (last[place] == word)

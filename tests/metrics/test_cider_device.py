@@ -1,0 +1,139 @@
+"""CIDEr-D on the device against the host's scorer, word for word."""
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imgcap_jax.metrics import cider
+from imgcap_jax.metrics.cider_device import cider_d, document_frequencies, prepare_references
+from imgcap_jax.metrics.corpus import ORDERS, References
+from imgcap_jax.metrics.scoring import CaptionScorer
+from imgcap_jax.text import tokenize
+
+FIRST = 4  # ids below are special
+
+
+def padded(captions: list[list[int]], length: int) -> np.ndarray:
+    return np.array([caption + [0] * (length - len(caption)) for caption in captions], np.int32)
+
+
+def texts(captions: list[list[int]]) -> list[str]:
+    """The same words for the host: ``w5`` and so on are single tokens."""
+    return [" ".join(f"w{word}" for word in caption) for caption in captions]
+
+
+def both(
+    references: list[list[list[int]]], candidates: list[list[list[int]]], corpus: list[list[list[int]]], words: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """CIDEr-D [B,M] by the device and by the host, with document frequencies from `corpus`."""
+    frequencies = document_frequencies(corpus, words)
+    most, longest = max(map(len, references)), 1 + max(len(c) for group in (*references, *candidates) for c in group)
+    tokens = np.stack([padded(group + [[]] * (most - len(group)), longest) for group in references])
+    count = jnp.array([len(group) for group in references])
+
+    @jax.jit
+    def score(given: Any, tokens: Any) -> Any:
+        return cider_d(given, prepare_references(tokens, count, frequencies), frequencies)
+
+    found = np.asarray(score(np.stack([padded(group, longest) for group in candidates]), tokens))
+    documents = References.from_captions({i: texts(group) for i, group in enumerate(corpus)}).tokens
+
+    def prepare(given: References) -> Any:
+        return cider.score_clipped(cider.Vectors(given, documents))
+
+    scorer = CaptionScorer({i: texts(group) for i, group in enumerate(references)}, {"CIDEr-D": prepare})
+    expected = [
+        list(scorer.score({i: texts(group)[m] for i, group in enumerate(candidates)}).per_image["CIDEr-D"].values())
+        for m in range(len(candidates[0]))
+    ]
+    return found, np.array(expected).T
+
+
+def test_equals_the_host() -> None:
+    """Few words, so that n-grams repeat; empty captions, identical ones, words and n-grams that the corpus lacks."""
+    rng = random.Random(0)
+
+    def caption(words: int = 12, longest: int = 14) -> list[int]:
+        return [rng.randrange(FIRST, FIRST + words) for _ in range(rng.randint(0, longest))]
+
+    corpus = [[caption() for _ in range(rng.randint(1, 5))] for _ in range(60)]
+    references = [*corpus[:30], *([caption(15) for _ in range(rng.randint(1, 4))] for _ in range(30))]
+    candidates = [[caption(16), caption(5, 20), list(group[0]), [], [3, *group[0], 3], [4] * 9] for group in references]
+    found, expected = both(references, candidates, corpus, words=FIRST + 14)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert expected.max() > 5
+    assert (expected == 0).any()
+
+
+def test_document_frequencies_are_the_host_s() -> None:
+    rng = random.Random(1)
+    corpus = [[[rng.randrange(4, 10) for _ in range(rng.randint(0, 8))] for _ in range(3)] for _ in range(20)]
+    frequencies = document_frequencies(corpus, words=10)
+    for order in range(1, ORDERS + 1):
+        images: dict[tuple[int, ...], set[int]] = {}
+        for image, captions in enumerate(corpus):
+            for caption in captions:
+                for i in range(len(caption) - order + 1):
+                    images.setdefault(tuple(caption[i : i + order]), set()).add(image)
+        expected = [np.log(20) - np.log(len(images[gram])) for gram in sorted(images)]
+        held = np.asarray(frequencies.idf[order - 1])
+        if order == 1:
+            held = held[sorted(word for (word,) in images)]
+        np.testing.assert_allclose(held, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="two or more"):
+        document_frequencies(corpus[:1], 10)
+
+
+def test_identical_and_one_of_two() -> None:
+    corpus = [[[4, 5, 6, 7]], [[8, 9]], [[10, 11, 12]]]
+    references = [[[4, 5, 6, 7]], [[4, 5, 6, 7], [20, 21, 22, 23]], [[10, 11, 12]]]
+    candidates = [[[4, 5, 6, 7]], [[4, 5, 6, 7]], [[10, 11, 12]]]
+    found, _ = both(references, candidates, corpus, words=24)
+    np.testing.assert_allclose(found[:, 0], [10, 5, 7.5], rtol=1e-6)
+
+
+def test_end_of_sentence_counts_where_it_stands() -> None:
+    """A caption that ends shares n-grams with eos; one that doesn't loses them."""
+    corpus = [[[4, 5, 6, 2]], [[7, 8, 2]], [[9, 10]]]
+    found, expected = both([[[4, 5, 6, 2]]], [[[4, 5, 6, 2], [4, 5, 6]]], corpus, words=11)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert found[0, 0] > found[0, 1]
+
+
+def test_nothing_but_32_bits_and_no_callback() -> None:
+    frequencies = document_frequencies([[[4, 5, 6, 7]], [[8, 9]]], 10)
+    tokens = jnp.array([[[4, 5, 6, 7, 0]]])
+    references = prepare_references(tokens, jnp.ones(1), frequencies)
+    text = str(jax.make_jaxpr(lambda given: cider_d(given, references, frequencies))(tokens))
+    assert not re.search("[iuf]64", text)
+    assert "callback" not in text
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(2000, marks=pytest.mark.slow)])
+def test_equals_the_host_on_real_captions(count: int, shared: Path) -> None:
+    """Up to 10,000 sets: people's captions of the same and of other photos, cut, repeated, with unknown words."""
+    karpathy = json.loads((shared / "flickr8k" / "dataset_flickr8k.json").read_text())
+    rng = random.Random(0)
+    number: dict[str, int] = {}
+    images = [[tokenize(text["raw"]) for text in image["sentences"]] for image in karpathy["images"]]
+    for image in images:
+        for caption in image:
+            for word in caption:
+                number.setdefault(word, FIRST + len(number))
+    corpus = [[[number[word] for word in caption] for caption in image] for image in images[1000:]]
+    references = [[[number[word] for word in caption] for caption in image] for image in images[:count]]
+    candidates = []
+    for group in references:
+        own, other = rng.choice(group), rng.choice(rng.choice(references))
+        cut = own[: len(own) // 2]
+        candidates.append([own, other, cut + cut, [word if rng.random() < 0.8 else 3 for word in own], cut + other])
+    found, expected = both(references, candidates, corpus, words=FIRST + len(number))
+    assert found.size == 5 * count
+    np.testing.assert_allclose(found, expected, atol=1e-5)
