@@ -203,6 +203,7 @@ def test_disk_full_while_saving_leaves_the_checkpoint_before(
     assert "at step 3 of 10" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_disk_that_is_really_full(
     tiny_file: Path,
     tmp_path: Path,
