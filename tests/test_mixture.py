@@ -11,6 +11,7 @@ from imgcap_jax.data.scene_language import scene_captions
 from imgcap_jax.data.scenes import draw_scene, sample_scene
 
 
+@pytest.mark.slow
 def test_mixture_then_fine_tuning_on_a_folder_of_one_s_own(
     tiny_data: Path,
     tiny_file: Path,
