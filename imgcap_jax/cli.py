@@ -235,18 +235,18 @@ def _score(options: argparse.Namespace) -> int:
 
 
 def _submission(options: argparse.Namespace) -> int:
-    from imgcap_jax.metrics.coco_format import read_captions, write_submission
+    from imgcap_jax.metrics.coco_format import first_captions, read_captions, write_submission
 
     files = {"val2014": options.val, "test2014": options.test}
     if not any(files.values()):
         raise UserError("give the captions of --val, of --test, or both")
-    splits = {split: read_captions(path) for split, path in files.items() if path is not None}
-    for split, captions in splits.items():
-        several = [image_id for image_id, found in captions.items() if len(found) > 1]
-        if several:
-            raise UserError(f"{files[split]} captions image {several[0]} more than once: keep one caption an image")
-    single = {split: {image: found[0] for image, found in captions.items()} for split, captions in splits.items()}
-    for warning in write_submission(options.output, options.name, single):
+    splits = {}
+    for split, path in files.items():
+        if path is not None:
+            splits[split], several = first_captions(read_captions(path))
+            if several:
+                raise UserError(f"{path} captions image {several[0]} more than once: keep one caption an image")
+    for warning in write_submission(options.output, options.name, splits):
         print(f"imgcap: warning: {warning}", file=sys.stderr)
     print(f"submission: {options.output}")
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import check_writable, write_text
 from imgcap_jax.metrics import spice
-from imgcap_jax.metrics.coco_format import read_captions, read_references
+from imgcap_jax.metrics.coco_format import first_captions, read_captions, read_references
 from imgcap_jax.metrics.compare import SAMPLES, Difference, paired_bootstrap
 from imgcap_jax.metrics.diversity import Diversity, SetDiversity, diversity, set_diversity
 from imgcap_jax.metrics.scoring import CaptionScorer, Scores, available_metrics
@@ -166,13 +166,13 @@ def _sets(path: Path, references: Mapping[int, Sequence[str]], warnings: list[st
 
 def _single(captions: Mapping[int, Sequence[str]], path: Path, warnings: list[str]) -> dict[int, str]:
     """One caption an image."""
-    several = [image_id for image_id, found in captions.items() if len(found) > 1]
+    single, several = first_captions(captions)
     if several:
         warnings.append(
             f"{path} captions {len(several)} images more than once (image {several[0]} first): the first caption of "
             "each is scored"
         )
-    return {image_id: found[0] for image_id, found in captions.items()}
+    return single
 
 
 def _common(

@@ -22,8 +22,10 @@ from imgcap_jax.metrics.corpus import (
     NGramCounts,
     NGramNumbers,
     References,
+    join,
     mean_score,
     pairs,
+    unpair,
 )
 
 SIGMA = 6.0  # of the Gaussian penalty on the difference in length, in words
@@ -43,6 +45,17 @@ class _Order:
     caption: np.ndarray
     weight: np.ndarray
     norm: np.ndarray
+
+
+def inverse_document_frequency(image: np.ndarray, gram: np.ndarray, *, images: int, grams: int) -> np.ndarray:
+    """log(images / images that have it) of each n-gram, [grams]; of one that none has, as if one had.
+
+    Args:
+        image, gram: of each occurrence, any number of times.
+        images, grams: how many there are of each.
+    """
+    documents = unpair(np.unique(pairs(image, gram)))[1]
+    return np.log(images) - np.log(np.maximum(1, np.bincount(documents, minlength=grams)))
 
 
 class Vectors:
@@ -67,8 +80,7 @@ class Vectors:
         self.orders = []
         for counts, size in zip(self.numbers.counts, self.numbers.size, strict=True):
             image = image_of[counts.caption]
-            documents = np.unique(pairs(image[image >= 0], counts.gram[image >= 0])) & 0xFFFFFFFF
-            idf = np.log(images) - np.log(np.maximum(1, np.bincount(documents, minlength=size)))
+            idf = inverse_document_frequency(image[image >= 0], counts.gram[image >= 0], images=images, grams=size)
             own = counts.caption < captions
             gram, caption = counts.gram[own], counts.caption[own]
             weight = counts.count[own] * idf[gram]
@@ -94,11 +106,8 @@ class Vectors:
 
         # Each candidate n-gram meets the run of entries of the same image and n-gram, one a reference that has
         # it.
-        key = pairs(counts.caption, counts.gram)
-        begin = np.searchsorted(reference.key, key, "left")
-        runs = np.searchsorted(reference.key, key, "right") - begin
-        entry = np.repeat(begin - (np.cumsum(runs) - runs), runs) + np.arange(runs.sum())
-        theirs, ours = reference.weight[entry], np.repeat(weight, runs)
+        own, entry = join(pairs(counts.caption, counts.gram), reference.key)
+        ours, theirs = weight[own], reference.weight[entry]
         product = (np.minimum(ours, theirs) if clip else ours) * theirs
         dot = np.bincount(reference.caption[entry], product, minlength=len(image_of))
 

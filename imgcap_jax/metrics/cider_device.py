@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from imgcap_jax.metrics.cider import SIGMA
-from imgcap_jax.metrics.corpus import ORDERS
+from imgcap_jax.metrics.cider import SIGMA, inverse_document_frequency
+from imgcap_jax.metrics.corpus import ORDERS, n_grams, unpair
 from imgcap_jax.special_tokens import PAD
 
 
@@ -58,19 +58,19 @@ def document_frequencies(corpus: Sequence[Sequence[Sequence[int]]], words: int) 
     lengths = np.array([len(caption) for caption in captions], np.int64)
     image = np.repeat(np.repeat(np.arange(len(corpus)), [len(texts) for texts in corpus]), lengths)
     flat = np.array([word for caption in captions for word in caption], np.int64)
-    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(flat))  # words left in the caption
-    place, gram, size = np.arange(len(flat)), flat, words
-    start, last, idf = [], [], []
-    for order in range(1, ORDERS + 1):
-        if order > 1:
-            place, gram = place[left[place] >= order], gram[left[place] >= order]
-            keys, gram = np.unique((gram << 32) | flat[place + order - 1], return_inverse=True)
-            start.append(jnp.asarray(np.searchsorted(keys >> 32, np.arange(size + 1)), jnp.int32))
-            last.append(jnp.asarray(keys & 0xFFFFFFFF, jnp.int32))
-            size = len(keys)
-        documents = np.unique((image[place] << 32) | gram) & 0xFFFFFFFF
-        frequency = np.maximum(1, np.bincount(documents, minlength=size))
-        idf.append(jnp.asarray(np.log(len(corpus)) - np.log(frequency), jnp.float32))
+    sizes, start, last, idf = [words], [], [], []
+
+    def number(grams: np.ndarray, order: int) -> np.ndarray:
+        keys, numbers = np.unique(grams, return_inverse=True)
+        prefix, word = unpair(keys)
+        start.append(jnp.asarray(np.searchsorted(prefix, np.arange(sizes[-1] + 1)), jnp.int32))
+        last.append(jnp.asarray(word, jnp.int32))
+        sizes.append(len(keys))
+        return numbers
+
+    for place, gram in n_grams(flat, lengths, number):
+        values = inverse_document_frequency(image[place], gram, images=len(corpus), grams=sizes[-1])
+        idf.append(jnp.asarray(values, jnp.float32))
     return DocumentFrequencies(tuple(start), tuple(last), tuple(idf), jnp.float32(np.log(len(corpus))))
 
 

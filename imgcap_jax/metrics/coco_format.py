@@ -37,6 +37,12 @@ def read_captions(path: Path) -> dict[int, list[str]]:
     return captions
 
 
+def first_captions(captions: Mapping[int, Sequence[str]]) -> tuple[dict[int, str], list[int]]:
+    """The first caption of each image, and the images that have several."""
+    several = [image_id for image_id, found in captions.items() if len(found) > 1]
+    return {image_id: found[0] for image_id, found in captions.items()}, several
+
+
 def write_results(path: Path, captions: Mapping[int, str]) -> None:
     """Writes candidate captions, one an image."""
     write_text(path, _json(_results(captions)))

@@ -5,7 +5,7 @@ n-gram of one order). N-grams are numbered exactly, without hashing: an n-gram i
 its first n-1 words and that of its last word.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +25,46 @@ def pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def unpair(pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The two numbers of each pair."""
     return pair >> _SHIFT, pair & ((1 << _SHIFT) - 1)
+
+
+def expand(start: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs written out: which run each entry belongs to, and its place ``start[run] + 0, 1, ..., count[run] - 1``."""
+    run = np.repeat(np.arange(len(count)), count)
+    return run, np.arange(len(run)) - np.repeat(np.cumsum(count) - count - start, count)
+
+
+def join(wanted: np.ndarray, sorted_keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All places where equal keys meet: in `wanted`, in its order, and in `sorted_keys`."""
+    start = np.searchsorted(sorted_keys, wanted, "left")
+    return expand(start, np.searchsorted(sorted_keys, wanted, "right") - start)
+
+
+def words_left(lengths: np.ndarray) -> np.ndarray:
+    """Of each word of sentences laid end to end, how many are left in its sentence, itself included."""
+    return np.repeat(np.cumsum(lengths), lengths) - np.arange(int(lengths.sum()))
+
+
+def n_grams(
+    words: np.ndarray, lengths: np.ndarray, number: Callable[[np.ndarray, int], np.ndarray]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All n-grams of sentences laid end to end, an order after the other.
+
+    Args:
+        words: the number of each word.
+        lengths: words of each sentence.
+        number: (pairs of the numbers of an n-gram's first n-1 words and of its last one, n) -> the n-grams' numbers.
+
+    Yields:
+        Where the n-grams of each order begin, and their numbers.
+    """
+    left = words_left(lengths)
+    start, grams = np.arange(len(words)), words
+    yield start, grams
+    for order in range(2, ORDERS + 1):
+        whole = left[start] >= order
+        start = start[whole]
+        grams = number(pairs(grams[whole], words[start + order - 1]), order)
+        yield start, grams
 
 
 @dataclass(frozen=True)
@@ -75,13 +115,8 @@ class NGramNumbers:
             np.int64,
         )
         caption_of = np.repeat(np.arange(len(captions)), lengths)
-        left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(words))  # words left in the caption
-        start, grams, counts = np.arange(len(words)), words, []
-        for order in range(1, ORDERS + 1):
-            if order > 1:
-                whole = left[start] >= order
-                start = start[whole]
-                grams = number(pairs(grams[whole], words[start + order - 1]), order)
+        counts = []
+        for start, grams in n_grams(words, lengths, number):
             entries, count = np.unique(pairs(caption_of[start], grams), return_counts=True)
             counts.append(NGramCounts(*unpair(entries), count))
         return counts

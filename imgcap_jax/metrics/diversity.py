@@ -2,15 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from imgcap_jax.metrics.corpus import ORDERS
+from imgcap_jax.metrics.cider import Vectors
+from imgcap_jax.metrics.corpus import Candidates, References
 from imgcap_jax.text import tokenize
-
-_Grams = Counter[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,6 @@ def set_diversity(sets: Mapping[int, Sequence[str]], references: Mapping[int, Se
     several = {image: captions for image, captions in several.items() if len(captions) > 1}
     if not several:
         return None
-    documents: _Grams = Counter()
-    for captions in references.values():
-        documents.update({gram for caption in captions for gram in _grams(tokenize(caption))})
     words = [max(1, sum(map(len, captions))) for captions in several.values()]
     distinct = [
         float(
@@ -90,7 +86,7 @@ def set_diversity(sets: Mapping[int, Sequence[str]], references: Mapping[int, Se
         )
         for n in (1, 2)
     ]
-    self_cider = [_self_cider(captions, documents, len(references)) for captions in several.values()]
+    self_cider = [_self_cider(kernel) for kernel in _kernels(several, references)]
     return SetDiversity(
         len(several),
         float(np.mean([len(captions) for captions in several.values()])),
@@ -103,30 +99,27 @@ def _grams_of(captions: Iterable[Sequence[str]], n: int) -> set[tuple[str, ...]]
     return {tuple(caption[i : i + n]) for caption in captions for i in range(len(caption) - n + 1)}
 
 
-def _grams(caption: Sequence[str]) -> Iterable[tuple[str, ...]]:
-    """All n-grams up to 4-grams."""
-    return (tuple(caption[i : i + n]) for n in range(1, ORDERS + 1) for i in range(len(caption) - n + 1))
+def _kernels(sets: Mapping[int, list[list[str]]], references: Mapping[int, Sequence[str]]) -> Iterator[np.ndarray]:
+    """The CIDEr of each image's captions with each other, from 0 to 1, [m,m] for each image."""
+    captions = References(tuple(sets), tuple(map(tuple, sets.values())))
+    vectors = Vectors(captions, References.from_captions(references).tokens)
+    # The first caption of each image with all of its image, then the second, ...; the last again where there are fewer.
+    rounds = range(int(captions.per_image.max()))
+    similarity = np.stack(
+        [
+            vectors.similarities(
+                Candidates([found[min(number, len(found) - 1)] for found in captions.tokens], captions), clip=False
+            ).mean(0)
+            for number in rounds
+        ]
+    )
+    for end, m in zip(np.cumsum(captions.per_image), captions.per_image, strict=True):
+        yield similarity[:m, end - m : end]
 
 
-def _self_cider(captions: Sequence[Sequence[str]], documents: _Grams, images: int) -> float:
-    """-log_m(r), with r the share of the largest of the square roots of the kernel's eigenvalues.
-
-    The kernel [m,m] holds the captions' CIDEr with each other, from 0 to 1.
-    """
-    kernel = np.zeros((len(captions), len(captions)))
-    for n in range(1, ORDERS + 1):
-        vectors = []
-        for caption in captions:
-            counts = Counter(tuple(caption[i : i + n]) for i in range(len(caption) - n + 1))
-            vector = {gram: count * math.log(images / max(1, documents[gram])) for gram, count in counts.items()}
-            norm = math.sqrt(sum(weight**2 for weight in vector.values()))
-            vectors.append({gram: weight / norm for gram, weight in vector.items()} if norm else {})
-        for i, one in enumerate(vectors):
-            for j, other in enumerate(vectors[: i + 1]):
-                cosine = sum(weight * other.get(gram, 0.0) for gram, weight in one.items())
-                kernel[i, j] += cosine / ORDERS
-                kernel[j, i] = kernel[i, j]
+def _self_cider(kernel: np.ndarray) -> float:
+    """-log_m(r), with r the share of the largest of the square roots of the kernel's eigenvalues; kernel [m,m]."""
     roots = np.sqrt(np.clip(np.linalg.eigvalsh(kernel), 0, None))
     if not roots.sum():
         return math.nan
-    return -math.log(roots.max() / roots.sum(), len(captions))
+    return -math.log(roots.max() / roots.sum(), len(kernel))

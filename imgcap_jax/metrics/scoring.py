@@ -107,6 +107,7 @@ class CaptionScorer:
                 f"image {bare[0]} has no reference{_and_more(bare)}: add captions, or leave it out of the references"
             )
         metrics = available_metrics() if metrics is None else metrics
+        self._missing = missing_metrics()
         self._references = References.from_captions(references)
         self._metrics = {label: prepare(self._references) for label, prepare in metrics.items()}
         self.signature = self._sign(list(metrics))
@@ -143,7 +144,7 @@ class CaptionScorer:
             {name: dict(zip(image_ids, score.images.tolist(), strict=True)) for name, score in found.items()},
             self.signature,
             self._warnings(tokens, candidates),
-            missing_metrics(),
+            self._missing,
             signatures,
             found,
         )

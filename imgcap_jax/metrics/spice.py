@@ -4,7 +4,6 @@ It parses sentences with Stanford's CoreNLP, so there is no way around its jar a
 takes minutes where the other metrics take seconds, and is computed only when asked for.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import numpy as np
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.metrics.corpus import Candidates, MetricScores, References, mean_score
+from imgcap_jax.metrics.official import official_folder
 
 LABEL = "SPICE:1.0"
 _MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
@@ -69,11 +69,8 @@ def prepare(references: References) -> Callable[[Candidates], MetricScores]:
 
 
 def _folder() -> Path | None:
-    found = importlib.util.find_spec("pycocoevalcap")
-    if found is None or not found.submodule_search_locations:
-        return None
-    folder = Path(found.submodule_search_locations[0]) / "spice"
-    return folder if (folder / "spice-1.0.jar").is_file() else None
+    folder = official_folder("spice")
+    return folder if folder is not None and (folder / "spice-1.0.jar").is_file() else None
 
 
 def _run(entries: list[dict]) -> list[dict]:

@@ -11,6 +11,7 @@ from imgcap_jax.data.scene_language import is_true, parse_caption
 from imgcap_jax.data.scenes import Scene
 from imgcap_jax.data.sources import CaptionExample
 from imgcap_jax.evaluation import Evaluation
+from imgcap_jax.report.columns import aligned
 from imgcap_jax.report.page import Row, caption_page
 
 
@@ -77,9 +78,7 @@ def table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
                 "images/s": f"{captioned.images_per_second:.0f}",
             }
         )
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    head = {name: name for name in widths}
-    return ["  ".join(f"{row[name]:>{width}}" for name, width in widths.items()) for row in (head, *rows)]
+    return aligned([list(rows[0]), *([row[name] for name in rows[0]] for row in rows)])
 
 
 def _truth(evaluation: Evaluation) -> list[str]:

@@ -1,6 +1,7 @@
 """Scores of files as lines for the terminal."""
 
 from imgcap_jax.metrics.compare import Difference
+from imgcap_jax.report.columns import aligned
 from imgcap_jax.score_files import ScoreReport
 
 
@@ -12,7 +13,7 @@ def lines(report: ScoreReport) -> list[str]:
         compared = _compared(report.differences[name]) if name in report.differences else []
         shared, own_part = report.scores.signatures[name].rsplit("|", 1)
         table.append([name, f"{100 * value:.2f}", *compared, own_part])
-    found = [*_aligned(table), f"signature of each: {shared}|(its last column)"]
+    found = [*aligned(table, left=(0, len(table[0]) - 1)), f"signature of each: {shared}|(its last column)"]
     found += [f"{name} is missing: {how}" for name, how in report.scores.missing.items()]
     own = report.diversity
     novel = f", {100 * own.novel:.1f} % not in training" if own.novel is not None else ""
@@ -41,16 +42,4 @@ def _compared(difference: Difference) -> list[str]:
         f"{change:+.2f}",
         f"{low:+.2f} to {high:+.2f}",
         f"{difference.p_value:.3f}",
-    ]
-
-
-def _aligned(table: list[list[str]]) -> list[str]:
-    """Columns: the first and last to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place in (0, len(row) - 1) else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
     ]

@@ -1,7 +1,6 @@
 """The official COCO tools and published scores, on real captions."""
 
 import csv
-import importlib.util
 import json
 import random
 import shutil
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from imgcap_jax.metrics.coco_format import read_captions, read_references
+from imgcap_jax.metrics.official import official_folder
 from imgcap_jax.metrics.scoring import CaptionScorer, Scores
 from imgcap_jax.text import PUNCTUATION, tokenize
 
@@ -137,10 +137,10 @@ def official(folder: str, jar: str) -> Path:
     """A jar of pycocoevalcap; skips where Java or the package is missing."""
     if shutil.which("java") is None:
         pytest.skip("no java on this machine")
-    package = importlib.util.find_spec("pycocoevalcap")
-    if package is None or not package.submodule_search_locations:
+    place = official_folder(folder)
+    if place is None:
         pytest.skip("pycocoevalcap is not installed (extra: java)")
-    return Path(package.submodule_search_locations[0]) / folder / jar
+    return place / jar
 
 
 def raw_captions(shared: Path) -> Iterator[str]:

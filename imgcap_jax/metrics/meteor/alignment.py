@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imgcap_jax.metrics.meteor.matching import Matches, expand
+from imgcap_jax.metrics.corpus import expand
+from imgcap_jax.metrics.meteor.matching import Matches
 
 BEAM = 40
 _PAIRS_AT_A_TIME = 4096
@@ -46,8 +47,9 @@ def align(matches: Matches, candidate_lengths: np.ndarray, reference_lengths: np
         group = np.sort(group)
         mine = np.flatnonzero(np.isin(matches.pair, group))
         part = matches.take(mine)
-        search = _Search(part, np.searchsorted(group, part.pair), definite[mine], reference_lengths[group])
-        chosen.append(mine[search.run(int(candidate_lengths[group].max()))])
+        pair = np.searchsorted(group, part.pair)
+        search = _Search(part, pair, definite[mine], candidate_lengths[group], reference_lengths[group])
+        chosen.append(mine[search.run()])
     return np.sort(np.concatenate(chosen))
 
 
@@ -116,7 +118,14 @@ class _Paths:
 class _Search:
     """The search over a group of pairs, which are numbered from 0."""
 
-    def __init__(self, matches: Matches, pair: np.ndarray, definite: np.ndarray, reference_lengths: np.ndarray) -> None:
+    def __init__(
+        self,
+        matches: Matches,
+        pair: np.ndarray,
+        definite: np.ndarray,
+        candidate_lengths: np.ndarray,
+        reference_lengths: np.ndarray,
+    ) -> None:
         self._matches, self._definite, self._lengths = matches, definite, reference_lengths
         self._weight = matches.weight
         self._distance = np.abs(matches.start - matches.other_start)
@@ -124,11 +133,11 @@ class _Search:
         self._first_word = np.cumsum(reference_lengths) - reference_lengths
         word = self._first_word[pair] + matches.start
         self._begin = np.searchsorted(word, np.arange(int(reference_lengths.sum()) + 1))
+        self._spans = _bits(matches.other_start, matches.other_length, -(-int(candidate_lengths.max()) // 64))
         self._history: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def run(self, candidate_length: int) -> np.ndarray:
+    def run(self) -> np.ndarray:
         """Numbers of the matches that the best paths take."""
-        self._spans = _bits(self._matches.other_start, self._matches.other_length, -(-candidate_length // 64) or 1)
         pairs = len(self._lengths)
         zero, used = np.zeros(pairs, np.int64), np.zeros((pairs, self._spans.shape[1]), np.uint64)
         paths = _Paths(np.arange(pairs), zero, zero, zero, zero + _NOTHING, zero, used)

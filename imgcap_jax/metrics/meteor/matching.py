@@ -14,17 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from imgcap_jax.metrics.corpus import expand, join, pairs, unpair, words_left
 from imgcap_jax.metrics.meteor.tables import Tables
 
 EXACT, STEM, SYNONYM, PARAPHRASE = range(4)
 MATCHERS = 4
-_SHIFT = 32
-
-
-def expand(start: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Runs written out: which run each entry belongs to, and its place ``start[run] + 0, 1, ..., count[run] - 1``."""
-    run = np.repeat(np.arange(len(count)), count)
-    return run, np.arange(len(run)) - np.repeat(np.cumsum(count) - count - start, count)
 
 
 class Words:
@@ -89,9 +83,8 @@ class Graph(NamedTuple):
         """Edges, both ways, between different words that have a key in common."""
         order = np.argsort(key, kind="stable")
         word, key = word[order], key[order]
-        entry, other = expand(np.searchsorted(key, key, "left"), np.searchsorted(key, key, "right") - _first(key))
-        edges = np.unique((word[entry] << _SHIFT) | word[other])
-        source, target = edges >> _SHIFT, edges & ((1 << _SHIFT) - 1)
+        entry, other = join(key, key)
+        source, target = unpair(np.unique(pairs(word[entry], word[other])))
         different = source != target
         return cls(source[different], target[different], np.zeros(different.sum(), np.int64))
 
@@ -99,11 +92,6 @@ class Graph(NamedTuple):
         """The same edges the other way round."""
         order = np.argsort(self.target, kind="stable")
         return Graph(self.target[order], self.source[order], self.rank[order])
-
-
-def _first(sorted_keys: np.ndarray) -> np.ndarray:
-    """For each key, the place of the first one that equals it."""
-    return np.searchsorted(sorted_keys, sorted_keys, "left")
 
 
 @dataclass(frozen=True)
@@ -145,10 +133,7 @@ def _spans(sentences: Sentences, first_word: np.ndarray, length: np.ndarray, wha
 
 def _phrases(sentences: Sentences, words: Words) -> _Spans:
     """All spans that are a node of the tables' tree of phrases."""
-    left = np.repeat(sentences.lengths, sentences.lengths) - (
-        np.arange(len(sentences.words)) - np.repeat(sentences.first, sentences.lengths)
-    )
-    found = list(words.tables.nodes(words.known[sentences.words], left))
+    found = list(words.tables.nodes(words.known[sentences.words], words_left(sentences.lengths)))
     length = np.repeat(np.arange(1, len(found) + 1), [len(place) for place, _ in found])
     place, node = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
     return _spans(sentences, place, length, node)
@@ -206,7 +191,7 @@ def find_matches(candidates: Sentences, references: Sentences, words: Words) -> 
     found += _paraphrases(_phrases(candidates, words), _phrases(references, words), words.tables)
     matches = Matches.together(found)
     matches = matches.take(~equal[matches.pair] | (matches.module == EXACT))
-    return matches.take(np.argsort((matches.pair << _SHIFT) | matches.start, kind="stable"))
+    return matches.take(np.argsort(pairs(matches.pair, matches.start), kind="stable"))
 
 
 def _paraphrases(candidates: _Spans, references: _Spans, tables: Tables) -> list[Matches]:
@@ -241,14 +226,11 @@ def _join(candidates: _Spans, references: _Spans, graph: Graph | None) -> tuple[
     what, rank = candidates.what, np.zeros(len(candidates.what), np.int64)
     entry = np.arange(len(what))
     if graph is not None:
-        start = np.searchsorted(graph.source, what, "left")
-        entry, edge = expand(start, np.searchsorted(graph.source, what, "right") - start)
+        entry, edge = join(what, graph.source)
         what, rank = graph.target[edge], graph.rank[edge]
-    order = np.argsort((references.image << _SHIFT) | references.what, kind="stable")
-    keys = ((references.image << _SHIFT) | references.what)[order]
-    wanted = (candidates.image[entry] << _SHIFT) | what
-    start = np.searchsorted(keys, wanted, "left")
-    run, place = expand(start, np.searchsorted(keys, wanted, "right") - start)
+    keys = pairs(references.image, references.what)
+    order = np.argsort(keys, kind="stable")
+    run, place = join(pairs(candidates.image[entry], what), keys[order])
     return entry[run], order[place], rank[run]
 
 

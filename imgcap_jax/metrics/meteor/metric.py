@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imgcap_jax.metrics.corpus import Candidates, MetricScore, MetricScores, References
+from imgcap_jax.metrics.corpus import Candidates, MetricScore, MetricScores, References, expand
 from imgcap_jax.metrics.meteor.alignment import align
-from imgcap_jax.metrics.meteor.matching import MATCHERS, Matches, Sentences, Words, expand, find_matches
+from imgcap_jax.metrics.meteor.matching import MATCHERS, Matches, Sentences, Words, find_matches
 from imgcap_jax.metrics.meteor.normalize import normalize
 from imgcap_jax.metrics.meteor.tables import Tables
 

@@ -7,7 +7,6 @@ Letters: K known words, D synsets' entries, P nodes of the prefix tree of phrase
 """
 
 import gzip
-import importlib.util
 import json
 import re
 import shutil
@@ -27,12 +26,13 @@ import numpy as np
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import cache_folder
+from imgcap_jax.metrics.corpus import pairs
+from imgcap_jax.metrics.official import official_folder
 
 HOW_TO_ADD = 'pip install "imgcap_jax[meteor]" (or: pip install pycocoevalcap) adds its tables'
 LONGEST = 7  # words of the longest phrase in the table
 _FORMAT = 2  # of the compiled tables; to be raised when it changes
 _WHOLE = "sizes.json"  # in a folder of compiled tables: the bytes of each file
-_SHIFT = 32
 
 # Endings that WordNet's morphology takes off a word, tried in this order until a word of the dictionary is left.
 _ENDINGS = (
@@ -43,11 +43,8 @@ _ENDINGS = (
 
 def package_folder() -> Path | None:
     """Where `pycocoevalcap` keeps METEOR's data; None where it is not installed or has none."""
-    found = importlib.util.find_spec("pycocoevalcap")
-    if found is None or not found.submodule_search_locations:
-        return None
-    folder = Path(found.submodule_search_locations[0]) / "meteor"
-    return folder if all(path.is_file() for path in _sources(folder)) else None
+    folder = official_folder("meteor")
+    return folder if folder is not None and all(path.is_file() for path in _sources(folder)) else None
 
 
 def _sources(folder: Path) -> tuple[Path, Path]:
@@ -156,7 +153,7 @@ class Tables:
             goes_on = left[place] >= length
             place, node = place[goes_on], node[goes_on]
             last = words[place + length - 1].astype(np.int64)
-            wanted = (node << _SHIFT) | last
+            wanted = pairs(node, last)
             found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
             known = (last >= 0) & (keys[found] == wanted)
             place, node = place[known], found[known] + offset
@@ -291,7 +288,7 @@ def _prefix_tree(phrases: Sequence[str], number: dict[str, int]) -> tuple[list[n
         if length > 1:
             longer = lengths[alive] >= length
             alive, node = alive[longer], node[longer]
-            keys, node = np.unique((node << _SHIFT) | words[begin[alive] + length - 1], return_inverse=True)
+            keys, node = np.unique(pairs(node, words[begin[alive] + length - 1]), return_inverse=True)
             node = node + offset
             offset += len(keys)
             prefix.append(keys)
