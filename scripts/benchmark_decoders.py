@@ -19,9 +19,10 @@ from imgcap_jax.generation import caption_function
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.decoders.up_down import UpDown
 from imgcap_jax.models.model import CaptionModel, parameter_count, split_trained
-from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step, first_state
+from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step
 from imgcap_jax.training.optimizer import Optimizer
 from imgcap_jax.training.parallel import DataParallel
+from imgcap_jax.training.step import first_state
 
 # All sizes 512, the regions projected to it.
 DECODERS: dict[str, Any] = {

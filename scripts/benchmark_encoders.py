@@ -20,9 +20,10 @@ from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.models.encoders.resnet import ResNet
 from imgcap_jax.models.encoders.vgg import VGG
 from imgcap_jax.models.model import CaptionModel, split_trained
-from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step, first_state
+from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step
 from imgcap_jax.training.optimizer import Optimizer
 from imgcap_jax.training.parallel import DataParallel
+from imgcap_jax.training.step import first_state
 
 
 def settings(name: str, **fields: Any) -> Any:

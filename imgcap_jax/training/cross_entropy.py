@@ -1,20 +1,20 @@
-"""The training step of teacher-forced cross-entropy, as run on one device of many."""
+"""Teacher-forced cross-entropy: its settings and its training step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx, struct
+from flax import nnx
 from jax import Array
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
 from imgcap_jax.special_tokens import PAD
 from imgcap_jax.training.losses import LossSums, caption_loss
-from imgcap_jax.training.parallel import AXIS, Step
+from imgcap_jax.training.parallel import Step
+from imgcap_jax.training.step import keys_of_rows, train_step
 
 
 @dataclass(frozen=True)
@@ -48,26 +48,9 @@ class CrossEntropy:
         return self.sampling * (jnp.clip(risen / ramp, 0.0, 1.0) if ramp else jnp.where(risen >= 0, 1.0, 0.0))
 
 
-@struct.dataclass
-class TrainState:
-    """Everything a step changes: step [] int32, params, optimizer state, EMA of params (None: not kept)."""
-
-    step: Array
-    params: Params
-    optimizer: Any
-    ema: Params | None
-
-    @property
-    def best_guess(self) -> Params:
-        """The parameters to caption with: the average where one is kept."""
-        return self.params if self.ema is None else self.ema
-
-
-def first_state(params: Params, transformation: optax.GradientTransformation, *, ema: bool) -> TrainState:
-    """The state before the first step."""
-    # A real copy: donating one buffer under two names fails.
-    average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, transformation.init(params), average)
+class _Sums(NamedTuple):
+    words: LossSums
+    captions: Array
 
 
 def cross_entropy_step(
@@ -80,21 +63,18 @@ def cross_entropy_step(
     accumulate: int = 1,
     ema_decay: float = 0.0,
 ) -> Step:
-    """Makes ``step(state, frozen, batch) -> (state, metrics)`` for ``DataParallel.compile``.
+    """Makes ``step(state, frozen, batch) -> (state, metrics)`` for ``DataParallel.compile``; see ``train_step``.
 
     The batch part holds "tokens" [B,M,T], "weight" [B], "row" [B] (the index in the global batch, from which
-    the row's dropout keys come) and "image" or "regions". The local *sums* are differentiated, and gradients
-    and words summed over devices before they are divided: captions differ in length, so a mean of means would
-    weigh words unevenly.
+    the row's dropout keys come) and "image" or "regions". Gradients are of the mean over all words of the batch.
 
     Metrics, all [] float32 and the same on every device: "loss" (the objective a word), "perplexity" (of the
     true words), "gradient_norm", "words", "captions" (rows of pad, of images with fewer than M, not counted).
     """
 
-    def loss(params: Params, frozen: Frozen, batch: Mapping[str, Array], step: Array) -> tuple[Array, LossSums]:
+    def loss(params: Params, frozen: Frozen, batch: Mapping[str, Array], step: Array) -> tuple[Array, _Sums]:
         model = nnx.merge(graph, params, frozen)
-        step_key = jax.random.fold_in(key, step)
-        keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(batch["row"])
+        keys = keys_of_rows(key, step, batch["row"])
         outputs = model.teacher_forced(batch, keys, objective.sampling_share(step, steps_per_epoch))
         sums = caption_loss(
             model.score_words,
@@ -106,46 +86,16 @@ def cross_entropy_step(
             attention_penalty=objective.attention_penalty,
             region_mask=batch.get("region_mask"),
         )
-        return sums.objective, sums
-
-    gradient = jax.grad(loss, has_aux=True)
-
-    def summed_gradient(
-        params: Params, frozen: Frozen, batch: Mapping[str, Array], step: Array
-    ) -> tuple[Params, LossSums]:
-        if accumulate == 1:
-            return gradient(params, frozen, batch, step)
-
-        def add(total: tuple[Params, LossSums], part: Mapping[str, Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, frozen, part, step)), None
-
-        parts = {
-            name: leaf.reshape(accumulate, leaf.shape[0] // accumulate, *leaf.shape[1:]) for name, leaf in batch.items()
-        }
-        zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
-        return jax.lax.scan(add, (jax.tree.map(jnp.zeros_like, params), zero), parts)[0]
-
-    def step(state: TrainState, frozen: Frozen, batch: Mapping[str, Array]) -> tuple[TrainState, Any]:
         present = (batch["tokens"][:, :, 0] != PAD) * batch["weight"][:, None]
-        summed = (*summed_gradient(state.params, frozen, batch, state.step), present.sum())
-        gradients, sums, captions = jax.lax.psum(summed, AXIS)
-        words = jnp.maximum(sums.words, 1.0)
-        gradients = jax.tree.map(lambda leaf: leaf / words, gradients)
-        updates, optimizer = transformation.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema is not None:
-            # Early on, the average follows quickly instead of remembering the random start.
-            count = state.step.astype(jnp.float32)
-            decay = jnp.minimum(ema_decay, (1.0 + count) / (10.0 + count))
-            ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
-        metrics = {
-            "loss": sums.objective / words,
-            "perplexity": jnp.exp(-sums.log_likelihood / words),
-            "gradient_norm": optax.global_norm(gradients),
-            "words": sums.words,
-            "captions": captions,
-        }
-        return TrainState(state.step + 1, params, optimizer, ema), metrics
+        return sums.objective, _Sums(sums, present.sum())
 
-    return step
+    def measure(sums: _Sums) -> tuple[Array, dict[str, Array]]:
+        words = jnp.maximum(sums.words.words, 1.0)
+        return words, {
+            "loss": sums.words.objective / words,
+            "perplexity": jnp.exp(-sums.words.log_likelihood / words),
+            "words": sums.words.words,
+            "captions": sums.captions,
+        }
+
+    return train_step(loss, measure, transformation, accumulate=accumulate, ema_decay=ema_decay)

@@ -25,11 +25,12 @@ from imgcap_jax.generation import check_decoding
 from imgcap_jax.models.model import parameter_count, split_trained
 from imgcap_jax.run import Run
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
-from imgcap_jax.training.cross_entropy import cross_entropy_step, first_state
+from imgcap_jax.training.cross_entropy import cross_entropy_step
 from imgcap_jax.training.log import MetricsLog
 from imgcap_jax.training.meter import Meter
 from imgcap_jax.training.parallel import DataParallel
 from imgcap_jax.training.signals import StopRequest
+from imgcap_jax.training.step import first_state
 from imgcap_jax.training.transfer import check_encoder, transfer
 
 SMOKE_IMAGES = 48

@@ -14,9 +14,10 @@ from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.encoders.small_cnn import SmallCNN
 from imgcap_jax.models.model import CaptionModel, split_trained
 from imgcap_jax.special_tokens import PAD
-from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step, first_state
+from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step
 from imgcap_jax.training.optimizer import Optimizer
 from imgcap_jax.training.parallel import DataParallel
+from imgcap_jax.training.step import first_state
 
 B, M, T, V, SIDE, STEPS = 8, 2, 9, 12, 16, 10
 # Adam would hide a wrong factor of the gradient, and so would clipping.
