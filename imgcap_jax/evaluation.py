@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +26,12 @@ from imgcap_jax.extraction import Extraction, uses_store
 from imgcap_jax.files import write_text
 from imgcap_jax.generation import caption_function, check_decoding
 from imgcap_jax.metrics.coco_format import write_references, write_results
+from imgcap_jax.metrics.degeneration import Degeneration
 from imgcap_jax.metrics.scoring import CaptionScorer, Scores
 from imgcap_jax.models.model import CaptionModel, Frozen, Params, split_trained
 from imgcap_jax.run import Run
+from imgcap_jax.special_tokens import EOS
+from imgcap_jax.text import tokenize
 from imgcap_jax.training.checkpoints import Checkpoints
 from imgcap_jax.training.losses import LossSums, caption_loss
 from imgcap_jax.training.parallel import DataParallel
@@ -51,6 +55,7 @@ class Captioned:
     Attributes:
         captions: image id -> the best caption (of samples the first).
         hypotheses: image id -> the n best, best first, or all samples as drawn.
+        unfinished: share of the best captions that have no end and were cut.
         mean_steps: decoder steps a batch took, on average.
         max_steps: steps without early exit, T.
         images_per_second: all in all, compiled already.
@@ -58,6 +63,7 @@ class Captioned:
 
     captions: dict[int, str]
     hypotheses: dict[int, list[Hypothesis]]
+    unfinished: float
     mean_steps: float
     max_steps: int
     images_per_second: float
@@ -105,6 +111,7 @@ class SplitEvaluator:
         captions: dict[int, str] = {}
         hypotheses: dict[int, list[Hypothesis]] = {}
         steps: list[int] = []
+        unfinished = 0
         start = time.perf_counter()
         for batches in zip(*map(self._on_devices, self._images), strict=True):
             parts, first = [batch for batch, _ in batches], batches[0][1]
@@ -118,12 +125,26 @@ class SplitEvaluator:
                     if words.any()
                 ][: decoding.samples or decoding.n_best]
                 captions[image_id] = hypotheses[image_id][0].caption
+                unfinished += EOS not in tokens[row, 0]
         seconds = time.perf_counter() - start
-        return Captioned(captions, hypotheses, float(np.mean(steps)), decoding.max_words, len(captions) / seconds)
+        rate = len(captions) / seconds
+        return Captioned(
+            captions, hypotheses, unfinished / len(captions), float(np.mean(steps)), decoding.max_words, rate
+        )
 
     def score(self, captions: Mapping[int, str]) -> Scores:
         """BLEU, CIDEr-D and whatever else the scorer knows."""
         return self._scorer.score(captions)
+
+    def degeneration(self, captioned: Captioned) -> tuple[Degeneration, tuple[str, ...]]:
+        """What is wrong with the captions whatever they score, and a warning for each way in which it is too much."""
+        texts = (tokenize(caption) for caption in captioned.captions.values())
+        found = Degeneration.of(texts, captioned.unfinished)
+        return found, found.warnings(self._references_degeneration)
+
+    @cached_property
+    def _references_degeneration(self) -> Degeneration:
+        return Degeneration.of(tokenize(text) for texts in self.references.values() for text in texts)
 
     def score_of_other_photos(self, captions: Mapping[int, str]) -> Scores:
         """The scores when each image gets the caption of another one, drawn at random: the floor.
@@ -167,12 +188,17 @@ class SplitEvaluator:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of a run, or an ensemble, on a split; truth only for drawn scenes, floor where it was asked for."""
+    """The scores of a run, or an ensemble, on a split; truth only for drawn scenes, floor where it was asked for.
+
+    warnings: of the scores and of how captions degenerate, a line each.
+    """
 
     source: CaptionSource
     decoding: Decoding
     scores: Scores
     captioned: Captioned
+    degeneration: Degeneration
+    warnings: tuple[str, ...]
     truth: TruthScores | None
     floor: Scores | None = None
     models: int = 1
@@ -193,6 +219,7 @@ class Evaluation:
             "max_steps": self.captioned.max_steps,
             "scores": _rounded(self.scores),
             "signature": self.scores.signature,
+            "degeneration": asdict(self.degeneration),
         }
         if self.floor is not None:
             results["scores_of_other_photos_captions"] = _rounded(self.floor)
@@ -254,15 +281,21 @@ def sweep(
         frozen.append(parallel.replicate(rest))
         members.append(Member(graph, run.experiment.data, store))
     evaluator = SplitEvaluator(members, source, runs[0].vocabulary, parallel)
-    where = {"step": steps[0]} if len(runs) == 1 else {"runs": [str(run.folder) for run in runs], "steps": steps}
+    where: dict[str, Any] = {"step": steps[0], "objective": first.objective.title}
+    if len(runs) > 1:
+        where = {"runs": [str(run.folder) for run in runs], "steps": steps}
     prefix = ("" if len(runs) == 1 else "ensemble_") + ("" if dataset is None else f"{dataset}_")
     for decoding in decodings:
         captioned = evaluator.caption(params, frozen, decoding)
+        scores = evaluator.score(captioned.captions)
+        degeneration, warnings = evaluator.degeneration(captioned)
         evaluation = Evaluation(
             source,
             decoding,
-            evaluator.score(captioned.captions),
+            scores,
             captioned,
+            degeneration,
+            (*scores.warnings, *warnings),
             _truth(source, captioned.captions, evaluator.references),
             evaluator.score_of_other_photos(captioned.captions) if floor else None,
             len(runs),

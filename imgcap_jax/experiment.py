@@ -26,6 +26,7 @@ from imgcap_jax.models.encoders.small_cnn import SmallCNN
 from imgcap_jax.models.encoders.vgg import VGG
 from imgcap_jax.training.cross_entropy import CrossEntropy
 from imgcap_jax.training.optimizer import Optimizer
+from imgcap_jax.training.self_critical import SelfCritical
 
 AnyDecoder = ShowAttendTell | ShowTell | Att2in | Adaptive | UpDown | AttentionOnAttention | Transformer
 
@@ -75,7 +76,7 @@ class Experiment:
         default_factory=ShowAttendTell
     )
     optimizer: Optimizer = field(default_factory=Optimizer)
-    objective: CrossEntropy = field(default_factory=CrossEntropy)
+    objective: CrossEntropy | SelfCritical = field(default_factory=CrossEntropy)
     training: Training = field(default_factory=Training)
     decoding: Decoding = field(default_factory=Decoding)
 
@@ -98,6 +99,7 @@ _KINDS: dict[str, type] = {
         *typing.get_args(AnyDecoder),
         Optimizer,
         CrossEntropy,
+        SelfCritical,
         Training,
         Decoding,
     )

@@ -28,16 +28,10 @@ from imgcap_jax.decoding.rules import (
 from imgcap_jax.decoding.sampling import sample
 from imgcap_jax.decoding_settings import Decoding
 from imgcap_jax.errors import UserError
+from imgcap_jax.metrics.degeneration import BAD_ENDINGS
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
 from imgcap_jax.special_tokens import BOS, UNK
 from imgcap_jax.text import tokenize
-
-BAD_ENDINGS = (
-    *("a", "an", "the", "this", "that", "these", "those", "his", "her", "its", "their", "my", "your", "our"),
-    *("of", "in", "on", "at", "to", "for", "from", "with", "by", "into", "onto", "over", "under", "near", "behind"),
-    *("and", "or", "but", "while", "as", "is", "are", "was", "were", "very"),
-)
-"""Words on which no English caption ends well: articles, possessives, prepositions, conjunctions, auxiliaries."""
 
 
 def check_decoding(decoding: Decoding, vocabulary: Vocabulary, decoder: Any) -> None:
@@ -61,8 +55,7 @@ def _rules(decoding: Decoding, vocabulary: Vocabulary) -> tuple[Rule, ...]:
     if decoding.no_repeat_ngram:
         rules.append(NoRepeatNgram(decoding.no_repeat_ngram))
     if decoding.forbid_bad_endings:
-        known = vocabulary.ids(BAD_ENDINGS)
-        rules.append(ForbidBadEnding(tuple(number for number in known if number != UNK)))
+        rules.append(ForbidBadEnding(bad_endings(vocabulary)))
     if decoding.top_k:
         rules.append(TopK(decoding.top_k))
     if decoding.top_p < 1:
@@ -73,6 +66,11 @@ def _rules(decoding: Decoding, vocabulary: Vocabulary) -> tuple[Rule, ...]:
     if len(prefix) >= decoding.max_words:
         raise UserError(f"prefix has {len(prefix)} words; give fewer than max_words ({decoding.max_words})")
     return (ForcedPrefix(prefix, tuple(rules)),)
+
+
+def bad_endings(vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Ids of the words of ``BAD_ENDINGS`` that a vocabulary has."""
+    return tuple(number for number in vocabulary.ids(BAD_ENDINGS) if number != UNK)
 
 
 def _known(text: str, vocabulary: Vocabulary, setting: str) -> tuple[int, ...]:

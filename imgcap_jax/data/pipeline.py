@@ -5,7 +5,6 @@ processes or hosts. So the state of an iterator is the number of batches it gave
 """
 
 import logging
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from absl import flags
 
+from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.images import Augmentation, ImageError, Resize, augment, decode
 from imgcap_jax.data.regions import RegionSource
 from imgcap_jax.errors import UserError
-from imgcap_jax.special_tokens import PAD
 
 if TYPE_CHECKING:
     from imgcap_jax.data.sources import CaptionSource
@@ -139,6 +138,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     features: RegionSource | Sequence[RegionSource] | None = None,
+    references: CaptionTable | None = None,
 ) -> TrainBatches:
     """Endless batches in random order; each epoch is a new permutation, and batches run across its end.
 
@@ -155,6 +155,8 @@ def train_batches(
         process_count: how many processes share each batch.
         features: for each source its regions, in the same order; batches then carry regions in place of images,
             of a view drawn at random, and no image is read.
+        references: of all sources in their order; batches then carry all references of each image as well:
+            "references" int32 [B, R, T] and "reference_count" float32 [B].
 
     Returns:
         Iterator of batches: "image" uint8 [B, h, w, 3] or "regions" [B, N, D] in the store's dtype (with
@@ -174,7 +176,7 @@ def train_batches(
         )
     mixture = list(sources) if isinstance(sources, Sequence) else [(sources, 1.0)]
     stores = features if features is None or isinstance(features, Sequence) else [features]
-    rows = _TrainRows(config, [source for source, _ in mixture], vocabulary, stores)
+    rows = _TrainRows(config, [source for source, _ in mixture], vocabulary, stores, references)
     seeds = [int(value) for value in np.random.SeedSequence(seed).generate_state(len(mixture) + 1)]
     # Every source is a range of numbers: image `number` of the mixture.
     numbers = [
@@ -191,6 +193,8 @@ def train_batches(
         "captions": rows.fingerprint,
         "sources": [[source.name, source.split, len(source), float(weight)] for source, weight in mixture],
     }
+    if references is not None:
+        identity["references"] = references.fingerprint
     return TrainBatches(batches, config, identity)
 
 
@@ -234,27 +238,6 @@ def eval_batches(
     return EvalBatches(grain.MapDataset.range(-(-len(source) // batch_size)).map(rows), config)
 
 
-class _CaptionTable:
-    """Encoded captions of sources: those of image g are rows first[g] to first[g + 1] of tokens [C, T]."""
-
-    def __init__(self, sources: "Sequence[CaptionSource]", vocabulary: "Vocabulary", length: int) -> None:
-        captions = [source.captions(i) for source in sources for i in range(len(source))]
-        self.first = np.concatenate([[0], np.cumsum([len(of_image) for of_image in captions])])
-        self.tokens = np.full((self.first[-1], length), PAD, np.int32)
-        for row, caption in enumerate(caption for of_image in captions for caption in of_image):
-            self.tokens[row] = vocabulary.encode(caption, length)
-
-    def count(self, image: int) -> int:
-        return int(self.first[image + 1] - self.first[image])
-
-    def rows(self, image: int, which: npt.ArrayLike, count: int) -> npt.NDArray[np.int32]:
-        """The image's captions `which` [at most count] as [count, T], filled up with rows of pad."""
-        chosen = self.tokens[self.first[image] + np.asarray(which, np.int64)]
-        padded = np.full((count, self.tokens.shape[1]), PAD, np.int32)
-        padded[: len(chosen)] = chosen
-        return padded
-
-
 class _TrainRows(grain.transforms.RandomMap):
     """One training row from the number of an image in the mixture."""
 
@@ -264,6 +247,7 @@ class _TrainRows(grain.transforms.RandomMap):
         sources: "list[CaptionSource]",
         vocabulary: "Vocabulary",
         stores: Sequence[RegionSource] | None,
+        references: CaptionTable | None,
     ) -> None:
         self._config = config
         self._sources = sources
@@ -272,14 +256,15 @@ class _TrainRows(grain.transforms.RandomMap):
             for source, store in zip(sources, stores, strict=True):
                 _check_store(source, store)
         self.first = [0, *np.cumsum([len(source) for source in sources]).tolist()][:-1]
-        self._captions = _CaptionTable(sources, vocabulary, config.max_words + 2)
+        self._captions = CaptionTable.for_training(sources, vocabulary, config.max_words + 2)
+        self._references = references
         self._image_ids = np.concatenate([np.asarray(source.image_ids(), np.int64) for source in sources])
         self._unreadable: list[dict[int, str]] = [{} for _ in sources]
 
     @property
     def fingerprint(self) -> str:
         """Of all captions as tokens, so that a state isn't resumed with others."""
-        return f"{zlib.crc32(self._captions.tokens.tobytes()):08x}"
+        return self._captions.fingerprint
 
     def random_map(self, element: int, rng: np.random.Generator) -> Batch:
         number = int(element)
@@ -297,6 +282,10 @@ class _TrainRows(grain.transforms.RandomMap):
         count = self._config.captions_per_image
         chosen = rng.permutation(self._captions.count(number))[:count]
         row["tokens"] = self._captions.rows(number, chosen, count)
+        if self._references is not None:
+            real = self._references.count(number)
+            row["references"] = self._references.rows(number, range(real), self._references.most)
+            row["reference_count"] = np.float32(real)
         row["image_id"] = self._image_ids[number]
         row["weight"] = np.float32(1)
         return row
@@ -349,7 +338,9 @@ class _EvalRows(grain.transforms.Map):
         self._store = store
         self._size = batch_size
         self._image_ids = np.asarray(source.image_ids(), np.int64)
-        self._captions = _CaptionTable([source], vocabulary, config.max_words + 2) if vocabulary is not None else None
+        self._captions = None
+        if vocabulary is not None:
+            self._captions = CaptionTable.for_training([source], vocabulary, config.max_words + 2)
 
     def map(self, element: int) -> Batch:
         start = int(element) * self._size

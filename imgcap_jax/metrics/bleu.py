@@ -12,7 +12,7 @@ import numpy as np
 from imgcap_jax.metrics.corpus import ORDERS, Candidates, MetricScore, MetricScores, References, pairs, unpair
 
 # COCO's constants: a candidate without any n-gram scores (almost) 0 rather than being undefined.
-_TINY, _SMALL = 1e-15, 1e-9
+TINY, SMALL = 1e-15, 1e-9
 
 
 def prepare(references: References) -> Callable[[Candidates], MetricScores]:
@@ -57,6 +57,6 @@ def prepare(references: References) -> Callable[[Candidates], MetricScores]:
 def _bleu(correct: np.ndarray, guessed: np.ndarray, length: np.ndarray, closest: np.ndarray) -> np.ndarray:
     """BLEU of all orders [ORDERS, ...] from n-gram counts [ORDERS, ...] and lengths [...]."""
     orders = np.arange(1, ORDERS + 1).reshape(-1, *[1] * (correct.ndim - 1))
-    precision = np.cumprod((correct + _TINY) / (guessed + _SMALL), axis=0) ** (1 / orders)
-    ratio = (length + _TINY) / (closest + _SMALL)
+    precision = np.cumprod((correct + TINY) / (guessed + SMALL), axis=0) ** (1 / orders)
+    ratio = (length + TINY) / (closest + SMALL)
     return precision * np.exp(np.minimum(0, 1 - 1 / ratio))

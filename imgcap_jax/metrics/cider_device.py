@@ -1,8 +1,7 @@
 """CIDEr-D as a function of token ids on the device: the reward of self-critical training (Rennie et al., 2017).
 
 It equals ``imgcap_jax.metrics.cider`` on the same words, in float32 and int32 alone. N-grams are compared word by word,
-never hashed, so that none is taken for another: captions have some twenty words, and comparing all pairs of places
-costs less than sorting. Document frequencies are looked up in the prefix tree of the corpus's n-grams, exactly.
+and their document frequencies looked up in the prefix tree of the corpus's n-grams: exactly, without hashing.
 
 Ids below the vocabulary's size are the model's words; words of the references that it lacks have ids of their own from
 there on, so that they count in a reference's length and norm and nothing that the model says can match them. ``unk`` is
@@ -12,15 +11,19 @@ Letters: B images, M captions an image, R references an image, T places, K_n n-g
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from imgcap_jax.errors import UserError
+from imgcap_jax.files import replacing
 from imgcap_jax.metrics.cider import SIGMA, inverse_document_frequency
 from imgcap_jax.metrics.corpus import ORDERS, n_grams, unpair
-from imgcap_jax.special_tokens import PAD
+from imgcap_jax.metrics.device_grams import Grams
 
 
 class DocumentFrequencies(NamedTuple):
@@ -40,6 +43,25 @@ class DocumentFrequencies(NamedTuple):
     last: tuple[Array, ...]
     idf: tuple[Array, ...]
     unseen: Array
+
+    def save(self, path: Path) -> None:
+        """Writes them as an .npz file. Raises UserError where the disk is full."""
+        named = {f"{name}{i}": leaf for name in ("start", "last", "idf") for i, leaf in enumerate(getattr(self, name))}
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, unseen=self.unseen, **named)
+
+    @classmethod
+    def load(cls, path: Path) -> "DocumentFrequencies":
+        """Reads what ``save`` wrote. Raises UserError where it is no such file."""
+        try:
+            with np.load(path) as file:
+                start, last, idf = (
+                    tuple(jnp.asarray(file[f"{name}{i}"]) for i in range(count))
+                    for name, count in (("start", ORDERS - 1), ("last", ORDERS - 1), ("idf", ORDERS))
+                )
+                return cls(start, last, idf, jnp.asarray(file["unseen"]))
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise UserError(f"{path} can't be read ({error}); delete it, and it is made again") from error
 
 
 def document_frequencies(corpus: Sequence[Sequence[Sequence[int]]], words: int) -> DocumentFrequencies:
@@ -85,8 +107,10 @@ class References(NamedTuple):
 
 def prepare_references(tokens: Array, per_image: Array, frequencies: DocumentFrequencies) -> References:
     """Weights references, int32 [B,R,T], filled up with pad; `per_image` [B] of each image's R are real."""
-    norm = jnp.sqrt(_squares(_Grams(tokens), frequencies))
-    return References(tokens, norm, per_image.astype(jnp.float32))
+    norm = jnp.sqrt(_squares(Grams(tokens), frequencies))
+    return References(
+        tokens, norm, jnp.maximum(per_image, 1).astype(jnp.float32)
+    )  # rows that only fill a batch have none
 
 
 def cider_d(candidates: Array, references: References, frequencies: DocumentFrequencies) -> Array:
@@ -100,9 +124,9 @@ def cider_d(candidates: Array, references: References, frequencies: DocumentFreq
     Returns:
         float32 [B,M].
     """
-    ours, theirs = _Grams(candidates[:, :, None]), _Grams(references.tokens[:, None])  # [B,M,1,T] and [B,1,R,T]
+    ours, theirs = Grams(candidates[:, :, None]), Grams(references.tokens[:, None])  # [B,M,1,T] and [B,1,R,T]
     idf = [values[:, :, None] for values in _idf(candidates, frequencies)]  # [B,M,1,T]
-    norm = jnp.sqrt(_squares(_Grams(candidates), frequencies))  # [B,M,ORDERS]
+    norm = jnp.sqrt(_squares(Grams(candidates), frequencies))  # [B,M,ORDERS]
     similarity = jnp.zeros(())
     for order in range(ORDERS):
         own, common = ours.counts(ours, order), ours.counts(theirs, order)  # [B,M,1,T], [B,M,R,T]
@@ -116,30 +140,7 @@ def cider_d(candidates: Array, references: References, frequencies: DocumentFreq
     return 10 * similarity.sum(-1) / references.per_image[:, None]
 
 
-class _Grams:
-    """Captions int32 [...,T] as places where n-grams begin."""
-
-    def __init__(self, tokens: Array) -> None:
-        self.tokens = tokens
-        self.real = tokens != PAD
-        self.length = self.real.sum(-1)  # [...]
-
-    def begins(self, order: int) -> Array:
-        """Where an n-gram of `order` + 1 words begins, bool [...,T]."""
-        place = jnp.arange(self.tokens.shape[-1])
-        return place < (self.length - order)[..., None]
-
-    def counts(self, other: "_Grams", order: int) -> Array:
-        """How often the n-gram that begins at each place of these captions occurs in others, float32 [...,T]."""
-        same = self.tokens[..., :, None] == other.tokens[..., None, :]  # [...,T,T of the others]
-        equal = same
-        for further in range(1, order + 1):
-            equal = equal & jnp.roll(same, (-further, -further), (-2, -1))
-        equal = equal & self.begins(order)[..., :, None] & other.begins(order)[..., None, :]
-        return equal.sum(-1).astype(jnp.float32)
-
-
-def _squares(grams: _Grams, frequencies: DocumentFrequencies) -> Array:
+def _squares(grams: Grams, frequencies: DocumentFrequencies) -> Array:
     """Squared norms of tf-idf vectors, [...,ORDERS]: each place of an n-gram brings count x idf²."""
     idf = _idf(grams.tokens, frequencies)
     return jnp.stack([(grams.counts(grams, order) * idf[order] ** 2).sum(-1) for order in range(ORDERS)], -1)

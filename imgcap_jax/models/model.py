@@ -27,9 +27,15 @@ class CaptionModel(nnx.Module):
         self.decoder = decoder
 
     def regions(self, batch: Mapping[str, Array]) -> Array:
-        """The batch's "regions" [B,N,D], or its "image" [B,h,w,3] put through the encoder, as float32."""
-        if self.encoder is None:
+        """The batch's "regions" [B,N,D] where it has them, else its "image" [B,h,w,3] put through the encoder; float32.
+
+        Raises:
+            KeyError: only images, but there is no encoder.
+        """
+        if "regions" in batch:
             return batch["regions"].astype("float32")
+        if self.encoder is None:
+            raise KeyError("regions")
         return self.encoder(batch["image"])
 
     def teacher_forced(

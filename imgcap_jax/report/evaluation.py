@@ -19,12 +19,16 @@ def lines(evaluation: Evaluation) -> list[str]:
     """The scores x100, as papers print them, with split, beam and signature."""
     report = [f"{evaluation.title}:", "  " + "  ".join(f"{k} {v}" for k, v in _scores(evaluation).items())]
     report += [f"  {sentence}" for sentence in (*_floor(evaluation), *_truth(evaluation))]
-    captioned = evaluation.captioned
+    captioned, found = evaluation.captioned, evaluation.degeneration
+    report.append(
+        f"  {found.words:.1f} words a caption; {100 * found.bad_endings:.1f} % end badly, "
+        f"{100 * found.repetitions:.1f} % repeat a phrase, {100 * captioned.unfinished:.1f} % have no end"
+    )
     report.append(
         f"  {captioned.mean_steps:.1f} decoder steps a batch on average, of {captioned.max_steps}; "
         f"{captioned.images_per_second:.0f} images/s"
     )
-    report += [f"  note: {warning}" for warning in evaluation.scores.warnings]
+    report += [f"  note: {warning}" for warning in evaluation.warnings]
     report += [f"  note: {name} is missing: {how}" for name, how in evaluation.scores.missing.items()]
     return [*report, f"  signature {evaluation.scores.signature}"]
 

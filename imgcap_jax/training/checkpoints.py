@@ -32,7 +32,7 @@ class Progress:
 
 
 class Checkpoints:
-    """``<run>/checkpoints/newest`` and ``<run>/checkpoints/best``.
+    """``<run>/checkpoints/newest`` and ``best``; and ``start``, for a penalty on straying from it.
 
     Orbax writes into a temporary folder and renames it: a kill at any moment leaves the one before.
     """
@@ -42,6 +42,7 @@ class Checkpoints:
         self.folder = run.absolute() / "checkpoints"
         self._newest = _manager(self.folder / "newest", writing)
         self._best = _manager(self.folder / "best", writing)
+        self._writing = writing
 
     @property
     def step(self) -> int | None:
@@ -76,6 +77,22 @@ class Checkpoints:
                 return
             self._best.save(step, args=ocp.args.StandardSave(_raw(params)))
             self._best.wait_until_finished()
+
+    def keep_start(self, params: Any) -> None:
+        """Keeps the parameters that training starts with, in place of any that a run which came to nothing left."""
+        manager = _manager(self.folder / "start", self._writing)
+        with _disk_errors(self.folder):
+            manager.save(0, args=ocp.args.StandardSave(_raw(params)), force=True)
+            manager.wait_until_finished()
+        manager.close()
+
+    def restore_start(self, template: Any) -> Any:
+        """What ``keep_start`` kept, placed as ``template`` is. Raises UserError where it does not fit."""
+        manager = _manager(self.folder / "start", self._writing)
+        with _shape_errors(self.folder / "start"):
+            restored = manager.restore(0, args=ocp.args.StandardRestore(_raw(_abstract(template))))
+        manager.close()
+        return _like(template, restored)
 
     def restore(self, template: Any) -> tuple[Any, Progress]:
         """The newest state, placed as ``template`` is, and its progress.

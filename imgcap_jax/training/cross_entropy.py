@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -21,6 +21,9 @@ from imgcap_jax.training.step import keys_of_rows, train_step
 class CrossEntropy:
     """What is minimised."""
 
+    progress: ClassVar[Mapping[str, str]] = {"loss": ".3f", "perplexity": ".2f"}
+    """The metrics of the progress line, and their formats."""
+
     label_smoothing: float = 0.1
     attention_penalty: float = 0.0
     """lambda of Xu et al.'s doubly stochastic penalty; 1.0 in the paper."""
@@ -38,6 +41,11 @@ class CrossEntropy:
             raise UserError("objective: sampling is 0 to 1, sampling_start_epochs and sampling_ramp_epochs at least 0")
         if not 0 <= self.label_smoothing < 1 or self.attention_penalty < 0:
             raise UserError("objective: label_smoothing is at least 0 and below 1, attention_penalty at least 0")
+
+    @property
+    def title(self) -> str:
+        """What is optimised, in a few words."""
+        return "cross-entropy" + (", scheduled sampling" if self.sampling else "")
 
     def sampling_share(self, step: Array, steps_per_epoch: int) -> Array | None:
         """The share of words that are drawn at a step; None where none ever is."""

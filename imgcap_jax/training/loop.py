@@ -6,12 +6,15 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.pipeline import train_batches
 from imgcap_jax.data.prefetch import device_prefetch
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
@@ -21,14 +24,16 @@ from imgcap_jax.evaluation import Captioned, Member, SplitEvaluator
 from imgcap_jax.experiment import Experiment, signature
 from imgcap_jax.extraction import Extraction, uses_store
 from imgcap_jax.files import OWNER, owning, write_text
-from imgcap_jax.generation import check_decoding
-from imgcap_jax.models.model import parameter_count, split_trained
+from imgcap_jax.generation import bad_endings, check_decoding
+from imgcap_jax.metrics.cider_device import DocumentFrequencies, document_frequencies
+from imgcap_jax.models.model import Params, parameter_count, split_trained
 from imgcap_jax.run import Run
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
 from imgcap_jax.training.cross_entropy import cross_entropy_step
 from imgcap_jax.training.log import MetricsLog
 from imgcap_jax.training.meter import Meter
 from imgcap_jax.training.parallel import DataParallel
+from imgcap_jax.training.self_critical import Constants, SelfCritical, self_critical_step
 from imgcap_jax.training.signals import StopRequest
 from imgcap_jax.training.step import first_state
 from imgcap_jax.training.transfer import check_encoder, transfer
@@ -126,17 +131,22 @@ def _train(
     transformation = experiment.optimizer.build(steps_per_epoch, total_steps)
     state = parallel.replicate(first_state(params, transformation, ema=training.ema_decay > 0))
     frozen = parallel.replicate(frozen)
-    step = parallel.compile(
-        cross_entropy_step(
-            graph,
-            experiment.objective,
-            transformation,
-            key=jax.random.key(training.seed),
-            steps_per_epoch=steps_per_epoch,
-            accumulate=experiment.optimizer.accumulate,
-            ema_decay=training.ema_decay,
-        )
-    )
+    settings: dict[str, Any] = {
+        "key": jax.random.key(training.seed),
+        "accumulate": experiment.optimizer.accumulate,
+        "ema_decay": training.ema_decay,
+    }
+    objective, constants, references = experiment.objective, frozen, None
+    if isinstance(objective, SelfCritical):
+        references = CaptionTable.as_references(sources, vocabulary, eos=objective.reward_eos)
+        frequencies = _document_frequencies(folder, references, resumed=checkpoints.step is not None)
+        start = _start(params, checkpoints) if objective.kl else None
+        constants = Constants(frozen, *parallel.replicate((frequencies, start)))
+        settings |= {"max_words": experiment.decoding.max_words, "bad_endings": bad_endings(vocabulary)}
+        step = parallel.compile(self_critical_step(graph, objective, transformation, **settings))
+    else:
+        settings["steps_per_epoch"] = steps_per_epoch
+        step = parallel.compile(cross_entropy_step(graph, objective, transformation, **settings))
     evaluator = SplitEvaluator([Member(graph, data, validation_store)], validation, vocabulary, parallel)
 
     # Where the run stands.
@@ -148,6 +158,7 @@ def _train(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         features=stores,
+        references=references,
     )
     progress = Progress(step=0, data=batches.get_state())
     if checkpoints.step is not None:
@@ -158,35 +169,48 @@ def _train(
         show(
             f"{sum(len(source) for source in sources)} training images, {len(vocabulary)} words, "
             f"{parameter_count(params):,} trained parameters, {len(parallel.devices)} "
-            f"{parallel.devices[0].platform} device(s), {total_steps} steps"
+            f"{parallel.devices[0].platform} device(s), {total_steps} steps of {objective.title}"
         )
-    log = MetricsLog(folder, progress.step, writing=jax.process_index() == 0)
-    meter = Meter(total_steps, steps_per_epoch, training.log_steps, progress.step, log, show)
+    log = MetricsLog(folder, progress.step if checkpoints.step is not None else -1, writing=jax.process_index() == 0)
+    meter = Meter(total_steps, steps_per_epoch, training.log_steps, progress.step, log, show, objective.progress)
     saved = time.monotonic()
     prefetched = device_prefetch(batches, lambda batch: parallel.put(_device_part(batch)))
     stop = StopRequest()
     interrupted = 0
+
+    def validated(progress: Progress) -> Progress:
+        search = experiment.decoding.plain(training.validation_beam)
+        captioned = evaluator.caption([state.best_guess], [frozen], search)
+        degeneration, warnings = evaluator.degeneration(captioned)
+        scores = {
+            **evaluator.score(captioned.captions).values,
+            **evaluator.teacher_forced(state.best_guess, frozen),
+            **asdict(degeneration),
+        }
+        progress = _judge(progress, scores["CIDEr-D"])
+        if progress.best_step == progress.step:
+            checkpoints.save_best(progress.step, state.best_guess)
+        log.write("validation", progress.step, scores)
+        show(_validation_line(progress, scores, captioned))
+        for warning in warnings:
+            show(f"  note: {warning}")
+        return progress
+
     done = _finished(experiment, progress, total_steps)
     with stop, prefetched:
+        if run.init_from is not None and progress.step == 0 and progress.best is None:
+            # The start is a candidate too: a run that never gets better than it ends as good.
+            progress = validated(progress)
+            checkpoints.save(state, progress)
         while not done:
             batch, data_state = next(prefetched)
-            state, metrics = step(state, frozen, batch)
+            state, metrics = step(state, constants, batch)
             progress = replace(progress, step=progress.step + 1, data=data_state)
             meter.add(progress.step, metrics)
 
             if progress.step % evaluate_steps == 0 or progress.step == total_steps:
                 meter.flush()
-                search = experiment.decoding.plain(training.validation_beam)
-                captioned = evaluator.caption([state.best_guess], [frozen], search)
-                scores = {
-                    **evaluator.score(captioned.captions).values,
-                    **evaluator.teacher_forced(state.best_guess, frozen),
-                }
-                progress = _judge(progress, scores["CIDEr-D"])
-                if progress.best_step == progress.step:
-                    checkpoints.save_best(progress.step, state.best_guess)
-                log.write("validation", progress.step, scores)
-                show(_validation_line(progress, scores, captioned))
+                progress = validated(progress)
             done = _finished(experiment, progress, total_steps)
             overdue = int(time.monotonic() - saved > 60 * training.checkpoint_minutes)
             # Several processes have to agree on when to save, for which they wait for each other: not at each step.
@@ -207,6 +231,25 @@ def _train(
     return Outcome(progress.step, progress.best, interrupted or None)
 
 
+def _document_frequencies(folder: Path, references: CaptionTable, *, resumed: bool) -> DocumentFrequencies:
+    """Those of the training captions: counted once, and kept in the run."""
+    path = folder / "document_frequencies.npz"
+    if resumed and path.is_file():
+        return DocumentFrequencies.load(path)
+    frequencies = document_frequencies(list(references.captions()), references.words)
+    if jax.process_index() == 0:
+        frequencies.save(path)
+    return frequencies
+
+
+def _start(params: Params, checkpoints: Checkpoints) -> Params:
+    """A copy of the parameters that training began with, which outlives the run that they come from."""
+    if checkpoints.step is not None:
+        return checkpoints.restore_start(params)
+    checkpoints.keep_start(params)
+    return jax.tree.map(jnp.copy, params)  # the state's own are given away
+
+
 def _open_run(experiment: Experiment, folder: Path, sources: Sequence[CaptionSource], init_from: Path | None) -> Run:
     """The folder's run, made where nothing was trained yet; never another experiment's.
 
@@ -216,6 +259,11 @@ def _open_run(experiment: Experiment, folder: Path, sources: Sequence[CaptionSou
         run = Run.load(folder)
         run.check_same(experiment, init_from)
         return run
+    if init_from is None and isinstance(experiment.objective, SelfCritical):
+        raise UserError(
+            "self-critical training refines a model that writes captions already: train one with cross-entropy, then "
+            "give --init-from RUN"
+        )
     if init_from is not None:
         check_encoder(init_from, experiment)  # here and once: before hours go into features, and not on resuming
     captions = (caption for source in sources for i in range(len(source)) for caption in source.captions(i))

@@ -14,7 +14,7 @@ LINE_SECONDS = 10.0
 
 
 class Meter:
-    """Logs training metrics and shows loss, captions/s and the time left.
+    """Logs training metrics and shows some of them, captions/s and the time left.
 
     Metrics are read one step late: the device is then already busy with the next step, so that reading them
     keeps nobody waiting.
@@ -28,9 +28,11 @@ class Meter:
         first_step: int,
         log: MetricsLog,
         show: Callable[[str], None],
+        line: Mapping[str, str],
     ) -> None:
+        """``line``: the metrics that the progress line shows, and their formats."""
         self._total, self._epoch = total_steps, steps_per_epoch
-        self._log_steps, self._log, self._show = log_steps, log, show
+        self._log_steps, self._log, self._show, self._line = log_steps, log, show, line
         self._pending: tuple[int, Mapping[str, Array]] | None = None
         self._shown = 0.0
         self._first = first_step
@@ -78,9 +80,10 @@ class Meter:
         if now - self._shown >= LINE_SECONDS:
             self._shown = now
             left = (self._total - step) * seconds / steps if steps else math.nan
+            said = "  ".join(f"{name} {values[name]:{form}}" for name, form in self._line.items())
             self._show(
-                f"step {step}/{self._total}  epoch {step / self._epoch:.2f}  loss {values['loss']:.3f}  "
-                f"perplexity {values['perplexity']:.2f}  {_speed(rate)}  {_duration(left)} left"
+                f"step {step}/{self._total}  epoch {step / self._epoch:.2f}  {said}  "
+                f"{_speed(rate)}  {_duration(left)} left"
             )
 
 

@@ -1,8 +1,9 @@
 """A small Transformer decoder (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762), the reference of ablations."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ class TransformerLayer(nnx.Module):
         attended: Array,
         memory: tuple[Array, Array],
         region_mask: Array | None,
-        drop: Any,
+        drop: Callable[[Array, int], Array],
     ) -> tuple[Array, Array]:
         """What follows self-attention: x and what it attended to, [B,M,...,H] -> [B,M,...,H], weights [B,M,...,N]."""
         x = x + drop(self.self_out(attended), 0)
@@ -152,7 +153,11 @@ class TransformerDecoder(Decoder):
         positions = jnp.arange(carry.layers[0][0].shape[2])  # [L]
         now = positions == carry.t[..., None]  # [B,M,L]
         read = (positions <= carry.t[..., None])[..., None, :]  # [B,M,1,L]
-        x = self._read(token, carry.t, keys)  # [B,M,H]
+
+        def drop(x: Array, number: int) -> Array:
+            return self.drop(x, keys, number)
+
+        x = drop(self._embedded(token, carry.t), 0)  # [B,M,H]
         cache = []
         for number, (layer, regions, (old_keys, old_values)) in enumerate(
             zip(self.layers, memory.layers, carry.layers, strict=True)
@@ -162,35 +167,43 @@ class TransformerDecoder(Decoder):
             all_values = jnp.where(now[..., None], value[..., None, :], old_values)  # [B,M,L,H]
             cache.append((all_keys, all_values))
             attended, _ = multi_head_attention(query[..., None, :], all_keys, all_values, layer.heads, read)
-            drop = self._dropper(keys, number)
-            x, weights = layer.rest(x, attended[..., 0, :], regions, memory.region_mask, drop)
+            x, weights = layer.rest(x, attended[..., 0, :], regions, memory.region_mask, _of_layer(drop, number))
         return TransformerCarry(carry.t + 1, tuple(cache)), StepOutput(self.norm(x), weights)
 
     def unroll(
         self, tokens: Array, memory: TransformerMemory, carry: TransformerCarry, *, keys: Array | None = None
     ) -> StepOutput:
-        """As the scan over steps would give it without dropout, for the carry that ``start`` gave."""
+        """As the scan over steps would give it, dropout included, for the carry that ``start`` gave."""
         length = tokens.shape[-1]
         causal = jnp.tril(jnp.ones((length, length), bool))  # [T,T]
-        x = self._read(tokens, jnp.arange(length), keys)  # [B,M,T,H]
+        step_keys = self._keys_of_steps(keys, length)  # [T,B]
+
+        def drop(x: Array, number: int) -> Array:
+            """Of x [B,M,T,H], at each place the units that the step there would drop."""
+            if step_keys is None:
+                return x
+            return jax.vmap(self.drop, in_axes=(2, 0, None), out_axes=2)(x, step_keys, number)
+
+        x = drop(self._embedded(tokens, jnp.arange(length)), 0)  # [B,M,T,H]
         for number, (layer, regions) in enumerate(zip(self.layers, memory.layers, strict=True)):
             query, key, value = layer.queries_keys_values(x)  # [B,M,T,H] each
             attended, _ = multi_head_attention(query, key, value, layer.heads, causal)
-            x, weights = layer.rest(x, attended, regions, memory.region_mask, self._dropper(keys, number))
+            x, weights = layer.rest(x, attended, regions, memory.region_mask, _of_layer(drop, number))
         return StepOutput(self.norm(x), weights)
 
     def logits(self, output: StepOutput) -> Array:
         return self.words(output.hidden, self.embedding)
 
-    def _read(self, tokens: Array, positions: Array, keys: Array | None) -> Array:
+    def _embedded(self, tokens: Array, positions: Array) -> Array:
         """Embeddings of tokens [...] at positions, with the positions' sinusoids: [...,H]."""
         size = self.embedding.features
         table = jnp.asarray(sinusoids(self.max_steps or 0, size), self.dtype)
-        return self.drop(self.embedding(tokens) * math.sqrt(size) + table[positions], keys, 0)
+        return self.embedding(tokens) * math.sqrt(size) + table[positions]
 
-    def _dropper(self, keys: Array | None, layer: int) -> Any:
-        """The function (x [B,...], place in the layer) -> x with units dropped."""
-        return lambda x, place: self.drop(x, keys, 1 + 3 * layer + place)
+
+def _of_layer(drop: Callable[[Array, int], Array], layer: int) -> Callable[[Array, int], Array]:
+    """The function (x, place in the layer) -> x with units dropped."""
+    return lambda x, place: drop(x, 1 + 3 * layer + place)
 
 
 def sinusoids(length: int, size: int) -> np.ndarray:

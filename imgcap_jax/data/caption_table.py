@@ -1,0 +1,91 @@
+"""All captions of sources as rows of token ids."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from imgcap_jax.special_tokens import EOS, PAD, UNK
+from imgcap_jax.text import tokenize
+
+if TYPE_CHECKING:
+    from imgcap_jax.data.sources import CaptionSource
+    from imgcap_jax.data.vocabulary import Vocabulary
+
+
+class CaptionTable:
+    """Captions of images, numbered through all sources: those of image g are rows first[g] to first[g + 1].
+
+    Attributes:
+        tokens: int32 [C,T], filled up with pad.
+        first: [images + 1].
+        words: more than the largest id.
+    """
+
+    def __init__(self, captions: Sequence[Sequence[npt.ArrayLike]], length: int, words: int) -> None:
+        """Captions of each image, each an array of at most `length` ids."""
+        self.first = np.concatenate([[0], np.cumsum([len(of_image) for of_image in captions])])
+        self.tokens = np.full((self.first[-1], length), PAD, np.int32)
+        for row, caption in enumerate(chain.from_iterable(captions)):
+            self.tokens[row, : len(np.atleast_1d(caption))] = caption
+        self.words = words
+
+    @classmethod
+    def for_training(cls, sources: "Sequence[CaptionSource]", vocabulary: "Vocabulary", length: int) -> "CaptionTable":
+        """As ``Vocabulary.encode`` has it: bos, words, eos; cut to `length`, words that the vocabulary lacks unk."""
+        captions = [
+            [vocabulary.encode(caption, length) for caption in source.captions(i)]
+            for source in sources
+            for i in range(len(source))
+        ]
+        return cls(captions, length, len(vocabulary))
+
+    @classmethod
+    def as_references(
+        cls, sources: "Sequence[CaptionSource]", vocabulary: "Vocabulary", *, eos: bool
+    ) -> "CaptionTable":
+        """What a model's captions are scored against on the device: whole, without bos, with eos if wished.
+
+        Words that the vocabulary lacks have ids of their own beyond its, in the order in which they occur: they count
+        in a reference's length, and nothing that the model says matches them.
+        """
+        known = {word: number for number, word in enumerate(vocabulary.words) if number > UNK}
+        captions = [
+            [
+                [known.setdefault(word, len(known) + UNK + 1) for word in tokenize(caption)] + [EOS] * eos
+                for caption in source.captions(i)
+            ]
+            for source in sources
+            for i in range(len(source))
+        ]
+        longest = max((len(caption) for caption in chain.from_iterable(captions)), default=0)
+        return cls(captions, max(longest, 1), len(known) + UNK + 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all captions as tokens, so that a state isn't resumed with others."""
+        return f"{zlib.crc32(self.tokens.tobytes()):08x}"
+
+    @property
+    def most(self) -> int:
+        """The most captions that an image has."""
+        return int(np.diff(self.first).max(initial=0))
+
+    def count(self, image: int) -> int:
+        """How many captions an image has."""
+        return int(self.first[image + 1] - self.first[image])
+
+    def rows(self, image: int, which: npt.ArrayLike, count: int) -> npt.NDArray[np.int32]:
+        """The image's captions `which` [at most count] as [count,T], filled up with rows of pad."""
+        chosen = self.tokens[self.first[image] + np.asarray(which, np.int64)]
+        padded = np.full((count, self.tokens.shape[1]), PAD, np.int32)
+        padded[: len(chosen)] = chosen
+        return padded
+
+    def captions(self) -> Iterator[list[list[int]]]:
+        """Of each image, the ids of its captions without pad."""
+        for start, end in zip(self.first[:-1], self.first[1:], strict=True):
+            yield [row[row != PAD].tolist() for row in self.tokens[start:end]]

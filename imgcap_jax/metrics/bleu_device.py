@@ -1,0 +1,45 @@
+"""BLEU-4 of single captions as a function of token ids on the device: a reward of self-critical training.
+
+It equals a caption's score by ``imgcap_jax.metrics.bleu`` on the same words (Papineni et al., 2002; closest reference
+length; the official COCO tools' smoothing), in float32 and int32 alone.
+
+Letters: B images, M captions an image, R references an image, T places.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+
+from imgcap_jax.metrics.bleu import SMALL, TINY
+from imgcap_jax.metrics.corpus import ORDERS
+from imgcap_jax.metrics.device_grams import Grams
+
+
+def bleu_4(candidates: Array, references: Array, per_image: Array) -> Array:
+    """BLEU-4 of each caption, 0 to 1.
+
+    Args:
+        candidates: ids int32 [B,M,T], pad after the last word; eos where it is to count.
+        references: of the same images, int32 [B,R,T], filled up with pad.
+        per_image: [B], how many of each image's R are real.
+
+    Returns:
+        float32 [B,M].
+    """
+    ours, theirs = Grams(candidates[:, :, None]), Grams(references[:, None])  # [B,M,1,T] and [B,1,R,T]
+    log_precision = jnp.zeros(())
+    for order in range(ORDERS):
+        own = ours.counts(ours, order)[:, :, 0]  # [B,M,T]
+        most = ours.counts(theirs, order).max(2)  # [B,M,T]; references that aren't real have no n-grams
+        # Each place of an n-gram brings its share of what all its places are to bring.
+        correct = (jnp.minimum(own, most) / jnp.maximum(own, 1)).sum(-1)  # [B,M]
+        guessed = jnp.maximum(ours.length[:, :, 0] - order, 0)
+        # Logarithms, for the product of four tiny numbers would be 0 in float32.
+        log_precision += (jnp.log(correct + TINY) - jnp.log(guessed + SMALL)) / ORDERS
+
+    length = ours.length  # [B,M,1]
+    real = jnp.arange(references.shape[1]) < per_image[:, None, None]  # [B,1,R]
+    distance = jnp.where(real, jnp.abs(theirs.length - length), jnp.iinfo(jnp.int32).max)  # [B,M,R]
+    nearest = distance.min(-1, keepdims=True)
+    closest = jnp.where(distance == nearest, theirs.length, jnp.iinfo(jnp.int32).max).min(-1)  # the shorter of two
+    ratio = (length[:, :, 0] + TINY) / (closest + SMALL)
+    return jnp.exp(log_precision + jnp.minimum(0, 1 - 1 / ratio))

@@ -1,0 +1,90 @@
+"""What goes wrong with captions that were trained for a score, measured on the captions alone.
+
+A reward that counts n-grams pays for captions that break off ("a man riding a wave on a"), say a phrase twice, never
+end, or shrink to what is certain (bad endings: Guo et al., EMNLP 2018; why: Hu et al. 2023,
+https://arxiv.org/abs/2305.12254). No score of the table shows it, so it is measured beside them, and beside what the
+people who wrote the references do: they, too, end a caption on "on" now and then.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+BAD_ENDINGS = (
+    *("a", "an", "the", "this", "that", "these", "those", "his", "her", "its", "their", "my", "your", "our"),
+    *("of", "in", "on", "at", "to", "for", "from", "with", "by", "into", "onto", "over", "under", "near", "behind"),
+    *("and", "or", "but", "while", "as", "is", "are", "was", "were", "very"),
+)
+"""Words on which no English caption ends well: articles, possessives, prepositions, conjunctions, auxiliaries."""
+
+
+@dataclass(frozen=True)
+class Degeneration:
+    """Of a set of captions: mean number of words, and shares of captions, 0 to 1.
+
+    Attributes:
+        words: words a caption.
+        bad_endings: captions that end on one of ``BAD_ENDINGS``.
+        repetitions: captions that say something twice: a phrase directly after itself ("a man in a man in", "the
+            the"), or the same four words at two places.
+        unfinished: captions cut at the most words there may be, for they had no end; None: not known.
+    """
+
+    words: float
+    bad_endings: float
+    repetitions: float
+    unfinished: float | None = None
+
+    @classmethod
+    def of(cls, captions: Iterable[Sequence[str]], unfinished: float | None = None) -> "Degeneration":
+        """Measures tokenised captions, at least one."""
+        lengths, endings, repetitions = [], [], []
+        for words in captions:
+            lengths.append(len(words))
+            endings.append(bool(words) and words[-1] in _BAD_ENDINGS)
+            repetitions.append(repeats(words))
+        count = len(lengths)
+        return cls(sum(lengths) / count, sum(endings) / count, sum(repetitions) / count, unfinished)
+
+    def warnings(self, references: "Degeneration") -> tuple[str, ...]:
+        """A line for each way in which captions are worse than their references by more than chance."""
+        said = []
+        if self.bad_endings > references.bad_endings + _MARGIN:
+            said.append(
+                f"{_percent(self.bad_endings)} of the captions break off on a word such as 'a' or 'with' (references "
+                f"{_percent(references.bad_endings)}): --decode.forbid-bad-endings true forbids it"
+            )
+        if self.repetitions > references.repetitions + _MARGIN:
+            said.append(
+                f"{_percent(self.repetitions)} of the captions repeat a phrase (references "
+                f"{_percent(references.repetitions)}): --decode.no-repeat-ngram 3 forbids it"
+            )
+        if self.unfinished is not None and self.unfinished > _MARGIN:
+            said.append(f"{_percent(self.unfinished)} of the captions have no end and were cut at the most words")
+        if self.words < _SHORTEST * references.words:
+            said.append(
+                f"the captions have {self.words:.1f} words on average, the references {references.words:.1f}: they "
+                f"say less than people do"
+            )
+        return tuple(said)
+
+
+_BAD_ENDINGS = frozenset(BAD_ENDINGS)
+_MARGIN = 0.02  # above the references' share; on a thousand captions, 5 standard errors of a share of 1 %
+_SHORTEST = 0.7  # of the references' words
+_FAR = 4  # words that are a repetition wherever they come again; three are often said twice in good captions
+
+
+def repeats(words: Sequence[str]) -> bool:
+    """Whether a caption says a phrase twice in a row, or four words at two places."""
+    for size in range(1, len(words) // 2 + 1):
+        run = 0
+        for place in range(size, len(words)):
+            run = run + 1 if words[place] == words[place - size] else 0
+            if run == size:
+                return True
+    phrases = [tuple(words[i : i + _FAR]) for i in range(len(words) - _FAR + 1)]
+    return len(set(phrases)) < len(phrases)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -1,0 +1,296 @@
+"""Self-critical training against the gradient of the expected reward over every caption there is."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.metrics.cider_device import cider_d, document_frequencies, prepare_references
+from imgcap_jax.models.decoders.aoa import AttentionOnAttention
+from imgcap_jax.models.decoders.attend import ShowAttendTell
+from imgcap_jax.models.decoders.transformer import Transformer
+from imgcap_jax.models.encoders.small_cnn import SmallCNN
+from imgcap_jax.models.model import CaptionModel, split_trained
+from imgcap_jax.special_tokens import BOS, EOS, PAD
+from imgcap_jax.training import self_critical
+from imgcap_jax.training.optimizer import Optimizer
+from imgcap_jax.training.parallel import DataParallel
+from imgcap_jax.training.self_critical import Constants, SelfCritical, self_critical_step
+from imgcap_jax.training.step import TrainState, first_state
+
+# Adam would hide a wrong factor of the gradient, and so would clipping.
+SGD = Optimizer("sgd", 1.0, schedule="constant", warmup_epochs=0, clip_norm=None).build(1, 1)
+V, N, D, T = 6, 3, 5, 3  # words: unk, 4 and 5
+CORPUS = [[[4, 5, EOS], [5, 5, 4, EOS]], [[4, 4, EOS]], [[3, 7, EOS], [8, EOS]]]
+FREQUENCIES = document_frequencies(CORPUS, words=9)
+REFERENCES = np.array([[4, 5, EOS, 0], [5, 5, 4, EOS]], np.int32)  # those of the first image: [R,S]
+
+
+def reading(decoder: Any, *, sharper: float = 1.0) -> Any:
+    """Graph, parameters and frozen part of a model that reads regions [B,N,D]."""
+    model = CaptionModel(None, decoder.build(D, V, dtype=jnp.float32, rngs=nnx.Rngs(1)))
+    graph, params, frozen = split_trained(model)
+    return graph, jax.tree.map(lambda leaf: leaf * sharper, params), frozen
+
+
+def small(dropout: float = 0.0, **options: Any) -> ShowAttendTell:
+    sizes = {"hidden_size": 6, "embedding_size": 4, "attention_size": 4, "region_size": None}
+    return ShowAttendTell(**sizes, dropout=dropout, **options)
+
+
+def batch_of(images: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """The same image so many times, each with its own samples."""
+    regions = np.random.default_rng(seed).normal(size=(1, N, D)).astype(np.float32)
+    return {
+        "regions": np.repeat(regions, images, 0),
+        "references": np.repeat(REFERENCES[None], images, 0),
+        "reference_count": np.full(images, 2, np.float32),
+        "weight": np.ones(images, np.float32),
+        "row": np.arange(images, dtype=np.int32),
+    }
+
+
+def compiled(graph: Any, objective: SelfCritical, mode: Any = "pmap", devices: int = 1, **options: Any) -> Any:
+    parallel = DataParallel(mode, jax.devices()[:devices])
+    settings = {"key": jax.random.key(3), "max_words": T, "bad_endings": [4], **options}
+    return parallel, parallel.compile(self_critical_step(graph, objective, SGD, **settings))
+
+
+def every_caption() -> np.ndarray:
+    """All token sequences [C,T] that can be drawn."""
+    found = set()
+    for tokens in itertools.product(range(2, V), repeat=T):
+        end = tokens.index(EOS) + 1 if EOS in tokens else T
+        found.add((*tokens[:end], *[PAD] * (T - end)))
+    return np.array(sorted(found), np.int32)
+
+
+def log_probs(graph: Any, params: Any, frozen: Any, regions: np.ndarray, captions: np.ndarray, tau: float) -> Any:
+    """log p of each caption, written out: pad and bos are never drawn."""
+    model = nnx.merge(graph, params, frozen)
+    before = np.concatenate([np.full((len(captions), 1), BOS), captions], axis=1)[None]
+    logits = model.score_words(model.teacher_forced({"regions": regions[:1], "tokens": before}).hidden)[0] / tau
+    words = jax.nn.log_softmax(logits[:, :, EOS:], axis=-1)  # [C,T,V-2]
+    chosen = jnp.take_along_axis(words, jnp.maximum(captions - EOS, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(captions != PAD, chosen, 0.0).sum(-1)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        SelfCritical(samples=4),
+        SelfCritical(samples=1, baseline="greedy"),
+        SelfCritical(samples=3, baseline="greedy", cider=0.5, bleu=2.0, reward_eos=False, temperature=1.7),
+        SelfCritical(samples=3, temperature=0.7, entropy=0.8, kl=0.9),
+    ],
+    ids=["mean", "greedy", "mixture", "penalties"],
+)
+def test_gradient_is_that_of_the_expected_reward(objective: SelfCritical) -> None:
+    """Within the standard error of many samples, leaf by leaf, and along the exact gradient to some percent."""
+    graph, params, frozen = reading(small())
+    _, start, _ = reading(small(), sharper=2.0)
+    batch, captions = batch_of(512), every_caption()
+    corpus = CORPUS if objective.reward_eos else [[text[:-1] for text in texts] for texts in CORPUS]
+    frequencies = document_frequencies(corpus, words=9)
+    if not objective.reward_eos:
+        batch["references"] = np.where(batch["references"] == EOS, PAD, batch["references"])
+    references = prepare_references(
+        jnp.asarray(batch["references"][:1]), jnp.asarray(batch["reference_count"][:1]), frequencies
+    )
+    reward = self_critical.rewards(objective, captions[None], references, frequencies)[0]  # [C]
+    before = log_probs(graph, start, frozen, batch["regions"], captions, objective.temperature)
+
+    def expected(params: Any) -> Any:
+        log_p = log_probs(graph, params, frozen, batch["regions"], captions, objective.temperature)
+        gain = reward - objective.entropy * log_p - objective.kl * (log_p - before)
+        return (jnp.exp(log_p) * gain).sum(), jnp.exp(log_p)
+
+    exact, probabilities = jax.grad(expected, has_aux=True)(params)
+    assert len(captions) == 40
+    np.testing.assert_allclose(probabilities.sum(), 1.0, rtol=1e-5)
+    assert float((probabilities * (reward > 0)).sum()) > 0.1  # there is something to be learnt
+
+    parallel, step = compiled(graph, objective)
+    constants = Constants(frozen, frequencies, start if objective.kl else None)
+    on_device, estimates = parallel.put(batch), []
+    metrics: list[dict[str, float]] = []
+    for number in range(48):
+        state = first_state(jax.tree.map(jnp.copy, params), SGD, ema=False).replace(step=jnp.int32(number))
+        after, measured = step(parallel.replicate(state), constants, on_device)
+        estimates.append(
+            np.concatenate(
+                [np.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, (after.params, params)), strict=True)]
+            )
+        )
+        metrics.append({name: float(value) for name, value in measured.items()})
+    wanted = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(exact)])
+    found = np.stack(estimates)
+    error = found.std(0, ddof=1) / np.sqrt(len(found))
+    assert (np.abs(found.mean(0) - wanted) < 5 * error + 1e-5).all()
+    along = found @ wanted / (wanted @ wanted)
+    assert along.std(ddof=1) / np.sqrt(len(along)) < 0.02
+    assert abs(along.mean() - 1) < 0.06
+    mean = {name: np.mean([one[name] for one in metrics]) for name in metrics[0]}
+    p = np.asarray(probabilities)
+    np.testing.assert_allclose(mean["reward"], p @ np.asarray(reward), rtol=0.03)
+    np.testing.assert_allclose(
+        mean["reward_deviation"], np.sqrt(p @ np.asarray(reward) ** 2 - (p @ np.asarray(reward)) ** 2), rtol=0.03
+    )
+    np.testing.assert_allclose(mean["surprisal"], -p @ np.log(p), rtol=0.03)
+    words = ((captions != PAD) & (captions != EOS)).sum(1)
+    np.testing.assert_allclose(mean["length"], p @ words, rtol=0.03)
+    np.testing.assert_allclose(mean["ended"], p @ (captions == EOS).any(1), rtol=0.03)
+    last = np.where(words > 0, captions[np.arange(len(captions)), np.maximum(words - 1, 0)], 0)
+    np.testing.assert_allclose(mean["bad_endings"], p @ (last == 4), rtol=0.05)
+    if objective.kl:
+        np.testing.assert_allclose(mean["kl"], p @ (np.log(p) - np.asarray(before)), rtol=0.05)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "greedy"])
+def test_constant_reward_teaches_nothing(monkeypatch: pytest.MonkeyPatch, baseline: Any) -> None:
+    monkeypatch.setattr(self_critical, "cider_d", lambda tokens, *_: jnp.full(tokens.shape[:2], 0.7))
+    graph, params, frozen = reading(small(dropout=0.5))
+    parallel, step = compiled(graph, SelfCritical(samples=3, baseline=baseline))
+    state = parallel.replicate(first_state(jax.tree.map(jnp.copy, params), SGD, ema=False))
+    after, metrics = step(state, Constants(frozen, FREQUENCIES, None), parallel.put(batch_of(4)))
+    assert float(metrics["gradient_norm"]) == 0.0
+    np.testing.assert_allclose(metrics["reward"], 0.7, rtol=1e-6)
+    for new, old in zip(*map(jax.tree.leaves, (after.params, params)), strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        small(dropout=0.5),
+        small(dropout=0.5, variational_dropout=True),
+        Transformer(hidden_size=8, embedding_size=8, feedforward_size=8, heads=2, layers=1, dropout=0.3, max_length=8),
+        AttentionOnAttention(hidden_size=8, embedding_size=8, heads=2, refining=1, dropout=0.3),
+    ],
+    ids=["attend", "variational", "transformer", "aoa"],
+)
+def test_what_is_trained_is_what_was_sampled(monkeypatch: pytest.MonkeyPatch, decoder: Any) -> None:
+    """Step by step and all at once, captions have the same probability, dropout and temperature included."""
+    # An advantage of 1 for each sample: what is differentiated is then its surprisal.
+    monkeypatch.setattr(
+        self_critical, "cider_d", lambda tokens, *_: jnp.full(tokens.shape[:2], float(tokens.shape[1] > 1))
+    )
+    graph, params, frozen = reading(decoder, sharper=1.5)
+    objective = SelfCritical(samples=3, baseline="greedy", temperature=0.8)
+    parallel, step = compiled(graph, objective)
+    state = parallel.replicate(first_state(params, SGD, ema=False))
+    _, metrics = step(state, Constants(frozen, FREQUENCIES, None), parallel.put(batch_of(16)))
+    np.testing.assert_allclose(metrics["loss"], metrics["surprisal"], rtol=1e-5)
+    assert metrics["loss"] > 1
+
+
+def seeing() -> Any:
+    """A model that looks at images, its encoder trained too."""
+    rngs = nnx.Rngs(0)
+    encoder = SmallCNN(widths=(8, 8), blocks=(0, 0)).build(16, dtype=jnp.float32, rngs=rngs)
+    decoder = small(dropout=0.5).build(encoder.region_size, V, dtype=jnp.float32, rngs=rngs)
+    return split_trained(CaptionModel(encoder, decoder))
+
+
+def images(count: int) -> dict[str, np.ndarray]:
+    batch = batch_of(count)
+    del batch["regions"]
+    batch["image"] = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3)).astype(np.uint8)
+    batch["weight"][-1] = 0
+    batch["reference_count"][-1] = 0
+    batch["references"][-1] = PAD
+    return batch
+
+
+FULL = SelfCritical(samples=3, baseline="greedy", entropy=0.1, kl=0.1, bleu=0.5)
+
+
+@pytest.fixture(scope="module")
+def stepped() -> Callable[..., Any]:
+    graph, params, frozen = seeing()
+
+    def run(mode: str, devices: int, accumulate: int = 1, steps: int = 3) -> Any:
+        parallel, step = compiled(graph, FULL, mode, devices, accumulate=accumulate, ema_decay=0.9)
+        state = parallel.replicate(first_state(jax.tree.map(jnp.copy, params), SGD, ema=True))
+        constants = parallel.replicate(Constants(frozen, FREQUENCIES, jax.tree.map(jnp.copy, params)))
+        for _ in range(steps):
+            state, metrics = step(state, constants, parallel.put(images(8)))
+        return jax.device_get(state), jax.device_get(metrics)
+
+    return run
+
+
+@pytest.mark.parametrize(("mode", "devices", "accumulate"), [("pmap", 4, 1), ("shard_map", 2, 2)])
+def test_any_number_of_devices_gives_the_same_parameters(
+    stepped: Callable[..., Any], mode: str, devices: int, accumulate: int
+) -> None:
+    (expected, alone), (got, metrics) = stepped("pmap", 1), stepped(mode, devices, accumulate)
+    for name, value in alone.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    assert alone["captions"] == 21  # the row that only fills the batch has none
+    _, params, _ = seeing()
+    moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (expected.params, params)), strict=True)]
+    assert min(moved) > 0  # the encoder too
+
+
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+def test_step_is_compiled_once_and_never_leaves_the_device(mode: Any) -> None:
+    graph, params, frozen = seeing()
+    parallel, step = compiled(graph, FULL, mode, 2)
+    constants = parallel.replicate(Constants(frozen, FREQUENCIES, jax.tree.map(jnp.copy, params)))
+    state = parallel.replicate(first_state(params, SGD, ema=False))
+    _, whole = compiled(graph, FULL, "shard_map", 2)
+    traced = jax.jit(whole).trace(state, constants, images(8))
+    assert "callback" not in str(traced.jaxpr)
+    text = traced.lower().compile().as_text()
+    for word in ("callback", "infeed", "outfeed", "host"):
+        assert word not in text.lower().replace(jax.devices()[0].platform, ""), word
+    on_devices = [parallel.put(images(8)) for _ in range(3)]
+    heard: list[str] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if "compile" in event or "trace" in event:
+            heard.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        state, _ = step(state, constants, on_devices[0])
+        assert heard  # the listener hears compilations
+        heard.clear()
+        with jax.transfer_guard("disallow"):
+            for batch in on_devices[1:]:
+                state, _ = step(state, constants, batch)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not heard
+    assert isinstance(state, TrainState)
+
+
+def test_settings_that_do_not_go_together_are_told() -> None:
+    for wrong, said in (
+        ({"samples": 1}, "2 or more"),
+        ({"samples": 1, "baseline": "greedy", "kl": 0.1}, "2 or more"),
+        ({"cider": 0.0}, "cider or bleu is above 0"),
+        ({"entropy": -1.0}, "not below 0"),
+        ({"temperature": 0.0}, "at least 0.01"),
+        ({"baseline": "other"}, "mean or greedy"),
+    ):
+        with pytest.raises(UserError, match=said):
+            SelfCritical(**wrong)  # type: ignore[arg-type]
+
+
+def test_title_is_the_signature_of_sacreeos() -> None:
+    """The two that https://github.com/jchenghu/sacreeos calls the most common, its greedy one, and a mixture."""
+    assert SelfCritical().title == "self-critical, STANDARD_wInit+Cider-D[n4,s6.0]+average[nspi5]+1.0.0"
+    assert SelfCritical(reward_eos=False).title.endswith("NO<EOS>_wInit+Cider-D[n4,s6.0]+average[nspi5]+1.0.0")
+    assert "greedy[nspi1]" in SelfCritical(samples=1, baseline="greedy").title
+    assert "+0.5*BLEU[n4]+" in SelfCritical(cider=0, bleu=0.5).title
+    assert cider_d is self_critical.cider_d
