@@ -1,9 +1,9 @@
 """Flickr8k: self-critical training (Rennie et al. 2017; baseline of Luo 2020) of the run of `flickr8k`.
 
-    imgcap data prepare PATH/TO/flickr8k --name flickr8k
-    imgcap train flickr8k
-    imgcap train flickr8k_scst --init-from runs/flickr8k
-    imgcap evaluate runs/flickr8k_scst --split val --beam 3
+imgcap data prepare PATH/TO/flickr8k --name flickr8k
+imgcap train flickr8k
+imgcap train flickr8k_scst --init-from runs/flickr8k
+imgcap evaluate runs/flickr8k_scst --split val --beam 3
 """
 
 from dataclasses import replace

@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.features import FeatureStore
 from imgcap_jax.data.images import Augmentation, decode
 from imgcap_jax.data.pipeline import Batch, CaptionData, TrainBatches, eval_batches, train_batches
 from imgcap_jax.data.prefetch import device_prefetch
+from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
+from imgcap_jax.special_tokens import EOS
 
 # Worker processes cannot import this file by its name.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -371,3 +374,49 @@ def test_closing_prefetch_stops_its_thread_even_while_it_waits_for_room() -> Non
     assert len(drawn) <= 5
     with pytest.raises(StopIteration):
         next(prefetched)
+
+
+def test_references_come_whole_with_ids_for_words_that_the_model_lacks() -> None:
+    """Whatever captions a row draws; in every row those of its own image, in a mixture too."""
+    vocabulary = Vocabulary(("<pad>", "<bos>", "<eos>", "<unk>", "0", "1", "1001"), (0,) * 7)
+    sources = [Source(7), Source(5, "others", 2000)]
+    table = CaptionTable.as_references(sources, vocabulary, eos=True)
+    without = CaptionTable.as_references(sources, vocabulary, eos=False)
+    names = dict(enumerate(vocabulary.words))
+    for of_source in sources:
+        for i in range(len(of_source)):
+            for caption in of_source.captions(i):
+                for word in caption.split():
+                    if word not in names.values():
+                        names[len(names)] = word
+    assert table.words == len(names)
+    own = replace(AUGMENTED, max_words=1)  # training captions are cut, references are not
+    drawn = train_batches(own, [(sources[0], 1.0), (sources[1], 1.0)], vocabulary, seed=1, references=table)
+    seen = set()
+    for batch in take(drawn, 8):
+        assert batch["references"].dtype == np.int32
+        for row, image_id in enumerate(batch["image_id"].tolist()):
+            source = sources[image_id >= 2000]
+            captions = source.captions(image_id - source.first_id)
+            assert batch["reference_count"][row] == len(captions)
+            read = [[names[n] for n in tokens if n] for tokens in batch["references"][row].tolist()]
+            assert read == [[*caption.split(), "<eos>"] for caption in captions] + [[]] * (5 - len(captions))
+            seen.add(image_id)
+    assert len(seen) == 12
+    assert (table.tokens != EOS).any()
+    assert not (without.tokens == EOS).any()
+    assert [[[names[n] for n in caption] for caption in image] for image in without.captions()] == [
+        [caption.split() for caption in source.captions(i)] for source in sources for i in range(len(source))
+    ]
+    # Captions that only differ in words which the model lacks are other references.
+
+    class Same(Source):
+        def captions(self, i: int) -> tuple[str, ...]:
+            return tuple(f"2000 {k}" for k in range(1 + i % 5))
+
+    other = CaptionTable.as_references([sources[0], Same(5, "others", 2000)], vocabulary, eos=True)
+    state = drawn.get_state()
+    drawn.close()
+    resumed = train_batches(own, [(sources[0], 1.0), (sources[1], 1.0)], vocabulary, seed=1, references=other)
+    with pytest.raises(UserError, match="references"):
+        resumed.set_state(state)

@@ -1,4 +1,4 @@
-"""CIDEr-D on the device against the host's scorer, word for word."""
+"""The rewards of self-critical training, CIDEr-D and BLEU-4 on the device, against the host's scorer."""
 
 import json
 import random
@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imgcap_jax.metrics import cider
-from imgcap_jax.metrics.cider_device import cider_d, document_frequencies, prepare_references
+from imgcap_jax.errors import UserError
+from imgcap_jax.metrics import bleu, cider
+from imgcap_jax.metrics.bleu_device import bleu_4
+from imgcap_jax.metrics.cider_device import DocumentFrequencies, cider_d, document_frequencies, prepare_references
 from imgcap_jax.metrics.corpus import ORDERS, References
 from imgcap_jax.metrics.scoring import CaptionScorer
 from imgcap_jax.text import tokenize
@@ -30,9 +32,13 @@ def texts(captions: list[list[int]]) -> list[str]:
 
 
 def both(
-    references: list[list[list[int]]], candidates: list[list[list[int]]], corpus: list[list[list[int]]], words: int
+    references: list[list[list[int]]],
+    candidates: list[list[list[int]]],
+    corpus: list[list[list[int]]],
+    words: int,
+    metric: str = "CIDEr-D",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """CIDEr-D [B,M] by the device and by the host, with document frequencies from `corpus`."""
+    """A score [B,M] by the device and by the host, CIDEr-D with document frequencies from `corpus`."""
     frequencies = document_frequencies(corpus, words)
     most, longest = max(map(len, references)), 1 + max(len(c) for group in (*references, *candidates) for c in group)
     tokens = np.stack([padded(group + [[]] * (most - len(group)), longest) for group in references])
@@ -40,6 +46,8 @@ def both(
 
     @jax.jit
     def score(given: Any, tokens: Any) -> Any:
+        if metric == "BLEU-4":
+            return bleu_4(given, tokens, count)
         return cider_d(given, prepare_references(tokens, count, frequencies), frequencies)
 
     found = np.asarray(score(np.stack([padded(group, longest) for group in candidates]), tokens))
@@ -48,15 +56,17 @@ def both(
     def prepare(given: References) -> Any:
         return cider.score_clipped(cider.Vectors(given, documents))
 
-    scorer = CaptionScorer({i: texts(group) for i, group in enumerate(references)}, {"CIDEr-D": prepare})
+    metrics: dict[str, Any] = {"CIDEr-D": prepare} if metric == "CIDEr-D" else {"BLEU": bleu.prepare}
+    scorer = CaptionScorer({i: texts(group) for i, group in enumerate(references)}, metrics)
     expected = [
-        list(scorer.score({i: texts(group)[m] for i, group in enumerate(candidates)}).per_image["CIDEr-D"].values())
+        list(scorer.score({i: texts(group)[m] for i, group in enumerate(candidates)}).per_image[metric].values())
         for m in range(len(candidates[0]))
     ]
     return found, np.array(expected).T
 
 
-def test_equals_the_host() -> None:
+@pytest.mark.parametrize(("metric", "high"), [("CIDEr-D", 5), ("BLEU-4", 0.99)])
+def test_equals_the_host(metric: str, high: float) -> None:
     """Few words, so that n-grams repeat; empty captions, identical ones, words and n-grams that the corpus lacks."""
     rng = random.Random(0)
 
@@ -66,10 +76,10 @@ def test_equals_the_host() -> None:
     corpus = [[caption() for _ in range(rng.randint(1, 5))] for _ in range(60)]
     references = [*corpus[:30], *([caption(15) for _ in range(rng.randint(1, 4))] for _ in range(30))]
     candidates = [[caption(16), caption(5, 20), list(group[0]), [], [3, *group[0], 3], [4] * 9] for group in references]
-    found, expected = both(references, candidates, corpus, words=FIRST + 14)
+    found, expected = both(references, candidates, corpus, FIRST + 14, metric)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert expected.max() > 5
-    assert (expected == 0).any()
+    assert expected.max() > high
+    assert (expected < 1e-6).any()
 
 
 def test_document_frequencies_are_the_host_s() -> None:
@@ -107,6 +117,19 @@ def test_end_of_sentence_counts_where_it_stands() -> None:
     assert found[0, 0] > found[0, 1]
 
 
+def test_document_frequencies_are_kept(tmp_path: Path) -> None:
+    frequencies = document_frequencies([[[4, 5, 6, 7], [4, 5]], [[8, 9]]], 10)
+    frequencies.save(tmp_path / "kept.npz")
+    kept = DocumentFrequencies.load(tmp_path / "kept.npz")
+    assert jax.tree.structure(kept) == jax.tree.structure(frequencies)
+    for ours, theirs in zip(jax.tree.leaves(kept), jax.tree.leaves(frequencies), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    (tmp_path / "kept.npz").write_bytes((tmp_path / "kept.npz").read_bytes()[:200])
+    with pytest.raises(UserError, match="delete it"):
+        DocumentFrequencies.load(tmp_path / "kept.npz")
+
+
 def test_nothing_but_32_bits_and_no_callback() -> None:
     frequencies = document_frequencies([[[4, 5, 6, 7]], [[8, 9]]], 10)
     tokens = jnp.array([[[4, 5, 6, 7, 0]]])
@@ -134,6 +157,7 @@ def test_equals_the_host_on_real_captions(count: int, shared: Path) -> None:
         own, other = rng.choice(group), rng.choice(rng.choice(references))
         cut = own[: len(own) // 2]
         candidates.append([own, other, cut + cut, [word if rng.random() < 0.8 else 3 for word in own], cut + other])
-    found, expected = both(references, candidates, corpus, words=FIRST + len(number))
-    assert found.size == 5 * count
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for metric in ("CIDEr-D", "BLEU-4"):
+        found, expected = both(references, candidates, corpus, FIRST + len(number), metric)
+        assert found.size == 5 * count
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=metric)
