@@ -1,0 +1,133 @@
+"""A run of self-critical training: where it starts, what it keeps and logs, and that interruptions change nothing."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from imgcap_jax.data.sources import open_source
+from imgcap_jax.errors import UserError
+from imgcap_jax.evaluation import SplitEvaluator
+from imgcap_jax.experiment import Experiment, from_json, to_json
+from imgcap_jax.experiment_files import find
+from imgcap_jax.metrics.cider_device import DocumentFrequencies
+from imgcap_jax.models.model import split_trained
+from imgcap_jax.run import Run
+from imgcap_jax.text import tokenize
+from imgcap_jax.training.checkpoints import Checkpoints
+from imgcap_jax.training.loop import Outcome, train
+from imgcap_jax.training.optimizer import Optimizer
+from imgcap_jax.training.self_critical import SelfCritical
+
+
+@pytest.fixture
+def experiment(tiny_file: Path, tiny_data: Path) -> Experiment:
+    """Six steps, a validation after every third."""
+    tiny = find(str(tiny_file))
+    return replace(
+        tiny,
+        data=replace(tiny.data, data_dir=tiny_data),
+        objective=SelfCritical(samples=2, kl=0.1),
+        optimizer=Optimizer("adam", 1e-2, warmup_epochs=0),
+        training=replace(tiny.training, epochs=1.2, evaluate_epochs=0.6),
+        decoding=replace(tiny.decoding, max_words=8),
+    )
+
+
+def run(experiment: Experiment, folder: Path, start: Path | None, show: Callable[[str], None] = print) -> Outcome:
+    return train(experiment, folder, cache=folder.parent / "cache", init_from=start, show=show)
+
+
+def newest(folder: Path) -> dict[str, np.ndarray]:
+    return ocp.StandardCheckpointer().restore(folder / "checkpoints" / "newest" / "6" / "state")
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "captions_per_second"} for line in read]
+
+
+def test_interrupted_it_ends_the_same_without_the_run_it_started_from(
+    experiment: Experiment, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(experiment, tmp_path / "whole", trained)
+    logged = lines(tmp_path / "whole")
+    assert [line["step"] for line in logged if line["kind"] == "validation"] == [0, 3, 6]
+    reported = {"reward", "reward_deviation", "baseline", "length", "ended", "bad_endings", "surprisal", "kl"}
+    steps = [line for line in logged if line["kind"] == "train"]
+    assert len(steps) == 6
+    assert all(reported < line.keys() for line in steps)
+    assert steps[0]["kl"] != 0  # dropout is off in the model at the start
+    assert {"words", "bad_endings", "repetitions", "unfinished"} < logged[0].keys()
+
+    # The document frequencies are those of the training captions, as the reward counts them.
+    source = open_source("scenes", "train", experiment.data.data_dir)
+    vocabulary = Run.load(tmp_path / "whole").vocabulary
+    idf = np.asarray(DocumentFrequencies.load(tmp_path / "whole" / "document_frequencies.npz").idf[0])
+    for word in vocabulary.words[4:]:
+        images = sum(any(word in tokenize(text) for text in source.captions(i)) for i in range(len(source)))
+        np.testing.assert_allclose(idf[vocabulary.ids([word])[0]], np.log(len(source) / images), atol=1e-6)
+    np.testing.assert_allclose(idf[2], 0.0, atol=1e-6)  # eos is in every image
+
+    shutil.copytree(trained, tmp_path / "gone")
+    said: list[str] = []
+
+    def stop(self: SplitEvaluator, *given: object) -> dict[str, float]:
+        said.append("validation")
+        if len(said) == 2:
+            raise KeyboardInterrupt  # in the one after step 3, which no checkpoint holds yet
+        return forced(self, *given)  # type: ignore[arg-type]
+
+    forced = SplitEvaluator.teacher_forced
+    monkeypatch.setattr(SplitEvaluator, "teacher_forced", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment, tmp_path / "cut", tmp_path / "gone")
+    monkeypatch.setattr(SplitEvaluator, "teacher_forced", forced)
+    shutil.rmtree(tmp_path / "gone")
+    run(experiment, tmp_path / "cut", None)
+    shown = lines(tmp_path / "cut")
+    assert shown == logged
+    ours, theirs = newest(tmp_path / "cut"), newest(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    for name, leaf in theirs.items():
+        np.testing.assert_array_equal(ours[name], leaf, err_msg=name)
+
+
+def test_without_a_better_validation_the_start_is_what_is_kept(
+    experiment: Experiment, trained: Path, tmp_path: Path
+) -> None:
+    """A learning rate that destroys everything, and patience 1."""
+    spoilt = replace(
+        experiment,
+        objective=SelfCritical(samples=2, baseline="greedy"),
+        optimizer=Optimizer("sgd", 1e3, schedule="constant", warmup_epochs=0, clip_norm=None),
+        training=replace(experiment.training, patience=1, ema_decay=0.0),
+    )
+    said: list[str] = []
+    outcome = run(spoilt, tmp_path / "run", trained, said.append)
+    assert outcome.step == 3
+    assert "self-critical, STANDARD_wInit+Cider-D[n4,s6.0]+greedy[nspi2]+1.0.0" in "\n".join(said)
+    best = []
+    for folder in (tmp_path / "run", trained):
+        checkpoints = Checkpoints(folder)
+        _, params, _ = split_trained(Run.load(folder).model(with_encoder=True))
+        best.append(checkpoints.restore_best(params))
+        if folder != trained:
+            assert checkpoints.best_step == 0
+        checkpoints.close()
+    for ours, theirs in zip(*map(jax.tree.leaves, best), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_fresh_weights_are_refused_and_the_objective_is_part_of_the_experiment(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="give --init-from RUN"):
+        run(experiment, tmp_path / "run", None)
+    assert from_json(to_json(experiment), "here") == experiment
