@@ -11,6 +11,7 @@ _EPILOG = """examples:
   imgcap data prepare scenes
   imgcap train scenes_demo
   imgcap train flickr8k --run runs/mine --decoder.hidden-size 768
+  imgcap train flickr8k_scst --init-from runs/flickr8k
   imgcap features flickr8k
   imgcap evaluate runs/flickr8k --split val --beam 3
   imgcap evaluate runs/flickr8k --decode.beam 1 3 5 --decode.length-norm 0 0.7

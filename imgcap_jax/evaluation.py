@@ -283,7 +283,8 @@ def sweep(
     evaluator = SplitEvaluator(members, source, runs[0].vocabulary, parallel)
     where: dict[str, Any] = {"step": steps[0], "objective": first.objective.title}
     if len(runs) > 1:
-        where = {"runs": [str(run.folder) for run in runs], "steps": steps}
+        objectives = [run.experiment.objective.title for run in runs]
+        where = {"runs": [str(run.folder) for run in runs], "steps": steps, "objectives": objectives}
     prefix = ("" if len(runs) == 1 else "ensemble_") + ("" if dataset is None else f"{dataset}_")
     for decoding in decodings:
         captioned = evaluator.caption(params, frozen, decoding)

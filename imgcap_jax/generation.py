@@ -70,7 +70,7 @@ def _rules(decoding: Decoding, vocabulary: Vocabulary) -> tuple[Rule, ...]:
 
 def bad_endings(vocabulary: Vocabulary) -> tuple[int, ...]:
     """Ids of the words of ``BAD_ENDINGS`` that a vocabulary has."""
-    return tuple(number for number in vocabulary.ids(BAD_ENDINGS) if number != UNK)
+    return tuple(number for number in vocabulary.ids(sorted(BAD_ENDINGS)) if number != UNK)
 
 
 def _known(text: str, vocabulary: Vocabulary, setting: str) -> tuple[int, ...]:

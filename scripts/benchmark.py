@@ -5,6 +5,8 @@
     python scripts/benchmark.py train            a training step, as a share of the plain matmul rate, beside PyTorch
     python scripts/benchmark.py decode           greedy and beam search, captions/s, beside PyTorch
     python scripts/benchmark.py decoders         training steps of every decoder on Flickr8k (needs TFDS)
+    python scripts/benchmark.py scst             a step of self-critical training, beside the same with the reward
+                                                 computed on the host (needs pycocoevalcap)
     python scripts/benchmark.py score CAPTIONS REFERENCES
                                                  scores of COCO-format files, beside the official tools (needs Java
                                                  and pycocoevalcap): time and memory, start-up included
@@ -22,13 +24,14 @@ import os
 import benchmark_decoders
 import benchmark_encoders
 import benchmark_scores
+import benchmark_self_critical
 import jax
 
 
 def main() -> None:
     """Parses the command line and runs one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("encoder", "finetune", "train", "decode", "decoders", "score"))
+    parser.add_argument("what", choices=("encoder", "finetune", "train", "decode", "decoders", "scst", "score"))
     parser.add_argument("files", nargs="*", help="score: captions and references")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--network", default="resnet50", help="encoder, finetune: see above")
@@ -40,12 +43,12 @@ def main() -> None:
         help="PyTorch's threads; JAX takes all cores",
     )
     parser.add_argument("--trainable-stages", type=int, default=2, help="finetune: how many of the last stages")
-    parser.add_argument("--batch", type=int, help="images (encoder and finetune 32, train and decode 64)")
-    parser.add_argument("--captions", type=int, default=5, help="finetune, train: captions an image (M)")
+    parser.add_argument("--batch", type=int, help="images (encoder and finetune 32, train and decode 64, scst 50)")
+    parser.add_argument("--captions", type=int, default=5, help="finetune, train: captions an image (M); scst: samples")
     parser.add_argument("--regions", type=int, default=49)
     parser.add_argument("--vocabulary", type=int, default=10_000)
     parser.add_argument(
-        "--decoder", choices=tuple(benchmark_decoders.DECODERS), default="up_down", help="train, decode"
+        "--decoder", choices=tuple(benchmark_decoders.DECODERS), default="up_down", help="train, decode, scst"
     )
     parser.add_argument(
         "--lengths",
@@ -64,6 +67,7 @@ def main() -> None:
         "train": benchmark_decoders.train,
         "decode": benchmark_decoders.decode,
         "decoders": benchmark_decoders.decoders,
+        "scst": benchmark_self_critical.self_critical_benchmark,
         "score": benchmark_scores.score,
     }
     benchmarks[options.what](options)

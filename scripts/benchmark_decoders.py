@@ -66,6 +66,11 @@ def _captions(s: Mapping[str, int], lengths: str) -> np.ndarray:
     return tokens
 
 
+def regions_of(s: Mapping[str, int]) -> np.ndarray:
+    """Random regions float16 [B,N,D]."""
+    return np.random.default_rng(0).random((s["B"], s["N"], s["D"])).astype(np.float16)
+
+
 def _torch_decoder(options: argparse.Namespace, s: Mapping[str, int]) -> Any:
     """PyTorch's decoder and its module, or None where there is no fair comparison."""
     if importlib.util.find_spec("torch") is None:
@@ -94,7 +99,7 @@ def train(options: argparse.Namespace) -> None:
     )
     tokens = _captions(s, options.lengths)
     words = int((tokens[..., 1:] != 0).sum())
-    regions = np.random.default_rng(0).random((s["B"], s["N"], s["D"])).astype(np.float16)
+    regions = regions_of(s)
     batch = parallel.put(
         {
             "regions": regions,
@@ -168,12 +173,11 @@ def decoders(options: argparse.Namespace) -> None:
     """Training captions/s and parameters of every decoder as in experiments/flickr8k_*.py, side by side."""
     from imgcap_jax.experiment_files import find  # needs TFDS
 
-    rng = np.random.default_rng(0)
     s = {"B": 16, "M": 5, "T": 18, "N": 64, "D": 1280, "V": 2543}
     parallel = DataParallel()
     batch = parallel.put(
         {
-            "regions": rng.random((s["B"], s["N"], s["D"])).astype(np.float16),
+            "regions": regions_of(s),
             "tokens": _captions(s, "captions"),
             "weight": np.ones(s["B"], np.float32),
             "row": np.arange(s["B"], dtype=np.int32),

@@ -25,12 +25,14 @@ class CaptionTable:
         words: more than the largest id.
     """
 
-    def __init__(self, captions: Sequence[Sequence[npt.ArrayLike]], length: int, words: int) -> None:
+    def __init__(
+        self, captions: Sequence[Sequence[Sequence[int] | npt.NDArray[np.int32]]], length: int, words: int
+    ) -> None:
         """Captions of each image, each an array of at most `length` ids."""
         self.first = np.concatenate([[0], np.cumsum([len(of_image) for of_image in captions])])
         self.tokens = np.full((self.first[-1], length), PAD, np.int32)
         for row, caption in enumerate(chain.from_iterable(captions)):
-            self.tokens[row, : len(np.atleast_1d(caption))] = caption
+            self.tokens[row, : len(caption)] = caption
         self.words = words
 
     @classmethod

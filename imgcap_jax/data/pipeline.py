@@ -51,7 +51,7 @@ class CaptionData:
     batch_size: int = 64
     """Images a batch, over all processes and devices (B)."""
     captions_per_image: int = 5
-    """Captions of an image in a batch (M), drawn without replacement."""
+    """Captions of an image in a batch (M), drawn without replacement. (Self-critical training samples its own.)"""
     max_words: int = 20
     """Longer captions are cut; T = max_words + 2."""
     min_count: int = 5

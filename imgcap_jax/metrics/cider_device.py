@@ -108,9 +108,8 @@ class References(NamedTuple):
 def prepare_references(tokens: Array, per_image: Array, frequencies: DocumentFrequencies) -> References:
     """Weights references, int32 [B,R,T], filled up with pad; `per_image` [B] of each image's R are real."""
     norm = jnp.sqrt(_squares(Grams(tokens), frequencies))
-    return References(
-        tokens, norm, jnp.maximum(per_image, 1).astype(jnp.float32)
-    )  # rows that only fill a batch have none
+    # Rows that only fill a batch have none.
+    return References(tokens, norm, jnp.maximum(per_image, 1).astype(jnp.float32))
 
 
 def cider_d(candidates: Array, references: References, frequencies: DocumentFrequencies) -> Array:

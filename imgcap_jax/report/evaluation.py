@@ -21,8 +21,8 @@ def lines(evaluation: Evaluation) -> list[str]:
     report += [f"  {sentence}" for sentence in (*_floor(evaluation), *_truth(evaluation))]
     captioned, found = evaluation.captioned, evaluation.degeneration
     report.append(
-        f"  {found.words:.1f} words a caption; {100 * found.bad_endings:.1f} % end badly, "
-        f"{100 * found.repetitions:.1f} % repeat a phrase, {100 * captioned.unfinished:.1f} % have no end"
+        f"  {found.length:.1f} words a caption; {100 * found.bad_endings:.1f} % end badly, "
+        f"{100 * found.repetitions:.1f} % repeat a phrase, {100 * (found.unfinished or 0):.1f} % have no end"
     )
     report.append(
         f"  {captioned.mean_steps:.1f} decoder steps a batch on average, of {captioned.max_steps}; "

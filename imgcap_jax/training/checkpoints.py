@@ -79,10 +79,10 @@ class Checkpoints:
             self._best.wait_until_finished()
 
     def keep_start(self, params: Any) -> None:
-        """Keeps the parameters that training starts with, in place of any that a run which came to nothing left."""
+        """Keeps the parameters that training starts with."""
         manager = _manager(self.folder / "start", self._writing)
         with _disk_errors(self.folder):
-            manager.save(0, args=ocp.args.StandardSave(_raw(params)), force=True)
+            manager.save(0, args=ocp.args.StandardSave(_raw(params)))
             manager.wait_until_finished()
         manager.close()
 

@@ -21,7 +21,7 @@ from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.evaluation import Captioned, Member, SplitEvaluator
-from imgcap_jax.experiment import Experiment, signature
+from imgcap_jax.experiment import Experiment, differences, signature
 from imgcap_jax.extraction import Extraction, uses_store
 from imgcap_jax.files import OWNER, owning, write_text
 from imgcap_jax.generation import bad_endings, check_decoding
@@ -106,6 +106,7 @@ def _train(
         sources = [source.first(SMOKE_IMAGES) for source in sources]
     validation = validation.first(training.validation_images or len(validation))
     run = _open_run(experiment, folder, sources, init_from)
+    parallel.agree(0)  # the first process may have cleared the folder
     vocabulary = run.vocabulary
     check_decoding(experiment.decoding, vocabulary, experiment.decoder)
     longest = getattr(experiment.decoder, "max_length", None)
@@ -140,7 +141,7 @@ def _train(
     if isinstance(objective, SelfCritical):
         references = CaptionTable.as_references(sources, vocabulary, eos=objective.reward_eos)
         frequencies = _document_frequencies(folder, references, resumed=checkpoints.step is not None)
-        start = _start(params, checkpoints) if objective.kl else None
+        start = _start(state.params, checkpoints) if objective.kl else None
         constants = Constants(frozen, *parallel.replicate((frequencies, start)))
         settings |= {"max_words": experiment.decoding.max_words, "bad_endings": bad_endings(vocabulary)}
         step = parallel.compile(self_critical_step(graph, objective, transformation, **settings))
@@ -255,10 +256,13 @@ def _open_run(experiment: Experiment, folder: Path, sources: Sequence[CaptionSou
 
     Its words are those of the training captions, after all those of the run it starts from.
     """
-    if Run.exists(folder) and any((folder / "checkpoints").glob("*/[0-9]*")):
+    if Run.exists(folder):
         run = Run.load(folder)
-        run.check_same(experiment, init_from)
-        return run
+        if any((folder / "checkpoints" / "newest").glob("[0-9]*")):
+            run.check_same(experiment, init_from)
+            return run
+        if init_from is None and not differences(run.experiment, experiment):
+            init_from = run.init_from  # killed before its first checkpoint; the start need not be named again
     if init_from is None and isinstance(experiment.objective, SelfCritical):
         raise UserError(
             "self-critical training refines a model that writes captions already: train one with cross-entropy, then "
@@ -272,6 +276,8 @@ def _open_run(experiment: Experiment, folder: Path, sources: Sequence[CaptionSou
         vocabulary = Run.load(init_from).vocabulary.extended(vocabulary)
     run = Run(folder, experiment, vocabulary, init_from)
     if jax.process_index() == 0:
+        # What a run that came to nothing left behind.
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         run.save()
     return run
 
@@ -300,9 +306,13 @@ def _check_processes(run: Run, step: int | None, parallel: DataParallel) -> None
 
 
 def _device_part(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the step reads of a batch: all but the ids, and each row's index in the global batch."""
+    """What the step reads of a batch: all but the ids, and each row's index in the global batch.
+
+    Where references are given, captions are sampled, and those drawn from the data are not read.
+    """
     rows = len(batch["weight"])
-    part = {name: leaf for name, leaf in batch.items() if name != "image_id"}
+    unread = {"image_id", "tokens"} if "references" in batch else {"image_id"}
+    part = {name: leaf for name, leaf in batch.items() if name not in unread}
     # As the pipeline deals rows out to processes, so that dropout doesn't depend on their number.
     part["row"] = np.arange(rows, dtype=np.int32) * jax.process_count() + jax.process_index()
     return part

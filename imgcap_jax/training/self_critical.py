@@ -29,7 +29,11 @@ from imgcap_jax.training.step import keys_of_rows, train_step
 
 @dataclass(frozen=True)
 class SelfCritical:
-    """Expected reward is maximised by REINFORCE with a baseline, starting from a run trained by cross-entropy."""
+    """Expected reward is maximised by REINFORCE with a baseline, starting from a run trained by cross-entropy.
+
+    Checkpoints are selected by captions of ``training.validation_beam`` beams: give as many as captions will be decoded
+    with. The policy may say unk, which matches no reference, so that it learns not to.
+    """
 
     progress: ClassVar[Mapping[str, str]] = {"reward": ".3f", "baseline": ".3f", "length": ".1f"}
     """The metrics of the progress line, and their formats."""
@@ -51,8 +55,8 @@ class SelfCritical:
     entropy: float = 0.0
     """Bonus for each nat of a caption's surprisal, -log p, added to its reward: the entropy of the policy."""
     kl: float = 0.0
-    """Penalty for each nat by which a caption is likelier than in the run training started from: the KL divergence
-    from it (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593)."""
+    """Penalty for each nat by which a caption is likelier than in the run training started from, under the same
+    dropout: the KL divergence from it (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593)."""
 
     def __post_init__(self) -> None:
         if self.baseline not in ("mean", "greedy"):
@@ -66,12 +70,15 @@ class SelfCritical:
 
     @property
     def title(self) -> str:
-        """What is optimised, as SacreEOS 1.0.0 writes it (rewards with their weights where they are not 1 and 0)."""
+        """What is optimised: as SacreEOS 1.0.0 writes it (rewards with their weights where they are not 1 and 0), and
+        what it has no words for."""
         rewards = [(self.cider, f"Cider-D[n4,s{SIGMA}]"), (self.bleu, "BLEU[n4]")]
         named = ",".join(name if weight == 1 else f"{weight:g}*{name}" for weight, name in rewards if weight)
         mode = "STANDARD" if self.reward_eos else "NO<EOS>"
         base = "average" if self.baseline == "mean" else "greedy"
-        return f"self-critical, {mode}_wInit+{named}+{base}[nspi{self.samples}]+1.0.0"
+        others = [(self.temperature, 1.0, "temperature"), (self.entropy, 0.0, "entropy"), (self.kl, 0.0, "kl")]
+        more = "".join(f", {name} {value:g}" for value, default, name in others if value != default)
+        return f"self-critical, {mode}_wInit+{named}+{base}[nspi{self.samples}]+1.0.0{more}"
 
 
 class Constants(NamedTuple):
@@ -174,7 +181,8 @@ def self_critical_step(
             baseline = reward - advantage
         divergence = jnp.zeros_like(reward)
         if objective.kl:
-            divergence = drawn.score - _log_probs(graph, constants, batch, drawn.tokens, objective.temperature)
+            start = nnx.merge(graph, constants.start, constants.frozen)
+            divergence = drawn.score - _log_probs(start, batch, drawn.tokens, keys, objective.temperature)
         if objective.kl or objective.entropy:
             advantage -= _above_others(objective.kl * divergence + objective.entropy * drawn.score)
         words = ((drawn.tokens != PAD) & (drawn.tokens != EOS)).sum(-1)
@@ -261,15 +269,10 @@ def _policy(logits: Array, temperature: float) -> Array:
 
 
 def _log_probs(
-    graph: nnx.GraphDef[CaptionModel],
-    constants: Constants,
-    batch: Mapping[str, Array],
-    tokens: Array,
-    temperature: float,
+    model: CaptionModel, batch: Mapping[str, Array], tokens: Array, keys: Array, temperature: float
 ) -> Array:
-    """Log-probabilities [B,M] of captions [B,M,T] by the model at the start, without dropout."""
-    model = nnx.merge(graph, constants.start, constants.frozen)
-    hidden = model.teacher_forced({**batch, "tokens": _after_bos(tokens)}).hidden  # [B,M,T,F]
+    """Log-probabilities [B,M] that a model gives to captions [B,M,T], under the dropout of ``keys`` [B]."""
+    hidden = model.teacher_forced({**batch, "tokens": _after_bos(tokens)}, keys).hidden  # [B,M,T,F]
 
     def score(step: tuple[Array, Array]) -> Array:
         hidden, token = step  # a place of all captions at a time, for the logits of all would take gigabytes

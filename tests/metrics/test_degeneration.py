@@ -31,15 +31,23 @@ def test_repetitions(caption: str, bad: bool) -> None:
 def test_shares_and_warnings() -> None:
     good = [f"a dog number {i} runs on the beach".split() for i in range(97)]
     found = Degeneration.of([*good, ["a", "man", "with", "a"], ["dog", "dog"], []], unfinished=0.01)
-    assert found == Degeneration((97 * 8 + 6) / 100, 0.01, 0.01, 0.01)
-    references = Degeneration(10.0, 0.0, 0.0)
+    assert found == Degeneration(100, (97 * 8 + 6) / 100, 0.01, 0.01, 0.01)
+    references = Degeneration(500, 9.0, 0.0, 0.0)
     assert found.warnings(references) == ()
-    worse = Degeneration(6.0, 0.05, 0.04, 0.03)
+    worse = Degeneration(1000, 6.0, 0.05, 0.04, 0.03)
     said = worse.warnings(references)
     assert len(said) == 4
     for line, part in zip(said, ("5.0 % of the captions break off", "4.0 %", "3.0 %", "6.0 words"), strict=True):
         assert part in line
-    assert worse.warnings(Degeneration(6.0, 0.05, 0.04))[:1] == (said[2],)  # as people do, but for the missing ends
+    assert worse.warnings(Degeneration(500, 6.0, 0.05, 0.04))[:1] == (
+        said[2],
+    )  # as people do, but for the missing ends
+
+
+def test_few_captions_are_no_evidence() -> None:
+    references = Degeneration(5000, 10.9, 0.013, 0.002)
+    assert Degeneration(16, 10.0, 1 / 16, 1 / 16, 1 / 16).warnings(references) == ()
+    assert len(Degeneration(16, 10.0, 8 / 16, 8 / 16, 8 / 16).warnings(references)) == 3
 
 
 def test_people_s_captions_pass(shared: Path) -> None:

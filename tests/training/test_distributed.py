@@ -106,3 +106,24 @@ def test_two_processes_start_from_another_run(tiny_data: Path, tiny_file: Path, 
     finish([start(tiny_file, tmp_path / "first", tiny_data, 1)])
     outputs = finish(pair(tiny_file, tmp_path / "second", tiny_data, "--init-from", str(tmp_path / "first")))
     assert "starting from" in outputs[0]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_from_the_samples_that_one_would_draw(
+    tiny_data: Path, tiny_file: Path, tmp_path: Path
+) -> None:
+    finish([start(tiny_file, tmp_path / "first", tiny_data, 1)])
+    critical = tmp_path / "critical.py"
+    critical.write_text(
+        tiny_file.read_text()
+        + "\nfrom dataclasses import replace\n"
+        + "from imgcap_jax.training.self_critical import SelfCritical\n"
+        + "experiment = replace(experiment, objective=SelfCritical(samples=3, kl=0.1))\n"
+    )
+    options = ("--init-from", str(tmp_path / "first"))
+    finish([start(critical, tmp_path / "one", tiny_data, 2, *options)])
+    outputs = finish(pair(critical, tmp_path / "two", tiny_data, *options))
+    assert "self-critical" in outputs[0]
+    expected, got = state(tmp_path / "one"), state(tmp_path / "two")
+    for name, leaf in expected.items():
+        np.testing.assert_allclose(got[name], leaf, atol=1e-5, err_msg=name)

@@ -1,7 +1,10 @@
 """Self-critical training against the gradient of the expected reward over every caption there is."""
 
 import itertools
+import json
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,14 +13,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from imgcap_jax.data.caption_table import CaptionTable
+from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
-from imgcap_jax.metrics.cider_device import cider_d, document_frequencies, prepare_references
+from imgcap_jax.metrics.cider_device import document_frequencies, prepare_references
+from imgcap_jax.metrics.scoring import CaptionScorer
 from imgcap_jax.models.decoders.aoa import AttentionOnAttention
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.decoders.transformer import Transformer
 from imgcap_jax.models.encoders.small_cnn import SmallCNN
 from imgcap_jax.models.model import CaptionModel, split_trained
 from imgcap_jax.special_tokens import BOS, EOS, PAD
+from imgcap_jax.text import tokenize
 from imgcap_jax.training import self_critical
 from imgcap_jax.training.optimizer import Optimizer
 from imgcap_jax.training.parallel import DataParallel
@@ -292,5 +299,58 @@ def test_title_is_the_signature_of_sacreeos() -> None:
     assert SelfCritical().title == "self-critical, STANDARD_wInit+Cider-D[n4,s6.0]+average[nspi5]+1.0.0"
     assert SelfCritical(reward_eos=False).title.endswith("NO<EOS>_wInit+Cider-D[n4,s6.0]+average[nspi5]+1.0.0")
     assert "greedy[nspi1]" in SelfCritical(samples=1, baseline="greedy").title
+    assert SelfCritical(temperature=0.6, kl=0.1).title.endswith("+1.0.0, temperature 0.6, kl 0.1")
     assert "+0.5*BLEU[n4]+" in SelfCritical(cider=0, bleu=0.5).title
-    assert cider_d is self_critical.cider_d
+
+
+class RealCaptions:
+    """As CaptionSource, of Flickr8k's captions."""
+
+    def __init__(self, images: list[list[str]]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def captions(self, i: int) -> list[str]:
+        return self.images[i]
+
+
+@pytest.mark.parametrize("eos", [True, False])
+def test_reward_of_real_captions_is_the_official_score_of_their_text(eos: bool, shared: Path) -> None:
+    """From text to reward: what people wrote, as a model that lacks rare words would have said it."""
+    karpathy = json.loads((shared / "flickr8k" / "dataset_flickr8k.json").read_text())
+    images = [[text["raw"] for text in image["sentences"]] for image in karpathy["images"][:300]]
+    vocabulary = Vocabulary.build((text for texts in images for text in texts), min_count=3)
+    table = CaptionTable.as_references([RealCaptions(images)], vocabulary, eos=eos)  # type: ignore[list-item]
+    assert table.words > len(vocabulary) + 100
+    # Each image gets a caption of the next one, an own one cut short, and nothing.
+    others = images[1:] + images[:1]
+    said = np.zeros((len(images), 3, 16), np.int32)
+    for row, (own, other) in enumerate(zip(images, others, strict=True)):
+        said[row, 0] = vocabulary.encode(other[0], 17)[1:]
+        said[row, 1, :6] = vocabulary.encode(own[1], 7)[1:]
+        said[row, 2, 0] = EOS
+
+    def text(tokens: list[int]) -> str:
+        words = [vocabulary.words[number] if number != EOS else "endofcaption" for number in tokens if number != PAD]
+        return " ".join(word for word in words if eos or word != "endofcaption")
+
+    tokens = np.stack([table.rows(i, range(table.count(i)), table.most) for i in range(len(images))])
+    count = jnp.array([table.count(i) for i in range(len(images))])
+    objective, frequencies = SelfCritical(reward_eos=eos), document_frequencies(list(table.captions()), table.words)
+    found = jax.jit(
+        lambda said: self_critical.rewards(objective, said, prepare_references(tokens, count, frequencies), frequencies)
+    )(said)
+    ended = [[" ".join([*tokenize(caption), *(["endofcaption"] * eos)]) for caption in texts] for texts in images]
+    scorer = CaptionScorer(dict(enumerate(ended)))
+    for m in range(3):
+        candidates = {row: text(tokens) for row, tokens in enumerate(said[:, m].tolist())}
+        expected = list(scorer.score(candidates).per_image["CIDEr-D"].values())
+        np.testing.assert_allclose(found[:, m], expected, atol=1e-5)
+        if find_spec("pycocoevalcap"):
+            from pycocoevalcap.cider.cider import Cider
+
+            theirs = Cider().compute_score(dict(enumerate(ended)), {row: [text] for row, text in candidates.items()})[1]
+            np.testing.assert_allclose(found[:, m], theirs, atol=1e-5)
+    assert np.asarray(found).max(0)[1] > 3

@@ -1,0 +1,21 @@
+"""COCO, Karpathy's splits: self-critical training of the run of `coco`, on CIDEr-D.
+
+    imgcap train coco
+    imgcap train coco_scst --init-from runs/coco
+    imgcap evaluate runs/coco_scst --split val --beam 3
+
+Not run yet: the images could not be had where this was written, so no scores are given.
+"""
+
+from dataclasses import replace
+
+from imgcap_jax.experiments.coco import experiment as coco
+from imgcap_jax.training.optimizer import Optimizer
+from imgcap_jax.training.self_critical import SelfCritical
+
+experiment = replace(
+    coco,
+    objective=SelfCritical(temperature=0.6),
+    optimizer=Optimizer("adam", 5e-5, warmup_epochs=0.1),
+    training=replace(coco.training, epochs=15, ema_decay=0.99, validation_beam=3),
+)

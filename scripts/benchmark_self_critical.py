@@ -1,0 +1,148 @@
+"""Speed of self-critical training: the whole step, the reward's part of it, and the reward computed on the host."""
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from benchmark_decoders import DECODERS, regions_of
+from flax import nnx
+from measuring import Thing, decoder_sizes, matmul, medians
+
+from imgcap_jax.metrics.cider_device import document_frequencies, prepare_references
+from imgcap_jax.models.model import CaptionModel, split_trained
+from imgcap_jax.special_tokens import EOS, PAD
+from imgcap_jax.training import self_critical
+from imgcap_jax.training.optimizer import Optimizer
+from imgcap_jax.training.parallel import DataParallel
+from imgcap_jax.training.self_critical import Constants, SelfCritical, self_critical_step
+from imgcap_jax.training.step import first_state
+
+WORDS, REFERENCES = 20, 5  # at most in a sample; references an image
+CORPUS = 20_000  # images that document frequencies come from
+
+
+def _corpus(images: int, vocabulary: int, seed: int) -> list[list[list[int]]]:
+    """Captions as long as COCO's, of words as frequent as words are (Zipf), with eos."""
+    rng = np.random.default_rng(seed)
+    rank = np.arange(1, vocabulary - 3)
+    odds = 1 / rank / (1 / rank).sum()
+    lengths = np.clip(rng.normal(10.5, 2.4, (images, REFERENCES)).round(), 6, 20).astype(int)
+    words = iter((4 + rng.choice(len(rank), lengths.sum(), p=odds)).tolist())
+    return [[[*(next(words) for _ in range(length)), EOS] for length in row] for row in lengths]
+
+
+def _padded(images: list[list[list[int]]]) -> np.ndarray:
+    longest = max(len(caption) for captions in images for caption in captions)
+    return np.array([[caption + [PAD] * (longest - len(caption)) for caption in of] for of in images], np.int32)
+
+
+def _on_host(references: list[list[list[int]]]) -> Callable[[np.ndarray], np.ndarray]:
+    """Rewards of tokens [B,M,T] by pycocoevalcap: strings, its n-grams, its CIDEr-D, document frequencies given."""
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    texts = [[" ".join(map(str, caption)) for caption in captions] for captions in references]
+
+    def score(tokens: np.ndarray) -> np.ndarray:
+        scorer = CiderScorer(n=4, sigma=6.0)
+        for samples, of_image in zip(tokens.tolist(), texts, strict=True):
+            for sample in samples:
+                scorer += (" ".join(str(word) for word in sample if word != PAD), of_image)
+        if frequencies:
+            scorer.document_frequency = frequencies[0]
+        else:  # counted once, as training code has them from a file; each image stands there for each of its samples
+            scorer.compute_doc_freq()
+            frequencies.append(scorer.document_frequency)
+        return np.array(scorer.compute_cider(), np.float32).reshape(tokens.shape[:2])
+
+    frequencies: list[Any] = []
+    return score
+
+
+def self_critical_benchmark(options: argparse.Namespace) -> None:
+    """The whole step, with its own reward, with none and with the official tools' on the host, interleaved."""
+    s = decoder_sizes(options, batch=50)
+    config = DECODERS[options.decoder]
+    decoder = config.build(s["D"], s["V"], dtype=jnp.dtype(options.dtype), rngs=nnx.Rngs(0))
+    graph, params, frozen = split_trained(CaptionModel(None, decoder))
+    optimizer = Optimizer("adam", 1e-6).build(100, 1000)
+    objective = SelfCritical(samples=s["M"])
+    images = _corpus(s["B"], s["V"], seed=1)
+    parallel = DataParallel()
+    batch = parallel.put(
+        {
+            "regions": regions_of(s),
+            "references": _padded(images),
+            "reference_count": np.full(s["B"], REFERENCES, np.float32),
+            "weight": np.ones(s["B"], np.float32),
+            "row": np.arange(s["B"], dtype=np.int32),
+        }
+    )
+    frequencies = parallel.replicate(document_frequencies([*images, *_corpus(CORPUS, s["V"], seed=2)], s["V"]))
+    own_rewards = self_critical.rewards
+
+    def step_with(reward: Callable[..., Any] | None) -> Thing:
+        """A step with these rewards; the function is looked up when the step is traced.
+
+        Captions of random weights have a reward of 0, and what has no advantage is not differentiated. So something
+        that is never equal is added, in all steps.
+        """
+
+        def rewards(objective: SelfCritical, tokens: jax.Array, *rest: Any) -> jax.Array:
+            unequal = tokens.sum(-1).astype(jnp.float32)
+            return unequal if reward is None else unequal + reward(objective, tokens, *rest)
+
+        step = parallel.compile(
+            self_critical_step(
+                graph, objective, optimizer, key=jax.random.key(0), max_words=WORDS, bad_endings=range(4, 44)
+            )
+        )
+        held = [parallel.replicate(first_state(jax.tree.map(jnp.copy, params), optimizer, ema=False))]
+
+        def once() -> None:
+            self_critical.rewards = rewards
+            held[0], _ = step(held[0], Constants(frozen, frequencies, None), batch)
+            jax.block_until_ready(held[0])
+            self_critical.rewards = own_rewards
+
+        return once
+
+    tokens = jnp.asarray(np.random.default_rng(0).integers(4, s["V"], (s["B"], s["M"], WORDS)), jnp.int32)
+    reward = jax.jit(
+        lambda tokens, given, count, frequencies: own_rewards(
+            objective, tokens, prepare_references(given, count, frequencies), frequencies
+        )
+    )
+    given = jnp.asarray(_padded(images)), jnp.full(s["B"], REFERENCES, jnp.float32)
+    product, flops = matmul(options.dtype)
+    things: dict[str, Thing] = {
+        "step": step_with(own_rewards),
+        "step without a reward": step_with(None),
+        "reward alone": lambda: jax.block_until_ready(reward(tokens, *given, frequencies)),
+        "matmul": product,
+    }
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        print("pycocoevalcap is not installed: no comparison")
+    else:
+        host = _on_host(images)
+        own = reward(jnp.asarray(_padded(images)), *given, document_frequencies(images, s["V"]))
+        print(f"largest difference of the two sides' rewards: {np.abs(host(_padded(images)) - own).max():.1e}")
+
+        def by_host(objective: SelfCritical, tokens: jax.Array, *_: Any) -> jax.Array:
+            shape = jax.ShapeDtypeStruct(tokens.shape[:2], jnp.float32)
+            return jax.pure_callback(lambda tokens: host(np.asarray(tokens)), shape, tokens)
+
+        things["step with the reward of pycocoevalcap on the host"] = step_with(by_host)
+        things["reward of pycocoevalcap alone"] = lambda: host(np.asarray(tokens))
+    seconds = medians(things, options.rounds)
+    plain = flops / seconds.pop("matmul")
+    print(
+        f"{options.decoder}, {s['B']} images x {s['M']} samples of {WORDS} words, N={s['N']}, V={s['V']}, document "
+        f"frequencies of {CORPUS + s['B']} images; plain matmul rate {plain / 1e9:.0f} GFLOP/s"
+    )
+    for name, value in seconds.items():
+        print(f"{name}: {1e3 * value:.1f} ms, {value / seconds['step']:.3f} of the step")
+    print(f"{s['B'] * s['M'] / seconds['step']:.1f} captions/s")
