@@ -48,8 +48,8 @@ class SelfCritical:
     bleu: float = 0.0
     """Weight of the caption's BLEU-4 (0 to 1)."""
     reward_eos: bool = True
-    """The end of a caption counts as a word in candidates, references and document frequencies (SacreEOS's STANDARD,
-    https://arxiv.org/abs/2305.12254). Without it captions learn to end on "a" or "with a"."""
+    """The end of a caption counts as a word in candidates, references and document frequencies: SacreEOS's STANDARD
+    (Hu et al. 2023, https://arxiv.org/abs/2305.12254, who show captions that break off without it); else NO<EOS>."""
     temperature: float = 1.0
     """Of the policy that is sampled and trained: logits are divided by it."""
     entropy: float = 0.0

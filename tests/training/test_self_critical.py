@@ -88,15 +88,20 @@ def log_probs(graph: Any, params: Any, frozen: Any, regions: np.ndarray, caption
     return jnp.where(captions != PAD, chosen, 0.0).sum(-1)
 
 
+_SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     "objective",
     [
-        SelfCritical(samples=4),
-        SelfCritical(samples=1, baseline="greedy"),
-        SelfCritical(samples=3, baseline="greedy", cider=0.5, bleu=2.0, reward_eos=False, temperature=1.7),
-        SelfCritical(samples=3, temperature=0.7, entropy=0.8, kl=0.9),
+        pytest.param(SelfCritical(samples=4), id="mean", marks=_SLOW),
+        pytest.param(SelfCritical(samples=1, baseline="greedy"), id="greedy", marks=_SLOW),
+        pytest.param(
+            SelfCritical(samples=3, baseline="greedy", cider=0.5, bleu=2.0, reward_eos=False, temperature=1.7),
+            id="mixture",
+        ),
+        pytest.param(SelfCritical(samples=3, temperature=0.7, entropy=0.8, kl=0.9), id="penalties"),
     ],
-    ids=["mean", "greedy", "mixture", "penalties"],
 )
 def test_gradient_is_that_of_the_expected_reward(objective: SelfCritical) -> None:
     """Within the standard error of many samples, leaf by leaf, and along the exact gradient to some percent."""
@@ -159,7 +164,7 @@ def test_gradient_is_that_of_the_expected_reward(objective: SelfCritical) -> Non
         np.testing.assert_allclose(mean["kl"], p @ (np.log(p) - np.asarray(before)), rtol=0.05)
 
 
-@pytest.mark.parametrize("baseline", ["mean", "greedy"])
+@pytest.mark.parametrize("baseline", ["mean", pytest.param("greedy", marks=_SLOW)])
 def test_constant_reward_teaches_nothing(monkeypatch: pytest.MonkeyPatch, baseline: Any) -> None:
     monkeypatch.setattr(self_critical, "cider_d", lambda tokens, *_: jnp.full(tokens.shape[:2], 0.7))
     graph, params, frozen = reading(small(dropout=0.5))
@@ -175,12 +180,20 @@ def test_constant_reward_teaches_nothing(monkeypatch: pytest.MonkeyPatch, baseli
 @pytest.mark.parametrize(
     "decoder",
     [
-        small(dropout=0.5),
-        small(dropout=0.5, variational_dropout=True),
-        Transformer(hidden_size=8, embedding_size=8, feedforward_size=8, heads=2, layers=1, dropout=0.3, max_length=8),
-        AttentionOnAttention(hidden_size=8, embedding_size=8, heads=2, refining=1, dropout=0.3),
+        pytest.param(small(dropout=0.5), id="attend", marks=_SLOW),
+        pytest.param(small(dropout=0.5, variational_dropout=True), id="variational"),
+        pytest.param(
+            Transformer(
+                hidden_size=8, embedding_size=8, feedforward_size=8, heads=2, layers=1, dropout=0.3, max_length=8
+            ),
+            id="transformer",
+        ),
+        pytest.param(
+            AttentionOnAttention(hidden_size=8, embedding_size=8, heads=2, refining=1, dropout=0.3),
+            id="aoa",
+            marks=_SLOW,
+        ),
     ],
-    ids=["attend", "variational", "transformer", "aoa"],
 )
 def test_what_is_trained_is_what_was_sampled(monkeypatch: pytest.MonkeyPatch, decoder: Any) -> None:
     """Step by step and all at once, captions have the same probability, dropout and temperature included."""
@@ -233,7 +246,9 @@ def stepped() -> Callable[..., Any]:
     return run
 
 
-@pytest.mark.parametrize(("mode", "devices", "accumulate"), [("pmap", 4, 1), ("shard_map", 2, 2)])
+@pytest.mark.parametrize(
+    ("mode", "devices", "accumulate"), [("pmap", 4, 1), pytest.param("shard_map", 2, 2, marks=_SLOW)]
+)
 def test_any_number_of_devices_gives_the_same_parameters(
     stepped: Callable[..., Any], mode: str, devices: int, accumulate: int
 ) -> None:
@@ -248,7 +263,7 @@ def test_any_number_of_devices_gives_the_same_parameters(
     assert min(moved) > 0  # the encoder too
 
 
-@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+@pytest.mark.parametrize("mode", ["pmap", pytest.param("shard_map", marks=_SLOW)])
 def test_step_is_compiled_once_and_never_leaves_the_device(mode: Any) -> None:
     graph, params, frozen = seeing()
     parallel, step = compiled(graph, FULL, mode, 2)

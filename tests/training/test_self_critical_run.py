@@ -99,7 +99,7 @@ def test_interrupted_it_ends_the_same_without_the_run_it_started_from(
         np.testing.assert_array_equal(ours[name], leaf, err_msg=name)
 
 
-@pytest.mark.parametrize("moment", ["caption", "teacher_forced"])
+@pytest.mark.parametrize("moment", ["caption", pytest.param("teacher_forced", marks=pytest.mark.slow)])
 def test_killed_before_its_first_checkpoint_it_starts_again(
     experiment: Experiment, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -120,6 +120,7 @@ def test_killed_before_its_first_checkpoint_it_starts_again(
     assert run(changed, tmp_path / "run", trained).step == 1
 
 
+@pytest.mark.slow
 def test_without_a_better_validation_the_start_is_what_is_kept(
     experiment: Experiment, trained: Path, tmp_path: Path
 ) -> None:
