@@ -3,6 +3,7 @@
 Captions are sampled, scored and learned from in one compiled step that never leaves the device.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -61,9 +62,10 @@ class SelfCritical:
     def __post_init__(self) -> None:
         if self.baseline not in ("mean", "greedy"):
             raise UserError(f"objective.baseline is {self.baseline!r}; give mean or greedy")
-        if self.samples < 1 or self.temperature < 0.01:
+        if self.samples < 1 or not 0.01 <= self.temperature < math.inf:
             raise UserError("objective: samples is at least 1, temperature at least 0.01")
-        if min(self.cider, self.bleu, self.entropy, self.kl) < 0 or not self.cider + self.bleu > 0:
+        weights = (self.cider, self.bleu, self.entropy, self.kl)
+        if not all(0 <= weight < math.inf for weight in weights) or not self.cider + self.bleu:
             raise UserError("objective: cider, bleu, entropy and kl are not below 0, and cider or bleu is above 0")
         if self.samples == 1 and (self.baseline == "mean" or self.entropy or self.kl):
             raise UserError("objective.samples is 1; a mean of others, entropy and kl need 2 or more")
