@@ -1,5 +1,6 @@
 """COCO, Karpathy's splits: self-critical training of the run of `coco`, on CIDEr-D.
 
+    imgcap data prepare coco
     imgcap train coco
     imgcap train coco_scst --init-from runs/coco
     imgcap evaluate runs/coco_scst --split val --beam 3
@@ -17,5 +18,5 @@ experiment = replace(
     coco,
     objective=SelfCritical(temperature=0.6),
     optimizer=Optimizer("adam", 5e-5, warmup_epochs=0.1),
-    training=replace(coco.training, epochs=15, ema_decay=0.99, validation_beam=3),
+    training=replace(coco.training, epochs=15, ema_decay=0.99, validation_beam=3, validation_images=None, patience=0),
 )

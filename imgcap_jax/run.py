@@ -64,7 +64,7 @@ class Run:
 
         The other run need not be named again: its weights are in the checkpoints.
         """
-        if init_from is not None and (self.init_from is None or self.init_from != init_from.absolute()):
+        if init_from is not None and (self.init_from is None or self.init_from.resolve() != init_from.resolve()):
             raise UserError(
                 f"{self.folder} started from {self.init_from or 'fresh weights'}, not from {init_from}; "
                 f"choose another --run, or leave out --init-from to go on with it"

@@ -44,24 +44,27 @@ class DocumentFrequencies(NamedTuple):
     idf: tuple[Array, ...]
     unseen: Array
 
-    def save(self, path: Path) -> None:
-        """Writes them as an .npz file. Raises UserError where the disk is full."""
+    def save(self, path: Path, of: str) -> None:
+        """Writes them as an .npz file; `of` says what they were counted on. Raises UserError where the disk is full."""
         named = {f"{name}{i}": leaf for name in ("start", "last", "idf") for i, leaf in enumerate(getattr(self, name))}
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, unseen=self.unseen, **named)
+            np.savez(file, of=of, unseen=self.unseen, **named)
 
     @classmethod
-    def load(cls, path: Path) -> "DocumentFrequencies":
-        """Reads what ``save`` wrote. Raises UserError where it is no such file."""
+    def load(cls, path: Path, of: str) -> "DocumentFrequencies":
+        """Reads what ``save`` wrote. Raises UserError where it is no such file, or was counted on something else."""
         try:
             with np.load(path) as file:
                 start, last, idf = (
                     tuple(jnp.asarray(file[f"{name}{i}"]) for i in range(count))
                     for name, count in (("start", ORDERS - 1), ("last", ORDERS - 1), ("idf", ORDERS))
                 )
-                return cls(start, last, idf, jnp.asarray(file["unseen"]))
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
-            raise UserError(f"{path} can't be read ({error}); delete it, and it is made again") from error
+                found = cls(start, last, idf, jnp.asarray(file["unseen"]))
+                if str(file["of"]) == of:
+                    return found
+        except (OSError, EOFError, TypeError, ValueError, KeyError, BadZipFile) as error:
+            raise UserError(f"{path} is damaged; delete it, and it is made again") from error
+        raise UserError(f"{path} was counted on other captions; delete it, and it is made again")
 
 
 def document_frequencies(corpus: Sequence[Sequence[Sequence[int]]], words: int) -> DocumentFrequencies:

@@ -56,12 +56,12 @@ class Degeneration:
         if self._above(self.bad_endings, references.bad_endings):
             said.append(
                 f"{_percent(self.bad_endings)} of the captions break off on a word such as 'a' or 'with' (references "
-                f"{_percent(references.bad_endings)}): decoding with --decode.forbid-bad-endings true forbids it"
+                f"{_percent(references.bad_endings)}): imgcap evaluate --decode.forbid-bad-endings true forbids it"
             )
         if self._above(self.repetitions, references.repetitions):
             said.append(
                 f"{_percent(self.repetitions)} of the captions repeat a phrase (references "
-                f"{_percent(references.repetitions)}): decoding with --decode.no-repeat-ngram 3 forbids it"
+                f"{_percent(references.repetitions)})"
             )
         if self.unfinished is not None and self._above(self.unfinished, 0.0):
             said.append(f"{_percent(self.unfinished)} of the captions have no end and were cut at the most words")

@@ -87,8 +87,10 @@ class Checkpoints:
         manager.close()
 
     def restore_start(self, template: Any) -> Any:
-        """What ``keep_start`` kept, placed as ``template`` is. Raises UserError where it does not fit."""
+        """What ``keep_start`` kept, placed as ``template`` is. Raises UserError where it is missing or does not fit."""
         manager = _manager(self.folder / "start", self._writing)
+        if manager.latest_step() is None:
+            raise UserError(f"{self.folder / 'start'}, the weights that training began with, is missing; start anew")
         with _shape_errors(self.folder / "start"):
             restored = manager.restore(0, args=ocp.args.StandardRestore(_raw(_abstract(template))))
         manager.close()

@@ -236,10 +236,10 @@ def _document_frequencies(folder: Path, references: CaptionTable, *, resumed: bo
     """Those of the training captions: counted once, and kept in the run."""
     path = folder / "document_frequencies.npz"
     if resumed and path.is_file():
-        return DocumentFrequencies.load(path)
+        return DocumentFrequencies.load(path, references.fingerprint)
     frequencies = document_frequencies(list(references.captions()), references.words)
     if jax.process_index() == 0:
-        frequencies.save(path)
+        frequencies.save(path, references.fingerprint)
     return frequencies
 
 
@@ -268,6 +268,8 @@ def _open_run(experiment: Experiment, folder: Path, sources: Sequence[CaptionSou
             "self-critical training refines a model that writes captions already: train one with cross-entropy, then "
             "give --init-from RUN"
         )
+    if isinstance(experiment.objective, SelfCritical) and sum(len(source) for source in sources) < 2:
+        raise UserError(f"{experiment.data.dataset}: one training image has no document frequencies; give two or more")
     if init_from is not None:
         check_encoder(init_from, experiment)  # here and once: before hours go into features, and not on resuming
     captions = (caption for source in sources for i in range(len(source)) for caption in source.captions(i))

@@ -119,15 +119,19 @@ def test_end_of_sentence_counts_where_it_stands() -> None:
 
 def test_document_frequencies_are_kept(tmp_path: Path) -> None:
     frequencies = document_frequencies([[[4, 5, 6, 7], [4, 5]], [[8, 9]]], 10)
-    frequencies.save(tmp_path / "kept.npz")
-    kept = DocumentFrequencies.load(tmp_path / "kept.npz")
+    frequencies.save(tmp_path / "kept.npz", "these")
+    kept = DocumentFrequencies.load(tmp_path / "kept.npz", "these")
     assert jax.tree.structure(kept) == jax.tree.structure(frequencies)
     for ours, theirs in zip(jax.tree.leaves(kept), jax.tree.leaves(frequencies), strict=True):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)
-    (tmp_path / "kept.npz").write_bytes((tmp_path / "kept.npz").read_bytes()[:200])
-    with pytest.raises(UserError, match="delete it"):
-        DocumentFrequencies.load(tmp_path / "kept.npz")
+    with pytest.raises(UserError, match="other captions"):
+        DocumentFrequencies.load(tmp_path / "kept.npz", "others")
+    whole = (tmp_path / "kept.npz").read_bytes()
+    for damaged in (whole[:200], b"", b"text"):
+        (tmp_path / "kept.npz").write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged; delete it"):
+            DocumentFrequencies.load(tmp_path / "kept.npz", "these")
 
 
 def test_nothing_but_32_bits_and_no_callback() -> None:

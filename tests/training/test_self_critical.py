@@ -301,8 +301,8 @@ def test_settings_that_do_not_go_together_are_told() -> None:
         ({"samples": 1}, "2 or more"),
         ({"samples": 1, "baseline": "greedy", "kl": 0.1}, "2 or more"),
         ({"cider": 0.0}, "cider or bleu is above 0"),
-        ({"entropy": -1.0}, "not below 0"),
-        ({"kl": float("nan")}, "not below 0"),
+        ({"entropy": -1.0}, "finite and not below 0"),
+        ({"kl": float("nan")}, "finite and not below 0"),
         ({"temperature": 0.0}, "at least 0.01"),
         ({"baseline": "other"}, "mean or greedy"),
     ):

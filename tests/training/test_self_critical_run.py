@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.sources import open_source
 from imgcap_jax.errors import UserError
 from imgcap_jax.evaluation import SplitEvaluator
@@ -69,7 +70,8 @@ def test_interrupted_it_ends_the_same_without_the_run_it_started_from(
     # The document frequencies are those of the training captions, as the reward counts them.
     source = open_source("scenes", "train", experiment.data.data_dir)
     vocabulary = Run.load(tmp_path / "whole").vocabulary
-    idf = np.asarray(DocumentFrequencies.load(tmp_path / "whole" / "document_frequencies.npz").idf[0])
+    of = CaptionTable.as_references([source], vocabulary, eos=True).fingerprint
+    idf = np.asarray(DocumentFrequencies.load(tmp_path / "whole" / "document_frequencies.npz", of).idf[0])
     for word in vocabulary.words[4:]:
         images = sum(any(word in tokenize(text) for text in source.captions(i)) for i in range(len(source)))
         np.testing.assert_allclose(idf[vocabulary.ids([word])[0]], np.log(len(source) / images), atol=1e-6)
