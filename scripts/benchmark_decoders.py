@@ -187,8 +187,8 @@ def decoders(options: argparse.Namespace) -> None:
     parameters: dict[str, int] = {}
     for path in sorted((Path(__file__).parent.parent / "experiments").glob("flickr8k_*.py")):
         experiment = find(str(path))
-        if experiment.encoder != find("flickr8k").encoder:
-            continue  # an experiment on encoders
+        if experiment.encoder != find("flickr8k").encoder or not isinstance(experiment.objective, CrossEntropy):
+            continue  # an experiment on encoders, or one that starts from another
         decoder = experiment.decoder.build(s["D"], s["V"], dtype=jnp.dtype(options.dtype), rngs=nnx.Rngs(0))
         graph, params, frozen = split_trained(CaptionModel(None, decoder))
         name = path.stem.removeprefix("flickr8k_")
