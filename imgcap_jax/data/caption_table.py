@@ -25,15 +25,13 @@ class CaptionTable:
         words: more than the largest id.
     """
 
-    def __init__(
-        self, captions: Sequence[Sequence[Sequence[int] | npt.NDArray[np.int32]]], length: int, words: int
-    ) -> None:
+    def __init__(self, captions: Sequence[Sequence[Sequence[int] | npt.NDArray[np.int32]]], length: int) -> None:
         """Captions of each image, each an array of at most `length` ids."""
         self.first = np.concatenate([[0], np.cumsum([len(of_image) for of_image in captions])])
         self.tokens = np.full((self.first[-1], length), PAD, np.int32)
         for row, caption in enumerate(chain.from_iterable(captions)):
             self.tokens[row, : len(caption)] = caption
-        self.words = words
+        self.words = int(self.tokens.max(initial=0)) + 1
 
     @classmethod
     def for_training(cls, sources: "Sequence[CaptionSource]", vocabulary: "Vocabulary", length: int) -> "CaptionTable":
@@ -43,7 +41,7 @@ class CaptionTable:
             for source in sources
             for i in range(len(source))
         ]
-        return cls(captions, length, len(vocabulary))
+        return cls(captions, length)
 
     @classmethod
     def as_references(
@@ -64,7 +62,7 @@ class CaptionTable:
             for i in range(len(source))
         ]
         longest = max((len(caption) for caption in chain.from_iterable(captions)), default=0)
-        return cls(captions, max(longest, 1), len(known) + UNK + 1)
+        return cls(captions, max(longest, 1))
 
     @property
     def fingerprint(self) -> str:
