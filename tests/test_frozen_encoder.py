@@ -50,6 +50,7 @@ def test_captions_from_images_equal_those_from_the_store(trained: tuple[Run, Pat
     assert from_images == list(evaluation.captioned.captions.values())
 
 
+@pytest.mark.slow
 def test_store_holds_what_the_encoder_says_of_each_image(trained: tuple[Run, Path]) -> None:
     run, cache = trained
     source = open_source("scenes", "train", run.experiment.data.data_dir)

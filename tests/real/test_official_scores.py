@@ -218,6 +218,7 @@ def odd_texts(count: int, seed: int) -> list[str]:
     return [text.replace("|", " ") for text in texts]  # which the jar's protocol is made of
 
 
+@pytest.mark.slow
 def test_meteor_of_odd_text_equals_the_jar() -> None:
     """Unicode, emoji, quotes, addresses, nothing at all, a thousand words."""
     others = odd_texts(1500, seed=2)

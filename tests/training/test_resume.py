@@ -80,6 +80,7 @@ def test_killed_three_times_ends_bit_identical(
     assert command.lines() == uninterrupted.lines()  # none lost, none twice
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_resumes(
     uninterrupted: Command, tiny_data: Path, tiny_file: Path, tmp_path: Path
 ) -> None:

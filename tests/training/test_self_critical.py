@@ -95,10 +95,11 @@ _SLOW = pytest.mark.slow
     "objective",
     [
         pytest.param(SelfCritical(samples=4), id="mean", marks=_SLOW),
-        pytest.param(SelfCritical(samples=1, baseline="greedy"), id="greedy", marks=_SLOW),
+        pytest.param(SelfCritical(samples=1, baseline="greedy"), id="greedy"),
         pytest.param(
             SelfCritical(samples=3, baseline="greedy", cider=0.5, bleu=2.0, reward_eos=False, temperature=1.7),
             id="mixture",
+            marks=_SLOW,
         ),
         pytest.param(SelfCritical(samples=3, temperature=0.7, entropy=0.8, kl=0.9), id="penalties"),
     ],
