@@ -144,7 +144,7 @@ class SplitEvaluator:
 
     @cached_property
     def _references_degeneration(self) -> Degeneration:
-        return Degeneration.of(tokenize(text) for texts in self.references.values() for text in texts)
+        return Degeneration.of(itertools.chain.from_iterable(self._scorer.references.tokens))
 
     def score_of_other_photos(self, captions: Mapping[int, str]) -> Scores:
         """The scores when each image gets the caption of another one, drawn at random: the floor.

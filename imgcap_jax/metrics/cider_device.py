@@ -110,7 +110,9 @@ class References(NamedTuple):
 
 def prepare_references(tokens: Array, per_image: Array, frequencies: DocumentFrequencies) -> References:
     """Weights references, int32 [B,R,T], filled up with pad; `per_image` [B] of each image's R are real."""
-    norm = jnp.sqrt(_squares(Grams(tokens), frequencies))
+    grams, idf = Grams(tokens), _idf(tokens, frequencies)
+    # Each place of an n-gram brings count x idf^2 to the squared norm.
+    norm = jnp.sqrt(jnp.stack([(grams.counts(grams, n) * idf[n] ** 2).sum(-1) for n in range(ORDERS)], -1))
     # Rows that only fill a batch have none.
     return References(tokens, norm, jnp.maximum(per_image, 1).astype(jnp.float32))
 
@@ -128,24 +130,19 @@ def cider_d(candidates: Array, references: References, frequencies: DocumentFreq
     """
     ours, theirs = Grams(candidates[:, :, None]), Grams(references.tokens[:, None])  # [B,M,1,T] and [B,1,R,T]
     idf = [values[:, :, None] for values in _idf(candidates, frequencies)]  # [B,M,1,T]
-    norm = jnp.sqrt(_squares(Grams(candidates), frequencies))  # [B,M,ORDERS]
     similarity = jnp.zeros(())
     for order in range(ORDERS):
         own, common = ours.counts(ours, order), ours.counts(theirs, order)  # [B,M,1,T], [B,M,R,T]
+        weight = idf[order] ** 2  # [B,M,1,T]
         # Each place of an n-gram brings its share of what all its places are to bring.
-        product = jnp.minimum(own, common) * common * idf[order] ** 2 / jnp.maximum(own, 1)
-        scale = norm[:, :, None, order] * references.norm[:, None, :, order]  # [B,M,R]
+        product = jnp.minimum(own, common) * common * weight / jnp.maximum(own, 1)
+        norm = jnp.sqrt((own * weight).sum(-1))  # [B,M,1]
+        scale = norm * references.norm[:, None, :, order]  # [B,M,R]
         similarity += product.sum(-1) / jnp.where(scale > 0, scale, 1)
     # The official code counts bigrams as the length.
     difference = jnp.maximum(ours.length - 1, 0) - jnp.maximum(theirs.length - 1, 0)
     similarity *= jnp.exp(-(difference.astype(jnp.float32) ** 2) / (2 * SIGMA**2)) / ORDERS
     return 10 * similarity.sum(-1) / references.per_image[:, None]
-
-
-def _squares(grams: Grams, frequencies: DocumentFrequencies) -> Array:
-    """Squared norms of tf-idf vectors, [...,ORDERS]: each place of an n-gram brings count x idf²."""
-    idf = _idf(grams.tokens, frequencies)
-    return jnp.stack([(grams.counts(grams, order) * idf[order] ** 2).sum(-1) for order in range(ORDERS)], -1)
 
 
 def _idf(tokens: Array, frequencies: DocumentFrequencies) -> list[Array]:

@@ -90,6 +90,9 @@ class CaptionScorer:
         references: image id -> raw captions; which images they are decides the idf of CIDEr-D.
         metrics: the metrics to compute; None: ``available_metrics()``.
 
+    Attributes:
+        references: tokenised.
+
     Raises:
         UserError: no image, or an image without a reference.
     """
@@ -108,8 +111,8 @@ class CaptionScorer:
             )
         metrics = available_metrics() if metrics is None else metrics
         self._missing = missing_metrics()
-        self._references = References.from_captions(references)
-        self._metrics = {label: prepare(self._references) for label, prepare in metrics.items()}
+        self.references = References.from_captions(references)
+        self._metrics = {label: prepare(self.references) for label, prepare in metrics.items()}
         self.signature = self._sign(list(metrics))
 
     def score(self, candidates: Mapping[int, str]) -> Scores:
@@ -118,7 +121,7 @@ class CaptionScorer:
         Raises:
             UserError: an image has no candidate, or a candidate no references.
         """
-        image_ids = self._references.image_ids
+        image_ids = self.references.image_ids
         absent = [image_id for image_id in image_ids if image_id not in candidates]
         if absent:
             raise UserError(
@@ -133,7 +136,7 @@ class CaptionScorer:
                 "check that captions and references belong to the same split"
             )
         tokens = [tokenize(candidates[image_id]) for image_id in image_ids]
-        prepared = Candidates(tokens, self._references)
+        prepared = Candidates(tokens, self.references)
         found: dict[str, MetricScore] = {}
         signatures: dict[str, str] = {}
         for label, metric in self._metrics.items():
@@ -150,13 +153,13 @@ class CaptionScorer:
         )
 
     def _sign(self, labels: Sequence[str]) -> str:
-        fewest, most = self._references.per_image.min(), self._references.per_image.max()
+        fewest, most = self.references.per_image.min(), self.references.per_image.max()
         return "|".join(
             [
                 _VERSION,
                 "tok:ptb-coco",
                 f"refs:{fewest}" if fewest == most else f"refs:{fewest}-{most}",
-                f"n:{len(self._references.image_ids)}",
+                f"n:{len(self.references.image_ids)}",
                 ",".join(labels),
             ]
         )

@@ -14,7 +14,6 @@ import pytest
 from imgcap_jax.errors import UserError
 from imgcap_jax.evaluation import SplitEvaluator
 from imgcap_jax.experiment import Experiment
-from imgcap_jax.experiment_files import find
 from imgcap_jax.files import owning
 from imgcap_jax.metrics.scoring import Scores
 from imgcap_jax.models.encoders.small_cnn import SmallCNN
@@ -25,14 +24,9 @@ from imgcap_jax.training.loop import Outcome, train
 
 
 @pytest.fixture
-def experiment(tiny_file: Path, tiny_data: Path) -> Experiment:
+def experiment(tiny: Experiment) -> Experiment:
     """Ten steps, five an epoch, a validation after every second step."""
-    tiny = find(str(tiny_file))
-    return replace(
-        tiny,
-        data=replace(tiny.data, data_dir=tiny_data),
-        training=replace(tiny.training, evaluate_epochs=0.4),
-    )
+    return replace(tiny, training=replace(tiny.training, evaluate_epochs=0.4))
 
 
 @pytest.fixture
@@ -120,10 +114,9 @@ def test_two_trainings_of_one_run_are_refused(experiment: Experiment, tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_file: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tiny: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    tiny = find(str(tiny_file))
-    run(replace(tiny, data=replace(tiny.data, data_dir=tiny_data)), folder)
+    run(tiny, folder)
     return folder
 
 

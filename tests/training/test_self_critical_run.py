@@ -16,7 +16,6 @@ from imgcap_jax.data.sources import open_source
 from imgcap_jax.errors import UserError
 from imgcap_jax.evaluation import SplitEvaluator
 from imgcap_jax.experiment import Experiment, from_json, to_json
-from imgcap_jax.experiment_files import find
 from imgcap_jax.metrics.cider_device import DocumentFrequencies
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.run import Run
@@ -28,12 +27,10 @@ from imgcap_jax.training.self_critical import SelfCritical
 
 
 @pytest.fixture
-def experiment(tiny_file: Path, tiny_data: Path) -> Experiment:
+def experiment(tiny: Experiment) -> Experiment:
     """Six steps, a validation after every third."""
-    tiny = find(str(tiny_file))
     return replace(
         tiny,
-        data=replace(tiny.data, data_dir=tiny_data),
         objective=SelfCritical(samples=2, kl=0.1),
         optimizer=Optimizer("adam", 1e-2, warmup_epochs=0),
         training=replace(tiny.training, epochs=1.2, evaluate_epochs=0.6),

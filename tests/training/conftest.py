@@ -1,0 +1,32 @@
+"""What several tests of training use."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+
+from imgcap_jax.experiment import Experiment
+from imgcap_jax.experiment_files import find
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_file: Path, tiny_data: Path) -> Experiment:
+    """The tiny experiment, on its data."""
+    experiment = find(str(tiny_file))
+    return replace(experiment, data=replace(experiment.data, data_dir=tiny_data))
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """What is traced or compiled while a test runs, as it happens."""
+    heard: list[str] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if "compile" in event or "trace" in event:
+            heard.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield heard
+    jax.monitoring.unregister_event_duration_listener(listen)
