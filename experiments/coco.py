@@ -9,7 +9,7 @@ Not run yet: the images could not be had where this was written, so no scores ar
 """
 
 from imgcap_jax.data.pipeline import CaptionData
-from imgcap_jax.decoding_settings import Decoding
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.experiment import Experiment, Training
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite

@@ -21,7 +21,7 @@ ROUGE-L 47.4, CIDEr-D 55.9. It is where `flickr8k_scst` starts.
 
 from imgcap_jax.data.images import Augmentation
 from imgcap_jax.data.pipeline import CaptionData
-from imgcap_jax.decoding_settings import Decoding
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.experiment import Experiment, Training
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite

@@ -11,7 +11,7 @@ optimistic.
 """
 
 from imgcap_jax.data.pipeline import CaptionData
-from imgcap_jax.decoding_settings import Decoding
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.experiment import Experiment, Training
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.encoders.small_cnn import SmallCNN

@@ -12,15 +12,15 @@ from PIL import Image, ImageOps
 
 from imgcap_jax.data.images import ImageError, decode
 from imgcap_jax.decoding.decoded import Decoded
-from imgcap_jax.decoding_settings import Decoding
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
-from imgcap_jax.evaluation import check_ensemble
 from imgcap_jax.files import check_writable
-from imgcap_jax.generation import attention_function, caption_function
 from imgcap_jax.metrics.coco_format import write_results
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.report.attention import attention_picture
-from imgcap_jax.run import Run
+from imgcap_jax.run.evaluation import check_ensemble
+from imgcap_jax.run.folder import Run
+from imgcap_jax.run.generation import attention_function, caption_function
 from imgcap_jax.training.checkpoints import Checkpoints
 
 Photo = str | Path | bytes | np.ndarray | Image.Image

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from imgcap_jax.data.images import Augmentation
 from imgcap_jax.data.pipeline import CaptionData
 from imgcap_jax.data.regions import RegionFiles
-from imgcap_jax.decoding_settings import Decoding
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.decoders.adaptive import Adaptive
 from imgcap_jax.models.decoders.aoa import AttentionOnAttention

@@ -14,11 +14,11 @@ from flax import nnx
 from measuring import Thing, decoder_sizes, matmul, medians
 
 from imgcap_jax.data.vocabulary import Vocabulary
-from imgcap_jax.decoding_settings import Decoding
-from imgcap_jax.generation import caption_function
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.decoders.up_down import UpDown
 from imgcap_jax.models.model import CaptionModel, parameter_count, split_trained
+from imgcap_jax.run.generation import caption_function
 from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step
 from imgcap_jax.training.optimizer import Optimizer
 from imgcap_jax.training.parallel import DataParallel
@@ -171,7 +171,7 @@ def decode(options: argparse.Namespace) -> None:
 
 def decoders(options: argparse.Namespace) -> None:
     """Training captions/s and parameters of every decoder as in experiments/flickr8k_*.py, side by side."""
-    from imgcap_jax.experiment_files import find  # needs TFDS
+    from imgcap_jax.cli.experiments import find  # needs TFDS
 
     s = {"B": 16, "M": 5, "T": 18, "N": 64, "D": 1280, "V": 2543}
     parallel = DataParallel()

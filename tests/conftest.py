@@ -29,7 +29,7 @@ from imgcap_jax.data.pipeline import CaptionData
 from imgcap_jax.experiment import Experiment, Training
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.encoders.small_cnn import SmallCNN
-from imgcap_jax.decoding_settings import Decoding
+from imgcap_jax.decoding.settings import Decoding
 
 experiment = Experiment(
     data=CaptionData(dataset="scenes", image_size=32, batch_size=8, captions_per_image=3, min_count=1),
@@ -48,8 +48,8 @@ experiment = Experiment(
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with 40 training scenes of 32 pixels."""
-    from imgcap_jax.data.builders.scenes import SceneSplits
     from imgcap_jax.data.prepare import prepare
+    from imgcap_jax.data.scenes.builder import SceneSplits
 
     folder = tmp_path_factory.mktemp("data")
     splits = SceneSplits(train=40, val=8, test=12, test_compositional=8, image_size=32)
@@ -68,7 +68,7 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(tiny_data: Path, tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the tiny experiment."""
-    from imgcap_jax.cli import main
+    from imgcap_jax.cli.main import main
 
     folder = tmp_path_factory.mktemp("trained")
     arguments = ["train", str(tiny_file), "--run", str(folder / "run"), "--cache", str(folder / "cache")]
@@ -79,7 +79,7 @@ def trained(tiny_data: Path, tiny_file: Path, tmp_path_factory: pytest.TempPathF
 @pytest.fixture
 def refused(request: pytest.FixtureRequest) -> Callable[..., str]:
     """Runs a command that has to fail with one line and exit code 2; gives the line. ``capture``: capfd, for capsys."""
-    from imgcap_jax.cli import main
+    from imgcap_jax.cli.main import main
 
     def run(arguments: list[str], capture: Any = None) -> str:
         capture = capture or request.getfixturevalue("capsys")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from imgcap_jax.data.builders.scenes import encode_png
-from imgcap_jax.data.scenes import draw_scene, sample_scene
+from imgcap_jax.data.scenes.builder import encode_png
+from imgcap_jax.data.scenes.world import draw_scene, sample_scene
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

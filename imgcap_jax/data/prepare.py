@@ -23,7 +23,7 @@ from imgcap_jax.files import disk_full
 
 if TYPE_CHECKING:  # these import TFDS, which takes a while
     from imgcap_jax.data.builders.base import CaptionBuilder
-    from imgcap_jax.data.builders.scenes import SceneSplits
+    from imgcap_jax.data.scenes.builder import SceneSplits
 
 _RESERVED = ("scenes", "coco", coco.NAME)
 # What a killed run left behind is removed, unless another process may still be writing to it.
@@ -83,7 +83,7 @@ def _check_name(name: str) -> None:
 def _prepare_scenes(
     splits: "SceneSplits | None", name: str, data_dir: Path, progress: bool, say: Callable[[str], None]
 ) -> Path:
-    from imgcap_jax.data.builders.scenes import ScenesBuilder, SceneSplits
+    from imgcap_jax.data.scenes.builder import ScenesBuilder, SceneSplits
 
     splits = splits or SceneSplits()
     source = f"drawn by imgcap_jax from seed {splits.seed}, {splits.image_size} pixels a side"

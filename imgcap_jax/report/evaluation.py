@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from imgcap_jax.data.scene_language import is_true, parse_caption
-from imgcap_jax.data.scenes import Scene
+from imgcap_jax.data.scenes.language import is_true, parse_caption
+from imgcap_jax.data.scenes.world import Scene
 from imgcap_jax.data.sources import CaptionExample
-from imgcap_jax.evaluation import Evaluation
 from imgcap_jax.report.columns import aligned
 from imgcap_jax.report.page import Row, caption_page
+from imgcap_jax.run.evaluation import Evaluation
 
 
 def lines(evaluation: Evaluation) -> list[str]:

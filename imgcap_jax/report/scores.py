@@ -1,8 +1,8 @@
 """Scores of files as lines for the terminal."""
 
 from imgcap_jax.metrics.compare import Difference
+from imgcap_jax.metrics.score_files import ScoreReport
 from imgcap_jax.report.columns import aligned
-from imgcap_jax.score_files import ScoreReport
 
 
 def lines(report: ScoreReport) -> list[str]:

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgcap_jax.data.builders.scenes import SceneSplits
 from imgcap_jax.data.prepare import prepare
-from imgcap_jax.data.scenes import Scene, draw_scene
+from imgcap_jax.data.scenes.builder import SceneSplits
+from imgcap_jax.data.scenes.world import Scene, draw_scene
 from imgcap_jax.data.sources import describe, find_prepared, open_source
 from imgcap_jax.errors import UserError
 
@@ -379,7 +379,7 @@ def test_no_tensorflow_and_no_noise(data_dir: Path) -> None:
         """
         import sys
         from pathlib import Path
-        from imgcap_jax.data.builders.scenes import SceneSplits
+        from imgcap_jax.data.scenes.builder import SceneSplits
         from imgcap_jax.data.prepare import prepare
         from imgcap_jax.data.sources import open_source
         prepare("scenes", data_dir=Path(sys.argv[1]), scenes=SceneSplits(4, 1, 1, 1), progress=False)

@@ -11,14 +11,14 @@ from imgcap_jax.captioner import Captioner
 from imgcap_jax.data.pipeline import CaptionData
 from imgcap_jax.data.regions import ReadyRegions, RegionFiles
 from imgcap_jax.data.sources import CaptionSource, open_source
-from imgcap_jax.decoding_settings import Decoding
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
-from imgcap_jax.evaluation import evaluate
 from imgcap_jax.experiment import Experiment, Training, from_json, to_json
 from imgcap_jax.models.decoders.attend import ShowAttendTell
-from imgcap_jax.run import Run
+from imgcap_jax.run.evaluation import evaluate
+from imgcap_jax.run.folder import Run
+from imgcap_jax.train import train
 from imgcap_jax.training.cross_entropy import CrossEntropy
-from imgcap_jax.training.loop import train
 
 D = 6
 

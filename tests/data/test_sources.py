@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from imgcap_jax.data.builders.scenes import SceneSplits
 from imgcap_jax.data.prepare import prepare
+from imgcap_jax.data.scenes.builder import SceneSplits
 from imgcap_jax.data.sources import CaptionExample, describe, open_source, parse_mixture, split_names
 from imgcap_jax.errors import UserError
 

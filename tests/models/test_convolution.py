@@ -11,7 +11,7 @@ from jax import lax
 
 from imgcap_jax.models.encoders import convolution
 from imgcap_jax.models.encoders.convolution import ConvNorm, adaptive_average_pool, convolve, max_pool
-from imgcap_jax.models.encoders.weights import Frozen
+from imgcap_jax.models.encoders.pretrained.weights import Frozen
 
 
 def normal(*shape: int) -> jax.Array:

@@ -12,7 +12,7 @@ from flax import nnx
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders import efficientnet_lite
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
-from imgcap_jax.models.encoders.weights import Frozen, package_weights
+from imgcap_jax.models.encoders.pretrained.weights import Frozen, package_weights
 
 PARAMETERS: dict[Any, int] = {0: 4_652_008, 1: 5_416_680, 2: 6_092_072, 3: 8_197_096, 4: 13_006_568}
 packaged = pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from imgcap_jax.cli.experiments import find
 from imgcap_jax.experiment import Experiment
-from imgcap_jax.experiment_files import find
 
 
 @pytest.fixture(scope="session")

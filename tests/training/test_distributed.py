@@ -21,7 +21,7 @@ def start(experiment: Path, run: Path, data: Path, devices: int, *options: str) 
         "TFDS_DATA_DIR": str(data),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
-    command = [sys.executable, "-m", "imgcap_jax.cli", "train", str(experiment), "--run", str(run), *options]
+    command = [sys.executable, "-m", "imgcap_jax.cli.main", "train", str(experiment), "--run", str(run), *options]
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

@@ -22,7 +22,7 @@ class Command:
     def __init__(self, experiment: Path, data: Path, folder: Path) -> None:
         self.run = folder / "run"
         self._words = [
-            *(sys.executable, "-m", "imgcap_jax.cli", "train", str(experiment), "--run", str(self.run)),
+            *(sys.executable, "-m", "imgcap_jax.cli.main", "train", str(experiment), "--run", str(self.run)),
             *("--cache", str(folder / "cache")),
         ]
         self._environment = {**os.environ, "TFDS_DATA_DIR": str(data), "XLA_FLAGS": ""}

@@ -14,14 +14,14 @@ import pytest
 from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.sources import open_source
 from imgcap_jax.errors import UserError
-from imgcap_jax.evaluation import SplitEvaluator
 from imgcap_jax.experiment import Experiment, from_json, to_json
 from imgcap_jax.metrics.cider_device import DocumentFrequencies
 from imgcap_jax.models.model import split_trained
-from imgcap_jax.run import Run
+from imgcap_jax.run.evaluation import SplitEvaluator
+from imgcap_jax.run.folder import Run
 from imgcap_jax.text import tokenize
+from imgcap_jax.train import Outcome, train
 from imgcap_jax.training.checkpoints import Checkpoints
-from imgcap_jax.training.loop import Outcome, train
 from imgcap_jax.training.optimizer import Optimizer
 from imgcap_jax.training.self_critical import SelfCritical
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from imgcap_jax.models.encoders import cpu_convolution
 from imgcap_jax.models.encoders.cpu_convolution import Pads, shifted_views
-from imgcap_jax.models.encoders.weights import Frozen
+from imgcap_jax.models.encoders.pretrained.weights import Frozen
 
 Padding = Literal["symmetric", "same"]
 

@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders.convolution import ConvNorm
+from imgcap_jax.models.encoders.pretrained.state_dict import Convolution, Layer, Linear, Network, load_layers
 from imgcap_jax.models.encoders.staged import MeanClassifier, Staged, StagedEncoder
-from imgcap_jax.models.encoders.state_dict import Convolution, Layer, Linear, Network, load_layers
 
 _STEM_CHANNELS = 32
 _FEATURES = 1280

@@ -15,8 +15,8 @@ from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders.convolution import ConvNorm, max_pool
+from imgcap_jax.models.encoders.pretrained.state_dict import Convolution, Layer, Linear, Network, load_layers
 from imgcap_jax.models.encoders.staged import MeanClassifier, Staged, StagedEncoder
-from imgcap_jax.models.encoders.state_dict import Convolution, Layer, Linear, Network, load_layers
 
 _BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # a stage
 _STAGES = 4

@@ -10,9 +10,9 @@ from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders.convolution import adaptive_average_pool
-from imgcap_jax.models.encoders.state_dict import Layer
-from imgcap_jax.models.encoders.weight_sources import Pixel
-from imgcap_jax.models.encoders.weights import Frozen
+from imgcap_jax.models.encoders.pretrained.sources import Pixel
+from imgcap_jax.models.encoders.pretrained.state_dict import Layer
+from imgcap_jax.models.encoders.pretrained.weights import Frozen
 
 
 @dataclass(frozen=True, kw_only=True)

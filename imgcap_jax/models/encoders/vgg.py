@@ -14,9 +14,9 @@ from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders.convolution import ConvNorm, adaptive_average_pool, max_pool
+from imgcap_jax.models.encoders.pretrained.state_dict import Convolution, Layer, Linear, Network, load_layers
+from imgcap_jax.models.encoders.pretrained.weights import Frozen
 from imgcap_jax.models.encoders.staged import Staged, StagedEncoder
-from imgcap_jax.models.encoders.state_dict import Convolution, Layer, Linear, Network, load_layers
-from imgcap_jax.models.encoders.weights import Frozen
 
 _CONVOLUTIONS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # a stage
 _STAGES = 5

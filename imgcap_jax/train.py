@@ -20,14 +20,15 @@ from imgcap_jax.data.prefetch import device_prefetch
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
-from imgcap_jax.evaluation import Captioned, Member, SplitEvaluator
 from imgcap_jax.experiment import Experiment, differences, signature
-from imgcap_jax.extraction import Extraction, uses_store
 from imgcap_jax.files import OWNER, owning, write_text
-from imgcap_jax.generation import bad_endings, check_decoding
 from imgcap_jax.metrics.cider_device import DocumentFrequencies, document_frequencies
 from imgcap_jax.models.model import Params, parameter_count, split_trained
-from imgcap_jax.run import Run
+from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator
+from imgcap_jax.run.extraction import Extraction, uses_store
+from imgcap_jax.run.folder import Run
+from imgcap_jax.run.generation import bad_endings, check_decoding
+from imgcap_jax.run.transfer import check_encoder, transfer
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
 from imgcap_jax.training.cross_entropy import cross_entropy_step
 from imgcap_jax.training.log import MetricsLog
@@ -36,7 +37,6 @@ from imgcap_jax.training.parallel import DataParallel
 from imgcap_jax.training.self_critical import Constants, SelfCritical, self_critical_step
 from imgcap_jax.training.signals import StopRequest
 from imgcap_jax.training.step import first_state
-from imgcap_jax.training.transfer import check_encoder, transfer
 
 SMOKE_IMAGES = 48
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from imgcap_jax.data.scenes import (
+from imgcap_jax.data.scenes.world import (
     COLOURS,
     HELD_OUT,
     RADII,
@@ -34,7 +34,7 @@ def test_same_scenes_in_every_process_and_version() -> None:
         '"background":[[149,163,149],[149,163,149],0.0]}'
     )
     assert sample_scene("test", 3).to_json() == pinned
-    code = "from imgcap_jax.data.scenes import sample_scene; print(sample_scene('test', 3).to_json())"
+    code = "from imgcap_jax.data.scenes.world import sample_scene; print(sample_scene('test', 3).to_json())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == pinned
 

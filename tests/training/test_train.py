@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.evaluation import SplitEvaluator
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.files import owning
 from imgcap_jax.metrics.scoring import Scores
 from imgcap_jax.models.encoders.small_cnn import SmallCNN
 from imgcap_jax.models.model import split_trained
-from imgcap_jax.run import Run
+from imgcap_jax.run.evaluation import SplitEvaluator
+from imgcap_jax.run.folder import Run
+from imgcap_jax.train import Outcome, train
 from imgcap_jax.training.checkpoints import Checkpoints
-from imgcap_jax.training.loop import Outcome, train
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_best_is_of_the_best_validation_not_of_the_last(
 
 def test_validation_with_a_beam_selects_on_its_captions(experiment: Experiment, tmp_path: Path) -> None:
     """The logged CIDEr-D is that of the beam search, not of greedy decoding."""
-    from imgcap_jax.evaluation import evaluate
+    from imgcap_jax.run.evaluation import evaluate
 
     wide = replace(experiment, training=replace(experiment.training, validation_beam=2, validation_images=None))
     run(wide, tmp_path / "run")

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from imgcap_jax.data.scene_language import facts, is_true, parse_caption
-from imgcap_jax.data.scenes import Scene
+from imgcap_jax.data.scenes.language import facts, is_true, parse_caption
+from imgcap_jax.data.scenes.world import Scene
 
 Id = TypeVar("Id", bound=Hashable)
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from imgcap_jax.decoding_settings import options_help
+from imgcap_jax.decoding.settings import options_help
 
 _EPILOG = """examples:
   imgcap data prepare scenes

@@ -14,8 +14,8 @@ from PIL import Image
 
 from imgcap_jax.data.builders.base import CaptionBuilder, CaptionRecord, RecordShard
 from imgcap_jax.data.builders.layout import Origin
-from imgcap_jax.data.scene_language import scene_captions
-from imgcap_jax.data.scenes import draw_scene, sample_scene
+from imgcap_jax.data.scenes.language import scene_captions
+from imgcap_jax.data.scenes.world import draw_scene, sample_scene
 from imgcap_jax.errors import UserError
 
 # Scenes of a split are drawn from (split, index, seed); ids of different splits do not collide.

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from imgcap_jax.cli_parser import build_parser
-from imgcap_jax.decoding_settings import combinations, split_options
+from imgcap_jax.cli.parser import build_parser
+from imgcap_jax.decoding.settings import combinations, split_options
 from imgcap_jax.errors import UserError
 
 # Modules that import JAX or TFDS are imported where they are used, so that --help and errors come at once.
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _cache(options: argparse.Namespace, run: Path) -> Path:
     """The cache's folder, with compiled programs kept in it from now on."""
-    from imgcap_jax.compilation import cache_compilations
+    from imgcap_jax.cli.compilation import cache_compilations
 
     cache: Path = options.cache or run.parent / ".cache"
     cache_compilations(cache)
@@ -60,7 +60,7 @@ def _cache(options: argparse.Namespace, run: Path) -> Path:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from imgcap_jax.experiment_files import find, override, overrides_help
+    from imgcap_jax.cli.experiments import find, override, overrides_help
 
     if options.help:
         options.parser.print_help()
@@ -71,7 +71,7 @@ def _train(options: argparse.Namespace) -> int:
         raise UserError("give an experiment: a file, or the name of one of those in experiments/, as flickr8k")
     experiment = override(find(options.experiment), options.rest)
     from imgcap_jax.experiment import for_smoke
-    from imgcap_jax.training.loop import train
+    from imgcap_jax.train import train
     from imgcap_jax.training.parallel import is_first_process, join_processes
 
     name = Path(options.experiment).stem + ("_smoke" if options.smoke else "")
@@ -106,8 +106,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _features(options: argparse.Namespace) -> int:
-    from imgcap_jax.experiment_files import find, override
-    from imgcap_jax.extraction import extract
+    from imgcap_jax.cli.experiments import find, override
+    from imgcap_jax.run.extraction import extract
 
     experiment = override(find(options.experiment), options.rest)
     extract(experiment, options.splits.split(","), _cache(options, Path("runs") / "any") / "features")
@@ -115,9 +115,9 @@ def _features(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from imgcap_jax.evaluation import sweep
     from imgcap_jax.report.evaluation import lines, table, write_page
-    from imgcap_jax.run import Run
+    from imgcap_jax.run.evaluation import sweep
+    from imgcap_jax.run.folder import Run
 
     runs = [Run.load(folder) for folder in (options.run, *options.ensemble)]
     decodings, swept = _decodings(options, runs[0])
@@ -144,7 +144,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _caption(options: argparse.Namespace) -> int:
     from imgcap_jax.captioner import Captioner, caption_files
-    from imgcap_jax.run import Run
+    from imgcap_jax.run.folder import Run
 
     runs = [Run.load(folder) for folder in options.run]
     decodings, swept = _decodings(options, runs[0])
@@ -180,8 +180,8 @@ def _decodings(options: argparse.Namespace, run: Any) -> tuple[list[Any], list[s
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from imgcap_jax.data.builders.scenes import SceneSplits
     from imgcap_jax.data.prepare import prepare
+    from imgcap_jax.data.scenes.builder import SceneSplits
 
     if options.train_scenes is not None and options.source != "scenes":
         raise UserError(f"--train-scenes is for scenes, not for {options.source!r}; leave it out")
@@ -213,8 +213,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
+    from imgcap_jax.metrics.score_files import score_files
     from imgcap_jax.report.scores import lines
-    from imgcap_jax.score_files import score_files
 
     report = score_files(
         options.captions,

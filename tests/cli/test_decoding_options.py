@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgcap_jax.cli import main
-from imgcap_jax.data.builders.scenes import encode_png
-from imgcap_jax.data.scenes import draw_scene, sample_scene
+from imgcap_jax.cli.main import main
+from imgcap_jax.data.scenes.builder import encode_png
+from imgcap_jax.data.scenes.world import draw_scene, sample_scene
 
 Refused = Callable[..., str]
 
@@ -54,7 +54,7 @@ def test_sweep_scores_every_combination_without_touching_the_run_s_own_scores(
 def test_floor_gives_no_image_its_own_caption(trained: Path) -> None:
     from imgcap_jax.data.sources import open_source
     from imgcap_jax.data.vocabulary import Vocabulary
-    from imgcap_jax.evaluation import SplitEvaluator
+    from imgcap_jax.run.evaluation import SplitEvaluator
     from imgcap_jax.training.parallel import DataParallel
 
     source = open_source("scenes", "test", None)

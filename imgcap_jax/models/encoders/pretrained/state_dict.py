@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from imgcap_jax.models.encoders.naming import Family
-from imgcap_jax.models.encoders.weight_sources import Pixel, load_tensors
+from imgcap_jax.models.encoders.pretrained.naming import Family
+from imgcap_jax.models.encoders.pretrained.sources import Pixel, load_tensors
 
 Layer = Mapping[str, jax.Array | np.ndarray]  # see `convert`
 _NORM = ("weight", "bias", "running_mean", "running_var")

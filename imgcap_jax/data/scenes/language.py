@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imgcap_jax.data.scenes import Scene, SceneObject, pick_weighted
+from imgcap_jax.data.scenes.world import Scene, SceneObject, pick_weighted
 
 TRUTH_MARGIN = 0.06
 CLEAR_MARGIN = 0.18

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from imgcap_jax.data.scene_language import facts, is_true, parse_caption, scene_captions
-from imgcap_jax.data.scene_truth import judge, similar_scenes
-from imgcap_jax.data.scenes import COLOURS, SHAPES, SPLITS, Background, Scene, SceneObject, sample_scene
+from imgcap_jax.data.scenes.language import facts, is_true, parse_caption, scene_captions
+from imgcap_jax.data.scenes.truth import judge, similar_scenes
+from imgcap_jax.data.scenes.world import COLOURS, SHAPES, SPLITS, Background, Scene, SceneObject, sample_scene
 
 GREY = Background((128, 128, 128), (128, 128, 128), 0.0)
 
@@ -43,8 +43,8 @@ def test_same_captions_in_every_process_and_version() -> None:
     ]
     assert scene_captions(sample_scene("test", 3)) == pinned
     code = (
-        "from imgcap_jax.data.scenes import sample_scene\n"
-        "from imgcap_jax.data.scene_language import scene_captions\n"
+        "from imgcap_jax.data.scenes.world import sample_scene\n"
+        "from imgcap_jax.data.scenes.language import scene_captions\n"
         "print(scene_captions(sample_scene('test', 3)))"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -16,20 +16,20 @@ from jax import Array
 
 from imgcap_jax.data.pipeline import CaptionData, EvalBatches, eval_batches
 from imgcap_jax.data.regions import RegionSource
-from imgcap_jax.data.scene_truth import TruthScores, judge
-from imgcap_jax.data.scenes import Scene
+from imgcap_jax.data.scenes.truth import TruthScores, judge
+from imgcap_jax.data.scenes.world import Scene
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
-from imgcap_jax.decoding_settings import Decoding
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
-from imgcap_jax.extraction import Extraction, uses_store
 from imgcap_jax.files import write_text
-from imgcap_jax.generation import caption_function, check_decoding
 from imgcap_jax.metrics.coco_format import write_references, write_results
 from imgcap_jax.metrics.degeneration import Degeneration
 from imgcap_jax.metrics.scoring import CaptionScorer, Scores
 from imgcap_jax.models.model import CaptionModel, Frozen, Params, split_trained
-from imgcap_jax.run import Run
+from imgcap_jax.run.extraction import Extraction, uses_store
+from imgcap_jax.run.folder import Run
+from imgcap_jax.run.generation import caption_function, check_decoding
 from imgcap_jax.special_tokens import EOS
 from imgcap_jax.text import tokenize
 from imgcap_jax.training.checkpoints import Checkpoints

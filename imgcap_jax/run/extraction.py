@@ -17,7 +17,7 @@ from imgcap_jax.data.regions import ReadyRegions, RegionFiles, RegionSource
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
-from imgcap_jax.models.encoders.weights import fingerprint
+from imgcap_jax.models.encoders.pretrained.weights import fingerprint
 
 BATCH = 32  # images an encoder pass; one shape, so one compilation
 

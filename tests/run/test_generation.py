@@ -10,9 +10,8 @@ import pytest
 from flax import nnx
 
 from imgcap_jax.data.vocabulary import Vocabulary
-from imgcap_jax.decoding_settings import Decoding, combinations, options_help, split_options
+from imgcap_jax.decoding.settings import Decoding, combinations, options_help, split_options
 from imgcap_jax.errors import UserError
-from imgcap_jax.generation import attention_function, caption_function
 from imgcap_jax.models.decoders.adaptive import Adaptive
 from imgcap_jax.models.decoders.aoa import AttentionOnAttention
 from imgcap_jax.models.decoders.att2in import Att2in
@@ -21,6 +20,7 @@ from imgcap_jax.models.decoders.show_tell import ShowTell
 from imgcap_jax.models.decoders.transformer import Transformer
 from imgcap_jax.models.decoders.up_down import UpDown
 from imgcap_jax.models.model import CaptionModel, split_trained
+from imgcap_jax.run.generation import attention_function, caption_function
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 
 B, N, D = 3, 4, 6

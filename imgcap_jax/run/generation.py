@@ -26,7 +26,7 @@ from imgcap_jax.decoding.rules import (
     TopP,
 )
 from imgcap_jax.decoding.sampling import sample
-from imgcap_jax.decoding_settings import Decoding
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.metrics.degeneration import BAD_ENDINGS
 from imgcap_jax.models.model import CaptionModel, Frozen, Params

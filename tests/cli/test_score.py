@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from imgcap_jax.cli import main
+from imgcap_jax.cli.main import main
 from imgcap_jax.metrics import scoring
 
 REFERENCES = {1: ["a dog runs fast", "the dog runs"], 2: ["two cats sleep"], 3: ["some people ski down a hill"]}

@@ -11,9 +11,9 @@ from flax import nnx
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
-from imgcap_jax.extraction import uses_store
 from imgcap_jax.models.model import CaptionModel, split_trained
-from imgcap_jax.run import Run
+from imgcap_jax.run.extraction import uses_store
+from imgcap_jax.run.folder import Run
 from imgcap_jax.training.checkpoints import Checkpoints
 
 # The axis that counts words, by the end of a parameter's name; every decoder has these two layers.

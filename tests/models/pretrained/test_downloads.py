@@ -15,8 +15,8 @@ import pytest
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import cache_folder
-from imgcap_jax.models.encoders import downloads
-from imgcap_jax.models.encoders.downloads import fetch
+from imgcap_jax.models.encoders.pretrained import downloads
+from imgcap_jax.models.encoders.pretrained.downloads import fetch
 
 CONTENT = bytes(range(256)) * 400
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -9,14 +9,14 @@ from imgcap_jax.captioner import Captioner
 from imgcap_jax.data.images import Augmentation
 from imgcap_jax.data.pipeline import CaptionData
 from imgcap_jax.data.sources import open_source
-from imgcap_jax.decoding_settings import Decoding
-from imgcap_jax.evaluation import evaluate
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.experiment import Experiment, Training
-from imgcap_jax.extraction import Extraction
 from imgcap_jax.models.decoders.show_tell import ShowTell
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
-from imgcap_jax.run import Run
-from imgcap_jax.training.loop import train
+from imgcap_jax.run.evaluation import evaluate
+from imgcap_jax.run.extraction import Extraction
+from imgcap_jax.run.folder import Run
+from imgcap_jax.train import train
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgcap_jax.cli import main
-from imgcap_jax.data.builders.scenes import encode_png
-from imgcap_jax.data.scenes import draw_scene, sample_scene
+from imgcap_jax.cli.main import main
+from imgcap_jax.data.scenes.builder import encode_png
+from imgcap_jax.data.scenes.world import draw_scene, sample_scene
 
 Refused = Callable[..., str]
 
@@ -334,9 +334,9 @@ def test_init_from_maps_words_and_starts_where_the_other_ended(
 
     from imgcap_jax.data.vocabulary import Vocabulary
     from imgcap_jax.models.model import split_trained
-    from imgcap_jax.run import Run
+    from imgcap_jax.run.folder import Run
+    from imgcap_jax.run.transfer import transfer
     from imgcap_jax.training.checkpoints import Checkpoints
-    from imgcap_jax.training.transfer import transfer
 
     old = Run.load(trained)
     words = (*old.vocabulary.words[:4], "unheard", *reversed(old.vocabulary.words[4:20]))

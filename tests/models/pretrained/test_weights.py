@@ -19,7 +19,7 @@ from flax import nnx
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite, tensor_shapes
-from imgcap_jax.models.encoders.weights import (
+from imgcap_jax.models.encoders.pretrained.weights import (
     Frozen,
     fingerprint,
     package_weights,

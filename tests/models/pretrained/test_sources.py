@@ -12,10 +12,10 @@ import pytest
 import safetensors.numpy
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.models.encoders import weight_sources
-from imgcap_jax.models.encoders.naming import Family, timm_names
-from imgcap_jax.models.encoders.weight_sources import Pretrained, known_weights, load_tensors
-from imgcap_jax.models.encoders.weights import package_weights, read_torch
+from imgcap_jax.models.encoders.pretrained import sources as weight_sources
+from imgcap_jax.models.encoders.pretrained.naming import Family, timm_names
+from imgcap_jax.models.encoders.pretrained.sources import Pretrained, known_weights, load_tensors
+from imgcap_jax.models.encoders.pretrained.weights import package_weights, read_torch
 
 IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 NORM = ("weight", "bias", "running_mean", "running_var")

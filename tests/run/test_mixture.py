@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from imgcap_jax.cli import main
-from imgcap_jax.data.scene_language import scene_captions
-from imgcap_jax.data.scenes import draw_scene, sample_scene
+from imgcap_jax.cli.main import main
+from imgcap_jax.data.scenes.language import scene_captions
+from imgcap_jax.data.scenes.world import draw_scene, sample_scene
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from imgcap_jax.models.encoders.efficientnet_lite import tensor_shapes
-from imgcap_jax.models.encoders.naming import FileTensor, names_in_file, own_names, timm_names
+from imgcap_jax.models.encoders.pretrained.naming import FileTensor, names_in_file, own_names, timm_names
 
 NORM = ("weight", "bias", "running_mean", "running_var")
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import cache_folder
-from imgcap_jax.models.encoders.downloads import fetch
-from imgcap_jax.models.encoders.naming import Family, names_in_file
-from imgcap_jax.models.encoders.weights import package_weights, read_weights, select_tensors
+from imgcap_jax.models.encoders.pretrained.downloads import fetch
+from imgcap_jax.models.encoders.pretrained.naming import Family, names_in_file
+from imgcap_jax.models.encoders.pretrained.weights import package_weights, read_weights, select_tensors
 
 Pixel = tuple[float, float, float]
 
