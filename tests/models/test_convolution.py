@@ -11,7 +11,7 @@ from jax import lax
 
 from imgcap_jax.models.encoders import convolution
 from imgcap_jax.models.encoders.convolution import ConvNorm, adaptive_average_pool, convolve, max_pool
-from imgcap_jax.models.encoders.pretrained.weights import Frozen
+from imgcap_jax.models.encoders.pretrained.weights import FrozenVariable
 
 
 def normal(*shape: int) -> jax.Array:
@@ -182,9 +182,9 @@ def test_what_is_trained_is_a_param_and_computes_the_same() -> None:
     assert (type(trained.kernel), type(trained.bias), type(trained.scale)) == (
         convolution.nnx.Param,
         convolution.nnx.Param,
-        Frozen,
+        FrozenVariable,
     )
-    assert type(folded.kernel) is Frozen
+    assert type(folded.kernel) is FrozenVariable
     assert folded.bias is None
     assert type(plain.kernel) is convolution.nnx.Param
     expected = (reference(x, kernel, 1, "symmetric") + bias) * scale + shift

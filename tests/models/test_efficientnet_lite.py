@@ -12,7 +12,7 @@ from flax import nnx
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders import efficientnet_lite
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
-from imgcap_jax.models.encoders.pretrained.weights import Frozen, package_weights
+from imgcap_jax.models.encoders.pretrained.weights import FrozenVariable, package_weights
 
 PARAMETERS: dict[Any, int] = {0: 4_652_008, 1: 5_416_680, 2: 6_092_072, 3: 8_197_096, 4: 13_006_568}
 packaged = pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_gradients_reach_the_stem(variant_0: Any, oracle: Any, gradients_of: Any
 def test_frozen_encoder_has_nothing_to_train() -> None:
     encoder = EfficientNetLite(weights="random").build(32, rngs=nnx.Rngs(0))
     assert not jax.tree.leaves(nnx.state(encoder, nnx.Param))
-    assert jax.tree.leaves(nnx.state(encoder, Frozen))
+    assert jax.tree.leaves(nnx.state(encoder, FrozenVariable))
 
 
 def test_random_weights_follow_the_key() -> None:

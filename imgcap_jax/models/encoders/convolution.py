@@ -11,7 +11,7 @@ from jax import lax
 
 from imgcap_jax.models.encoders import cpu_convolution
 from imgcap_jax.models.encoders.cpu_convolution import Pads, shifted_views
-from imgcap_jax.models.encoders.pretrained.weights import Frozen
+from imgcap_jax.models.encoders.pretrained.weights import FrozenVariable
 
 Padding = Literal["symmetric", "same"]
 
@@ -115,10 +115,10 @@ class ConvNorm(nnx.Module):
     ) -> None:
         held = {name: jnp.asarray(values) for name, values in layer.items()}
         trained = "scale" in held or "bias" in held
-        self.kernel = nnx.Param(held["kernel"]) if trained else Frozen(held["kernel"])
+        self.kernel = nnx.Param(held["kernel"]) if trained else FrozenVariable(held["kernel"])
         self.bias = nnx.Param(held["bias"]) if "bias" in held else None
-        self.scale = Frozen(held["scale"]) if "scale" in held else None
-        self.shift = Frozen(held["shift"]) if "shift" in held else None
+        self.scale = FrozenVariable(held["scale"]) if "scale" in held else None
+        self.shift = FrozenVariable(held["shift"]) if "shift" in held else None
         self.stride = stride
         self.padding: Padding = padding
 

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders.convolution import ConvNorm
-from imgcap_jax.models.encoders.pretrained.state_dict import Convolution, Layer, Linear, Network, load_layers
+from imgcap_jax.models.encoders.pretrained.state_dict import ConvolutionSpec, Layer, LinearSpec, Network, load_layers
 from imgcap_jax.models.encoders.staged import MeanClassifier, Staged, StagedEncoder
 
 _STEM_CHANNELS = 32
@@ -77,23 +77,23 @@ def _scaled_channels(channels: int, width: float) -> int:
 
 def network(variant: int) -> Network:
     """EfficientNet-Lite `variant` as the list of its tensors."""
-    convolutions = [Convolution("_conv_stem", "_bn0", (_STEM_CHANNELS, 3, 3, 3), 1)]
+    convolutions = [ConvolutionSpec("_conv_stem", "_bn0", (_STEM_CHANNELS, 3, 3, 3), 1)]
     for stage, shapes in enumerate(blocks(variant), start=1):
         for b in shapes:
             if b.expanded != b.inputs:
                 expand = (b.expanded, b.inputs, 1, 1)
-                convolutions.append(Convolution(f"{b.name}._expand_conv", f"{b.name}._bn0", expand, stage))
+                convolutions.append(ConvolutionSpec(f"{b.name}._expand_conv", f"{b.name}._bn0", expand, stage))
             depthwise, project = (b.expanded, 1, b.kernel, b.kernel), (b.outputs, b.expanded, 1, 1)
-            convolutions.append(Convolution(f"{b.name}._depthwise_conv", f"{b.name}._bn1", depthwise, stage))
-            convolutions.append(Convolution(f"{b.name}._project_conv", f"{b.name}._bn2", project, stage))
+            convolutions.append(ConvolutionSpec(f"{b.name}._depthwise_conv", f"{b.name}._bn1", depthwise, stage))
+            convolutions.append(ConvolutionSpec(f"{b.name}._project_conv", f"{b.name}._bn2", project, stage))
     head = (_FEATURES, blocks(variant)[-1][-1].outputs, 1, 1)
-    convolutions.append(Convolution("_conv_head", "_bn1", head, len(_STAGES)))
+    convolutions.append(ConvolutionSpec("_conv_head", "_bn1", head, len(_STAGES)))
     return Network(
         family="efficientnet_lite",
         name=f"efficientnet_lite{variant}",
         stages=len(_STAGES),
         convolutions=tuple(convolutions),
-        classifier=(Linear("_fc", (1000, _FEATURES)),),
+        classifier=(LinearSpec("_fc", (1000, _FEATURES)),),
         epsilon=1e-3,
         mean=(127.0, 127.0, 127.0),
         std=(128.0, 128.0, 128.0),

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders.convolution import ConvNorm, max_pool
-from imgcap_jax.models.encoders.pretrained.state_dict import Convolution, Layer, Linear, Network, load_layers
+from imgcap_jax.models.encoders.pretrained.state_dict import ConvolutionSpec, Layer, LinearSpec, Network, load_layers
 from imgcap_jax.models.encoders.staged import MeanClassifier, Staged, StagedEncoder
 
 _BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # a stage
@@ -64,20 +64,20 @@ def blocks(depth: int) -> tuple[tuple[BlockShape, ...], ...]:
 
 def network(depth: int) -> Network:
     """ResNet-`depth` as the list of its tensors."""
-    convolutions = [Convolution("conv1", "bn1", (_STEM, 3, 7, 7), 1)]
+    convolutions = [ConvolutionSpec("conv1", "bn1", (_STEM, 3, 7, 7), 1)]
     for b in (block for stage in blocks(depth) for block in stage):
         shapes = ((b.width, b.inputs, 1, 1), (b.width, b.width, 3, 3), (b.outputs, b.width, 1, 1))
         for number, shape in enumerate(shapes, start=1):
-            convolutions.append(Convolution(f"{b.name}.conv{number}", f"{b.name}.bn{number}", shape, b.stage))
+            convolutions.append(ConvolutionSpec(f"{b.name}.conv{number}", f"{b.name}.bn{number}", shape, b.stage))
         if b.projects:
             shape = (b.outputs, b.inputs, 1, 1)
-            convolutions.append(Convolution(f"{b.name}.downsample.0", f"{b.name}.downsample.1", shape, b.stage))
+            convolutions.append(ConvolutionSpec(f"{b.name}.downsample.0", f"{b.name}.downsample.1", shape, b.stage))
     return Network(
         family="resnet",
         name=f"resnet{depth}",
         stages=_STAGES,
         convolutions=tuple(convolutions),
-        classifier=(Linear("fc", (1000, _FEATURES)),),
+        classifier=(LinearSpec("fc", (1000, _FEATURES)),),
         epsilon=1e-5,
     )
 

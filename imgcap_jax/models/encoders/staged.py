@@ -12,7 +12,7 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders.convolution import adaptive_average_pool
 from imgcap_jax.models.encoders.pretrained.sources import Pixel
 from imgcap_jax.models.encoders.pretrained.state_dict import Layer
-from imgcap_jax.models.encoders.pretrained.weights import Frozen
+from imgcap_jax.models.encoders.pretrained.weights import FrozenVariable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class StagedEncoder(nnx.Module):
     """A convolutional network as an encoder of image regions; built by the settings of its family.
 
     What is trained, the kernels of the last `trainable_stages` stages (and the biases of those that have no batch
-    norm behind them), are `nnx.Param`s; all else is `Frozen`. Batch norm is frozen whole (statistics, scale and
+    norm behind them), are `nnx.Param`s; all else is `FrozenVariable`. Batch norm is frozen whole (statistics, scale and
     bias), like the FrozenBatchNorm of detection models.
 
     Attributes:
@@ -159,7 +159,8 @@ class MeanClassifier(nnx.Module):
     """The mean of all regions, then one linear layer."""
 
     def __init__(self, layer: Layer) -> None:
-        self.kernel, self.shift = Frozen(jnp.asarray(layer["kernel"])), Frozen(jnp.asarray(layer["shift"]))
+        self.kernel = FrozenVariable(jnp.asarray(layer["kernel"]))
+        self.shift = FrozenVariable(jnp.asarray(layer["shift"]))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B,h,w,D] -> logits [B,1000]."""

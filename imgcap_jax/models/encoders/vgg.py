@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders.convolution import ConvNorm, adaptive_average_pool, max_pool
-from imgcap_jax.models.encoders.pretrained.state_dict import Convolution, Layer, Linear, Network, load_layers
-from imgcap_jax.models.encoders.pretrained.weights import Frozen
+from imgcap_jax.models.encoders.pretrained.state_dict import ConvolutionSpec, Layer, LinearSpec, Network, load_layers
+from imgcap_jax.models.encoders.pretrained.weights import FrozenVariable
 from imgcap_jax.models.encoders.staged import Staged, StagedEncoder
 
 _CONVOLUTIONS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # a stage
@@ -29,12 +29,12 @@ _CHUNK = 2
 
 def network(depth: int, batch_norm: bool) -> Network:
     """VGG-`depth` as the list of its tensors."""
-    convolutions: list[Convolution] = []
+    convolutions: list[ConvolutionSpec] = []
     inputs, place = 3, 0
     for stage, (count, channels) in enumerate(zip(_CONVOLUTIONS[depth], _CHANNELS, strict=True), start=1):
         for _ in range(count):
             norm = f"features.{place + 1}" if batch_norm else None
-            convolutions.append(Convolution(f"features.{place}", norm, (channels, inputs, 3, 3), stage, bias=True))
+            convolutions.append(ConvolutionSpec(f"features.{place}", norm, (channels, inputs, 3, 3), stage, bias=True))
             inputs = channels
             place += 3 if batch_norm else 2  # with its batch norm and ReLU
         place += 1  # the max pool
@@ -45,9 +45,9 @@ def network(depth: int, batch_norm: bool) -> Network:
         stages=_STAGES,
         convolutions=tuple(convolutions),
         classifier=(
-            Linear("classifier.0", (_HIDDEN, flat)),
-            Linear("classifier.3", (_HIDDEN, _HIDDEN)),
-            Linear("classifier.6", (1000, _HIDDEN)),
+            LinearSpec("classifier.0", (_HIDDEN, flat)),
+            LinearSpec("classifier.3", (_HIDDEN, _HIDDEN)),
+            LinearSpec("classifier.6", (1000, _HIDDEN)),
         ),
         epsilon=1e-5,
     )
@@ -80,8 +80,8 @@ class VGGClassifier(nnx.Module):
         # PyTorch flattens channels first.
         kernel = first["kernel"].reshape(_CHANNELS[-1], _CLASSIFIER_SIDE**2, _HIDDEN).transpose(1, 0, 2)
         kernels = [kernel.reshape(-1, _HIDDEN), *(layer["kernel"] for layer in others)]
-        self.kernels = nnx.List([Frozen(jnp.asarray(kernel)) for kernel in kernels])
-        self.shifts = nnx.List([Frozen(jnp.asarray(layer["shift"])) for layer in (first, *others)])
+        self.kernels = nnx.List([FrozenVariable(jnp.asarray(kernel)) for kernel in kernels])
+        self.shifts = nnx.List([FrozenVariable(jnp.asarray(layer["shift"])) for layer in (first, *others)])
         self.pool = pool
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.models.encoders.pretrained import sources as weight_sources
+from imgcap_jax.models.encoders.pretrained import sources
 from imgcap_jax.models.encoders.pretrained.naming import Family, timm_names
 from imgcap_jax.models.encoders.pretrained.sources import Pretrained, known_weights, load_tensors
 from imgcap_jax.models.encoders.pretrained.weights import package_weights, read_torch
@@ -217,7 +217,7 @@ def test_torchvision_file_is_fetched_with_its_checksum(
     weights: str, family: Family, file: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub(family, timm=False)
-    monkeypatch.setattr(weight_sources, "fetch", hub)
+    monkeypatch.setattr(sources, "fetch", hub)
     loaded = load(weights, family)
     assert_same(loaded, family)
     assert (loaded.mean, loaded.std) == IMAGENET
@@ -240,7 +240,7 @@ def test_timm_file_is_fetched_and_normalised_as_its_config_says(
 ) -> None:
     settings = {"mean": [0.485, 0.456, 0.25], "std": [0.5, 0.2, 0.225]}
     hub = Hub(family, timm=True, config={"pretrained_cfg": settings} if nested else settings)
-    monkeypatch.setattr(weight_sources, "fetch", hub)
+    monkeypatch.setattr(sources, "fetch", hub)
     loaded = load(weights, family)
     assert_same(loaded, family)
     assert (loaded.mean, loaded.std) == ((123.675, 116.28, 63.75), (127.5, 51.0, 57.375))
@@ -264,7 +264,7 @@ def test_timm_file_is_fetched_and_normalised_as_its_config_says(
 def test_config_that_says_nothing_of_use_is_a_user_error(
     config: object, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_sources, "fetch", Hub("resnet", timm=True, config=config))
+    monkeypatch.setattr(sources, "fetch", Hub("resnet", timm=True, config=config))
     with pytest.raises(UserError, match=r"config\.json does not say how images are normalised \("):
         load("timm/resnet50.a1_in1k", "resnet")
 
@@ -314,7 +314,7 @@ def test_every_known_name_leads_to_an_official_address(cache: Path, monkeypatch:
     }
     for network, family in networks.items():
         hub = Hub(family, timm=True, config={"mean": [0.5] * 3, "std": [0.5] * 3})
-        monkeypatch.setattr(weight_sources, "fetch", hub)
+        monkeypatch.setattr(sources, "fetch", hub)
         names = known_weights(network)
         assert len(names) == len(set(names)) > 0
         for name in names:

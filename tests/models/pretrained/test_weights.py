@@ -20,7 +20,7 @@ from flax import nnx
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite, tensor_shapes
 from imgcap_jax.models.encoders.pretrained.weights import (
-    Frozen,
+    FrozenVariable,
     fingerprint,
     package_weights,
     read_safetensors,
@@ -345,6 +345,6 @@ def test_fingerprint_follows_every_weight() -> None:
     class Layer(nnx.Module):
         def __init__(self, bias: float) -> None:
             self.kernel = nnx.Param(jnp.ones((2, 2)))
-            self.bias = Frozen(jnp.full(2, bias))
+            self.bias = FrozenVariable(jnp.full(2, bias))
 
     assert fingerprint(Layer(0.0)) == fingerprint(Layer(0.0)) != fingerprint(Layer(1e-7))

@@ -19,7 +19,7 @@ _NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
-class Convolution:
+class ConvolutionSpec:
     """One convolution of a network: its name, that of its batch norm, if any, its shape and the stage it is in."""
 
     name: str
@@ -32,7 +32,7 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearSpec:
     """One layer of a network's classifier: [O,I] and a bias."""
 
     name: str
@@ -46,8 +46,8 @@ class Network:
     family: Family
     name: str
     stages: int
-    convolutions: tuple[Convolution, ...]
-    classifier: tuple[Linear, ...]
+    convolutions: tuple[ConvolutionSpec, ...]
+    classifier: tuple[LinearSpec, ...]
     epsilon: float
     """Batch norm's."""
     mean: Pixel = (123.675, 116.28, 103.53)

@@ -43,7 +43,7 @@ _OLD_MAGIC = 0x1950A86A20F9469CFC6C
 _OLD_PROTOCOL = 1001
 
 
-class Frozen(nnx.Variable):
+class FrozenVariable(nnx.Variable):
     """A weight that gets no gradient: an encoder's `nnx.Param`s are the ones to train, these never are."""
 
 
