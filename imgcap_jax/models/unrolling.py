@@ -1,8 +1,8 @@
-"""A scan whose weights get their gradient in one product each, after the scan.
+"""A scan that computes the gradient of each weight in one product, after the scan.
 
-The backward pass of ``jax.lax.scan`` adds to the gradient of every weight at every step: for a caption of T words, T
-thin products and T passes over arrays as large as the model. Kept for all steps instead, what went into a product and
-the gradient of what came out of it give the weight's gradient at once, by a product T times as long.
+The backward pass of ``jax.lax.scan`` adds to the gradient of every weight at every step. For a caption of T words, this
+takes T thin products and T passes over arrays as large as the model. Here, the inputs of a product and the gradients of
+its outputs are kept for all steps. One product, T times as long, then gives the gradient of the weight.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,9 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 def constant_product(product: Product, x: Array, weight: Array) -> Array:
     """``product(x, weight)`` for a weight that all steps of a scan share.
 
-    Within ``scan_steps`` the weight's gradient is left until after the scan; elsewhere this is a plain call. The
-    product has to be linear in the weight, close over no array, and be the same for an x with one more leading axis.
+    Within ``scan_steps``, the gradient of the weight is computed after the scan. Elsewhere this is a plain call. The
+    product must be linear in the weight and must not close over any array. It must also accept an x with one more
+    leading axis.
     """
     recorder = _recorder.get()
     return product(x, weight) if recorder is None else recorder.record(product, x, weight)
@@ -32,20 +33,20 @@ def constant_product(product: Product, x: Array, weight: Array) -> Array:
 def scan_steps(step: Step, constants: Any, carry: Any, xs: Any) -> Any:
     """``jax.lax.scan`` of ``step(constants, carry, x) -> (carry, y)`` over xs; returns the stacked ys.
 
-    The step may close over no traced array: whatever changes from call to call goes through ``constants`` or ``xs``.
-    Weights have to reach ``constant_product`` as the leaves of ``constants`` that they are; the gradients of other
-    constants are added up step by step as usual.
+    The step must not close over any traced array: pass everything that changes between calls through ``constants`` or
+    ``xs``. Weights must reach ``constant_product`` as unmodified leaves of ``constants``. The gradients of other
+    constants are added up step by step, as usual.
     """
     return _scan(step, constants, carry, xs)
 
 
 class _Recorder:
-    """Collects the products of one step: what went in and, where taps are given, ways for gradients to come out."""
+    """Records the products of one step: their inputs, and the taps (if given) that receive their output gradients."""
 
     def __init__(self, constants: Any, taps: list[Array] | None) -> None:
         self._numbers = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves(constants))}
         self._taps = taps
-        self.products: list[tuple[Product, int]] = []  # the product, its weight's number among the constants
+        self.products: list[tuple[Product, int]] = []  # the product, the index of its weight in the constants
         self.inputs: list[Array] = []
         self.outputs: list[jax.ShapeDtypeStruct] = []
 
@@ -99,7 +100,7 @@ def _scan(step: Step, constants: Any, carry: Any, xs: Any) -> Any:
 
 
 class _Kept(NamedTuple):
-    """What the backward pass needs: the scan's transpose, inputs [T,...] of the products, their weights."""
+    """What the backward pass needs: the transposed scan, the inputs [T,...] of the products, and the constants."""
 
     transpose: Any
     inputs: list[Array]
@@ -107,7 +108,7 @@ class _Kept(NamedTuple):
 
 
 def _scan_forward(step: Step, constants: Any, carry: Any, xs: Any) -> tuple[Any, Any]:
-    # The step is traced once for the shapes of its products' results, which the taps have to have.
+    # The step is traced once to obtain the output shapes of its products. The taps must have these shapes.
     seen: list[_Recorder] = []
 
     def measure(constants: Any, carry: Any, x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Scores and gradients of additive attention against the formula as it stands."""
+"""Scores and gradients of additive attention, compared with the plain formula."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def plain(query: jax.Array, keys: jax.Array, score: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 8.0])
-def test_scores_and_gradients_are_the_formula_s(scale: float) -> None:
+def test_scores_and_gradients_equal_the_formula(scale: float) -> None:
     rng = np.random.default_rng(0)
     query, keys = (jnp.asarray(rng.normal(0, scale, shape), jnp.float32) for shape in ((B, M, A), (B, N, A)))
     score, by = jnp.asarray(rng.normal(size=A), jnp.float32), jnp.asarray(rng.normal(size=(B, M, N)), jnp.float32)
@@ -26,7 +26,7 @@ def test_scores_and_gradients_are_the_formula_s(scale: float) -> None:
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_huge_numbers_saturate() -> None:
+def test_large_values_saturate() -> None:
     far = jnp.array([[[-1e4, 1e4, -300.0, 300.0]]])
     near = jnp.array([[[-1e4, 1e4, 20.0, -20.0]]])
     score = jnp.ones(4)

@@ -1,4 +1,4 @@
-"""Every form of a convolution, and every gradient written by hand, against XLA's own convolution and PyTorch."""
+"""Every implementation of a convolution and every hand-written gradient, compared with XLA and PyTorch."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def assert_close(values: jax.Array, expected: jax.Array) -> None:
 
 
 def with_gradients(function: Any, x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
-    """What a convolution gives, and its gradients by x and kernel for a random gradient of the output."""
+    """The output of a convolution, and the gradients of x and kernel for a random gradient of the output."""
 
     def all_of_it(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
         y, back = jax.vjp(function, x, kernel)
@@ -45,7 +45,7 @@ def with_gradients(function: Any, x: jax.Array, kernel: jax.Array) -> list[jax.A
     return jax.jit(all_of_it)(x, kernel)
 
 
-# Sizes where the stride leaves rows over, where it doesn't, and where the map is smaller than the kernel.
+# Sizes at which the stride leaves rows over, sizes at which it does not, and maps smaller than the kernel.
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize(
     ("shape", "padding", "size"),
@@ -60,7 +60,7 @@ def with_gradients(function: Any, x: jax.Array, kernel: jax.Array) -> list[jax.A
         ((7, 7, 6, 2), "symmetric", (33, 30)),
     ],
 )
-def test_values_and_gradients_are_those_of_xla(
+def test_values_and_gradients_equal_xla(
     shape: tuple[int, ...], padding: Any, size: tuple[int, int], stride: int
 ) -> None:
     x, kernel = normal(3, *size, 6), normal(*shape)
@@ -72,7 +72,7 @@ def test_values_and_gradients_are_those_of_xla(
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 3, 4), (3, 3, 6, 4), (6, 4), (5, 5, 6)])
-def test_both_platforms_compute_the_same(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_platforms_give_the_same_values(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     x, kernel = normal(2, 30, 30, 6 if len(shape) < 4 else shape[2]), normal(*shape)
     for stride in (1, 2):
         monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
@@ -81,7 +81,7 @@ def test_both_platforms_compute_the_same(shape: tuple[int, ...], monkeypatch: py
         assert_close(on_cpu, convolve(x, kernel, stride, "same" if len(shape) > 2 else "symmetric"))
 
 
-def test_small_maps_and_a_small_stem_are_products() -> None:
+def test_small_maps_and_a_small_stem_use_matrix_products() -> None:
     def convolutions(size: int, channels: int, stride: int) -> int:
         x, kernel = jnp.zeros((1, size, size, channels)), jnp.zeros((3, 3, channels, 4))
         text = str(jax.make_jaxpr(lambda x, k: convolve(x, k, stride, "same"))(x, kernel))
@@ -92,17 +92,17 @@ def test_small_maps_and_a_small_stem_are_products() -> None:
 
 
 @pytest.mark.parametrize(("shape", "stride"), [((3, 3, 2), 1), ((5, 5, 2), 2), ((3, 3, 2, 3), 2)])
-def test_gradients_are_finite_differences(shape: tuple[int, ...], stride: int) -> None:
+def test_gradients_equal_finite_differences(shape: tuple[int, ...], stride: int) -> None:
     from jax.test_util import check_grads
 
     x, kernel = normal(2, 19, 18, 2), normal(*shape)
-    # Linear in each argument, so that a large step costs no accuracy.
+    # The convolution is linear in each argument, so that a large step is accurate.
     check_grads(lambda x: convolve(x, kernel, stride, "same"), (x,), 1, modes=["rev"], eps=1.0, atol=1e-3, rtol=1e-3)
     check_grads(lambda k: convolve(x, k, stride, "same"), (kernel,), 1, modes=["rev"], eps=1.0, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 6), (3, 3, 6, 4)])
-def test_gradients_go_through_map_checkpoint_and_vmap(shape: tuple[int, ...]) -> None:
+def test_gradients_work_under_map_checkpoint_and_vmap(shape: tuple[int, ...]) -> None:
     x, kernel = normal(4, 24, 24, 6), normal(*shape)
 
     def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -122,7 +122,7 @@ def test_gradients_go_through_map_checkpoint_and_vmap(shape: tuple[int, ...]) ->
             assert_close(own, other)
 
 
-def test_sums_of_a_bfloat16_bias_s_gradient_are_float32() -> None:
+def test_gradient_of_a_bfloat16_bias_is_summed_in_float32() -> None:
     layer = {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
     graph, params, rest = nnx.split(ConvNorm(layer), nnx.Param, ...)
     x = jnp.ones((2, 64, 64, 1), jnp.bfloat16)
@@ -140,8 +140,8 @@ def test_depthwise_sums_of_bfloat16_are_rounded_once() -> None:
     np.testing.assert_array_equal(convolve(x, kernel, 1, "same"), exact.astype(jnp.bfloat16))
 
 
-def test_sums_of_a_bfloat16_kernel_s_gradient_are_float32() -> None:
-    # 4096 ones: in bfloat16 the sum would stop at 256.
+def test_gradient_of_a_bfloat16_kernel_is_summed_in_float32() -> None:
+    # A sum of 4096 ones. In bfloat16 it would stop at 256.
     x, kernel = jnp.ones((1, 64, 64, 1), jnp.bfloat16), jnp.ones((3, 3, 1), jnp.bfloat16)
     gradient = jax.grad(lambda k: convolve(x, k, 1, "same").astype(jnp.float32).sum())(kernel)
     assert gradient.dtype == jnp.bfloat16
@@ -151,10 +151,10 @@ def test_sums_of_a_bfloat16_kernel_s_gradient_are_float32() -> None:
 @pytest.mark.parametrize(
     ("size", "window", "stride", "padding"), [(9, 3, 2, 1), (8, 3, 2, 1), (9, 2, 2, 0), (8, 2, 2, 0)]
 )
-def test_max_pool_is_pytorch_s(
+def test_max_pool_equals_pytorch(
     size: int, window: int, stride: int, padding: int, oracle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x = normal(2, size, size + 1, 3) - 5  # all below the zero that a wrong padding would bring
+    x = normal(2, size, size + 1, 3) - 5  # negative, so that padding with zeros would change the maximum
     pooled = oracle.torch.nn.functional.max_pool2d(
         oracle.torch.from_numpy(np.array(x)).permute(0, 3, 1, 2), window, stride, padding
     )
@@ -165,7 +165,7 @@ def test_max_pool_is_pytorch_s(
 
 
 @pytest.mark.parametrize("side", [1, 3, 7, 14, 15])
-def test_adaptive_pool_is_pytorch_s(side: int, oracle: Any) -> None:
+def test_adaptive_pool_equals_pytorch(side: int, oracle: Any) -> None:
     x = normal(2, 7, 10, 3)
     expected = oracle.torch.nn.functional.adaptive_avg_pool2d(
         oracle.torch.from_numpy(np.array(x)).permute(0, 3, 1, 2), side
@@ -173,7 +173,7 @@ def test_adaptive_pool_is_pytorch_s(side: int, oracle: Any) -> None:
     np.testing.assert_allclose(adaptive_average_pool(x, side), expected.permute(0, 2, 3, 1), atol=1e-6)
 
 
-def test_what_is_trained_is_a_param_and_computes_the_same() -> None:
+def test_trained_arrays_are_params_and_give_the_same_values() -> None:
     x, kernel = normal(2, 9, 9, 3), normal(3, 3, 3, 4)
     scale, shift, bias = normal(4), normal(4) + 1, normal(4) - 1
     trained = ConvNorm({"kernel": kernel, "scale": scale, "shift": shift, "bias": bias})

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite against the same network in PyTorch."""
+"""EfficientNet-Lite compared with the same network in PyTorch."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def network_of(oracle: Any, variant: int) -> Any:
 
 @pytest.fixture(scope="module")
 def variant_0(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The smallest network, and what makes encoders of its weights."""
+    """The smallest network, and a function that builds encoders with its weights."""
     network = oracle.randomised(network_of(oracle, 0))
     weights = oracle.saved(network, tmp_path_factory.mktemp("weights"))
 
@@ -39,10 +39,10 @@ def variant_0(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("variant", PARAMETERS)
-def test_parameters_are_the_published_ones(variant: Any, oracle: Any) -> None:
+def test_parameter_count_is_the_published_one(variant: Any, oracle: Any) -> None:
     config = EfficientNetLite(variant=variant, weights="random", trainable_stages=7)
     state = nnx.state(nnx.eval_shape(lambda: config.build(224, rngs=nnx.Rngs(0), classifier=True)))
-    # Scale and shift of a frozen batch norm stand for its weight and bias.
+    # The scale and shift of a frozen batch norm replace its weight and bias.
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == PARAMETERS[variant]
     with oracle.torch.device("meta"):
         tensors = network_of(oracle, variant).state_dict()
@@ -51,8 +51,8 @@ def test_parameters_are_the_published_ones(variant: Any, oracle: Any) -> None:
     }
 
 
-# 64 is padded at the back only; 75 (then 38, 19, 10, 5, 3) on both sides at some strides. Five images are one
-# more than pass together.
+# 64 is padded at the end only; 75 (then 38, 19, 10, 5, 3) on both sides at some strides. Five images are one more than
+# a chunk.
 @pytest.mark.parametrize(("size", "batch", "trained"), [(64, 5, 0), (75, 2, 7)])
 def test_regions_and_logits_equal_pytorch(size: int, batch: int, trained: int, variant_0: Any, oracle: Any) -> None:
     network, build = variant_0
@@ -92,7 +92,7 @@ def test_gradients_of_the_last_stages_equal_pytorch(
     direction = np.random.default_rng(0).normal(size=(5, 4, 1280)).astype(np.float32)
     expected = oracle.gradients(network, images, direction)
     found = gradients_of(build(64, trainable_stages=2, checkpoint_stages=checkpoint), images, direction)
-    # Stage 6 begins with block 11 (1 + 2 + 2 + 3 + 3 before it); nothing earlier has a gradient.
+    # Stage 6 begins with block 11 (1 + 2 + 2 + 3 + 3 blocks before it). Earlier blocks have no gradient.
     names = {
         f"stages/{stage}/blocks/{block}/{part}/kernel": f"_blocks.{11 + 4 * (stage - 5) + block}._{part}_conv.weight"
         for stage, count in ((5, 4), (6, 1))
@@ -116,23 +116,23 @@ def test_gradients_reach_the_stem(variant_0: Any, oracle: Any, gradients_of: Any
     oracle.close_gradient(found["stages/0/stem/kernel"], expected)
 
 
-def test_frozen_encoder_has_nothing_to_train() -> None:
+def test_frozen_encoder_has_no_params() -> None:
     encoder = EfficientNetLite(weights="random").build(32, rngs=nnx.Rngs(0))
     assert not jax.tree.leaves(nnx.state(encoder, nnx.Param))
     assert jax.tree.leaves(nnx.state(encoder, FrozenVariable))
 
 
-def test_random_weights_follow_the_key() -> None:
+def test_random_weights_depend_on_the_key() -> None:
     config = EfficientNetLite(weights="random")
     builds = (config.build(32, rngs=nnx.Rngs(seed), classifier=True) for seed in (0, 0, 1))
     first, again, other = (encoder.stages[-1].head.kernel[...] for encoder in builds)
     assert jnp.array_equal(first, again)
     assert not jnp.array_equal(first, other)
-    # He: what comes out of 1280 channels has twice the inverse variance.
+    # He initialisation: the variance is 2 / fan-out, for 1280 output channels.
     assert np.std(first) == pytest.approx((2 / 1280) ** 0.5, rel=0.01)
 
 
-def test_bfloat16_stays_near_float32(oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_close_to_float32(oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     full = EfficientNetLite().build(64, rngs=nnx.Rngs(0))
     half = EfficientNetLite().build(64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -152,9 +152,9 @@ def test_images_of_another_size_are_refused() -> None:
     [
         ({"variant": 5}, "no variant 5"),
         ({"trainable_stages": 8}, "0 to 7"),
-        ({"grid": 0}, "grid of 0"),
+        ({"grid": 0}, "grid is 0"),
     ],
 )
-def test_mistakes_are_user_errors(fields: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_user_errors(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         EfficientNetLite(**fields)

@@ -1,4 +1,4 @@
-"""ResNet against the same network in PyTorch."""
+"""ResNet compared with the same network in PyTorch."""
 
 import dataclasses
 import math
@@ -22,14 +22,14 @@ SHALLOW = (2, 1, 1, 1)
 
 @pytest.fixture(scope="module")
 def saved(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
-    """A network of five blocks, and the file of its weights."""
+    """A network of five blocks, and the path of its weights."""
     network = oracle.randomised(oracle.networks.ResNet(SHALLOW))
     return network, oracle.saved(network, tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture
 def shallow(saved: tuple[Any, str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The network, and what makes encoders of its weights."""
+    """The network, and a function that builds encoders with its weights."""
     monkeypatch.setitem(resnet._BLOCKS, 50, SHALLOW)
     network, weights = saved
 
@@ -45,7 +45,7 @@ def test_parameter_count_is_the_published_one(depth: Any, oracle: Any) -> None:
     with oracle.torch.device("meta"):
         network = oracle.networks.ResNet(oracle.networks.RESNET_BLOCKS[depth])
     assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[depth]
-    # Scale and shift of a frozen batch norm stand for its weight and bias.
+    # The scale and shift of a frozen batch norm replace its weight and bias.
     config = ResNet(depth=depth, weights="random", trainable_stages=4)
     state = nnx.state(nnx.eval_shape(lambda: config.build(224, rngs=nnx.Rngs(0), classifier=True)))
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == PARAMETERS[depth]
@@ -55,7 +55,7 @@ def test_parameter_count_is_the_published_one(depth: Any, oracle: Any) -> None:
 
 
 @pytest.mark.parametrize("depth", PARAMETERS)
-def test_tensors_are_those_of_the_state_dict(depth: Any, oracle: Any) -> None:
+def test_tensors_equal_those_of_the_state_dict(depth: Any, oracle: Any) -> None:
     with oracle.torch.device("meta"):
         state = oracle.networks.ResNet(oracle.networks.RESNET_BLOCKS[depth]).state_dict()
     assert resnet.tensor_shapes(depth) == {
@@ -63,7 +63,7 @@ def test_tensors_are_those_of_the_state_dict(depth: Any, oracle: Any) -> None:
     }
 
 
-# 75 (then 38, 19, 10, 5, 3) leaves rows over. Five images are one more than pass together.
+# At 75 (then 38, 19, 10, 5, 3), strides leave rows over. Five images are one more than a chunk.
 @pytest.mark.parametrize(("size", "batch", "trained"), [(64, 5, 0), (75, 2, 4), (75, 2, 2)])
 def test_regions_and_logits_equal_pytorch(size: int, batch: int, trained: int, shallow: Any, oracle: Any) -> None:
     network, build = shallow
@@ -90,7 +90,7 @@ def test_accelerator_path_equals_pytorch(shallow: Any, oracle: Any, monkeypatch:
 
 
 @pytest.mark.parametrize("grid", [2, 3, 5])
-def test_grid_is_pytorch_s_adaptive_pool(grid: int, shallow: Any, oracle: Any) -> None:
+def test_grid_equals_pytorch_adaptive_pool(grid: int, shallow: Any, oracle: Any) -> None:
     network, build = shallow
     encoder, images = build(96, grid=grid), oracle.images(2, 96)
     assert encoder.region_count == grid**2
@@ -145,7 +145,7 @@ def test_checkpointed_stages_need_less_memory(shallow: Any) -> None:
     assert memory(True) < 0.75 * memory(False)
 
 
-def test_bfloat16_stays_near_float32(shallow: Any, oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_close_to_float32(shallow: Any, oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, build = shallow
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     images = oracle.images(2, 64)
@@ -154,7 +154,7 @@ def test_bfloat16_stays_near_float32(shallow: Any, oracle: Any, monkeypatch: pyt
     assert 1e-4 < np.linalg.norm(regions - expected) / np.linalg.norm(expected) < 0.1
 
 
-def test_without_its_classifier_it_does_not_classify(shallow: Any, oracle: Any) -> None:
+def test_classify_needs_the_classifier(shallow: Any, oracle: Any) -> None:
     _, build = shallow
     with pytest.raises(ValueError, match="without its classifier"):
         build(64).classify(oracle.images(1, 64))
@@ -163,12 +163,12 @@ def test_without_its_classifier_it_does_not_classify(shallow: Any, oracle: Any) 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"depth": 18}, "no ResNet-18"),
+        ({"depth": 18}, "ResNet-18 is not supported"),
         ({"trainable_stages": 5}, "0 to 4"),
         ({"trainable_stages": -1}, "0 to 4"),
-        ({"grid": 0}, "grid of 0"),
+        ({"grid": 0}, "grid is 0"),
     ],
 )
-def test_mistakes_are_user_errors(fields: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_user_errors(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ResNet(**fields)

@@ -1,4 +1,4 @@
-"""VGG against the same network in PyTorch."""
+"""VGG compared with the same network in PyTorch."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ from imgcap_jax.models.encoders.staged import StagedEncoder
 from imgcap_jax.models.encoders.vgg import VGG
 
 PARAMETERS: dict[Any, int] = {16: 138_357_544, 19: 143_667_240}
-CLASSIFIER = 123_642_856  # of them
+CLASSIFIER = 123_642_856  # parameters in the classifier
 SHALLOW = (1, 2, 1, 1, 2)
 
 
@@ -23,14 +23,14 @@ SHALLOW = (1, 2, 1, 1, 2)
 def saved(
     request: pytest.FixtureRequest, oracle: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, bool, str]:
-    """A network of seven convolutions with a narrow classifier, whether it has batch norm, and its weights' file."""
+    """A network of seven convolutions with a narrow classifier, whether it has batch norm, and its weights' path."""
     network = oracle.randomised(oracle.networks.VGG(SHALLOW, request.param, hidden=64))
     return network, request.param, oracle.saved(network, tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture
 def shallow(saved: tuple[Any, bool, str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The network, and what makes encoders of its weights."""
+    """The network, and a function that builds encoders with its weights."""
     monkeypatch.setitem(vgg._CONVOLUTIONS, 16, SHALLOW)
     monkeypatch.setattr(vgg, "_HIDDEN", 64)
     network, batch_norm, weights = saved
@@ -44,27 +44,27 @@ def shallow(saved: tuple[Any, bool, str], monkeypatch: pytest.MonkeyPatch) -> An
 
 @pytest.mark.parametrize("depth", PARAMETERS)
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_parameters_are_the_published_ones(depth: Any, batch_norm: bool, oracle: Any) -> None:
+def test_parameter_count_is_the_published_one(depth: Any, batch_norm: bool, oracle: Any) -> None:
     with oracle.torch.device("meta"):
         network = oracle.networks.VGG(oracle.networks.VGG_CONVOLUTIONS[depth], batch_norm)
     state = network.state_dict()
     assert vgg.tensor_shapes(depth, batch_norm) == {
         name: tuple(tensor.shape) for name, tensor in state.items() if not name.endswith("num_batches_tracked")
     }
-    # Torchvision's counts with batch norm: 138,365,992 and 143,678,248, which are two a channel more.
+    # torchvision's counts with batch norm are 138,365,992 and 143,678,248: two more per channel.
     norms = 2 * sum(c * n for c, n in zip((64, 128, 256, 512, 512), vgg._CONVOLUTIONS[depth], strict=True))
     published = PARAMETERS[depth] + (norms if batch_norm else 0)
     assert not batch_norm or published == {16: 138_365_992, 19: 143_678_248}[depth]
     config = VGG(depth=depth, batch_norm=batch_norm, weights="random", trainable_stages=5)
     held = nnx.state(nnx.eval_shape(lambda: config.build(224, rngs=nnx.Rngs(0), classifier=True)))
     assert sum(leaf.size for leaf in jax.tree.leaves(held)) == published
-    # Folded and without the classifier, only kernels and biases are left.
+    # With folded batch norm and no classifier, only kernels and biases remain.
     frozen = dataclasses.replace(config, trainable_stages=0)
     held = nnx.state(nnx.eval_shape(lambda: frozen.build(224, rngs=nnx.Rngs(0))))
     assert sum(leaf.size for leaf in jax.tree.leaves(held)) == PARAMETERS[depth] - CLASSIFIER
 
 
-# 75 (then 37, 18, 9, 4, 2) leaves rows over. Three images are one more than pass together.
+# At 75 (then 37, 18, 9, 4, 2), pools leave rows over. Three images are one more than a chunk.
 @pytest.mark.parametrize(("size", "batch", "trained"), [(64, 3, 0), (75, 2, 5), (75, 2, 2)])
 def test_regions_and_logits_equal_pytorch(size: int, batch: int, trained: int, shallow: Any, oracle: Any) -> None:
     network, build = shallow
@@ -124,12 +124,12 @@ def test_accelerator_path_equals_pytorch(shallow: Any, oracle: Any, monkeypatch:
 @pytest.mark.parametrize(
     ("fields", "size", "message"),
     [
-        ({"depth": 11}, 64, "no VGG-11"),
+        ({"depth": 11}, 64, "VGG-11 is not supported"),
         ({"trainable_stages": 6}, 64, "0 to 5"),
-        ({"grid": -1}, 64, "grid of -1"),
-        ({"weights": "random"}, 31, "31 pixels are too few"),
+        ({"grid": -1}, 64, "grid is -1"),
+        ({"weights": "random"}, 31, "image size is 31"),
     ],
 )
-def test_mistakes_are_user_errors(fields: dict[str, Any], size: int, message: str) -> None:
+def test_invalid_settings_are_user_errors(fields: dict[str, Any], size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         VGG(**fields).build(size, rngs=nnx.Rngs(0))

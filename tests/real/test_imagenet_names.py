@@ -1,4 +1,4 @@
-"""The packaged classifier names what ten photos show: weights, normalisation and class order fit together."""
+"""The packaged classifier recognises ten photos, so weights, normalisation and class order fit together."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from PIL import Image
 
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 
-# COCO val photo -> class of ImageNet-1k (index in the order of the synset ids) that it evidently shows.
+# COCO val photo -> the ImageNet-1k class that it clearly shows (index in the order of the synset ids).
 PHOTOS = {
     228858: (340, "zebra"),
     486112: (386, "African elephant"),
@@ -28,7 +28,7 @@ PHOTOS = {
 @pytest.mark.parametrize(
     "variant", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
 )
-def test_top_five_hold_the_evident_class(variant: Any, shared: Path) -> None:
+def test_top_five_contain_the_evident_class(variant: Any, shared: Path) -> None:
     files = {path.name: path for path in (shared / "coco_subset" / "images").rglob("*.jpg")}
     photos = [Image.open(files[f"{number:012d}.jpg"]).convert("RGB") for number in PHOTOS]
     images = np.stack([np.asarray(photo.resize((224, 224), Image.Resampling.BICUBIC)) for photo in photos])

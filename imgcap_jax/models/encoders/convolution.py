@@ -1,4 +1,4 @@
-"""The convolutions that the pretrained encoders share, each in the form that is quickest where it runs."""
+"""The convolutions of the pretrained encoders, each implemented in the fastest way for the platform."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -17,14 +17,14 @@ Padding = Literal["symmetric", "same"]
 
 
 def pads(size: int, kernel: int, stride: int, padding: Padding) -> tuple[int, int]:
-    """Zeros before and behind an axis.
+    """Computes the number of zeros before and after an axis.
 
     Args:
-        size: the axis's length.
-        kernel: the window's length.
-        stride: its step.
-        padding: "symmetric", half the kernel on both sides as PyTorch's networks have it; or "same", TensorFlow's,
-            which puts the odd zero behind and depends on the size.
+        size: length of the axis.
+        kernel: length of the window.
+        stride: step of the window.
+        padding: "symmetric" pads both sides by half the kernel, as PyTorch's networks do. "same" is TensorFlow's
+            padding: it depends on the size, and an odd zero goes after the axis.
     """
     if padding == "symmetric":
         return kernel // 2, kernel // 2
@@ -50,14 +50,15 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> 
 
 def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """x [B,h,w,I] times a matrix [I,O]."""
-    # As a product of two matrices: XLA:CPU would transpose all of x for the gradient of one of higher rank.
+    # A product of two matrices: for a product of higher rank, XLA:CPU transposes all of x to compute the gradient.
     return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
 
 
 def _as_product(x: jax.Array, kernel: jax.Array, stride: int) -> bool:
-    """Whether gathered windows times the kernel, a matrix, are quicker than XLA's convolution on a CPU.
+    """Whether a matrix product of gathered windows and the kernel is faster on a CPU than XLA's convolution.
 
-    XLA's runs at nine tenths of the rate of plain products, but for maps of few cells (two thirds) and for a 3x3 stem.
+    XLA's convolution reaches nine tenths of the rate of plain products. It is slower for maps of few cells (two thirds)
+    and for a 3x3 stem.
     """
     small_map = x.shape[1] // stride <= 8
     stem = kernel.shape[:3] == (3, 3, 3) and stride > 1
@@ -65,7 +66,7 @@ def _as_product(x: jax.Array, kernel: jax.Array, stride: int) -> bool:
 
 
 def _xla(x: jax.Array, kernel: jax.Array, stride: int, around: Pads) -> jax.Array:
-    """XLA's convolution; a kernel [k,k,1,O] filters each channel by its own."""
+    """XLA's convolution; with a kernel [k,k,1,O], each channel has its own filter."""
     layout = ("NHWC", "HWIO", "NHWC")
     groups = x.shape[-1] // kernel.shape[2]
     return lax.conv_general_dilated(
@@ -74,7 +75,7 @@ def _xla(x: jax.Array, kernel: jax.Array, stride: int, around: Pads) -> jax.Arra
 
 
 def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
-    """Largest value a window of x [B,h,w,C], as torch's max_pool2d: cells that don't fill a window are left out."""
+    """The maximum per window of x [B,h,w,C], as torch's max_pool2d: cells that do not fill a window are ignored."""
     around = ((padding, padding), (padding, padding))
     if jax.default_backend() != "cpu":
         sizes, steps = (1, window, window, 1), (1, stride, stride, 1)
@@ -86,9 +87,9 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Ar
 
 
 def adaptive_average_pool(x: jax.Array, side: int) -> jax.Array:
-    """Averages x [B,h,w,C] over side x side windows as torch's adaptive_avg_pool2d does -> [B,side,side,C].
+    """Averages x [B,h,w,C] over side x side windows, as torch's adaptive_avg_pool2d does -> [B,side,side,C].
 
-    Windows overlap where the sizes don't divide, and repeat cells where the result is larger than x.
+    Windows overlap if the sizes do not divide evenly. Cells are repeated if the result is larger than x.
     """
 
     def averages(size: int) -> np.ndarray:
@@ -103,11 +104,11 @@ def adaptive_average_pool(x: jax.Array, side: int) -> jax.Array:
 
 
 class ConvNorm(nnx.Module):
-    """A convolution and the frozen batch norm behind it, NHWC.
+    """A convolution followed by frozen batch norm, NHWC.
 
-    What it is made from tells what is trained (see ``state_dict.convert``). Frozen, it has a `kernel` with the
-    batch norm's scale multiplied in, and a `shift`. Trained, its kernel and its bias, if it has one, are `nnx.Param`s
-    next to the frozen `scale` and `shift` of the batch norm, if it has one.
+    The arrays in ``layer`` determine whether it is trained (see ``state_dict.convert``). A frozen convolution has a
+    `kernel`, multiplied by the scale of the batch norm, and a `shift`. In a trained convolution, the kernel and the
+    bias (if any) are `nnx.Param`s; the `scale` and `shift` of the batch norm (if any) stay frozen.
     """
 
     def __init__(
@@ -131,5 +132,5 @@ class ConvNorm(nnx.Module):
         if self.shift is not None:
             shift = shift + self.shift[...]
         y = convolve(x, kernel.astype(x.dtype), self.stride, self.padding)
-        # Added in float32, so that the bias's gradient, a sum over all cells, is one of float32.
+        # Added in float32, so that the gradient of the bias, a sum over all cells, is computed in float32.
         return (y.astype(jnp.float32) + shift).astype(x.dtype)

@@ -1,12 +1,12 @@
-"""Convolutions on a CPU, with their gradients written out, for what XLA makes of them there is slow.
+"""Convolutions on a CPU with hand-written gradients, because XLA's own are slow there.
 
-Depthwise: XLA's grouped convolution is some fifteen times slower than a sum of shifted products, and what autodiff
-makes of that sum is slow in its turn: it sums over the images once for every tap of the kernel. What is
-differentiated goes image by image, which stays in the cache; above all, it is in a loop, without which XLA computes
-the convolution again inside everything that reads it.
+Depthwise: XLA's grouped convolution is about fifteen times slower than a sum of shifted products. The gradient that
+autodiff derives from that sum is slow too, because it sums over the images once per tap of the kernel. The
+differentiated version processes one image at a time, which keeps the data in the cache. Above all, it is in a loop.
+Without the loop, XLA recomputes the convolution inside every operation that reads it.
 
-Dense: XLA brings a gradient's axes into the order of its quick convolution only outside loops. Inside one, such as
-that over microbatches, the gradient that autodiff gives takes a hundred times as long.
+Dense: XLA brings the axes of a gradient into the order of its fast convolution only outside loops. Inside a loop, such
+as the one over microbatches, the gradient that autodiff derives takes a hundred times as long.
 """
 
 import functools
@@ -16,21 +16,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Pads = tuple[tuple[int, int], tuple[int, int]]  # zeros before and behind the rows, and the columns
+Pads = tuple[tuple[int, int], tuple[int, int]]  # zeros before and after the rows, then the columns
 
 
 def shifted_views(x: jax.Array, kernel: int, stride: int, pads: Pads, value: float = 0.0) -> list[jax.Array]:
-    """The kernel * kernel views [B,h',w',C] of x [B,h,w,C] that a window meets, row by row.
+    """Slices x [B,h,w,C] into kernel * kernel views [B,h',w',C], one per position in the window, row by row.
 
     Args:
         x: the map.
-        kernel: the window's side.
-        stride: its step.
-        pads: what is added around the map.
-        value: what it is padded with.
+        kernel: side of the window.
+        stride: step of the window.
+        pads: the amount of padding around the map.
+        value: the value of the padding.
     """
     x = lax.pad(x, jnp.asarray(value, x.dtype), ((0, 0, 0), (*pads[0], 0), (*pads[1], 0), (0, 0, 0)))
-    # The barrier keeps the padding out of the sum's loop, which would test for the border at every element.
+    # The barrier keeps the padding out of the loop of the sum, which would test for the border at every element.
     x = lax.optimization_barrier(x)
     b, h, w, c = x.shape
     h, w = (h - kernel) // stride * stride + 1, (w - kernel) // stride * stride + 1
@@ -43,7 +43,7 @@ def shifted_views(x: jax.Array, kernel: int, stride: int, pads: Pads, value: flo
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def depthwise(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
-    """Filters each channel of x [B,h,w,C] by its own kernel [k,k,C]; the stride is at most k."""
+    """Filters each channel of x [B,h,w,C] with its own kernel [k,k,C]; the stride must be at most k."""
     return _weighted_sum(shifted_views(x, kernel.shape[0], stride, pads), list(kernel.reshape(-1, kernel.shape[-1])))
 
 
@@ -68,7 +68,7 @@ def _depthwise_backward(
         by_input = _input_gradient(x.shape, kernel, stride, pads, gradient)
         return sums + _kernel_gradient(x, kernel.shape[0], stride, pads, gradient), by_input[0]
 
-    # Sums of so many terms need float32, whatever the products are in.
+    # Sums of this many terms need float32, whatever the dtype of the products.
     by_kernel, by_input = lax.scan(one, jnp.zeros(kernel.shape, jnp.float32), (x, gradient))
     return by_input, by_kernel.astype(kernel.dtype)
 
@@ -76,15 +76,16 @@ def _depthwise_backward(
 def _input_gradient(
     shape: tuple[int, ...], kernel: jax.Array, stride: int, pads: Pads, gradient: jax.Array
 ) -> jax.Array:
-    """Gradient of the input [B,h,w,C] from the output's [B,h',w',C].
+    """Computes the gradient of the input [B,h,w,C] from the gradient of the output [B,h',w',C].
 
-    Row u of the padded input meets the taps u % stride, u % stride + stride, ...: the rows of each remainder
-    are a convolution of the gradient with those taps alone, without the zeros that a dilated gradient would bring.
+    Row u of the padded input is multiplied only by the taps u % stride, u % stride + stride, and so on. The rows
+    with the same remainder u % stride are therefore a convolution of the gradient with those taps alone. This avoids
+    the zeros of a dilated gradient.
     """
     b, h, w, c = shape
     (top, _), (left, _) = pads
     k = kernel.shape[0]
-    rows, columns = -(-(h + top) // stride), -(-(w + left) // stride)  # of the padded input, of one remainder
+    rows, columns = -(-(h + top) // stride), -(-(w + left) // stride)  # of the padded input, per remainder
     reach = (k - 1) // stride
     behind = [max(0, size - held) for size, held in zip((rows, columns), gradient.shape[1:3], strict=True)]
     around = ((0, 0, 0), (reach, behind[0], 0), (reach, behind[1], 0), (0, 0, 0))
@@ -101,7 +102,7 @@ def _input_gradient(
 
 
 def _kernel_gradient(x: jax.Array, kernel: int, stride: int, pads: Pads, gradient: jax.Array) -> jax.Array:
-    """Gradient of the kernel [k,k,C]: a sum over all places for every tap, the taps in one pass over the images."""
+    """Computes the gradient of the kernel [k,k,C]: per tap a sum over all positions, in one pass over the images."""
     gradient = gradient.astype(jnp.float32)
     products = [view.astype(jnp.float32) * gradient for view in shifted_views(x, kernel, stride, pads)]
     zeros = [jnp.zeros((), jnp.float32)] * len(products)
@@ -134,15 +135,16 @@ def _dense_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     k, dilation = kernel.shape[0], (stride, stride)
-    # What the windows cover of an axis: a stride may leave some of its end unread.
+    # The length of each axis that the windows cover. A stride can leave cells at the end unread.
     covered = [(size - 1) * stride + k for size in gradient.shape[1:3]]
     (top, left), (h, w) = (before for before, _ in pads), x.shape[1:3]
     (rows, columns) = covered
-    # Each pixel gathers the gradient of the windows that it is in.
+    # Each pixel sums the gradients of the windows that contain it.
     around = (k - 1 - top, h + top + k - 1 - rows), (k - 1 - left, w + left + k - 1 - columns)
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
     by_input = _convolution(gradient, turned, (1, 1), around, lhs_dilation=dilation)
-    # Each tap meets the gradient spread over what it saw: the images are summed over as channels are.
+    # Each tap multiplies the dilated gradient by the inputs that it read. The image axis takes the place of the input
+    # channels, so that the convolution sums over the images.
     around = (top, rows - h - top), (left, columns - w - left)
     images, spread = x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3)
     by_kernel = _convolution(images, spread, (1, 1), around, rhs_dilation=dilation)

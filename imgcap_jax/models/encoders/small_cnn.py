@@ -13,22 +13,22 @@ from imgcap_jax.errors import UserError
 
 @dataclass(frozen=True)
 class SmallCNN:
-    """Settings of the small CNN: a stage a width, each halving the image; regions are the last stage's cells."""
+    """Settings of the small CNN: one stage per width, each halving the image; regions are the last stage's cells."""
 
     widths: tuple[int, ...] = (32, 64, 128)
     blocks: tuple[int, ...] = (0, 1, 1)
-    """Residual blocks of each stage, after its strided convolution; the first stages' cost the most time."""
+    """Residual blocks per stage, after its strided convolution. Blocks of early stages cost the most time."""
 
     def __post_init__(self) -> None:
         if len(self.blocks) != len(self.widths) or any(width % 8 for width in self.widths):
             raise UserError(
-                f"encoder: widths {self.widths} and blocks {self.blocks} need one number each a stage, and "
-                f"widths that are multiples of 8"
+                f"encoder: widths {self.widths} and blocks {self.blocks} must have the same length, and the widths "
+                f"must be multiples of 8"
             )
 
     @property
     def frozen(self) -> bool:
-        """Never: there are no pretrained weights."""
+        """Always False: there are no pretrained weights."""
         return False
 
     @property
@@ -37,16 +37,16 @@ class SmallCNN:
         return self.widths[-1]
 
     def build(self, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "SmallCNNEncoder":
-        """Makes the encoder for images of ``image_size`` pixels a side."""
+        """Builds the encoder for square images of ``image_size`` pixels."""
         return SmallCNNEncoder(self, image_size, dtype=dtype, rngs=rngs)
 
 
 class SmallCNNEncoder(nnx.Module):
-    """Pixels -> [conv 3x3 stride 2, group norm, ReLU, residual blocks] a stage -> regions + positions.
+    """Pixels -> [conv 3x3 stride 2, group norm, ReLU, residual blocks] per stage -> regions + positions.
 
-    Group norm (Wu & He 2018) has no running statistics, so that training is the same on any number of
-    devices. A learnt vector a region tells where it is, as in vision transformers (Dosovitskiy et al. 2021), so
-    that "left of" can be learnt.
+    Group norm (Wu & He 2018) has no running statistics, so that training is the same on any number of devices. A learnt
+    vector per region encodes its position, as in vision transformers (Dosovitskiy et al. 2021), so that relations such
+    as "left of" can be learnt.
     """
 
     def __init__(self, config: SmallCNN, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -81,7 +81,7 @@ class SmallCNNEncoder(nnx.Module):
 
 
 class _Convolution(nnx.Module):
-    """A 3x3 convolution without bias, followed by group norm with 8 channels a group."""
+    """A 3x3 convolution without bias, followed by group norm with 8 channels per group."""
 
     def __init__(self, inputs: int, width: int, *, stride: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.conv = nnx.Conv(inputs, width, (3, 3), strides=(stride, stride), use_bias=False, dtype=dtype, rngs=rngs)

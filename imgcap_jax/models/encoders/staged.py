@@ -1,4 +1,4 @@
-"""What the pretrained families share as encoders: stages, of which the last ones may be trained."""
+"""What all pretrained encoders share: a sequence of stages, the last of which can be trained."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,41 +17,41 @@ from imgcap_jax.models.encoders.pretrained.weights import FrozenVariable
 
 @dataclass(frozen=True, kw_only=True)
 class Staged:
-    """The settings that the families share; each adds its own, checks them all, and builds."""
+    """The settings that all families share. Each family adds fields, checks all fields and builds the encoder."""
 
     weights: str = "imagenet"
-    """imagenet, random, the path of a file, or a name such as torchvision/resnet50.IMAGENET1K_V2."""
+    """imagenet, random, the path of a weights file, or a name such as torchvision/resnet50.IMAGENET1K_V2."""
     trainable_stages: int = 0
-    """How many stages are trained, counted from the last; 0 freezes all. Batch norm stays frozen."""
+    """The number of stages to train, counted from the last; 0 freezes all. Batch norm stays frozen."""
     grid: int | None = None
-    """Regions are averaged to so many rows and columns, as torch's adaptive_avg_pool2d; None: as they come."""
+    """Averages regions to this number of rows and columns, as torch's adaptive_avg_pool2d does; None: no averaging."""
     checkpoint_stages: bool = False
-    """Trained stages are computed again in the backward pass instead of kept: less memory, more time."""
+    """Recomputes trained stages in the backward pass instead of storing their activations: less memory, more time."""
 
     def check(self, stages: int) -> None:
-        """Raises UserError unless the shared settings fit a network of so many stages."""
+        """Raises UserError unless the shared settings fit a network with this number of stages."""
         name = type(self).__name__
         if not 0 <= self.trainable_stages <= stages:
-            raise UserError(f"{name} can't train {self.trainable_stages} stages; choose 0 to {stages}.")
+            raise UserError(f"{name}: trainable_stages is {self.trainable_stages}; it must be from 0 to {stages}.")
         if self.grid is not None and self.grid < 1:
-            raise UserError(f"{name}: a grid of {self.grid} holds no region; choose 1 or more, or None.")
+            raise UserError(f"{name}: grid is {self.grid}; it must be at least 1, or None.")
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing of it is trained."""
+        """Whether no stage is trained."""
         return self.trainable_stages == 0
 
 
 class StagedEncoder(nnx.Module):
-    """A convolutional network as an encoder of image regions; built by the settings of its family.
+    """A convolutional network as an encoder of image regions, built by the settings of its family.
 
-    What is trained, the kernels of the last `trainable_stages` stages (and the biases of those that have no batch
-    norm behind them), are `nnx.Param`s; all else is `FrozenVariable`. Batch norm is frozen whole (statistics, scale and
-    bias), like the FrozenBatchNorm of detection models.
+    Trained parameters are `nnx.Param`s: the kernels and biases (if any) of the convolutions in the last
+    `trainable_stages` stages. Everything else is a `FrozenVariable`. Batch norm is entirely frozen (statistics, scale
+    and bias), like the FrozenBatchNorm of detection models.
 
     Attributes:
-        region_count: N.
-        region_size: D.
+        region_count: N, regions per image.
+        region_size: D, features per region.
     """
 
     def __init__(
@@ -68,19 +68,19 @@ class StagedEncoder(nnx.Module):
         dtype: DTypeLike,
         chunk: int,
     ) -> None:
-        """Puts the stages together.
+        """Combines the stages.
 
         Args:
-            settings: of the family.
-            stages: maps [B,h,w,C] -> [B,h',w',C'] one after the other; the first gets normalised images.
-            classifier: the last map -> logits [B,1000]; None where only regions are wanted.
+            settings: the settings of the family.
+            stages: applied in order, [B,h,w,C] -> [B,h',w',C'] each; the first receives normalised images.
+            classifier: the last map -> logits [B,1000]; None if only regions are needed.
             image_size: side of the images in pixels.
-            side: rows and columns of the last map.
-            region_size: its channels.
-            mean: taken from the pixels (0..255) first.
-            std: what they are divided by then.
-            dtype: what the convolutions compute in; weights and features are float32.
-            chunk: images that go through the frozen stages together on a CPU.
+            side: the number of rows, and of columns, of the last map.
+            region_size: the number of channels of the last map.
+            mean: subtracted from the pixels (0..255), one value per channel.
+            std: the divisor after that, one value per channel.
+            dtype: dtype of the convolutions; weights and features are float32.
+            chunk: the number of images that pass through the frozen stages at once on a CPU.
         """
         self.image_size = image_size
         self.grid = None if settings.grid in (None, side) else settings.grid
@@ -95,10 +95,10 @@ class StagedEncoder(nnx.Module):
         self.classifier = classifier
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Region features: images uint8 [B,h,w,3], h = w = image_size -> float32 [B,N,D], row by row.
+        """Computes region features: images uint8 [B,h,w,3], h = w = image_size -> float32 [B,N,D], row by row.
 
         Raises:
-            ValueError: the images are of another size than the encoder was built for.
+            ValueError: the images do not have the size that the encoder was built for.
         """
         x = self._map(images)
         if self.grid is not None:
@@ -106,10 +106,11 @@ class StagedEncoder(nnx.Module):
         return x.reshape(x.shape[0], self.region_count, self.region_size).astype(jnp.float32)
 
     def classify(self, images: jax.Array) -> jax.Array:
-        """ImageNet logits [B,1000], in the usual order of the 1000 classes, of images uint8 [B,h,w,3].
+        """Computes ImageNet logits [B,1000], in the usual order of the classes, of images uint8 [B,h,w,3].
 
         Raises:
-            ValueError: the images are of another size, or the encoder was built without its classifier.
+            ValueError: the images do not have the size that the encoder was built for, or the encoder was built without
+                its classifier.
         """
         if self.classifier is None:
             raise ValueError("this encoder was built without its classifier; use build(..., classifier=True)")
@@ -117,7 +118,9 @@ class StagedEncoder(nnx.Module):
 
     def _map(self, images: jax.Array) -> jax.Array:
         if images.shape[1:] != (self.image_size, self.image_size, 3):
-            raise ValueError(f"encoder built for {self.image_size} pixels got images {images.shape}")
+            raise ValueError(
+                f"the encoder was built for {self.image_size} pixels, but the images have shape {images.shape}"
+            )
         x = self._frozen_part(images)
         for stage in self.stages[self.frozen_stages :]:
             x = self._checkpointed(stage, x) if self.checkpoint_stages else stage(x)
@@ -126,7 +129,7 @@ class StagedEncoder(nnx.Module):
     def _checkpointed(self, stage: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
         if jax.default_backend() != "cpu":
             return jax.checkpoint(stage)(x)
-        # XLA:CPU sees through the checkpoint and keeps what was to be computed again, unless it is in a loop.
+        # Outside a loop, XLA:CPU ignores the checkpoint and keeps the activations that should be recomputed.
         return _in_chunks(jax.checkpoint(stage), x, self.chunk)
 
     def _frozen_part(self, images: jax.Array) -> jax.Array:
@@ -139,12 +142,12 @@ class StagedEncoder(nnx.Module):
 
         if jax.default_backend() != "cpu" or self.frozen_stages == 0:
             return through(images)
-        # A few images at a time stay in a CPU's cache all the way down.
+        # The maps of a few images stay in the cache of a CPU through all stages.
         return _in_chunks(through, images, self.chunk)
 
 
 def _in_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array, size: int) -> jax.Array:
-    """A function of x [B,...] applied to `size` rows at a time, and to what is left."""
+    """Applies a function of x [B,...] to `size` rows at a time, and then to the remaining rows."""
     whole = x.shape[0] // size * size
     parts = []
     if whole:
@@ -156,7 +159,7 @@ def _in_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array, size: i
 
 
 class MeanClassifier(nnx.Module):
-    """The mean of all regions, then one linear layer."""
+    """The mean of all regions, followed by one linear layer."""
 
     def __init__(self, layer: Layer) -> None:
         self.kernel = FrozenVariable(jnp.asarray(layer["kernel"]))

@@ -1,6 +1,6 @@
 """VGG-16 and VGG-19 (Simonyan and Zisserman 2015, arXiv:1409.1556), with and without batch norm.
 
-Names and layout are torchvision's; with batch norm its convolutions keep their biases.
+Tensor names and layout are torchvision's: the convolutions have biases even if batch norm follows.
 """
 
 from collections.abc import Mapping
@@ -18,17 +18,17 @@ from imgcap_jax.models.encoders.pretrained.state_dict import ConvolutionSpec, La
 from imgcap_jax.models.encoders.pretrained.weights import FrozenVariable
 from imgcap_jax.models.encoders.staged import Staged, StagedEncoder
 
-_CONVOLUTIONS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # a stage
+_CONVOLUTIONS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # per stage
 _STAGES = 5
 _CHANNELS = (64, 128, 256, 512, 512)
 _HIDDEN = 4096
 _CLASSIFIER_SIDE = 7
-# Images that go through the frozen stages together on a CPU; from 1 to 8 it makes a tenth of difference at most.
+# Images per chunk of the frozen stages on a CPU. Values from 1 to 8 differ by at most a tenth in speed.
 _CHUNK = 2
 
 
 def network(depth: int, batch_norm: bool) -> Network:
-    """VGG-`depth` as the list of its tensors."""
+    """Describes VGG-`depth` as a list of its tensors."""
     convolutions: list[ConvolutionSpec] = []
     inputs, place = 3, 0
     for stage, (count, channels) in enumerate(zip(_CONVOLUTIONS[depth], _CHANNELS, strict=True), start=1):
@@ -36,7 +36,7 @@ def network(depth: int, batch_norm: bool) -> Network:
             norm = f"features.{place + 1}" if batch_norm else None
             convolutions.append(ConvolutionSpec(f"features.{place}", norm, (channels, inputs, 3, 3), stage, bias=True))
             inputs = channels
-            place += 3 if batch_norm else 2  # with its batch norm and ReLU
+            place += 3 if batch_norm else 2  # the convolution, its batch norm (if any) and the ReLU
         place += 1  # the max pool
     flat = _CHANNELS[-1] * _CLASSIFIER_SIDE**2
     return Network(
@@ -54,7 +54,7 @@ def network(depth: int, batch_norm: bool) -> Network:
 
 
 def tensor_shapes(depth: int, batch_norm: bool) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the state dict by name, but for the batch-norm counters."""
+    """The shapes of all tensors of the state dict by name, except the batch-norm counters."""
     return network(depth, batch_norm).shapes()
 
 
@@ -66,18 +66,18 @@ class VGGStage(nnx.Module):
         self.pool = pool
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B,h,w,C] -> [B,h//2,w//2,C'], without the pool [B,h,w,C']."""
+        """x [B,h,w,C] -> [B,h//2,w//2,C'], or [B,h,w,C'] without the pool."""
         for convolution in self.convolutions:
             x = jax.nn.relu(convolution(x))
         return max_pool(x, window=2, stride=2) if self.pool else x
 
 
 class VGGClassifier(nnx.Module):
-    """The map averaged to 7x7, flattened, and three linear layers."""
+    """Averages the map to 7x7, flattens it, and applies three linear layers."""
 
     def __init__(self, layers: Mapping[str, Layer], *, pool: bool) -> None:
         first, *others = (layers[name] for name in ("classifier.0", "classifier.3", "classifier.6"))
-        # PyTorch flattens channels first.
+        # PyTorch flattens a map [C,h,w]; the map here is [h,w,C].
         kernel = first["kernel"].reshape(_CHANNELS[-1], _CLASSIFIER_SIDE**2, _HIDDEN).transpose(1, 0, 2)
         kernels = [kernel.reshape(-1, _HIDDEN), *(layer["kernel"] for layer in others)]
         self.kernels = nnx.List([FrozenVariable(jnp.asarray(kernel)) for kernel in kernels])
@@ -96,21 +96,19 @@ class VGGClassifier(nnx.Module):
 
 @dataclass(frozen=True)
 class VGG(Staged):
-    """VGG encoder: regions of D = 512 features, N = floor(image size / 32)^2 of them, or, without the last
-    pool, floor(image size / 16)^2.
+    """VGG encoder: N = floor(image size / 32)^2 regions of D = 512 features.
 
-    Its five stages end at the max pools.
+    Without the last pool, N = floor(image size / 16)^2. Each of the five stages ends at a max pool.
     """
 
     depth: Literal[16, 19] = 16
     batch_norm: bool = False
     last_pool: bool = True
-    """Whether regions are taken behind the last max pool (7x7 at 224 pixels); Xu et al. (2015) took them before it
-    (14x14)."""
+    """Takes regions after the last max pool (7x7 at 224 pixels). Xu et al. (2015) took them before it (14x14)."""
 
     def __post_init__(self) -> None:
         if self.depth not in _CONVOLUTIONS:
-            raise UserError(f"There is no VGG-{self.depth} here; choose 16 or 19.")
+            raise UserError(f"VGG-{self.depth} is not supported; choose 16 or 19.")
         self.check(_STAGES)
 
     @property
@@ -125,15 +123,17 @@ class VGG(Staged):
 
         Args:
             image_size: side of the images in pixels, at least 32.
-            dtype: what the convolutions compute in; weights and features are float32.
-            rngs: its stream `params` draws random weights.
-            classifier: whether `classify` is wanted; most of VGG's parameters are in it.
+            dtype: dtype of the convolutions; weights and features are float32.
+            rngs: the stream `params` initialises random weights.
+            classifier: whether to include the classifier, which `classify` needs. It has most of VGG's parameters.
 
         Raises:
-            UserError: the images are too small, or the weights are absent, unreadable or of another network.
+            UserError: the images are too small, or the weights are missing, unreadable or belong to another network.
         """
         if image_size < 32:
-            raise UserError(f"VGG halves images five times: {image_size} pixels are too few; choose 32 or more.")
+            raise UserError(
+                f"VGG: the image size is {image_size}; it must be at least 32, because VGG halves images five times."
+            )
         described = network(self.depth, self.batch_norm)
         layers, mean, std = load_layers(
             described, self.weights, self.trainable_stages, rngs=rngs, classifier=classifier

@@ -1,4 +1,4 @@
-"""Downloads against a server on this machine that breaks off, changes its files and redirects."""
+"""Downloads from a local server that breaks connections, changes its files and redirects."""
 
 import hashlib
 import json
@@ -23,15 +23,15 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves files with ranges. What it is asked for is in `asked`, as (path, range).
+    """Serves files with ranges, and records every request in `asked` as (path, range).
 
     Attributes:
         files: contents by path.
-        redirects: where a path leads, and the SHA-256 published on the way.
-        limits: after how many bytes the next answers break off; the last stands for all that follow.
-        statuses: what the next answers are in place of the file, unless 0; the last stands for all that follow.
-        delay: seconds before an answer's connection is closed.
-        honours_if_range: whether a range of another version is answered by the whole file, as it should be.
+        redirects: the target of a path, and the SHA-256 published in the redirect.
+        limits: the number of bytes after which each of the next responses breaks off; the last value is repeated.
+        statuses: the HTTP status of each of the next responses, 0 for the file itself; the last value is repeated.
+        delay: seconds before the connection of a response is closed.
+        honours_if_range: whether a range request for another version returns the whole file, as it should.
     """
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A running server; of all addresses without https, only its own counts as secure."""
+    """A running server. Of all URLs without https, only its own count as secure."""
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
@@ -137,15 +137,15 @@ def test_stalled_connection_is_resumed(server: Server, path: Path, monkeypatch: 
     server.limits, server.delay = [1000, None], 2.0
     fetch(f"{server.base}/weights.pth", path)
     assert path.read_bytes() == CONTENT
-    # A busy machine may take another answer for a stalled one.
+    # On a busy machine, another response may seem stalled.
     assert [wanted for _, wanted in server.asked][:2] == [None, "bytes=1000-"]
 
 
 def broken_off(server: Server, path: Path) -> str:
-    """Leaves 1000 bytes of the file behind, as a process does that gave up."""
+    """Leaves 1000 bytes of the file, as after a process that gave up; returns the URL."""
     server.limits = [1000, 0]
     url = f"{server.base}/weights.pth"
-    with pytest.raises(UserError, match=r"weights\.pth broke off after 0\.0 MB \(the server closed the connection\)"):
+    with pytest.raises(UserError, match=r"weights\.pth stopped after 0\.0 MB \(the server closed the connection\)"):
         fetch(url, path)
     assert visible(path.parent) == ["weights.pth.part", "weights.pth.part.json"]
     server.limits, server.asked = [None], []
@@ -161,14 +161,16 @@ def test_next_process_resumes(server: Server, path: Path) -> None:
 
 @pytest.mark.parametrize("honours_if_range", [True, False])
 @pytest.mark.parametrize("changed", [CONTENT[::-1], CONTENT + b"more", CONTENT[:500]])
-def test_changed_file_is_downloaded_anew(honours_if_range: bool, changed: bytes, server: Server, path: Path) -> None:
+def test_changed_file_is_downloaded_from_scratch(
+    honours_if_range: bool, changed: bytes, server: Server, path: Path
+) -> None:
     url = broken_off(server, path)
     server.files["/weights.pth"], server.honours_if_range = changed, honours_if_range
     fetch(url, path)
     assert path.read_bytes() == changed
 
 
-def test_part_of_another_address_is_not_used(server: Server, path: Path) -> None:
+def test_part_of_another_url_is_not_used(server: Server, path: Path) -> None:
     broken_off(server, path)
     server.files["/other.pth"] = CONTENT[::-1]
     fetch(f"{server.base}/other.pth", path)
@@ -176,7 +178,7 @@ def test_part_of_another_address_is_not_used(server: Server, path: Path) -> None
     assert server.asked == [("/other.pth", None)]
 
 
-def test_damaged_record_starts_anew(server: Server, path: Path) -> None:
+def test_damaged_record_restarts_the_download(server: Server, path: Path) -> None:
     url = broken_off(server, path)
     (path.parent / "weights.pth.part.json").write_text('{"url": "ht')
     fetch(url, path)
@@ -184,7 +186,7 @@ def test_damaged_record_starts_anew(server: Server, path: Path) -> None:
     assert server.asked == [("/weights.pth", None)]
 
 
-def test_whole_part_is_not_asked_for_again(server: Server, path: Path) -> None:
+def test_complete_part_is_not_requested_again(server: Server, path: Path) -> None:
     url = broken_off(server, path)
     (path.parent / "weights.pth.part").write_bytes(CONTENT)
     fetch(url, path, sha256=SHA256)
@@ -192,22 +194,22 @@ def test_whole_part_is_not_asked_for_again(server: Server, path: Path) -> None:
     assert server.asked == []
 
 
-def test_server_that_fails_after_a_break_is_tried_again_and_then_given_up(server: Server, path: Path) -> None:
+def test_failing_server_is_retried_a_limited_number_of_times(server: Server, path: Path) -> None:
     server.limits, server.statuses = [1000], [0, 503, 0, 503]
-    with pytest.raises(UserError, match=r"broke off after .* \(the server answers 503 Service Unavailable\)"):
+    with pytest.raises(UserError, match=r"stopped after .* \(the server answers 503 Service Unavailable\)"):
         fetch(f"{server.base}/weights.pth", path)
     resumed = ["bytes=1000-"] * 2 + ["bytes=2000-"] * 4
     assert [wanted for _, wanted in server.asked] == [None, *resumed]
 
 
-def test_wrong_checksum_is_an_error_and_leaves_nothing(server: Server, path: Path) -> None:
+def test_wrong_checksum_is_an_error_and_leaves_no_files(server: Server, path: Path) -> None:
     with pytest.raises(UserError, match=rf"its SHA-256 starts with {SHA256[:8]}, not with 01234567"):
         fetch(f"{server.base}/weights.pth", path, sha256="01234567")
     assert visible(path.parent) == []
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_checksum_that_the_hub_publishes_is_checked(right: bool, server: Server, path: Path) -> None:
+def test_checksum_published_by_the_hub_is_checked(right: bool, server: Server, path: Path) -> None:
     published = SHA256 if right else SHA256[::-1]
     server.redirects["/resolve"] = ("/weights.pth", published)
     if right:
@@ -230,7 +232,7 @@ def test_redirected_download_is_resumed(server: Server, path: Path) -> None:
 def test_redirect_away_from_https_is_refused(server: Server, path: Path) -> None:
     insecure = f"http://localhost:{server.server_port}/weights.pth"
     server.redirects["/resolve"] = (insecure, SHA256)
-    with pytest.raises(UserError, match=rf"{insecure} is refused: weights are only fetched by https"):
+    with pytest.raises(UserError, match=rf"{insecure} is refused: weights are downloaded over https only"):
         fetch(f"{server.base}/resolve", path)
     assert server.asked == [("/resolve", None)]
     assert not path.exists()
@@ -239,8 +241,8 @@ def test_redirect_away_from_https_is_refused(server: Server, path: Path) -> None
 @pytest.mark.parametrize(
     "url", ["http://127.0.0.1:9/w.pth", "http://download.pytorch.org/w", "file:///etc/passwd", "ftp://x/y"]
 )
-def test_anything_but_https_is_refused(url: str, path: Path) -> None:
-    with pytest.raises(UserError, match="only fetched by https"):
+def test_urls_without_https_are_refused(url: str, path: Path) -> None:
+    with pytest.raises(UserError, match="over https only"):
         fetch(url, path)
 
 
@@ -251,21 +253,21 @@ def test_offline_message_says_what_to_do(server: Server, path: Path, monkeypatch
     with pytest.raises(UserError) as raised:
         fetch(url, path)
     assert str(raised.value) == (
-        f"{url} can't be fetched (Connection refused); get it on another machine and give the file, as in "
+        f"{url} can't be downloaded (Connection refused); download it on another machine and set the path of the file: "
         "--encoder.weights /path/to/weights.pth"
     )
-    with pytest.raises(UserError, match=r"get https://hub/model\.bin on another .* /path/to/model\.bin$"):
+    with pytest.raises(UserError, match=r"download https://hub/model\.bin on another .* /path/to/model\.bin$"):
         fetch(url, path, by_hand="https://hub/model.bin")
     assert visible(path.parent) == []
 
 
-def test_missing_file_is_an_error_at_once(server: Server, path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.pth can't be fetched \(the server answers 404 Not Found\)"):
+def test_missing_file_is_not_retried(server: Server, path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.pth can't be downloaded \(the server answers 404 Not Found\)"):
         fetch(f"{server.base}/absent.pth", path)
     assert len(server.asked) == 1
 
 
-def test_full_disk_is_told_in_a_line(server: Server, path: Path) -> None:
+def test_full_disk_is_a_user_error(server: Server, path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     path.parent.mkdir()
@@ -275,7 +277,7 @@ def test_full_disk_is_told_in_a_line(server: Server, path: Path) -> None:
     assert not path.exists()
 
 
-def test_two_at_once_download_once(server: Server, path: Path) -> None:
+def test_concurrent_downloads_fetch_the_file_once(server: Server, path: Path) -> None:
     server.delay = 0.1
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: fetch(f"{server.base}/weights.pth", path, sha256=SHA256), range(4)))
@@ -283,7 +285,7 @@ def test_two_at_once_download_once(server: Server, path: Path) -> None:
     assert len(server.asked) == 1
 
 
-def test_server_without_versions_is_not_resumed(server: Server, path: Path) -> None:
+def test_download_without_a_version_is_not_resumed(server: Server, path: Path) -> None:
     url = broken_off(server, path)
     record = path.parent / "weights.pth.part.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"version": ""}))

