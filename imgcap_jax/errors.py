@@ -1,8 +1,8 @@
-"""The one exception that a user's mistake raises."""
+"""The exception for mistakes of the user."""
 
 
 class UserError(Exception):
-    """Something the user can mend, told in one line: what is wrong, where, and what to do.
+    """An error that the user can correct. Its message is one line: what is wrong, where, and what to do.
 
     The command line prints the message without a traceback and exits with code 2.
     """

@@ -1,17 +1,16 @@
-"""The one tokeniser, shared by vocabulary and metrics: Penn Treebank rules as the official scorers apply them.
+"""The tokeniser of the vocabulary and the metrics: Penn Treebank rules as in the official COCO tools.
 
-The official COCO tools run Stanford's PTBTokenizer (CoreNLP 3.4.1, options ``-preserveLines -lowerCase``) over
-every caption and drop a short list of punctuation tokens. `tokenize` gives the same tokens in plain Python. Its
-rules describe what the jar does with text, established by comparing outputs, which a test repeats on real captions.
+The official tools run Stanford's PTBTokenizer (CoreNLP 3.4.1, options ``-preserveLines -lowerCase``) on every caption
+and drop a short list of punctuation tokens. `tokenize` returns the same tokens in plain Python. Its rules describe the
+behaviour of PTBTokenizer. They were derived by comparing outputs, and a test repeats the comparison on real captions.
 
-How it works: at each position every rule is tried; the longest match wins, and the earliest rule where two
-are as long. What a rule asks for on its right counts as length but is not consumed. Most captions are plain
-words and never reach the rules.
+At each position every rule is tried. The longest match wins. If two matches have the same length, the earlier rule
+wins. The right context of a rule counts towards the length but is not consumed. Most captions consist of plain words
+and need no rules.
 
-Known differences: the jar reads a file of captions as one text, so that a caption which ends in an initial
-("a sign that reads K.") keeps its full stop or not depending on how the *next* caption begins; here every
-caption stands alone. Letters and combining marks of a few rare scripts are classed by Python's Unicode
-tables.
+Known differences: PTBTokenizer reads a file of captions as one text. If a caption ends in an initial ("a sign that
+reads K."), the full stop is kept or dropped depending on the beginning of the *next* caption. Here captions are
+independent. Letters and combining marks of a few rare scripts are classified by Python's Unicode tables.
 """
 
 import re
@@ -19,9 +18,8 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-# What the official tools drop after tokenising. They also list "-LRB-" and its like, but in capitals, after
-# everything was put into lower case; so brackets stay in captions as "-lrb-", and published scores include
-# them.
+# The tokens that the official tools drop. Their list also contains "-LRB-" and the other brackets, but in upper case,
+# while the tokens are in lower case. Brackets therefore stay in captions as "-lrb-", and published scores include them.
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 
 # Within a word, combining marks count as letters and a soft hyphen is invisible.
@@ -33,14 +31,14 @@ _MARK = (
     "\u0c3e-\u0c56\u0d3e-\u0d44\u0d46-\u0d48\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ecd"
 )
 _ENTITY_LETTER = "&[aeiouAEIOU](?:acute|grave|uml);"
-_NUMERAL = (  # in \w, but not in words
+_NUMERAL = (  # matched by \w, but not part of words
     "\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2089"
     "\u2150-\u2182\u2185-\u2189\u2460-\u249b\u3007\u3021-\u3029\u3038-\u303a"
 )
 _L = rf"(?:[^\W\d_{_NUMERAL}]|{_ENTITY_LETTER})"  # letter
 _A = rf"(?:[^\W_{_NUMERAL}]|[{_MARK}\u00ad]|{_ENTITY_LETTER})"  # letter or digit
 _APOSTROPHE = "['\u0092\u2019]"
-_QUOTE = "['\u0091\u0092\u2018\u2019\u201b`]"  # what stands for an apostrophe in contractions
+_QUOTE = "['\u0091\u0092\u2018\u2019\u201b`]"  # apostrophes in contractions
 _BLANK = r"[ \t\u00a0\u2000-\u200a\u3000]"
 _NUMBER = r"(?:\d*(?:[.:,]\d+)+|\d+)"
 _JOIN = "[-_\u058a\u2010\u2011]"
@@ -58,15 +56,21 @@ _TAG = rf"<(?:[!?][A-Za-z-][^>]*|/?{_TAG_NAME}(?: +{_TAG_NAME}(?: *= *{_TAG_VALU
 
 
 def _abbreviations(words: str, *, capitalised: str = "", uncapitalised: str = "") -> str:
-    """Alternatives for `words` in any spelling, and for words that are abbreviations in one spelling only."""
+    """A pattern of abbreviations.
+
+    Args:
+        words: abbreviations in any case, separated by spaces.
+        capitalised: abbreviations only with a capital first letter.
+        uncapitalised: abbreviations only with all letters after the first in lower case.
+    """
     spellings = [f"(?i:{word})" for word in words.split()]
     spellings += [f"{word[0].upper()}(?i:{word[1:]})" for word in capitalised.split()]
     spellings += [f"[{word[0].upper()}{word[0]}]{word[1:]}" for word in uncapitalised.split()]
     return f"(?:{'|'.join(spellings)})"
 
 
-# Abbreviations keep their full stop: those that may end a sentence, those that something always follows, and
-# those that are abbreviations only before a number.
+# Abbreviations keep their full stop. There are three kinds: those that can end a sentence, those that are always
+# followed by something, and those that are abbreviations only before a number.
 _CLOSING_ABBREVIATION = _abbreviations(
     "jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri ala ariz calif colo "
     "conn ct dak fla ga ind kan kans ky md mich minn mo mont neb nev okla penn tenn va vt wis wisc wyo assn "
@@ -80,7 +84,7 @@ _OPENING_ABBREVIATION = _abbreviations(
     "supts treas alex jos wm assoc cie dept elec invt natl ave cf ft mt st ste vs",
     uncapitalised="mfg mtg",
 )
-# A single letter before one of these ends a sentence, rather than being an initial.
+# Before one of these words, a single letter with a full stop ends a sentence and is not an initial.
 _SENTENCE_STARTER = _abbreviations(
     "",
     capitalised="a about according additionally after an as at but earlier he her here however if in it "
@@ -94,7 +98,7 @@ _SYMBOLS = {
     "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
     "¢": "cents", "£": "#", "¤": "$", "\u0080": "$", "₠": "$", "€": "$",
 }  # fmt: skip
-"""Symbols that are written in another way."""
+"""Symbols and the tokens that replace them."""
 _STRAIGHT_QUOTE = {
     "‘": "`", "‛": "`", "‹": "`", "\u0091": "`", "’": "'", "›": "'", "\u0092": "'",
     "“": "``", "«": "``", "\u0093": "``", "”": "''", "»": "''", "\u0094": "''",
@@ -141,7 +145,7 @@ class _Rule(NamedTuple):
 
 
 def _rule(token: str, emit: Callable[[str], Iterator[str]] = _as_written, *, before: str = "") -> _Rule:
-    """A rule for `token` where it stands before `before`."""
+    """A rule that matches the pattern `token` if the pattern `before` follows it."""
     return _Rule(re.compile(f"({token}){before}").match, emit)
 
 
@@ -163,7 +167,7 @@ _RULES = (
     _rule(f"[nN]{_QUOTE}[tT]", _straight_apostrophe),
     # Words.
     _rule(_WORD, _plain_word),
-    # Words that hold an apostrophe: 'n', ol', y'all, O'Neil, ma'am, '90s.
+    # Words with an apostrophe: 'n', ol', y'all, O'Neil, ma'am, '90s.
     _rule(
         rf"{_APOSTROPHE}[nN]{_APOSTROPHE}|[lLdDjJ]{_APOSTROPHE}|(?i:dunkin|somethin|ol){_APOSTROPHE}"
         rf"|{_APOSTROPHE}(?i:em|till?|cause)|[A-HJ-XZn]{_QUOTE}{_L}{_L}+|{_APOSTROPHE}[2-9]0s"
@@ -193,7 +197,7 @@ _RULES = (
     ),
     _rule(r"[A-Z]*\$"),
     _rule("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+|[\u2080-\u2089]+"),
-    # Abbreviations and acronyms with their full stop; single letters are initials.
+    # Abbreviations and acronyms with their full stop. Single letters are initials.
     _rule(rf"{_CLOSING_ABBREVIATION}\.", before=r"[\s\S]{2}"),
     _rule(rf"{_OPENING_ABBREVIATION}\."),
     _rule(rf"{_BEFORE_NUMBER}\.", before=rf"{_BLANK}?\d"),
@@ -202,7 +206,7 @@ _RULES = (
     _rule(rf"{_A}+(?:\.{_A}+)*\.{_FILE_ENDING}", before=r"[\s.?!,]"),
     # Compounds: well-known, five-o'clock, t_1, and/or, U.S.-based, AT&T, C++.
     _rule(_COMPOUND, _plain_word),
-    _rule(rf"(?:{_WORD}|{_COMPOUND}|\d+(?:[.:,]\d+)*)\.", before="[,;:]"),  # before these it ends no sentence
+    _rule(rf"(?:{_WORD}|{_COMPOUND}|\d+(?:[.:,]\d+)*)\.", before="[,;:]"),  # no end of a sentence before these
     _rule("-(?i:[lr][rcs]b)-"),
     _rule(r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}"),
     _rule(
@@ -210,7 +214,7 @@ _RULES = (
     ),
     _rule("[A-Z]+(?:(?:[&+]|(?i:&amp;))[A-Z]+)+", lambda token: _as_written(re.sub("(?i)&amp;", "&", token))),
     _rule(r"[CcFf]#|[Cc]\+\+"),
-    # Smileys, and punctuation that comes in runs.
+    # Smileys, and repeated punctuation.
     _rule(r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", _brackets, before="[^A-Za-z0-9]"),
     _rule(r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)", _brackets),
     _rule(r"[!?]+|#+|\*+|@+|_+|<<|>>|\\\*|-{5,}"),
@@ -218,7 +222,7 @@ _RULES = (
     _rule(r"-{2,4}|\.{3,4}|\.(?:[ \u00a0]\.){2,}|''|…", _nothing),
 )  # fmt: skip
 
-# A symbol that no rule takes is a token, if the jar knows it; emoji, control characters and the like vanish.
+# A symbol that no rule matches is a token if PTBTokenizer knows it. Emoji, control characters and others are dropped.
 _KNOWN_SYMBOL = re.compile(
     "[!-~\u0080\u00a1-\u00bf\u00d7\u00f7\u037e\u0387\u0589\u05be\u05c0\u05c3\u05c6\u05f3\u05f4\u0600-\u0603"
     "\u0606-\u060c\u0614\u061b\u061e\u061f\u066a\u066d\u06d4\u0700-\u070d\u07f6-\u07f8\u0964\u0965\u0e3f\u0e4f"
@@ -226,7 +230,7 @@ _KNOWN_SYMBOL = re.compile(
     "\u2100-\u214f\u2153-\u215e\u2190-\u2bff\u3001\u3002\u3012\u30fb\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40"
     f"\uff5b-\uff65\uffe0\uffe1\uffe5\uffe6{_MARK}]"
 )
-# Quotes and dashes that become a token of `PUNCTUATION`.
+# Quotes and dashes that PTBTokenizer replaces by a token of `PUNCTUATION`.
 _VANISHING = frozenset('\u0091\u0092\u0093\u0094\u0096\u0097‘’‛‹›“”«»–—―…\u00ad"')
 _PLAIN_CHUNK = re.compile(r"([A-Za-z]+(?:-[A-Za-z]+)*)[,;]?|([A-Za-z]{2,})\.|[.,;]").fullmatch
 _IS_ABBREVIATION = re.compile(rf"{_CLOSING_ABBREVIATION}|{_OPENING_ABBREVIATION}|{_BEFORE_NUMBER}").fullmatch
@@ -234,10 +238,10 @@ _IS_CONTRACTION = re.compile("(?i:cannot|gonna|gotta|lemme|gimme|wanna)").fullma
 
 
 def _scan(text: str) -> Iterator[str]:
-    """All tokens of `text` by the rules; punctuation is still among them."""
+    """All tokens of `text` by the rules, including punctuation."""
     text = " ".join(text.splitlines())
     position, end = 0, len(text)
-    text += "\n\n"  # for rules that look at what follows
+    text += "\n\n"  # right context for the rules at the end
     while position < end:
         if text[position].isspace():
             position += 1
@@ -259,7 +263,7 @@ def _scan(text: str) -> Iterator[str]:
 
 @lru_cache(maxsize=1 << 17)
 def _plain_chunk(chunk: str) -> tuple[str, ...] | None:
-    """Tokens of a chunk between blanks, or None where the rules, or what surrounds it, are needed."""
+    """The tokens of a chunk between blanks, or None if it needs the rules or its context."""
     found = _PLAIN_CHUNK(chunk)
     if found is None:
         return None
@@ -272,17 +276,20 @@ def _plain_chunk(chunk: str) -> tuple[str, ...] | None:
 
 
 def tokenize(caption: str) -> list[str]:
-    """Tokens of a caption as the official COCO tools see them: PTB rules, lower case, punctuation dropped.
+    """Tokenises a caption as the official COCO tools do: PTB rules, lower case, punctuation dropped.
 
-    Some rules that surprise: possessives and contractions are split (``man 's``, ``do n't``, ``can not``);
-    hyphenated words, abbreviations (``mr.``, ``u.s.``) and numbers (``1,000``, ``3.5``, ``1/2``) stay whole;
-    brackets become ``-lrb-``; ``€`` becomes ``$`` and ``½`` becomes ``1/2``; emoji vanish; ``!!`` and ``?!``
-    stay, as only single marks are on the list of punctuation. British spelling is left alone. Newlines count
-    as blanks. No token holds white space: the parts of a telephone number or of ``1 1/2``, which the jar
-    joins by no-break spaces, are separate tokens, as BLEU and CIDEr see them.
+    Details:
+
+    - Possessives and contractions are split (``man 's``, ``do n't``, ``can not``).
+    - Hyphenated words, abbreviations (``mr.``, ``u.s.``) and numbers (``1,000``, ``3.5``, ``1/2``) stay whole.
+    - Brackets become ``-lrb-``, ``€`` becomes ``$``, and ``½`` becomes ``1/2``. Emoji are dropped.
+    - ``!!`` and ``?!`` are kept, because the list of punctuation contains only ``!`` and ``?``.
+    - British spelling is not changed. Newlines count as blanks.
+    - No token contains white space. PTBTokenizer joins the parts of a telephone number or of ``1 1/2`` by no-break
+      spaces; here they are separate tokens, as they are for BLEU and CIDEr.
 
     Returns:
-        The tokens, possibly none.
+        The tokens. The list can be empty.
     """
     tokens: list[str] = []
     for chunk in caption.split():

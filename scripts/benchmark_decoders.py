@@ -1,4 +1,4 @@
-"""Speed of decoders: training steps and decoding, beside PyTorch, and all of them side by side (see benchmark.py)."""
+"""Speed of decoders: training steps and decoding compared with PyTorch, and all decoders (see benchmark.py)."""
 
 import argparse
 import importlib.util
@@ -24,7 +24,7 @@ from imgcap_jax.training.optimizer import Optimizer
 from imgcap_jax.training.parallel import DataParallel
 from imgcap_jax.training.step import first_state
 
-# All sizes 512, the regions projected to it.
+# All sizes are 512. The regions are projected to this size.
 DECODERS: dict[str, Any] = {
     "up_down": UpDown(hidden_size=512, embedding_size=512, attention_size=512, region_size=512),
     "attend": ShowAttendTell(),
@@ -39,7 +39,10 @@ def _decoder(options: argparse.Namespace) -> tuple[CaptionModel, dict[str, int]]
 
 
 def _decoder_flops(name: str, s: Mapping[str, int], words: int) -> float:
-    """Matrix products of one forward pass, by hand: what is hoisted counts once, the vocabulary layer ``words``."""
+    """FLOPs of the matrix products of one forward pass.
+
+    Products that are moved out of the loop over T count once per image. The vocabulary layer counts ``words`` times.
+    """
     H = E = A = R = s["H"]
     once = s["N"] * (s["D"] * R + R * A)
     if name == "attend":
@@ -54,7 +57,7 @@ def _decoder_flops(name: str, s: Mapping[str, int], words: int) -> float:
 
 
 def _captions(s: Mapping[str, int], lengths: str) -> np.ndarray:
-    """Random captions int32 [B,M,T]: as long as there is room, or of lengths as in COCO (10.5 words on average)."""
+    """Random captions int32 [B,M,T] that fill all positions, or with lengths as in COCO (10.5 words on average)."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(4, s["V"], (s["B"], s["M"], s["T"])).astype(np.int32)
     tokens[..., 0] = 1
@@ -72,12 +75,12 @@ def regions_of(s: Mapping[str, int]) -> np.ndarray:
 
 
 def _torch_decoder(options: argparse.Namespace, s: Mapping[str, int]) -> Any:
-    """PyTorch's decoder and its module, or None where there is no fair comparison."""
+    """The decoder in PyTorch and its module, or None if a fair comparison is not possible."""
     if importlib.util.find_spec("torch") is None:
-        print("PyTorch is not installed: no comparison")
+        print("PyTorch is not installed; the comparison is skipped")
         return None
     if jax.default_backend() != "cpu" or options.dtype != "float32":
-        print("PyTorch computes in float32 on the CPU here: no comparison")
+        print("the PyTorch decoders run in float32 on the CPU only; the comparison is skipped")
         return None
     import torch
     import torch_decoders
@@ -89,7 +92,7 @@ def _torch_decoder(options: argparse.Namespace, s: Mapping[str, int]) -> Any:
 
 
 def train(options: argparse.Namespace) -> None:
-    """A training step: captions/s, its products' share of the plain matmul rate, and PyTorch beside it."""
+    """Prints captions/s of a training step, its share of the plain matmul rate, and the same for PyTorch."""
     model, s = _decoder(options)
     graph, params, frozen = split_trained(model)
     optimizer = Optimizer().build(100, 1000)
@@ -126,12 +129,12 @@ def train(options: argparse.Namespace) -> None:
     seconds = medians(things, options.rounds)
     plain = flops / seconds.pop("matmul")
     for side, value in seconds.items():
-        # Each product has two gradients, but the first, of the regions, is not differentiated by its input.
+        # Each product has two gradients, except the projection of the regions, which needs no gradient of its input.
         products = 3 * _decoder_flops(options.decoder, s, words) - 2.0 * s["B"] * s["N"] * s["D"] * s["H"]
         rate = products / value
         print(
             f"{options.decoder}, batch {s['B']} x {s['M']} captions of {words / s['B'] / s['M']:.1f} words with eos, "
-            f"N={s['N']}, V={s['V']}: {side} {value:.3f} s a step, {s['B'] * s['M'] / value:.1f} captions/s, "
+            f"N={s['N']}, V={s['V']}: {side} {value:.3f} s per step, {s['B'] * s['M'] / value:.1f} captions/s, "
             f"{rate / 1e9:.1f} GFLOP/s, {rate / plain:.2f} of the plain matmul rate ({plain / 1e9:.1f})"
         )
     if "PyTorch" in seconds:
@@ -139,7 +142,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def decode(options: argparse.Namespace) -> None:
-    """Captions/s of greedy and beam-5 decoding from ready regions, 20 steps each, and PyTorch beside it."""
+    """Prints captions/s of greedy decoding and beam 5 from region features in 20 steps, and the same for PyTorch."""
     model, s = _decoder(options)
     graph, params, frozen = split_trained(model)
     regions = np.random.default_rng(0).random((s["B"], s["N"], s["D"])).astype(np.float32)
@@ -147,7 +150,7 @@ def decode(options: argparse.Namespace) -> None:
     rival = _torch_decoder(options, s)
     things: dict[str, Thing] = {}
     for name, beam in (("greedy", 1), ("beam 5", 5)):
-        # Nobody says eos: the weights are random, and all captions shall take all steps on both sides.
+        # The weights are random. eos is forbidden on both sides, so that all captions take all steps.
         search = caption_function([graph], Decoding(beam=beam, max_words=20, min_words=20), vocabulary)
         things[f"imgcap_jax, {name}"] = lambda search=search: jax.block_until_ready(
             search([params], [frozen], [{"regions": regions}])
@@ -170,7 +173,7 @@ def decode(options: argparse.Namespace) -> None:
 
 
 def decoders(options: argparse.Namespace) -> None:
-    """Training captions/s and parameters of every decoder as in experiments/flickr8k_*.py, side by side."""
+    """Prints training captions/s and parameter counts of all decoders in experiments/flickr8k_*.py."""
     from imgcap_jax.cli.experiments import find  # needs TFDS
 
     s = {"B": 16, "M": 5, "T": 18, "N": 64, "D": 1280, "V": 2543}
@@ -188,7 +191,7 @@ def decoders(options: argparse.Namespace) -> None:
     for path in sorted((Path(__file__).parent.parent / "experiments").glob("flickr8k_*.py")):
         experiment = find(str(path))
         if experiment.encoder != find("flickr8k").encoder or not isinstance(experiment.objective, CrossEntropy):
-            continue  # an experiment on encoders, or one that starts from another
+            continue  # an experiment with another encoder or objective
         decoder = experiment.decoder.build(s["D"], s["V"], dtype=jnp.dtype(options.dtype), rngs=nnx.Rngs(0))
         graph, params, frozen = split_trained(CaptionModel(None, decoder))
         name = path.stem.removeprefix("flickr8k_")
@@ -206,4 +209,4 @@ def decoders(options: argparse.Namespace) -> None:
         things[name] = once
     for name, value in medians(things, options.rounds).items():
         rate = s["B"] * s["M"] / value
-        print(f"{name}: {parameters[name]:,} parameters, {1e3 * value:.0f} ms a step, {rate:.0f} captions/s")
+        print(f"{name}: {parameters[name]:,} parameters, {1e3 * value:.0f} ms per step, {rate:.0f} captions/s")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The main job on the embedded dataset: install, draw scenes, train from scratch, evaluate, caption, show.
-#   scripts/demo.sh        5 to 8 minutes on 2 CPU cores after installation; run again, it goes on where it was
+# The demo on the built-in dataset of drawn scenes: installs, draws the scenes, trains from scratch, evaluates, and writes
+# a page with captions.
+#   scripts/demo.sh        5 to 8 minutes on 2 CPU cores after installation; a second run continues an interrupted one
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
@@ -12,4 +13,4 @@ imgcap data prepare scenes
 imgcap train scenes_demo --run "$run"
 imgcap evaluate "$run" --split test --page "$run/report.html"
 imgcap evaluate "$run" --split test_compositional
-echo "took $((SECONDS - start)) s after installation; open $run/report.html for ten unseen scenes with their captions"
+echo "finished in $((SECONDS - start)) s after installation; $run/report.html shows ten scenes of the test split with captions"

@@ -1,4 +1,4 @@
-"""What all benchmarks share: interleaved rounds, the plain matmul rate, the sizes of decoders."""
+"""Shared code of the benchmarks: interleaved rounds, the plain matmul rate, the sizes of decoders."""
 
 import argparse
 import statistics
@@ -14,7 +14,7 @@ Thing = Callable[[], Any]
 
 
 def medians(things: Mapping[str, Thing], rounds: int) -> dict[str, float]:
-    """Median seconds of each, over interleaved rounds; the first, which compiles, is not counted."""
+    """Median seconds of each candidate over interleaved rounds, without a first round for compilation."""
     times: dict[str, list[float]] = {name: [] for name in things}
     for number in range(rounds + 1):
         for name, thing in things.items():
@@ -26,7 +26,7 @@ def medians(things: Mapping[str, Thing], rounds: int) -> dict[str, float]:
 
 
 def matmul(dtype: str, size: int = 2048, count: int = 20) -> tuple[Thing, float]:
-    """Plain square products, enough of them to last as long as a step, and their FLOPs."""
+    """A function that computes ``count`` square matrix products, about as long as a step, and its FLOPs."""
     a = jnp.asarray(np.random.default_rng(0).random((size, size)), jnp.dtype(dtype))
     product = jax.jit(lambda a: a @ a)
 
@@ -39,5 +39,6 @@ def matmul(dtype: str, size: int = 2048, count: int = 20) -> tuple[Thing, float]
 
 
 def decoder_sizes(options: argparse.Namespace, *, batch: int) -> dict[str, int]:
+    """The sizes of a decoder benchmark by shape letter. ``batch`` is the default number of images."""
     sizes = {"T": 22, "D": 1280, "H": 512, "V": options.vocabulary, "N": options.regions}
     return sizes | {"B": options.batch or batch, "M": options.captions}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv and installs imgcap_jax into it, with the tested versions. Sourced or called by the other scripts.
+# Creates .venv and installs imgcap_jax into it, with the tested versions of its dependencies. The other scripts call it.
 #   scripts/setup.sh [EXTRAS]      e.g. scripts/setup.sh dev,java
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,13 +15,13 @@ if [ -z "$python" ]; then
   done
 fi
 if [ -z "$python" ]; then
-  echo "setup: no Python 3.11 or newer found; install one, or name it: PYTHON=/path/to/python3.12 $0" >&2
+  echo "setup: no Python 3.11 or newer found; install one, or set PYTHON: PYTHON=/path/to/python3.12 $0" >&2
   exit 2
 fi
 
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 target=".${extras:+[$extras]}"
-# Asked for again only when something that decides the answer has changed.
+# Run pip only if the extras or one of these files have changed since the last installation.
 wanted="$target $(cat setup.cfg pyproject.toml constraints.txt | sha256sum | cut -c1-16)"
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   echo "setup: installing into .venv (a few minutes the first time)"

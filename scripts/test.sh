@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Sets up and passes the tests: ruff, mypy, pytest.
-#   scripts/test.sh            within 10 minutes on 2 cores
-#   scripts/test.sh --all      the slow tests too
-# EXTRAS adds optional oracles, as in EXTRAS=java,torch scripts/test.sh (without them their tests skip).
+# Installs the package and runs all checks: ruff, mypy, pytest.
+#   scripts/test.sh            all except the slow tests, up to 10 minutes on 2 cores
+#   scripts/test.sh --all      includes the slow tests
+# EXTRAS installs optional reference implementations, for example EXTRAS=java,torch scripts/test.sh. Tests that need a
+# missing one are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh "dev${EXTRAS:+,$EXTRAS}"

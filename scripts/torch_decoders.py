@@ -1,7 +1,7 @@
-"""Up-Down and soft attention in PyTorch, as a good PyTorch user would write them, for the comparison in benchmark.py.
+"""Up-Down and soft attention in idiomatic, efficient PyTorch, for the comparison in benchmark.py.
 
-The regions are projected once an image and shared by its captions, the vocabulary layer runs once over the words that
-count, cells are torch's own, and decoding is batched over images and beams.
+The regions are projected once per image and shared by its captions. The vocabulary layer runs once, over all words that
+are not pad. The LSTM cells are those of PyTorch. Decoding is batched over images and beams.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ BOS, EOS, PAD = 1, 2, 0
 
 
 class Attention(nn.Module):
-    """Additive attention whose keys are computed beforehand."""
+    """Additive attention with precomputed keys."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Attention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What both share: all sizes are ``size``."""
+    """Base class of both decoders. All sizes are ``size``."""
 
     def __init__(self, region_size: int, size: int, vocabulary: int, dropout: float = 0.5) -> None:
         super().__init__()
@@ -37,12 +37,12 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def see(self, regions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """regions [B,N,D] -> projected regions and keys, [B,N,H] both, and the regions' mean [B,1,H]."""
+        """regions [B,N,D] -> projected regions [B,N,H], keys [B,N,H] and the mean of the projected regions [B,1,H]."""
         regions = self.dropout(F.relu(self.project(regions)))
         return regions, self.attention.key(regions), regions.mean(1, keepdim=True)
 
     def unroll(self, regions: Tensor, tokens: Tensor) -> Tensor:
-        """Teacher forcing: regions [B,N,D], tokens [B,M,T] -> what ``score`` reads, [B,M,T,...]."""
+        """Teacher forcing: regions [B,N,D], tokens [B,M,T] -> the input of ``score``, [B,M,T,...]."""
         memory = self.see(regions)
         state = self.first(memory, tokens.shape[1])
         words = self.dropout(self.embedding(tokens))
@@ -63,14 +63,14 @@ class Decoder(nn.Module):
 
 
 def cell(lstm: nn.LSTMCell, inputs: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """An LSTMCell over [B,M,...]."""
+    """Applies an LSTMCell to [B,M,...]."""
     flat = [x.flatten(0, 1) for x in (inputs, *state)]
     h, c = lstm(flat[0], (flat[1], flat[2]))
     return h.view(*inputs.shape[:2], -1), c.view(*inputs.shape[:2], -1)
 
 
 class UpDown(Decoder):
-    """Anderson et al. (2018)."""
+    """Up-Down, Anderson et al. (2018)."""
 
     def __init__(self, region_size: int, size: int, vocabulary: int) -> None:
         super().__init__(region_size, size, vocabulary)
@@ -93,7 +93,7 @@ class UpDown(Decoder):
 
 
 class Attend(Decoder):
-    """Xu et al. (2015), soft attention with gate and deep output."""
+    """Soft attention with gate and deep output, Xu et al. (2015)."""
 
     def __init__(self, region_size: int, size: int, vocabulary: int) -> None:
         super().__init__(region_size, size, vocabulary)
@@ -116,8 +116,8 @@ class Attend(Decoder):
 
 
 def train_step(decoder: Decoder, optimizer: torch.optim.Optimizer, regions: Tensor, tokens: Tensor) -> float:
-    """One step of smoothed cross-entropy, the vocabulary layer over the words that count alone."""
-    length = int((tokens != PAD).sum(-1).max())  # no step beyond the batch's longest caption
+    """One training step of cross-entropy with label smoothing. The vocabulary layer skips pad."""
+    length = int((tokens != PAD).sum(-1).max())  # the longest caption in the batch
     tokens = tokens[:, :, :length]
     hidden = decoder.unroll(regions, tokens[:, :, :-1])
     targets = tokens[:, :, 1:]
@@ -132,7 +132,7 @@ def train_step(decoder: Decoder, optimizer: torch.optim.Optimizer, regions: Tens
 
 @torch.inference_mode()
 def decode(decoder: Decoder, regions: Tensor, beam: int, steps: int) -> Tensor:
-    """Batched beam search over images and beams (greedy for one): tokens [B,steps] of the best caption."""
+    """Beam search, batched over images and beams (greedy if beam is 1): tokens [B,steps] of the best captions."""
     batch, vocabulary = len(regions), decoder.words.out_features
     memory = decoder.see(regions)
     state = decoder.first(memory, beam)

@@ -1,4 +1,4 @@
-"""The tokeniser's rules. Expected tokens are those of Stanford's jar (compared at length in tests/real)."""
+"""The rules of the tokeniser. The expected tokens are those of Stanford's PTBTokenizer (see also tests/real)."""
 
 import time
 
@@ -57,21 +57,21 @@ def test_rules(caption: str) -> None:
         "a naïve man’s “big” ½ <unk> [sic] &amp; chips in the '90s!!",
     ],
 )
-def test_tokens_are_stable(caption: str) -> None:
-    """Models write captions as tokens joined by blanks; scoring must read the same tokens again."""
+def test_tokenising_tokens_again_does_not_change_them(caption: str) -> None:
+    """Generated captions are tokens joined by blanks. Scoring must read the same tokens."""
     tokens = tokenize(caption)
     assert tokenize(" ".join(tokens)) == tokens
 
 
-def test_no_token_is_empty_punctuation_or_holds_blanks() -> None:
+def test_no_token_is_empty_or_punctuation_or_contains_blanks() -> None:
     for caption in CASES:
         for token in tokenize(caption):
             assert token not in PUNCTUATION
             assert token.split() == [token]
 
 
-def test_long_odd_text_takes_no_time() -> None:
-    """A rule with runaway backtracking would take minutes."""
+def test_long_repetitive_text_is_tokenised_in_seconds() -> None:
+    """A rule with catastrophic backtracking would take minutes."""
     start = time.perf_counter()
     for piece in ("a", "a,", "a.", "a-", "a'", "<a ", "a@", "1.", "(", "www.", "=", "-", "É", "😀", '"'):
         tokenize(piece * 2000)

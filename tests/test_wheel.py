@@ -1,4 +1,4 @@
-"""The wheel works without the checkout."""
+"""The wheel works without the repository."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.slow
-def test_wheel_trains_and_captions_in_an_environment_of_its_own(tiny_data: Path, tmp_path: Path) -> None:
+def test_wheel_trains_and_captions_in_a_separate_environment(tiny_data: Path, tmp_path: Path) -> None:
     wheels, home = tmp_path / "wheels", tmp_path / "environment"
     pip = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([sys.executable, *pip, "wheel", "--no-deps", "-w", str(wheels), str(REPOSITORY)], check=True)

@@ -1,8 +1,8 @@
-"""Turning a decoder's step into captions: greedy, sampling and three beam searches, with logit rules.
+"""Decoding of captions: greedy decoding, sampling and three beam searches, all with logit rules.
 
-Letters of the shape comments: B images in a batch, M parallel sequences an image (K where they are beams), T
-= max_steps, V vocabulary. Nothing here knows a model: a search sees a function `step(carry, tokens [B,M]) ->
-(carry, logits [B,M,V])` and a carry, any pytree whose every leaf leads with [B,M].
+Letters in the shape comments: B images per batch, M parallel sequences per image (K if they are beams), T = max_steps,
+V vocabulary size. The package does not depend on the models. A search takes a function `step(carry, tokens [B,M]) ->
+(carry, logits [B,M,V])` and a carry, which is any pytree whose leaves all have shape [B,M,...].
 """
 
 from imgcap_jax.decoding.beam import beam_search, diverse_beam_search

@@ -32,32 +32,32 @@ def beam_search(
     rules: Sequence[Rule] = (),
     n_best: int | None = None,
 ) -> Decoded:
-    """Finds K captions an image with (nearly) the highest score.
+    """Finds K captions per image with (approximately) the highest score.
 
-    Each step takes the K best continuations of the live hypotheses, eos included. Those that end go to the
-    finished set, which keeps the K best by score; the rest stay live. Hypotheses still unfinished at T
-    compete too, without eos. So beam 1 is greedy decoding, whatever the length norm, and a beam of at least
-    all prefixes and their continuations is exhaustive search. Where scores tie, the lower beam, then the
-    lower id, goes first. The loop ends as soon as nothing better can come (see ``group_search``).
+    Each step takes the K best continuations of the live hypotheses, including eos. Hypotheses that end move to the
+    finished set, which keeps the K best by score. The others stay live. Hypotheses that are unfinished after T steps
+    also compete, without eos. Beam 1 is therefore greedy decoding for every length norm, and a beam that can hold all
+    prefixes and their continuations is exhaustive search. If scores tie, the lower beam ranks first, then the lower id.
+    The loop ends as soon as no better caption is possible (see ``group_search``).
 
     Args:
         step: (carry, tokens int32 [B,K]) -> (carry, logits [B,K,V]).
-        carry: pytree, every leaf [B,K,...], the K rows of an image equal.
-        beam: K, with which the carry was started.
-        max_steps: T, the longest caption with its eos.
-        length_norm: exponent of the length penalty, the length counting eos; 0: none.
-        length_penalty: what the log-probability is divided by, see ``LengthPenalty``.
-        rules: logit rules, applied in order. Ranking goes by what they leave of the log-probabilities (not
-            normalised again), `log_prob` and `word_log_probs` are the model's own.
-        n_best: how many of the K captions are sure to be the best that K beams find; None: all. The loop ends sooner
-            for fewer; what else it returns is what it had found by then.
+        carry: pytree with leaves [B,K,...]. The K rows of an image are equal.
+        beam: K, the number of beams. The carry must have the same number.
+        max_steps: T, the maximum caption length, including eos.
+        length_norm: exponent of the length penalty. The length includes eos. 0 disables the penalty.
+        length_penalty: the divisor of the log-probability, see ``LengthPenalty``.
+        rules: logit rules, applied in order. Hypotheses are ranked by the log-probabilities after the rules, which are
+            not normalised. `log_prob` and `word_log_probs` are the model's log-probabilities before the rules.
+        n_best: the number of captions that are guaranteed to be the best that K beams find. None means all K. A smaller
+            number ends the loop earlier; the remaining captions are the best found up to that step.
 
     Returns:
-        Decoded with [B,K] captions, best first; `score` is what was ranked, length penalty included.
+        Decoded with [B,K] captions, best first. `score` is the ranking score, including the length penalty.
 
     Raises:
-        UserError: beam or max_steps below 1, or a negative length_norm.
-        ValueError: the carry's leaves don't lead with one [B,K].
+        UserError: beam, max_steps or n_best is below 1, or length_norm is negative.
+        ValueError: the leaves of the carry do not all start with [B,K].
     """
     return diverse_beam_search(
         step,
@@ -88,42 +88,43 @@ def diverse_beam_search(
 ) -> Decoded:
     """Diverse beam search with Hamming diversity (Vijayakumar et al. 2016, arXiv:1610.02424, algorithm 1).
 
-    The beams are cut into groups that choose one after the other at each step: a continuation's log-probability is
-    lowered by ``diversity`` for each time that an earlier group has just chosen the same word, eos included. This
-    decides only what is chosen; hypotheses go on, and are ranked at the end, with the log-probability that they have
-    without it. One group is beam search.
+    The beams are divided into groups, which choose one after another within each step. The log-probability of a
+    continuation is lowered by ``diversity`` for each time that an earlier group has chosen the same word (or eos) in
+    this step. The penalty affects only this choice. Hypotheses are continued and ranked with their log-probability
+    without it. With one group this is beam search.
 
     Args:
         step: (carry, tokens int32 [B,K]) -> (carry, logits [B,K,V]).
-        carry: pytree, every leaf [B,K,...], the K rows of an image equal.
-        beam: K, the beams of all groups together.
-        groups: G; K has to be divisible by it.
-        diversity: the paper's lambda, 0.2 to 0.8 in its experiments.
-        max_steps: T, the longest caption with its eos.
+        carry: pytree with leaves [B,K,...]. The K rows of an image are equal.
+        beam: K, the total number of beams in all groups.
+        groups: G, the number of groups. K must be divisible by G.
+        diversity: lambda in the paper, which uses 0.2 to 0.8 in its experiments.
+        max_steps: T, the maximum caption length, including eos.
         length_norm: as in ``beam_search``.
         length_penalty: as in ``beam_search``.
         rules: as in ``beam_search``.
         n_best: as in ``beam_search``.
 
     Returns:
-        Decoded with the [B,K] captions of all groups, best first; two groups may have found the same one.
+        Decoded with the [B,K] captions of all groups, best first. Two groups can find the same caption.
 
     Raises:
-        UserError: beam, groups or max_steps below 1, beams that don't divide, or a negative length_norm or diversity.
-        ValueError: the carry's leaves don't lead with one [B,K].
+        UserError: beam, groups, max_steps or n_best is below 1, beam is not divisible by groups, or length_norm or
+            diversity is negative.
+        ValueError: the leaves of the carry do not all start with [B,K].
     """
     if beam < 1:
-        raise UserError(f"decoding: beam is {beam}; give at least 1")
+        raise UserError(f"decoding: beam is {beam}; it must be at least 1")
     if groups < 1 or beam % groups:
-        raise UserError(f"decoding: {beam} beams don't divide into {groups} groups; give a divisor")
+        raise UserError(f"decoding: groups is {groups}; it must be at least 1 and divide beam ({beam})")
     if diversity < 0:
-        raise UserError(f"decoding: diversity is {diversity}; give 0 or more")
+        raise UserError(f"decoding: diversity is {diversity}; it must be at least 0")
     check_search(carry, beam, max_steps, length_norm, n_best)
     width = beam // groups
 
     def choose(totals: Array) -> Choice:
         batch, vocabulary = totals.shape[0], totals.shape[-1]
-        chosen = jnp.zeros((batch, vocabulary), jnp.float32)  # how often earlier groups took each word
+        chosen = jnp.zeros((batch, vocabulary), jnp.float32)  # number of times earlier groups chose each word
         rows = jnp.arange(batch)[:, None]
         parts: list[Choice] = []
         for group in range(groups):

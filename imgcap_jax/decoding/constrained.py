@@ -1,4 +1,4 @@
-"""Constrained beam search: captions in which given words occur."""
+"""Constrained beam search: given words must occur in the captions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,17 +24,17 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.special_tokens import EOS
 
 MOST_WORDS = 4
-"""So many words may be asked for: each doubles the beams."""
+"""Maximum number of required words. Each word doubles the number of beams."""
 
 
 def constrained_rows(beam: int, words: Sequence[Sequence[int]]) -> int:
-    """Sequences an image that ``constrained_beam_search`` needs its carry started with.
+    """The number of sequences per image that the carry of ``constrained_beam_search`` must have.
 
     Raises:
-        UserError: too many words.
+        UserError: there are more than ``MOST_WORDS`` words.
     """
     if len(words) > MOST_WORDS:
-        raise UserError(f"decoding: {len(words)} words must occur; each doubles the beams, give at most {MOST_WORDS}")
+        raise UserError(f"decoding: {len(words)} words must occur; use at most {MOST_WORDS} (each doubles the beams)")
     return beam * 2 ** len(words)
 
 
@@ -50,44 +50,45 @@ def constrained_beam_search(
     rules: Sequence[Rule] = (),
     n_best: int | None = None,
 ) -> Decoded:
-    """Constrained beam search (Anderson et al. 2017, arXiv:1612.00576): each of n words has to occur.
+    """Constrained beam search (Anderson et al. 2017, arXiv:1612.00576): each of n words must occur.
 
-    A finite-state machine notes which of the words a hypothesis has; each of its 2**n states has a beam of its own, so
-    that hypotheses with a rare word needn't compete with those without. A state's beam takes the K best continuations,
-    from whatever state, that lead into it. Only the state with all words accepts: elsewhere a caption ends only where
-    the rules leave it nothing else.
+    A finite-state machine tracks which of the words a hypothesis contains. Each of its 2**n states has its own beam, so
+    that hypotheses with a rare word do not compete with hypotheses without it. The beam of a state takes the K best
+    continuations, from all states, that lead into this state. Only the state with all words is accepting. In the other
+    states a caption ends only if the rules allow nothing except eos.
 
     Args:
         step: (carry, tokens int32 [B,K*2**n]) -> (carry, logits [B,K*2**n,V]).
-        carry: pytree, every leaf [B,K*2**n,...] (see ``constrained_rows``), the rows of an image equal.
-        beam: K, beams a state.
-        words: n tuples of ids; of each tuple one has to occur (forms of a word).
-        max_steps: T, the longest caption with its eos.
+        carry: pytree with leaves [B,K*2**n,...] (see ``constrained_rows``). The rows of an image are equal.
+        beam: K, the number of beams per state.
+        words: n tuples of ids. One id of each tuple must occur (the forms of a word).
+        max_steps: T, the maximum caption length, including eos.
         length_norm: as in ``beam_search``.
         length_penalty: as in ``beam_search``.
         rules: as in ``beam_search``.
         n_best: as in ``beam_search``.
 
     Returns:
-        Decoded with [B,K] captions, best first. Where none with all words was found in T steps, those with most of
-        them.
+        Decoded with [B,K] captions, best first. If no caption with all words is found in T steps, these are the
+        captions with the largest number of them.
 
     Raises:
-        UserError: beam or max_steps below 1, a negative length_norm, too many words.
-        ValueError: the carry's leaves don't lead with one [B,K*2**n].
+        UserError: beam, max_steps or n_best is below 1, length_norm is negative, or there are more than ``MOST_WORDS``
+            words.
+        ValueError: the leaves of the carry do not all start with [B,K*2**n].
     """
     if beam < 1:
-        raise UserError(f"decoding: beam is {beam}; give at least 1")
+        raise UserError(f"decoding: beam is {beam}; it must be at least 1")
     check_search(carry, constrained_rows(beam, words), max_steps, length_norm, n_best)
     states = 2 ** len(words)
-    complete = states - 1  # bit i of a state: word i has occurred
+    complete = states - 1  # bit i of a state is set if word i has occurred
 
     def choose(totals: Array) -> Choice:
         vocabulary = totals.shape[-1]
         gained = np.zeros(vocabulary, np.int32)
         for bit, forms in enumerate(words):
             gained[list(forms)] |= 1 << bit
-        # Captions end in the accepting state, elsewhere only where nothing else is left.
+        # Captions end in the accepting state. In other states they end only if no other word is allowed.
         others = jnp.max(totals.at[..., EOS].set(FORBIDDEN), axis=-1)  # [B,S,K]
         waits = (jnp.arange(states) != complete)[:, None] & ~(others < LOWEST)  # [B,S,K]
         totals = totals.at[..., EOS].set(jnp.where(waits, FORBIDDEN, totals[..., EOS]))
@@ -119,7 +120,7 @@ def constrained_beam_search(
 
 
 def _most_words(hypotheses: Hypotheses, beam: int) -> Hypotheses:
-    """Of hypotheses [B,S,K], the K best among those that have as many of the words as any has: [B,1,K]."""
+    """Reduces hypotheses [B,S,K] to the K best of those with the largest number of required words, [B,1,K]."""
     score = hypotheses.score
     found = jnp.array([bin(state).count("1") for state in range(score.shape[1])])  # [S]
     exists = jnp.any(~(score < LOWEST), axis=-1)  # [B,S]

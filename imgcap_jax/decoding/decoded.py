@@ -1,4 +1,4 @@
-"""What every search takes and gives."""
+"""The input and output types of all searches."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,43 +10,43 @@ from jax import Array
 from imgcap_jax.errors import UserError
 
 StepFn = Callable[[Any, Array], tuple[Any, Array]]
-"""(carry, tokens int32 [B,M]) -> (carry, logits [B,M,V]): feed the last words, get the logits of the next."""
+"""(carry, tokens int32 [B,M]) -> (carry, logits [B,M,V]): takes the last words, returns the logits of the next."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Decoded:
-    """Captions of a batch; M is K beams (best first), M samples (as drawn) or 1.
+    """Captions of a batch. M is the number of beams K (best first), the number of samples (in drawing order), or 1.
 
-    A hypothesis that doesn't exist (a beam wider than the number of sequences there are) has tokens all pad
-    and a log_prob and score of `rules.FORBIDDEN`; the first always exists.
+    If a beam is wider than the number of possible sequences, the remaining slots are empty: all their tokens are pad,
+    and their log_prob and score are `rules.FORBIDDEN`. The first slot is never empty.
     """
 
     tokens: Array
-    """int32 [B,M,T]: without bos; the words, then eos unless T came first, then pad."""
+    """int32 [B,M,T]: the words without bos, then eos unless the caption was cut at T, then pad."""
     word_log_probs: Array
-    """float32 [B,M,T]: the model's own log-probability of each token (before rules), 0 after eos."""
+    """float32 [B,M,T]: the model's log-probability of each token before the rules; 0 after eos."""
     log_prob: Array
     """float32 [B,M]: the sum of word_log_probs."""
     score: Array
-    """float32 [B,M]: what the search went by, after the rules; each search says what that is."""
+    """float32 [B,M]: the score that the search optimised, after the rules. Each search documents its score."""
     steps: Array
-    """int32 []: decoder steps that were run; less than T where every caption of the batch ended early."""
+    """int32 []: number of decoder steps that were run. It is below T if the search ended early."""
 
 
 def parallel_shape(carry: Any) -> tuple[int, int]:
-    """The (B, M) with which every leaf of the carry leads.
+    """The leading dimensions (B, M) of all leaves of the carry.
 
     Raises:
-        ValueError: the carry has no leaf, or its leaves lead with different sizes.
+        ValueError: the carry has no leaves, or their leading dimensions differ.
     """
     shapes = {leaf.shape[:2] for leaf in jax.tree.leaves(carry)}
     if len(shapes) != 1 or len(shape := shapes.pop()) != 2:
-        raise ValueError(f"every leaf of the carry has to lead with [B,M]; they lead with {sorted(shapes)}")
+        raise ValueError(f"all leaves of the carry must start with the same [B,M]; they start with {sorted(shapes)}")
     return shape[0], shape[1]
 
 
 def check_steps(max_steps: int) -> None:
-    """Raises UserError unless there is room for a token."""
+    """Raises UserError if max_steps is below 1."""
     if max_steps < 1:
-        raise UserError(f"decoding: max_steps is {max_steps}; give at least 1 (the words and eos)")
+        raise UserError(f"decoding: max_steps is {max_steps}; it must be at least 1 (it counts words and eos)")

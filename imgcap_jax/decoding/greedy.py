@@ -1,4 +1,4 @@
-"""Greedy decoding: the likeliest word each time."""
+"""Greedy decoding: the most likely word at each step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,21 +12,21 @@ from imgcap_jax.decoding.rules import Rule
 
 
 def greedy(step: StepFn, carry: Any, *, max_steps: int, rules: Sequence[Rule] = ()) -> Decoded:
-    """Takes the likeliest word that the rules allow, until eos; the lowest id where words tie.
+    """Takes the most likely word that the rules allow, until eos. If words tie, the lowest id is taken.
 
     Args:
         step: (carry, tokens int32 [B,M]) -> (carry, logits [B,M,V]).
-        carry: pytree, every leaf [B,M,...]; M is 1 but for callers who start the sequences differently.
-        max_steps: T, the longest caption with its eos; one that reaches it is cut there.
+        carry: pytree with leaves [B,M,...]. M is 1, except if the sequences of an image start from different carries.
+        max_steps: T, the maximum caption length, including eos. Longer captions are cut there.
         rules: logit rules, applied in order.
 
     Returns:
-        Decoded with [B,M] captions; `score` is the sum of the ruled log-probabilities (= log_prob where rules
-        only forbid).
+        Decoded with [B,M] captions. `score` is the sum of the log-probabilities after the rules. It equals `log_prob`
+        if the rules only forbid words.
 
     Raises:
-        UserError: max_steps < 1.
-        ValueError: the carry's leaves don't lead with one [B,M].
+        UserError: max_steps is below 1.
+        ValueError: the leaves of the carry do not all start with the same [B,M].
     """
 
     def likeliest(ruled: Array, t: Array) -> tuple[Array, Array]:

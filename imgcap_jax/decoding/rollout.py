@@ -1,4 +1,4 @@
-"""One word after another without looking back: the loop that greedy decoding and sampling share."""
+"""The decoding loop of greedy decoding and sampling, which extend each sequence by one word per step."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,9 +13,9 @@ from imgcap_jax.special_tokens import BOS, EOS, PAD
 
 
 class _State(NamedTuple):
-    t: Array  # int32 []: words so far
+    t: Array  # int32 []: number of words so far
     carry: Any
-    last: Array  # int32 [B,M]: what the next step is fed
+    last: Array  # int32 [B,M]: input of the next step
     tokens: Array  # int32 [B,M,T]
     word_log_probs: Array  # float32 [B,M,T]
     score: Array  # float32 [B,M]
@@ -33,11 +33,19 @@ def rollout(
     """Runs the decoder until every sequence has ended.
 
     Args:
-        step: the decoder's step.
-        carry: pytree, every leaf [B,M,...].
-        choose: (ruled float32 [B,M,V], t []) -> (words [B,M], float32 [B,M] to add to the score).
+        step: (carry, tokens int32 [B,M]) -> (carry, logits [B,M,V]).
+        carry: pytree with leaves [B,M,...].
+        choose: (log-probabilities after the rules, float32 [B,M,V], t []) -> (words [B,M], float32 [B,M] added to the
+            score).
         max_steps: T.
-        rules: applied before choosing.
+        rules: logit rules, applied in order before ``choose``.
+
+    Returns:
+        Decoded with [B,M] captions. `score` is the sum of what ``choose`` returned up to and including eos.
+
+    Raises:
+        UserError: max_steps is below 1.
+        ValueError: the leaves of the carry do not all start with the same [B,M].
     """
     check_steps(max_steps)
     batch, parallel = parallel_shape(carry)

@@ -1,4 +1,4 @@
-"""Sampling captions from the model."""
+"""Sampling of captions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,33 +22,33 @@ def sample(
     temperature: float = 1.0,
     rules: Sequence[Rule] = (),
 ) -> Decoded:
-    """Draws M captions an image, word by word.
+    """Draws M captions per image, word by word.
 
-    What is drawn for an image depends on its key alone: not on the other rows of the batch, nor on how they
-    are spread over devices; and more samples leave the first ones as they were.
+    The samples of an image depend only on its key. They do not depend on the other images of the batch or on the
+    distribution of the batch over devices. A larger M does not change the first samples.
 
     Args:
         step: (carry, tokens int32 [B,M]) -> (carry, logits [B,M,V]).
-        carry: pytree, every leaf [B,M,...].
-        keys: [B] PRNG keys (or uint32 [B,2]), one an image.
-        max_steps: T, the longest caption with its eos.
-        temperature: divides the logits, before the rules, as nucleus sampling has it.
+        carry: pytree with leaves [B,M,...].
+        keys: [B] PRNG keys (or uint32 [B,2]), one per image.
+        max_steps: T, the maximum caption length, including eos.
+        temperature: the divisor of the logits. It is applied before the rules, as in nucleus sampling.
         rules: logit rules (TopK, TopP ...), applied in order.
 
     Returns:
-        Decoded with [B,M] captions as drawn, not sorted; `score` is the log-probability with which each was
-        drawn (after temperature and rules, normalised), `log_prob` the model's own.
+        Decoded with [B,M] captions in drawing order. `score` is the log-probability with which each caption was drawn
+        (after temperature and rules, normalised). `log_prob` is the model's log-probability before both.
 
     Raises:
-        UserError: temperature below 0.01, or max_steps < 1.
-        ValueError: not one key an image, or the carry's leaves don't lead with one [B,M].
+        UserError: temperature is below 0.01, or max_steps is below 1.
+        ValueError: the number of keys is not B, or the leaves of the carry do not all start with the same [B,M].
     """
     batch, parallel = parallel_shape(carry)
     if keys.shape[0] != batch:
-        raise ValueError(f"{keys.shape[0]} keys for {batch} images: give one key an image")
+        raise ValueError(f"{keys.shape[0]} keys for {batch} images; there must be one key per image")
     if temperature != 1.0:
         rules = (Temperature(temperature), *rules)
-    # JAX's generator gives the first M rows the same numbers however many rows follow.
+    # JAX's generator returns the same numbers for the first rows, independent of the number of rows that follow.
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (parallel, max_steps)))(keys)  # [B,M,T]
 
     def draw(ruled: Array, t: Array) -> tuple[Array, Array]:

@@ -1,7 +1,8 @@
-"""The loop that beam, diverse beam and constrained beam search share.
+"""The loop shared by beam search, diverse beam search and constrained beam search.
 
-Hypotheses live in G groups of K an image. Each step feeds all of them to the decoder at once; a function chooses, for
-each group, K continuations; those that end go to the group's finished ones, of which the K best are kept.
+Each image has G groups of K hypotheses. Each step runs the decoder on all of them at once. A function then chooses K
+continuations for each group. Continuations that end move to the finished hypotheses of their group, which keeps the K
+best.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,42 +19,47 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 
 LengthPenalty = Literal["power", "gnmt"]
-"""power: length**a (a = 1 is the average a word). gnmt: ((5 + length) / 6)**a (Wu et al. 2016, arXiv:1609.08144)."""
+"""power: length**a (a = 1: mean per word). gnmt: ((5 + length) / 6)**a (Wu et al. 2016, arXiv:1609.08144)."""
 
 
 class Hypotheses(NamedTuple):
-    """K partial or whole captions in each of G groups an image; an empty slot has score FORBIDDEN."""
+    """K partial or complete captions in each of the G groups of an image. An empty slot has score FORBIDDEN."""
 
-    score: Array  # float32 [B,G,K]: live ones: sum of ruled log-probabilities; finished ones: what is ranked
+    score: Array  # float32 [B,G,K]: sum of log-probabilities after the rules (live), or ranking score (finished)
     tokens: Array  # int32 [B,G,K,T]
     word_log_probs: Array  # float32 [B,G,K,T]
 
 
 class Choice(NamedTuple):
-    """K continuations in each group: their totals, the hypotheses they continue (of all G*K) and their words."""
+    """K continuations for each group."""
 
-    total: Array  # float32 [B,G,K]
-    parent: Array  # int32 [B,G,K]
+    total: Array  # float32 [B,G,K]: sum of log-probabilities after the rules
+    parent: Array  # int32 [B,G,K]: index of the continued hypothesis, 0 to G*K - 1
     word: Array  # int32 [B,G,K]
 
 
 class _State(NamedTuple):
-    t: Array  # int32 []: words that each live hypothesis has
-    carry: Any  # pytree of [B,G*K,...], of the live hypotheses
+    t: Array  # int32 []: number of words in each live hypothesis
+    carry: Any  # pytree with leaves [B,G*K,...], of the live hypotheses
     live: Hypotheses
     finished: Hypotheses  # best first
 
 
 def check_search(carry: Any, rows: int, max_steps: int, length_norm: float, n_best: int | None) -> None:
-    """Raises UserError or ValueError unless the settings that all searches share make sense (``rows``: G*K)."""
+    """Checks the arguments that all searches share.
+
+    Raises:
+        UserError: max_steps or n_best is below 1, or length_norm is negative.
+        ValueError: the leaves of the carry do not all start with [B,rows]; rows is G*K.
+    """
     check_steps(max_steps)
     if n_best is not None and n_best < 1:
-        raise UserError(f"decoding: n_best is {n_best}; give at least 1")
+        raise UserError(f"decoding: n_best is {n_best}; it must be at least 1")
     if length_norm < 0:
-        raise UserError(f"decoding: length_norm is {length_norm}; give 0 (none) or more")
+        raise UserError(f"decoding: length_norm is {length_norm}; it must be at least 0 (no length penalty)")
     _, parallel = parallel_shape(carry)
     if parallel != rows:
-        raise ValueError(f"the carry was started with {parallel} sequences an image, the search has {rows}")
+        raise ValueError(f"the carry has {parallel} sequences per image; the search needs {rows}")
 
 
 def group_search(
@@ -72,34 +78,37 @@ def group_search(
     rules: Sequence[Rule],
     n_best: int | None,
 ) -> tuple[Hypotheses, Array]:
-    """Runs a search to its end.
+    """Runs a search.
 
-    The loop ends when for every image no live hypothesis can still enter the ``n_best`` finished ones of its group,
-    which never changes them: log-probabilities only fall, and no length helps more than T does, so total / penalty(T)
-    bounds whatever a live hypothesis may become. Hypotheses still unfinished at T compete too, without eos.
+    The loop ends when, for every image, no live hypothesis can still enter the ``n_best`` finished hypotheses of its
+    group. This early exit does not change the result: the total log-probability never rises, and the penalty is largest
+    at length T, so total / penalty(T) is an upper bound of the final score of a live hypothesis. Hypotheses that are
+    unfinished after T steps also compete, without eos.
 
     Args:
         step: (carry, tokens int32 [B,G*K]) -> (carry, logits [B,G*K,V]).
-        carry: pytree, every leaf [B,G*K,...], the rows of an image equal.
-        choose: totals float32 [B,G,K,V] of all continuations -> those that go on.
+        carry: pytree with leaves [B,G*K,...]. The rows of an image are equal.
+        choose: total log-probabilities float32 [B,G,K,V] of all continuations -> the continuations to keep.
         groups: G.
         width: K.
-        first: which groups hold the empty caption at the start.
-        wanted: whose finished ones decide the end.
-        shared: a live hypothesis of any group may come to enter a wanted group; otherwise only its own.
+        first: [G], whether a group starts with the empty caption.
+        wanted: [G], whether the finished hypotheses of a group are needed. Only these groups decide when the loop ends.
+        shared: whether descendants of a live hypothesis can enter every wanted group. If False, they stay in their own
+            group.
         max_steps: T.
         length_norm: exponent of the length penalty.
-        length_penalty: its kind.
+        length_penalty: kind of the length penalty.
         rules: logit rules, applied in order.
-        n_best: how many of a group's K are sure to be the best that it finds in T steps; None: all. Fewer end sooner.
+        n_best: the number of hypotheses per group that are guaranteed to be the best that the group finds in T steps.
+            None means all K. A smaller number ends the loop earlier.
 
     Returns:
-        The best hypotheses of each group, best first, and the steps run int32 [].
+        The K best hypotheses of each group, best first, and the number of steps, int32 [].
     """
     batch = parallel_shape(carry)[0]
     flat = batch, groups * width
-    # A table, for a power that is computed in two places may be rounded in two ways, and then the early exit would no
-    # longer be exact.
+    # A table, because a power that is computed in two places can be rounded in two ways. The early exit would then not
+    # be exact.
     norms = jnp.asarray(_penalties(max_steps, length_norm, length_penalty), jnp.float32)  # [T]
     ends_count = np.flatnonzero(np.asarray(wanted))
     sure = min(n_best or width, width)
@@ -120,9 +129,9 @@ def group_search(
         index = parent * logits.shape[-1] + word
         log_prob = jnp.take_along_axis(log_probs.reshape(batch, -1), index, axis=-1)  # [B,G*K]
 
-        # Fewer continuations than places exist in the first steps of a wide beam and once hypotheses have ended: what
-        # top_k adds then descends from an empty slot or a forbidden word.
-        exists = ~(choice.total < LOWEST)  # [B,G,K]; so put, a NaN of a broken model stays visible
+        # In the first steps of a wide beam, and after hypotheses have ended, there can be fewer than K continuations.
+        # top_k then also returns continuations of empty slots or with forbidden words.
+        exists = ~(choice.total < LOWEST)  # [B,G,K]; the negation keeps the NaN of a broken model visible
         ended = exists & (choice.word == EOS)  # [B,G,K]
         old = tokens, s.live.word_log_probs.reshape(*flat, max_steps)
         tokens, word_log_probs = take_rows(old, parent)  # [B,G*K,T] both
@@ -143,18 +152,18 @@ def group_search(
         tokens=jnp.full((*shape, max_steps), PAD, jnp.int32),
         word_log_probs=jnp.zeros((*shape, max_steps), jnp.float32),
     )
-    # The rows of a group start alike: only its first is live, or the same caption would fill the group K times.
+    # The rows of a group start equal. Only the first is live; otherwise the group would contain every caption K times.
     start = jnp.where(jnp.asarray(first), 0.0, FORBIDDEN)  # [G]
     live = nothing._replace(score=nothing.score.at[:, :, 0].set(start))
     end = jax.lax.while_loop(unfinished, advance, _State(jnp.int32(0), carry, live, nothing))
 
-    # What is live after an early exit can't enter; after the last step it competes as it is, without eos.
+    # After an early exit no live hypothesis can enter. After T steps the live hypotheses compete without eos.
     left = jnp.where(end.live.score < LOWEST, FORBIDDEN, end.live.score / norms[end.t - 1])  # [B,G,K]
     return best(end.finished, end.live._replace(score=left)), end.t
 
 
 def decoded(hypotheses: Hypotheses, steps: Array) -> Decoded:
-    """The hypotheses [B,1,K] of a search's only remaining group as its result."""
+    """Converts the hypotheses [B,1,K] of a single group to the result of a search."""
     score, tokens, word_log_probs = (leaf[:, 0] for leaf in hypotheses)
     exists = ~(score < LOWEST)  # [B,K]
     return Decoded(
@@ -167,42 +176,45 @@ def decoded(hypotheses: Hypotheses, steps: Array) -> Decoded:
 
 
 def best(first: Hypotheses, second: Hypotheses) -> Hypotheses:
-    """The K best of each group of two sets, best first; the first set's where scores tie."""
+    """The K best of each group of two sets, best first. If scores tie, the first set ranks first."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), first, second)  # [B,G,2K,...]
     _, index = jax.lax.top_k(both.score, second.score.shape[2])  # [B,G,K]
     return jax.tree.map(lambda leaf: jax.vmap(jax.vmap(lambda row, i: row[i]))(leaf, index), both)
 
 
 def merged(hypotheses: Hypotheses, width: int) -> Hypotheses:
-    """The ``width`` best of all groups as one group, best first; where scores tie, the earlier group's."""
+    """The ``width`` best of all groups as one group, best first. If scores tie, the earlier group ranks first."""
     one = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], 1, -1, *leaf.shape[3:]), hypotheses)
     empty = jax.tree.map(lambda leaf: leaf[:, :, :width], one)
     return best(one, empty._replace(score=jnp.full_like(empty.score, -jnp.inf)))
 
 
 def top_continuations(totals: Array, width: int) -> tuple[Array, Array, Array]:
-    """The K best of totals [B,P,V]: totals, parents among P and words, [B,K] each.
+    """The K best of totals [B,P,V].
 
-    Where totals tie, the lower parent, then the lower id, goes first.
+    If totals tie, the lower parent ranks first, then the lower id.
+
+    Returns:
+        Totals, parents (0 to P - 1) and words, each [B,K].
     """
     total, index = jax.lax.top_k(totals.reshape(totals.shape[0], -1), width)
     return total, index // totals.shape[-1], index % totals.shape[-1]
 
 
 def take_rows(tree: Any, index: Array) -> Any:
-    """Reorders axis 1 of every leaf [B,M,...] by index [B,K], each image by its own row."""
+    """Gathers rows of axis 1 of every leaf [B,M,...] by index [B,K], separately for each image."""
     return jax.tree.map(lambda leaf: jax.vmap(lambda row, i: row[i])(leaf, index), tree)
 
 
 def _penalties(max_steps: int, length_norm: float, kind: LengthPenalty) -> np.ndarray:
-    """What scores of lengths 1 to T are divided by [T]."""
+    """The length penalty for lengths 1 to T, [T]."""
     lengths = np.arange(1, max_steps + 1)
     return (lengths if kind == "power" else (5 + lengths) / 6) ** float(length_norm)
 
 
 def _decided(live: Array, worst: Array, largest: Array) -> Array:
-    """Whether no live score [B,G,...] can beat the worst finished one that is wanted, [B,G], any more: bool []."""
+    """Whether no live score [B,G,...] can still beat the worst finished score that is needed, [B,G]: bool []."""
     hope = jnp.max(live, axis=-1)  # [B,G]
-    # A tie doesn't enter: `best` prefers what was finished earlier.
+    # A tie does not enter, because `best` prefers the hypothesis that finished earlier.
     beaten = hope / largest <= worst  # [B,G]
     return jnp.all(beaten | (hope < LOWEST))

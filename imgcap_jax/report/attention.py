@@ -1,4 +1,4 @@
-"""Pictures of where a caption's words looked."""
+"""Pictures of the attention weights of each word of a caption."""
 
 import math
 from collections.abc import Sequence
@@ -10,42 +10,42 @@ from PIL import Image
 from imgcap_jax.errors import UserError
 from imgcap_jax.report.contact_sheet import contact_sheet
 
-_DARKEST = 0.15  # what is left of a pixel that a word didn't look at
+_DARKEST = 0.15  # brightness of pixels without attention, relative to the original
 
 
 def attention_picture(
     photo: np.ndarray, words: Sequence[str], log_probs: Sequence[float], attention: np.ndarray, path: Path
 ) -> None:
-    """Draws a photo, and under each word of its caption the photo dimmed by the word's attention, into a PNG.
+    """Writes a PNG with a photo and, for each word of its caption, the photo dimmed by the word's attention.
 
-    Weights are shown relative to the largest of their word. Where a word's weights sum to less than 1, the rest went to
-    a sentinel (Lu et al. 2017), and the sum is told.
+    Weights are shown relative to the largest weight of the word. If the weights of a word sum to less than 1, the rest
+    is the weight of a sentinel (Lu et al. 2017), and the sum is printed below the word.
 
     Args:
-        photo: uint8 [h,w,3], what the regions cover.
-        words: the caption's.
-        log_probs: each word's.
-        attention: float [words,N], N = g x g regions, row by row.
-        path: the PNG.
+        photo: uint8 [h,w,3], the image area that the regions cover.
+        words: the words of the caption.
+        log_probs: the log-probability of each word.
+        attention: float [words,N], the weights of N = g x g regions, row by row.
+        path: the PNG file.
 
     Raises:
-        UserError: the regions are no square grid.
+        UserError: the number of regions is not a square.
     """
     side = math.isqrt(attention.shape[-1])
     if side * side != attention.shape[-1]:
-        raise UserError(f"the model's {attention.shape[-1]} regions are no square grid, so there is nothing to draw")
+        raise UserError(f"the model has {attention.shape[-1]} regions; attention can only be drawn for a square grid")
     images: list[np.ndarray] = [photo]
-    texts: list[str] = ["the photo; below each word, how likely the model found it"]
+    texts: list[str] = ["the photo; the number after each word is its probability"]
     for word, log_prob, weights in zip(words, log_probs, attention, strict=True):
         images.append(dimmed(photo, weights.reshape(side, side)))
         looked = weights.sum()
-        share = f", looked {100 * looked:.0f} %" if looked < 0.995 else ""
+        share = f", attention {100 * looked:.0f} %" if looked < 0.995 else ""
         texts.append(f"{word} ({100 * math.exp(log_prob):.0f} %{share})")
     contact_sheet(images, texts, path, columns=5, title=" ".join(words))
 
 
 def dimmed(photo: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The photo, uint8 [h,w,3], as dark as the weights [g,g] are low, between whose centres it is interpolated."""
+    """Dims a photo, uint8 [h,w,3], where the weights [g,g] are low, with bicubic interpolation between regions."""
     light = Image.fromarray((weights / max(float(weights.max()), 1e-12)).astype(np.float32))
     light = light.resize((photo.shape[1], photo.shape[0]), Image.Resampling.BICUBIC)
     share = _DARKEST + (1 - _DARKEST) * np.clip(np.asarray(light), 0, 1)

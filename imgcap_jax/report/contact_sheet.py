@@ -1,4 +1,4 @@
-"""Contact sheets: images with their captions on one PNG."""
+"""Contact sheets: images with their captions in one PNG."""
 
 import functools
 import io
@@ -13,8 +13,8 @@ from imgcap_jax.data.sources import CaptionSource
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import replacing
 
-# In pixels.
-_TILE = 256  # a whole multiple of 64, the side of the drawn scenes
+# Sizes in pixels.
+_TILE = 256  # a multiple of 64, the side of the drawn scenes
 _GAP = 22
 _MARGIN = 26
 _FONT_SIZE = 14
@@ -29,20 +29,22 @@ def contact_sheet(
     columns: int = 4,
     title: str = "",
 ) -> None:
-    """Draws images, uint8 [h, w, 3] of any sizes, with a text or a list of texts below each, into a PNG.
+    """Writes a PNG of images, uint8 [h, w, 3] of any sizes, with a text or a list of texts below each.
 
-    Images of at most half a tile are enlarged by a whole factor without smoothing: their pixels stay visible.
+    Images that fit half a tile are enlarged by an integer factor without smoothing, so that their pixels stay visible.
 
     Raises:
-        ValueError: no image, or not as many texts as images.
+        ValueError: there are no images, or the numbers of images and texts differ.
     """
     if not len(images) or len(images) != len(texts):
-        raise ValueError(f"{len(images)} images and {len(texts)} texts")
+        raise ValueError(
+            f"{len(images)} images and {len(texts)} texts; there must be one text per image and at least one image"
+        )
     columns = min(columns, len(images))
     pictures = [_fit(image) for image in images]
     captions = [_wrap([text] if isinstance(text, str) else text) for text in texts]
     rows = [slice(start, start + columns) for start in range(0, len(images), columns)]
-    # A row is as high as its highest picture and its longest text.
+    # The height of a row is that of its highest picture plus its longest text.
     picture_heights = [max(picture.height for picture in pictures[row]) for row in rows]
     text_heights = [max(len(lines) for lines in captions[row]) * _LINE for row in rows]
     head = 40 if title else 0
@@ -68,13 +70,13 @@ def contact_sheet(
 
 
 def dataset_sheet(source: CaptionSource, path: Path, *, count: int = 12, columns: int = 4, seed: int = 0) -> None:
-    """A contact sheet of randomly chosen images of a split, with all their captions.
+    """Writes a contact sheet of randomly chosen images of a split with all their captions.
 
     Raises:
-        UserError: no image is asked for.
+        UserError: count is below 1.
     """
     if count < 1:
-        raise UserError(f"a contact sheet of {count} images; ask for 1 or more")
+        raise UserError(f"contact sheet: count is {count}; it must be at least 1")
     chosen = np.random.default_rng(seed).permutation(len(source))[:count]
     examples = [source[int(i)] for i in chosen]
     images = []
@@ -98,20 +100,20 @@ def _fit(image: np.ndarray) -> Image.Image:
 def _font(size: int) -> ImageFont.FreeTypeFont:
     import matplotlib
 
-    # Matplotlib brings DejaVu Sans along; the system may have no font at all.
+    # Matplotlib contains DejaVu Sans. The system may have no fonts.
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def _wrap(texts: Sequence[str]) -> list[tuple[bool, str]]:
-    """Lines that fit a tile, each with whether it begins a text."""
+    """Wraps texts to the tile width. Returns (whether the line begins a text, line) for each line."""
     font = _font(_FONT_SIZE)
     lines: list[tuple[bool, str]] = []
     for text in texts:
         line = ""
         begins = True
-        # Some captions have spaces before punctuation; it stays with its word, lest a line begin with it.
+        # Some captions have spaces before punctuation. A no-break space keeps it from starting a line.
         for word in re.sub(r" (?=[.,;:!?]( |$))", "\N{NO-BREAK SPACE}", " ".join(text.split())).split(" "):
-            while font.getlength(word) > _TILE - 12:  # a word wider than the tile is cut
+            while font.getlength(word) > _TILE - 12:  # split words that are wider than the tile
                 keep = next(n for n in range(len(word), 0, -1) if font.getlength(word[:n]) <= _TILE - 12)
                 if line:
                     lines.append((begins, line))

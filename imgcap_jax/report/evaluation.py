@@ -1,4 +1,4 @@
-"""An evaluation as lines for the terminal and as a page of images with captions."""
+"""Reports of an evaluation: lines for the terminal, and an HTML page of images with captions."""
 
 import io
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from imgcap_jax.run.evaluation import Evaluation
 
 
 def lines(evaluation: Evaluation) -> list[str]:
-    """The scores x100, as papers print them, with split, beam and signature."""
+    """The lines of a report: title, scores x100, caption statistics, speed, warnings and score signature."""
     report = [f"{evaluation.title}:", "  " + "  ".join(f"{k} {v}" for k, v in _scores(evaluation).items())]
     report += [f"  {sentence}" for sentence in (*_floor(evaluation), *_truth(evaluation))]
     captioned, found = evaluation.captioned, evaluation.degeneration
     report.append(
-        f"  {found.length:.1f} words a caption; {100 * found.bad_endings:.1f} % end badly, "
-        f"{100 * found.repetitions:.1f} % repeat a phrase, {100 * (found.unfinished or 0):.1f} % have no end"
+        f"  {found.length:.1f} words per caption; {100 * found.bad_endings:.1f} % with a bad ending, "
+        f"{100 * found.repetitions:.1f} % with a repeated phrase, {100 * (found.unfinished or 0):.1f} % unfinished"
     )
     report.append(
-        f"  {captioned.mean_steps:.1f} decoder steps a batch on average, of {captioned.max_steps}; "
+        f"  {captioned.mean_steps:.1f} decoder steps per batch on average (at most {captioned.max_steps}); "
         f"{captioned.images_per_second:.0f} images/s"
     )
     report += [f"  note: {warning}" for warning in evaluation.warnings]
@@ -34,7 +34,7 @@ def lines(evaluation: Evaluation) -> list[str]:
 
 
 def write_page(evaluation: Evaluation, path: Path, count: int = 10) -> None:
-    """Writes a page of ``count`` images, spread evenly over the split, with their captions."""
+    """Writes a page of ``count`` images, evenly spaced over the split, with their captions."""
     source, captions = evaluation.source, evaluation.captioned.captions
     chosen = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
     rows = [_row(source[int(i)], captions) for i in chosen]
@@ -50,7 +50,7 @@ def _row(example: CaptionExample, captions: dict[int, str]) -> Row:
         return Row(pixels, caption, example.captions)
     statement = parse_caption(caption)
     true = is_true(statement, Scene.from_json(example.scene))
-    note = "entirely true" if true else "not the language of scenes" if statement is None else "not entirely true"
+    note = "entirely true" if true else "not covered by the grammar" if statement is None else "not entirely true"
     return Row(pixels, caption, example.captions, note, true)
 
 
@@ -65,11 +65,11 @@ def _floor(evaluation: Evaluation) -> list[str]:
     if evaluation.floor is None:
         return []
     values = "  ".join(f"{name} {100 * value:.1f}" for name, value in evaluation.floor.values.items())
-    return [f"floor, each image with the caption of another: {values}"]
+    return [f"floor (each image scored with the caption of another image): {values}"]
 
 
 def table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
-    """A sweep as a table: the fields that were swept, the scores x100, mean decoder steps and images/s."""
+    """A sweep as a table: the swept fields, the scores x100, mean decoder steps and images/s."""
     rows = []
     for evaluation in evaluations:
         swept = {name: str(getattr(evaluation.decoding, name.replace("-", "_"))) for name in names}
@@ -91,7 +91,8 @@ def _truth(evaluation: Evaluation) -> list[str]:
         return []
     return [
         f"{100 * truth.true:.1f} % of the captions are entirely true of their scene "
-        f"({100 * truth.parseable:.1f} % can be read); they state {truth.facts:.2f} facts on average, "
-        f"{100 * truth.fact_ratio:.0f} % of the references' number, and pick their own scene among ten "
-        f"similar ones with {100 * truth.discrimination:.1f} % (chance 10 %)"
+        f"({100 * truth.parseable:.1f} % are covered by the grammar). "
+        f"Captions state {truth.facts:.2f} facts on average, "
+        f"{100 * truth.fact_ratio:.0f} % of the number in the references. Captions identify their scene among ten "
+        f"similar ones with an accuracy of {100 * truth.discrimination:.1f} % (chance: 10 %)."
     ]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from imgcap_jax.files import write_text
 
-# Images up to this side (pixels) are drawings: kept without loss and enlarged with visible pixels.
+# Images up to this side length (pixels) are drawings. They are stored without loss and enlarged without smoothing.
 _DRAWING = 128
 
 _STYLE = """
@@ -46,9 +46,9 @@ figcaption { padding: .75rem .9rem .9rem; }
 
 @dataclass(frozen=True)
 class Row:
-    """An image, uint8 [h, w, 3], with its generated caption and what people (or the grammar) wrote of it.
+    """An image, uint8 [h, w, 3], with its generated caption and its reference captions.
 
-    `note` is a remark below the caption; `verdict` colours it, as right or wrong, where that is known.
+    `note` is a remark below the caption. `verdict` sets its colour: True is correct, False is wrong, None is unknown.
     """
 
     image: np.ndarray
@@ -61,7 +61,7 @@ class Row:
 def caption_page(
     rows: Sequence[Row], path: Path, title: str, scores: Mapping[str, str], paragraphs: Sequence[str] = ()
 ) -> None:
-    """Writes an HTML page with its images inside: title, paragraphs of plain text, scores, then the rows."""
+    """Writes an HTML page with embedded images: title, paragraphs of plain text, scores, then the rows."""
     tiles = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>\n" for name, value in scores.items())
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

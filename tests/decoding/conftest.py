@@ -1,4 +1,4 @@
-"""Tiny decoders, each with a step for the searches and a plain NumPy twin for the references."""
+"""Tiny decoders. Each has a step function for the searches and a NumPy implementation for the reference searches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ IMAGES, STEPS, VOCABULARY, HIDDEN = 3, 4, 6, 5
 
 @dataclass(frozen=True)
 class Toy:
-    """A family of random decoders. A prefix is a tuple of words without bos."""
+    """A family of random decoders. A prefix is a sequence of words without bos."""
 
     parameters: Callable[[int], dict[str, np.ndarray]]
-    """seed -> arrays, those under "image" and below lead with the batch."""
+    """seed -> arrays. The arrays "image" and "eos" have a leading batch axis."""
     start: Callable[[Any, int], Any]
-    """(parameters, M) -> carry of [B,M,...]."""
+    """(parameters, M) -> carry with leaves [B,M,...]."""
     step: Callable[[Any, Any, jax.Array], tuple[Any, jax.Array]]
     """(parameters, carry, tokens [B,M]) -> (carry, logits [B,M,V])."""
     log_probs: Callable[[Any, int, Sequence[int]], np.ndarray]
-    """(parameters, image, prefix) -> float64 [V], the next word's log-probabilities."""
+    """(parameters, image, prefix) -> log-probabilities of the next word, float64 [V]."""
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -34,7 +34,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def random_eos(rng: np.random.Generator) -> np.ndarray:
-    """An offset for eos, different an image, so that some captions end at once and others never do."""
+    """An offset of the eos logit per image, so that some captions end immediately and others never end."""
     return rng.normal(0, 2, (IMAGES, 1))
 
 
@@ -48,7 +48,7 @@ def rnn_parameters(seed: int) -> dict[str, np.ndarray]:
 
 def rnn_start(p: Any, parallel: int) -> Any:
     hidden = jnp.broadcast_to(p["image"][:, None], (p["image"].shape[0], parallel, HIDDEN))
-    # A second leaf, of another rank and dtype, on which logits depend: reordering the first alone is wrong.
+    # The logits also depend on a second leaf of another rank and dtype, so a search must reorder both leaves.
     return {"hidden": hidden, "fed": jnp.zeros(hidden.shape[:2], jnp.int32)}
 
 

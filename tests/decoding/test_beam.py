@@ -1,4 +1,4 @@
-"""Greedy and beam search against searches over plain lists and tuples."""
+"""Greedy decoding and beam search, compared with reference searches over lists and tuples."""
 
 import functools
 import itertools
@@ -28,7 +28,7 @@ from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
 
 IMAGES, STEPS, VOCABULARY = 3, 4, 6
 SPOKEN = tuple(w for w in range(VOCABULARY) if w not in (PAD, BOS))
-SEQUENCES = 1 + 3 + 9 + 27 + 81  # that end after 0 to 3 of three words, or don't end within four
+SEQUENCES = 1 + 3 + 9 + 27 + 81  # three words: eos after 0 to 3 of them, or 4 without eos
 
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=12, deadline=None, derandomize=True)
@@ -36,7 +36,7 @@ few = settings(max_examples=12, deadline=None, derandomize=True)
 
 @functools.cache
 def search(toy: Any, beam: int, length_norm: float | None, rules: tuple[Any, ...] = ()) -> Any:
-    """Jitted parameters -> Decoded of NumPy arrays; length_norm None is greedy decoding."""
+    """A jitted function: parameters -> Decoded of NumPy arrays. length_norm None is greedy decoding."""
 
     @jax.jit
     def run(parameters: Any) -> Decoded:
@@ -49,7 +49,7 @@ def search(toy: Any, beam: int, length_norm: float | None, rules: tuple[Any, ...
 
 
 def captions(decoded: Decoded, image: int) -> list[tuple[int, ...]]:
-    """The hypotheses of an image that exist, as tuples that end with eos or have STEPS words."""
+    """The non-empty hypotheses of an image, as tuples that end with eos or have STEPS words."""
     rows = [tuple(int(w) for w in row) for row in np.asarray(decoded.tokens[image])]
     for row in rows:
         words = tuple(w for w in row if w != PAD)
@@ -59,7 +59,7 @@ def captions(decoded: Decoded, image: int) -> list[tuple[int, ...]]:
 
 
 def forbidden(prefix: tuple[int, ...], rules: tuple[Any, ...]) -> set[int]:
-    """The words that the rules forbid after a prefix, said in plain Python."""
+    """The words that the rules forbid after a prefix, in plain Python."""
     words = {PAD, BOS}
     for rule in rules:
         match rule:
@@ -79,7 +79,7 @@ def forbidden(prefix: tuple[int, ...], rules: tuple[Any, ...]) -> set[int]:
 def reference(
     toy: Any, parameters: Any, image: int, beam: int, norm: float, rules: tuple[Any, ...] = ()
 ) -> list[tuple[tuple[int, ...], float]]:
-    """Beam search with lists, which never stops early; (caption, score), best first."""
+    """Beam search with lists and without early exit: (caption, score), best first."""
     live, finished = [((), 0.0)], []
     for _ in range(STEPS):
         candidates = []
@@ -99,7 +99,7 @@ def reference(
 
 
 def exhaustive(toy: Any, parameters: Any, image: int, norm: float) -> list[tuple[tuple[int, ...], float]]:
-    """Every caption there is with its score, best first."""
+    """All possible captions with their scores, best first."""
     words = [w for w in SPOKEN if w != EOS]
     every = [(*p, EOS) for n in range(STEPS) for p in itertools.product(words, repeat=n)]
     every += itertools.product(words, repeat=STEPS)
@@ -131,7 +131,7 @@ def test_beam_as_wide_as_all_captions_ranks_every_caption(toy: Any, norm: float,
 
 @few
 @given(seed=seeds)
-def test_beam_as_wide_as_the_live_prefixes_finds_the_likeliest_caption(toy: Any, seed: int) -> None:
+def test_beam_as_wide_as_the_live_prefixes_finds_the_most_likely_caption(toy: Any, seed: int) -> None:
     parameters = toy.parameters(seed)
     decoded = search(toy, 27, 0.0)(parameters)
     for image in range(IMAGES):
@@ -158,7 +158,7 @@ def test_narrow_beam_equals_the_reference(toy: Any, beam: int, norm: float, rule
 @pytest.mark.parametrize("rules", [(), RULES], ids=["free", "ruled"])
 @few
 @given(seed=seeds)
-def test_beam_one_is_greedy_and_greedy_takes_the_likeliest_word(table: Any, rules: Any, seed: int) -> None:
+def test_beam_one_is_greedy_and_greedy_takes_the_most_likely_word(table: Any, rules: Any, seed: int) -> None:
     parameters = table.parameters(seed)
     greedily = search(table, 1, None, rules)(parameters)
     beam_one = search(table, 1, 0.7, rules)(parameters)
@@ -190,7 +190,9 @@ def test_images_are_searched_independently(table: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("norm", [0.0, 1.0])
-def test_early_exit_saves_steps_and_changes_nothing(table: Any, norm: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_exit_saves_steps_and_does_not_change_the_result(
+    table: Any, norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     early = search(table, 2, norm)
     early(table.parameters(0))  # traced before the condition is replaced
     monkeypatch.setattr(search_module, "_decided", lambda *args: jnp.zeros((), bool))
@@ -208,7 +210,7 @@ def test_early_exit_saves_steps_and_changes_nothing(table: Any, norm: float, mon
 
 
 @pytest.mark.parametrize("norm", [0.0, 0.7])
-def test_fewer_captions_are_found_sooner_and_are_the_same(table: Any, norm: float) -> None:
+def test_smaller_n_best_saves_steps_and_does_not_change_the_captions(table: Any, norm: float) -> None:
     @functools.partial(jax.jit, static_argnums=1)
     def run(parameters: Any, n_best: int | None) -> Decoded:
         step, carry = functools.partial(table.step, parameters), table.start(parameters, 3)
@@ -237,8 +239,8 @@ def chain(*rows: dict[int, float]) -> dict[str, np.ndarray]:
 
 
 def test_finished_captions_do_not_stop_a_longer_one_that_the_length_norm_favours(table: Any) -> None:
-    # After two steps both places are taken: (eos) averages log .55 = -.60, (4 eos) log(.45 * .45) / 2 = -.80.
-    # What is live, (4 4) with log(.45 * .55) = -1.40, loses nothing from then on, ends at -1.40 / 4 = -.35.
+    # After two steps both slots are filled: (eos) has mean log .55 = -.60, (4 eos) has log(.45 * .45) / 2 = -.80.
+    # The live (4 4), with log(.45 * .55) = -1.40, continues with probability 1 and ends at -1.40 / 4 = -.35.
     parameters = chain({EOS: 0.55, 4: 0.45}, {EOS: 0.45, 4: 0.55}, {4: 1.0}, {EOS: 1.0})
     averaged = search(table, 2, 1.0)(parameters)
     assert captions(averaged, 0) == [(4, 4, 4, EOS), (EOS,)]
@@ -247,7 +249,7 @@ def test_finished_captions_do_not_stop_a_longer_one_that_the_length_norm_favours
     assert captions(summed, 0) == [(EOS,), (4, 4, 4, EOS)]
 
 
-def test_loop_ends_with_the_last_image_that_needs_it(table: Any) -> None:
+def test_loop_runs_until_the_last_image_is_decided(table: Any) -> None:
     at_once = chain({EOS: 0.9, 4: 0.1}, {EOS: 1.0})["image"]
     later = chain({4: 1.0}, {4: 1.0}, {EOS: 0.9, 4: 0.1}, {EOS: 1.0})["image"]
     for images, steps in [([at_once], 2), ([later], 4), ([at_once, later], 4)]:
@@ -258,7 +260,7 @@ def test_loop_ends_with_the_last_image_that_needs_it(table: Any) -> None:
         assert decoded.steps == steps
 
 
-def test_slots_without_a_caption_are_marked(table: Any) -> None:
+def test_empty_slots_have_pad_tokens_and_forbidden_scores(table: Any) -> None:
     parameters = table.parameters(0)
 
     def decode(p: Any) -> Decoded:
@@ -276,7 +278,7 @@ def test_slots_without_a_caption_are_marked(table: Any) -> None:
 
 
 @pytest.mark.parametrize("length_norm", [None, 0.7])
-def test_log_probabilities_are_the_models_own_and_scores_the_ruled_ones(table: Any, length_norm: float | None) -> None:
+def test_log_probabilities_are_before_the_rules_and_scores_after_them(table: Any, length_norm: float | None) -> None:
     parameters = table.parameters(3)
     rules = (Temperature(2.0), SuppressUnk(), MinLength(2))
     decoded = search(table, 1 if length_norm is None else 3, length_norm, rules)(parameters)
@@ -291,8 +293,8 @@ def test_log_probabilities_are_the_models_own_and_scores_the_ruled_ones(table: A
 
 
 @pytest.mark.parametrize("length_norm", [None, 0.7])
-def test_a_caption_that_rules_leave_no_word_ends(table: Any, length_norm: float | None) -> None:
-    # Three words may come once each, and eos not before four.
+def test_caption_ends_if_the_rules_forbid_all_words(table: Any, length_norm: float | None) -> None:
+    # Each of the three words is allowed once. eos is forbidden before the fourth word.
     rules = (NoRepeatNgram(1), MinLength(4))
     decoded = search(table, 1 if length_norm is None else 2, length_norm, rules)(table.parameters(1))
     for image in range(IMAGES):
@@ -302,10 +304,10 @@ def test_a_caption_that_rules_leave_no_word_ends(table: Any, length_norm: float 
 
 
 @pytest.mark.parametrize("length_norm", [None, 0.7])
-def test_bfloat16_logits_get_a_float32_softmax_and_infinite_ones_no_nan(table: Any, length_norm: float | None) -> None:
+def test_bfloat16_and_infinite_logits_give_float32_results_without_nan(table: Any, length_norm: float | None) -> None:
     parameters = table.parameters(2)
     parameters["image"][..., 5] = -np.inf
-    parameters["image"][..., PAD] = 9.0  # most of the mass, and yet never emitted
+    parameters["image"][..., PAD] = 9.0  # most of the probability, but never emitted
     rounded = {"image": jnp.asarray(parameters["image"], jnp.bfloat16)}
     decoded = search(table, 1 if length_norm is None else 3, length_norm)(rounded)
     assert decoded.word_log_probs.dtype == jnp.float32
@@ -322,7 +324,7 @@ def test_bfloat16_logits_get_a_float32_softmax_and_infinite_ones_no_nan(table: A
 
 
 @pytest.mark.parametrize("length_norm", [None, 0.7])
-def test_one_compilation_serves_every_batch_of_a_shape(table: Any, length_norm: float | None) -> None:
+def test_batches_of_one_shape_are_compiled_once(table: Any, length_norm: float | None) -> None:
     traces = 0
 
     @jax.jit
@@ -340,7 +342,7 @@ def test_one_compilation_serves_every_batch_of_a_shape(table: Any, length_norm: 
     assert traces == 1
 
 
-def test_misuse_is_told(table: Any) -> None:
+def test_invalid_arguments_raise(table: Any) -> None:
     parameters = table.parameters(0)
     step, carry = functools.partial(table.step, parameters), table.start(parameters, 2)
     with pytest.raises(UserError, match="beam is 0"):
@@ -349,7 +351,7 @@ def test_misuse_is_told(table: Any) -> None:
         beam_search(step, carry, beam=2, max_steps=4, length_norm=-1)
     with pytest.raises(UserError, match="max_steps is 0"):
         greedy(step, carry, max_steps=0)
-    with pytest.raises(ValueError, match="started with 2"):
+    with pytest.raises(ValueError, match="carry has 2 sequences"):
         beam_search(step, carry, beam=3, max_steps=4)
-    with pytest.raises(ValueError, match="lead with"):
+    with pytest.raises(ValueError, match="start with the same"):
         greedy(step, {"a": jnp.zeros((2, 1)), "b": jnp.zeros((2, 3))}, max_steps=4)

@@ -1,4 +1,4 @@
-"""Constrained beam search against all captions there are, and against a search over plain lists."""
+"""Constrained beam search, compared with all possible captions and with a reference search over lists."""
 
 import functools
 import itertools
@@ -44,7 +44,7 @@ def satisfied(caption: tuple[int, ...], words: Words) -> bool:
 
 
 def exhaustive(toy: Any, parameters: Any, image: int, words: Words, norm: float) -> list[Any]:
-    """Every caption with the words, with its score, best first."""
+    """All captions that contain the words, with their scores, best first."""
     inner = [w for w in SPOKEN if w != EOS]
     every = [(*p, EOS) for n in range(STEPS) for p in itertools.product(inner, repeat=n)]
     every += itertools.product(inner, repeat=STEPS)
@@ -56,7 +56,7 @@ def exhaustive(toy: Any, parameters: Any, image: int, words: Words, norm: float)
 
 
 def reference(toy: Any, parameters: Any, image: int, beam: int, words: Words, norm: float) -> list[Any]:
-    """A beam for each set of words found, in lists; never stops early."""
+    """Constrained beam search with lists, one beam per set of words found, without early exit."""
     complete = frozenset(range(len(words)))
     live: dict[frozenset[int], list[Any]] = {frozenset(): [((), 0.0)]}
     finished: list[Any] = []
@@ -113,9 +113,9 @@ def test_narrow_beams_equal_the_reference(toy: Any, words: Words, seed: int) -> 
         np.testing.assert_allclose(decoded.score[image][: len(scores)], scores, rtol=1e-4, atol=1e-4)
 
 
-def test_early_exit_changes_nothing(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_exit_does_not_change_the_result(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def parameters_of(seed: int) -> dict[str, np.ndarray]:
-        image = table.parameters(seed)["image"][:1]  # the loop ends with the last image that needs it
+        image = table.parameters(seed)["image"][:1]  # one image, because the loop runs until the last one is decided
         image[..., EOS] += 6
         image[..., 4] += 4
         return {"image": image}
@@ -134,15 +134,15 @@ def test_early_exit_changes_nothing(table: Any, monkeypatch: pytest.MonkeyPatch)
     assert saved > 3
 
 
-def test_where_there_is_no_room_for_all_words_most_of_them_come(table: Any) -> None:
+def test_captions_too_short_for_all_words_contain_as_many_as_possible(table: Any) -> None:
     decoded = search(table, 2, ((4,), (5,), (UNK,)), steps=2)(table.parameters(0))
     for image in range(IMAGES):
         for caption in captions(decoded, image):
             assert len(set(caption) & {4, 5, UNK}) == 2
 
 
-def test_a_caption_that_rules_leave_no_word_ends_without_them(table: Any) -> None:
-    # Each of three words may come once; word 5 is asked for together with a word that doesn't exist.
+def test_rules_apply_in_constrained_search(table: Any) -> None:
+    # Each word is allowed at most once. Word 5 is a form of both required words.
     decoded = search(table, 1, ((5,), (VOCABULARY - 1, UNK)), rules=(NoRepeatNgram(1),))(table.parameters(0))
     for image in range(IMAGES):
         (caption,) = captions(decoded, image)
@@ -150,6 +150,6 @@ def test_a_caption_that_rules_leave_no_word_ends_without_them(table: Any) -> Non
         assert 5 in caption
 
 
-def test_too_many_words_are_told() -> None:
+def test_too_many_words_raise() -> None:
     with pytest.raises(UserError, match="5 words must occur"):
         constrained_rows(3, ((4,),) * 5)

@@ -1,4 +1,4 @@
-"""Diverse beam search against a search over plain lists, and what it promises."""
+"""Diverse beam search, compared with a reference search over lists, and its documented properties."""
 
 import functools
 from collections import Counter
@@ -92,7 +92,7 @@ def test_equals_the_reference(
         np.testing.assert_allclose(decoded.score[image][: len(scores)], scores, rtol=1e-4, atol=1e-4)
 
 
-def test_no_diversity_repeats_one_group_and_much_of_it_starts_apart(table: Any) -> None:
+def test_zero_diversity_repeats_one_group_and_high_diversity_gives_different_first_words(table: Any) -> None:
     parameters = table.parameters(0)
     alone = search(table, 2, 1, 0.0)(parameters)
     thrice = search(table, 6, 3, 0.0)(parameters)
@@ -102,7 +102,7 @@ def test_no_diversity_repeats_one_group_and_much_of_it_starts_apart(table: Any) 
         assert len({caption[0] for caption in captions(apart, image)}) == 3
 
 
-def test_early_exit_changes_nothing(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_exit_does_not_change_the_result(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     early = search(table, 4, 2, 0.5)
     early(table.parameters(0))  # traced before the condition is replaced
     monkeypatch.setattr(search_module, "_decided", lambda *args: jnp.zeros((), bool))
@@ -118,12 +118,12 @@ def test_early_exit_changes_nothing(table: Any, monkeypatch: pytest.MonkeyPatch)
     assert saved > 3
 
 
-def test_misuse_is_told(table: Any) -> None:
+def test_invalid_arguments_raise(table: Any) -> None:
     parameters = table.parameters(0)
     step, carry = functools.partial(table.step, parameters), table.start(parameters, 4)
-    with pytest.raises(UserError, match="4 beams don't divide into 3 groups"):
+    with pytest.raises(UserError, match=r"groups is 3; it must be at least 1 and divide beam \(4\)"):
         diverse_beam_search(step, carry, beam=4, groups=3, diversity=0.5, max_steps=4)
     with pytest.raises(UserError, match="diversity is -1"):
         diverse_beam_search(step, carry, beam=4, groups=2, diversity=-1, max_steps=4)
-    with pytest.raises(ValueError, match="started with 4"):
+    with pytest.raises(ValueError, match="carry has 4 sequences"):
         beam_search(step, carry, beam=2, max_steps=4)

@@ -1,4 +1,4 @@
-"""Every rule against what it says, in plain Python, and the rules' order and limits."""
+"""Logit rules, compared with plain Python, and their order and limits."""
 
 import functools
 from typing import Any
@@ -34,7 +34,7 @@ def jitted(rule: Any) -> Any:
 
 @st.composite
 def situations(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
-    """(logits [B,M,V], tokens [B,M,T] padded from t, t) of few different words, so that they repeat."""
+    """(logits [B,M,V], tokens [B,M,T] padded from t, t). The tokens are drawn from three words, so that they repeat."""
     t = draw(st.integers(0, T - 1))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     tokens = np.full((B, M, T), PAD, np.int32)
@@ -82,7 +82,7 @@ BANS = {
 @pytest.mark.parametrize("rule", BANS, ids=str)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(situation=situations())
-def test_rule_forbids_exactly_what_it_says(rule: Any, situation: tuple[np.ndarray, np.ndarray, int]) -> None:
+def test_rule_forbids_exactly_the_expected_words(rule: Any, situation: tuple[np.ndarray, np.ndarray, int]) -> None:
     logits, tokens, t = situation
     ruled = np.asarray(jitted(rule)(logits, tokens, np.int32(t)))
     for b, m in np.ndindex(B, M):
@@ -93,11 +93,11 @@ def test_rule_forbids_exactly_what_it_says(rule: Any, situation: tuple[np.ndarra
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(situation=situations())
-def test_prefix_comes_whatever_other_rules_say_which_hold_from_then_on(
+def test_prefix_overrides_other_rules_which_apply_after_it(
     situation: tuple[np.ndarray, np.ndarray, int],
 ) -> None:
     logits, tokens, t = situation
-    prefix = (4, 4, UNK)  # repeats a word and holds unk
+    prefix = (4, 4, UNK)  # repeats a word and contains unk
     rule = ForcedPrefix(prefix, (NoRepeatNgram(1), SuppressUnk(), MinLength(T)))
     ruled = np.asarray(jitted(rule)(logits, tokens, np.int32(t)))
     for b, m in np.ndindex(B, M):
@@ -109,7 +109,7 @@ def test_prefix_comes_whatever_other_rules_say_which_hold_from_then_on(
         np.testing.assert_array_equal(ruled[b, m], expected)
 
 
-def test_temperature_divides_and_leaves_the_forbidden_forbidden() -> None:
+def test_temperature_divides_logits_and_keeps_forbidden_words_forbidden() -> None:
     logits = jnp.array([[[-1.0, FORBIDDEN, -3.0]]])
     tokens = jnp.zeros((1, 1, T), jnp.int32)
     for value in (0.01, 0.5, 100.0):
@@ -124,7 +124,7 @@ def test_rules_apply_in_order_to_normalised_log_probabilities() -> None:
 
     log_probs, ruled = apply_rules(logits, tokens, jnp.int32(0), (SuppressUnk(), TopK(2)))
     np.testing.assert_allclose(log_probs[0, 0], own, rtol=1e-6)
-    # pad and bos, the likeliest, don't take the two places; the rest isn't normalised again.
+    # pad and bos have the highest logits, but top-k does not count them. The result is not normalised.
     expected = [FORBIDDEN, FORBIDDEN, FORBIDDEN, FORBIDDEN, own[4], own[5], FORBIDDEN]
     np.testing.assert_allclose(ruled[0, 0], expected, rtol=1e-6)
 
@@ -132,7 +132,7 @@ def test_rules_apply_in_order_to_normalised_log_probabilities() -> None:
     assert set(np.flatnonzero(np.asarray(other_order)[0, 0] > FORBIDDEN)) == {5}
 
 
-def test_no_rule_brings_pad_or_bos_back_and_no_rules_leave_nothing() -> None:
+def test_rules_cannot_allow_pad_or_bos_and_eos_remains_if_all_words_are_forbidden() -> None:
     def only_pad(logits: jax.Array, tokens: jax.Array, t: jax.Array) -> jax.Array:
         return jnp.full_like(logits, -jnp.inf).at[..., PAD].set(0.0)
 
@@ -157,6 +157,6 @@ def test_no_rule_brings_pad_or_bos_back_and_no_rules_leave_nothing() -> None:
         lambda: TopP(1.1),
     ],
 )
-def test_impossible_rules_are_refused_in_one_line(make: Any) -> None:
+def test_invalid_rules_raise_a_one_line_error(make: Any) -> None:
     with pytest.raises(UserError, match=r"^[^\n]+$"):
         make()

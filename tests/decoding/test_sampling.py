@@ -1,4 +1,4 @@
-"""Samples against the distributions they are drawn from."""
+"""Samples, compared with the distributions that they are drawn from."""
 
 import functools
 from typing import Any
@@ -37,7 +37,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def spoken(log_probs: np.ndarray, temperature: float, keep: int) -> np.ndarray:
-    """The distribution over words other than pad, bos and all but the `keep` likeliest."""
+    """The distribution over the `keep` most likely words except pad and bos."""
     logits = np.array([-np.inf if w in (PAD, BOS) else x / temperature for w, x in enumerate(log_probs)])
     logits[np.argsort(-logits)[keep:]] = -np.inf
     return softmax(logits)
@@ -62,7 +62,7 @@ def test_frequencies_match_the_distribution(table: Any, temperature: float, keep
         rows, counts = np.unique(decoded.tokens[image], axis=0, return_counts=True)
         seen = {tuple(row): count for row, count in zip(rows.tolist(), counts, strict=True)}
         assert set(seen) <= set(expected)
-        # Cells too rare for the approximation are put together.
+        # Cells that are too rare for the chi-squared approximation are merged.
         common = [c for c in expected if expected[c] * drawn >= 5]
         observed = [seen.get(c, 0) for c in common]
         wanted = [expected[c] * drawn for c in common]
@@ -70,7 +70,7 @@ def test_frequencies_match_the_distribution(table: Any, temperature: float, keep
             observed, wanted = [*observed, drawn - sum(observed)], [*wanted, rest]
         statistic = sum((o - w) ** 2 / w for o, w in zip(observed, wanted, strict=True))
         assert stats.chi2.sf(statistic, len(wanted) - 1) > 1e-3
-        # The score of each sample is the log-probability with which it was drawn, log_prob the model's own.
+        # The score is the log-probability with which the sample was drawn; log_prob is that of the model.
         for m in range(20):
             row = tuple(decoded.tokens[image, m].tolist())
             np.testing.assert_allclose(decoded.score[image, m], np.log(expected[row]), rtol=1e-4, atol=1e-5)
@@ -79,7 +79,7 @@ def test_frequencies_match_the_distribution(table: Any, temperature: float, keep
             np.testing.assert_allclose(decoded.log_prob[image, m], own, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_depend_on_their_own_key_alone(table: Any) -> None:
+def test_rows_depend_only_on_their_own_key(table: Any) -> None:
     parameters = table.parameters(1)
     keys = jax.random.split(jax.random.key(7), 3)
     together = sampler(table, 6)(parameters, keys)
@@ -87,23 +87,23 @@ def test_rows_depend_on_their_own_key_alone(table: Any) -> None:
     shuffled = {k: v[order] if k in ("image", "eos") else v for k, v in parameters.items()}
     np.testing.assert_array_equal(together.tokens[order], sampler(table, 6)(shuffled, keys[order]).tokens)
     alone = {k: v[1:2] if k in ("image", "eos") else v for k, v in parameters.items()}
-    raw = jax.random.key_data(keys[1:2])  # keys of the older kind, uint32 [1,2], are as good
+    raw = jax.random.key_data(keys[1:2])  # raw keys, uint32 [1,2], give the same samples
     np.testing.assert_array_equal(together.tokens[1:2], sampler(table, 6)(alone, raw).tokens)
-    # More samples leave the first ones as they were, another key changes them, and the samples differ.
+    # More samples do not change the first ones, another key changes them, and the samples of an image differ.
     np.testing.assert_array_equal(together.tokens[:, :4], sampler(table, 4)(parameters, keys).tokens)
     assert np.any(together.tokens != sampler(table, 6)(parameters, jax.random.split(jax.random.key(8), 3)).tokens)
     assert max(len(np.unique(row, axis=0)) for row in together.tokens) > 3
 
 
-def test_images_alike_but_for_the_key_are_sampled_apart(table: Any) -> None:
+def test_equal_images_with_different_keys_get_different_samples(table: Any) -> None:
     parameters = table.parameters(3)
     parameters["image"] = np.repeat(parameters["image"][:1], 3, axis=0)
     decoded = sampler(table, 6)(parameters, jax.random.split(jax.random.key(0), 3))
     assert np.any(decoded.tokens[0] != decoded.tokens[1])
 
 
-def test_sampling_from_a_vocabulary_of_usual_size_never_draws_a_forbidden_word() -> None:
-    # Rounding of sums over ten thousand words is where a draw by cumulative probabilities could go astray.
+def test_sampling_from_a_large_vocabulary_never_draws_a_forbidden_word() -> None:
+    # Rounding errors of the cumulative sum over ten thousand words could select a forbidden word.
     size, allowed = 10_000, 50
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 3, size).astype(np.float32)
@@ -123,15 +123,15 @@ def test_sampling_from_a_vocabulary_of_usual_size_never_draws_a_forbidden_word()
     everything = np.asarray(run(keys, (SuppressUnk(),)).tokens)
     words = everything[everything != PAD]
     assert not {BOS, UNK} & set(words.tolist())
-    # Bins of equal probability, in the order of the ids: a shifted or truncated lookup fills them unevenly.
+    # Bins of equal probability in the order of the ids. A shifted or truncated lookup would fill them unevenly.
     probs = np.where(np.isin(np.arange(size), speakable), np.exp(logits.astype(np.float64)), 0)
     bins = np.minimum(np.cumsum(probs) / probs.sum() * 20, 19.999).astype(int)
     wanted = np.bincount(bins, probs / probs.sum() * len(words), 20)
     assert stats.chisquare(np.bincount(bins[words], minlength=20), wanted).pvalue > 1e-3
 
 
-def test_nucleus_sampling_counts_the_mass_at_its_temperature(table: Any) -> None:
-    # Probabilities .5 .3 .2 become .66 .24 .10 at temperature 1/2: a nucleus of .6 is then one word.
+def test_nucleus_sampling_uses_the_probabilities_after_temperature(table: Any) -> None:
+    # Probabilities .5 .3 .2 become .66 .24 .10 at temperature 1/2, so a nucleus of .6 contains one word.
     rows = np.full((3, STEPS, VOCABULARY, VOCABULARY), -50, np.float32)
     rows[..., [UNK, 4, 5]] = np.log([0.5, 0.3, 0.2])
     keys = jax.random.split(jax.random.key(0), 3)
@@ -141,7 +141,7 @@ def test_nucleus_sampling_counts_the_mass_at_its_temperature(table: Any) -> None
     assert set(np.unique(plain.tokens)) == {UNK, 4}
 
 
-def test_loop_ends_when_all_samples_have(table: Any) -> None:
+def test_loop_ends_when_all_samples_have_ended(table: Any) -> None:
     rows = np.full((3, STEPS, VOCABULARY, VOCABULARY), -50, np.float32)
     rows[:, 0, :, 4] = 0
     rows[:, 1:, :, EOS] = 0
@@ -150,7 +150,7 @@ def test_loop_ends_when_all_samples_have(table: Any) -> None:
     np.testing.assert_array_equal(decoded.tokens, np.broadcast_to([4, EOS, PAD, PAD], (3, 4, STEPS)))
 
 
-def test_each_image_needs_its_key(table: Any) -> None:
+def test_number_of_keys_must_match_the_number_of_images(table: Any) -> None:
     parameters = table.parameters(0)
     with pytest.raises(ValueError, match="2 keys for 3 images"):
         sampler(table, 4)(parameters, jax.random.split(jax.random.key(0), 2))

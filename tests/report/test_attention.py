@@ -1,4 +1,4 @@
-"""Pictures of attention: the light falls where the word looked."""
+"""Pictures of attention weights."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from imgcap_jax.report import attention
 from imgcap_jax.report.attention import attention_picture, dimmed
 
 
-def test_the_region_looked_at_is_bright_and_the_others_dark() -> None:
+def test_region_with_attention_is_bright_and_the_others_are_dark() -> None:
     weights = np.zeros((4, 4))
     weights[0, 2] = 0.9  # first row, third column
     photo = np.full((80, 160, 3), 200, np.uint8)
@@ -22,7 +22,7 @@ def test_the_region_looked_at_is_bright_and_the_others_dark() -> None:
     np.testing.assert_array_equal(dimmed(photo, np.full((4, 4), 1 / 16)), photo)
 
 
-def test_words_come_with_their_probability_and_what_went_to_the_sentinel(
+def test_words_are_shown_with_their_probability_and_their_sum_of_attention(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[object] = []
@@ -37,9 +37,9 @@ def test_words_come_with_their_probability_and_what_went_to_the_sentinel(
     photo = np.zeros((30, 30, 3), np.uint8)
     attention_picture(photo, ["a", "dog"], [np.log(0.5), np.log(0.25)], weights, tmp_path / "a.png")
     assert drawn == [
-        ["the photo; below each word, how likely the model found it", "a (50 %)", "dog (25 %, looked 40 %)"]
+        ["the photo; the number after each word is its probability", "a (50 %)", "dog (25 %, attention 40 %)"]
     ]
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.width > 3 * 256
-    with pytest.raises(UserError, match="5 regions are no square grid"):
+    with pytest.raises(UserError, match="the model has 5 regions"):
         attention_picture(photo, ["a"], [0.0], np.ones((1, 5)), tmp_path / "b.png")

@@ -1,4 +1,4 @@
-"""Contact sheets show each image and every word."""
+"""Contact sheets show every image and every word."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_texts_stay_in_their_column(tmp_path: Path) -> None:
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     right = sheet[:, module._MARGIN + module._TILE :]
     dark = (right.max(axis=-1) < 120).any(axis=0)
-    assert not dark.any()  # nothing runs into the second column, whose text is empty
+    assert not dark.any()  # no text reaches the second column, whose own text is empty
     lines = module._wrap([text])
     assert "".join(line for _, line in lines).replace("\N{NO-BREAK SPACE}", "").replace(" ", "") == (
         text.replace(" ", "")
@@ -37,7 +37,7 @@ def test_texts_stay_in_their_column(tmp_path: Path) -> None:
     assert [begins for begins, _ in lines] == [True] + [False] * (len(lines) - 1)
 
 
-def test_one_text_for_each_image(tmp_path: Path) -> None:
+def test_numbers_of_images_and_texts_must_match(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 images and 2 texts"):
         contact_sheet([np.zeros((8, 8, 3), np.uint8)], ["a", "b"], tmp_path / "sheet.png")
     assert not list(tmp_path.iterdir())

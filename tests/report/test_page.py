@@ -1,4 +1,4 @@
-"""The page of captions is whole, safe and self-contained."""
+"""The HTML page is complete, escaped and self-contained."""
 
 import base64
 import io
@@ -27,7 +27,7 @@ class Reader(HTMLParser):
         self.text.append(data)
 
 
-def test_page(tmp_path: Path) -> None:
+def test_page_is_complete_escaped_and_self_contained(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     drawing = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     photo = np.full((300, 1500, 3), (200, 30, 60), np.uint8)
@@ -41,8 +41,8 @@ def test_page(tmp_path: Path) -> None:
     reader = Reader()
     reader.feed(page)
     assert "script" not in reader.tags
-    assert "http" not in page  # nothing is loaded from elsewhere
-    # Title twice (head and heading), caption and reference; its alternative text is an attribute.
+    assert "http" not in page  # no external resources
+    # In the title, the heading, a caption and a reference. The alternative text is an attribute and not counted.
     assert reader.text.count(evil) == 4
     assert {"CIDEr-D <dev>", "101.2", "One & only.", "a first reference", "a red field"} <= set(reader.text)
     assert [image["alt"] for image in reader.images] == [evil, "a red field"]
