@@ -1,4 +1,4 @@
-"""Scoring beside the official COCO tools, each in a process of its own: wall-clock time and memory, all included."""
+"""Benchmark of scoring against the official COCO tools: wall-clock time and memory of complete processes."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 
-# What each side is asked for: tokens, BLEU, METEOR, ROUGE-L and CIDEr-D of one file.
+# Each program tokenises one file of captions and computes BLEU, METEOR, ROUGE-L and CIDEr-D.
 OURS = """
 import sys
 from pathlib import Path
@@ -43,9 +43,9 @@ print(",".join(f"{name}={values[name]:.12f}" for name in sorted(values)))
 
 
 def score(options: argparse.Namespace) -> None:
-    """Times both sides in interleaved rounds and compares what they say."""
+    """Times both programs in interleaved rounds and compares their scores."""
     if len(options.files) != 2:
-        sys.exit("benchmark.py score: give a file of captions and one of references, in COCO's format")
+        sys.exit("benchmark.py score: give a file of captions and a file of references in COCO's format")
     for with_meteor in (True, False):
         sides = {
             name: f"with_meteor = {with_meteor}\n{code}{REPORT}" for name, code in (("ours", OURS), ("theirs", THEIRS))
@@ -53,8 +53,8 @@ def score(options: argparse.Namespace) -> None:
         if with_meteor:
             with tempfile.TemporaryDirectory() as empty:
                 seconds, memory, _ = _run(sides["ours"], options.files, {"IMGCAP_CACHE": empty})
-            print(f"ours, METEOR's tables compiled as well, once: {seconds:.1f} s, {memory:.0f} MB")
-            _run(sides["ours"], options.files, {})  # compiled from here on
+            print(f"ours, with the one-time compilation of METEOR's tables: {seconds:.1f} s, {memory:.0f} MB")
+            _run(sides["ours"], options.files, {})  # compiles them in the usual cache folder, if necessary
         found: dict[str, list[tuple[float, float, str]]] = {name: [] for name in sides}
         for _ in range(options.rounds):
             for name, code in sides.items():
@@ -68,7 +68,7 @@ def score(options: argparse.Namespace) -> None:
 
 
 def _run(code: str, files: list[str], environment: dict[str, str]) -> tuple[float, float, str]:
-    """Seconds, MB of the largest process, and what it prints last."""
+    """The wall-clock time in seconds, the memory of the largest process in MB, and the last line printed."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-c", code, *files],
@@ -81,7 +81,7 @@ def _run(code: str, files: list[str], environment: dict[str, str]) -> tuple[floa
     lines = process.stdout.read().strip().split("\n")
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"benchmark.py score: a side failed; run it by hand:\n{code}")
+        sys.exit(f"benchmark.py score: this program failed; run it by hand to see the error:\n{code}")
     return time.perf_counter() - start, usage.ru_maxrss / 1024, lines[-1]
 
 

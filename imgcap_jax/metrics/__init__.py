@@ -1,1 +1,1 @@
-"""Caption metrics in plain Python and numpy, equal to the official COCO tools, without Java."""
+"""Caption metrics in plain Python and numpy, equal to those of the official COCO tools, without Java."""

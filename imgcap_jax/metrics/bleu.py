@@ -1,8 +1,8 @@
 """BLEU-1 to BLEU-4 (Papineni et al., 2002) as the COCO caption tools compute it.
 
-Against other implementations: the reference length of an image is the one closest to the candidate's (the
-shorter of two equally close), and instead of smoothing, small constants keep empty counts from dividing by
-zero.
+It differs from other implementations in two ways. The reference length of an image is the length closest to that of
+the candidate (the shorter of two equally close lengths). There is no smoothing; small constants prevent division by
+zero if a count is empty.
 """
 
 from collections.abc import Callable
@@ -11,25 +11,25 @@ import numpy as np
 
 from imgcap_jax.metrics.corpus import ORDERS, Candidates, MetricScore, MetricScores, References, pairs, unpair
 
-# COCO's constants: a candidate without any n-gram scores (almost) 0 rather than being undefined.
+# COCO's constants. With them a candidate without n-grams scores almost 0 instead of being undefined.
 TINY, SMALL = 1e-15, 1e-9
 
 
 def prepare(references: References) -> Callable[[Candidates], MetricScores]:
-    """A function that scores candidates against these references, which are counted here, once."""
-    # Of each order, how often each n-gram of an image occurs in that reference which has it most often.
+    """Counts the n-grams of the references once. Returns a function that scores candidates against them."""
+    # For each order: pairs of image and n-gram, and the largest count of the n-gram in any reference of the image.
     most = []
     for counts in references.n_grams.counts:
         keys, entry = np.unique(pairs(references.image_of[counts.caption], counts.gram), return_inverse=True)
         highest = np.zeros(len(keys), np.int64)
         np.maximum.at(highest, entry, counts.count)
         most.append((keys, highest))
-    first = np.cumsum(references.per_image) - references.per_image  # [I] first reference of each image
+    first = np.cumsum(references.per_image) - references.per_image  # [I]: the first reference of each image
 
     def score(candidates: Candidates) -> MetricScores:
         length = candidates.lengths
         distance = np.abs(references.lengths - np.repeat(length, references.per_image))  # [C]
-        # The least pair is the closest length, and the shorter one of two.
+        # Pairs sort by distance, then by length: the minimum is the closest length, the shorter one on a tie.
         closest = unpair(np.minimum.reduceat(pairs(distance, references.lengths), first))[1]
 
         correct = np.zeros((ORDERS, len(length)))

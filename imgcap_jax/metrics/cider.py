@@ -1,13 +1,14 @@
-"""CIDEr-D, and CIDEr as it was first defined (Vedantam, Zitnick and Parikh, 2015).
+"""CIDEr-D and the original CIDEr (Vedantam, Zitnick and Parikh, 2015).
 
-Captions are tf-idf vectors of their n-grams, and a candidate's score is the mean similarity of its vector with those of
-the references, averaged over n = 1..4, times 10. CIDEr takes the cosine; CIDEr-D clips the candidate's weights and
-damps by the difference in length, so that repeating words doesn't pay. The COCO caption tools compute CIDEr-D and call
-it CIDEr; every published "CIDEr" that came from them is CIDEr-D. CIDEr is as in the authors' code
-(github.com/vrama91/cider), which takes it times 10 and, unlike the paper, does not stem.
+A caption is represented by the tf-idf vector of its n-grams. The score of a candidate is 10 times the mean similarity
+of its vector with those of the references, averaged over n = 1..4. The original CIDEr uses cosine similarity. CIDEr-D
+also clips the candidate's weights and applies a penalty on the difference in length, so that repeating words does not
+raise the score. The COCO caption tools compute CIDEr-D and call it CIDEr; every published "CIDEr" that was computed
+with them is CIDEr-D. The original CIDEr follows the authors' code (github.com/vrama91/cider), which multiplies by 10
+and, unlike the paper, does not stem.
 
-Document frequencies come from the references of the evaluated images themselves, so that scores depend on the split,
-and a single image scores 0; or from another corpus, as in self-critical training.
+By default, document frequencies come from the references of the evaluated images. Scores then depend on the split, and
+a single image scores 0. They can also come from another corpus, as in self-critical training.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,16 +29,21 @@ from imgcap_jax.metrics.corpus import (
     unpair,
 )
 
-SIGMA = 6.0  # of the Gaussian penalty on the difference in length, in words
+SIGMA = 6.0  # standard deviation of the Gaussian length penalty, in words
 Corpus = Sequence[Sequence[list[str]]]
-"""Tokenised captions of each image, as the source of document frequencies."""
+"""The tokenised captions of each image, from which document frequencies are computed."""
 
 
 @dataclass(frozen=True)
 class _Order:
-    """References' n-grams of one order, sorted by image and n-gram.
+    """The n-grams of one order in the references, sorted by image and n-gram.
 
-    idf: of each n-gram; key [E]: pair of image and n-gram; caption, weight [E]: tf-idf; norm [C].
+    Attributes:
+        idf: the idf of each n-gram.
+        key: the pair of image and n-gram of each entry, [E].
+        caption: the reference that contains the n-gram, [E].
+        weight: the tf-idf weight of the n-gram in that reference, [E].
+        norm: the norm of each reference's vector, [C].
     """
 
     idf: np.ndarray
@@ -48,22 +54,25 @@ class _Order:
 
 
 def inverse_document_frequency(image: np.ndarray, gram: np.ndarray, *, images: int, grams: int) -> np.ndarray:
-    """log(images / images that have it) of each n-gram, [grams]; of one that none has, as if one had.
+    """The idf of each n-gram: log(number of images / number of images that contain it).
 
     Args:
-        image, gram: of each occurrence, any number of times.
-        images, grams: how many there are of each.
+        image, gram: the image and the n-gram of each occurrence. Repetitions do not matter.
+        images, grams: the number of images and of different n-grams.
+
+    Returns:
+        The idf, [grams]. An n-gram that no image contains gets the idf of an n-gram that one image contains.
     """
     documents = unpair(np.unique(pairs(image, gram)))[1]
     return np.log(images) - np.log(np.maximum(1, np.bincount(documents, minlength=grams)))
 
 
 class Vectors:
-    """The references' tf-idf vectors.
+    """The tf-idf vectors of the references.
 
     Args:
-        references: what candidates are compared with.
-        corpus: where document frequencies come from; None: the references.
+        references: the captions that candidates are compared with.
+        corpus: the captions that document frequencies are computed from. None uses the references.
     """
 
     def __init__(self, references: References, corpus: Corpus | None) -> None:
@@ -88,10 +97,18 @@ class Vectors:
             key = pairs(references.image_of[caption], gram)
             order = np.argsort(key, kind="stable")
             self.orders.append(_Order(idf, key[order], caption[order], weight[order], norm))
-        self.unseen = np.log(images)  # idf of an n-gram that is nowhere
+        self.unseen = np.log(images)  # the idf of an n-gram that occurs nowhere
 
     def similarities(self, candidates: Candidates, *, clip: bool) -> np.ndarray:
-        """Cosine similarity of each reference with the candidate of its image, of each order, [ORDERS, C]."""
+        """The cosine similarity of each reference with the candidate of its image, for each order.
+
+        Args:
+            candidates: one candidate per image.
+            clip: clips the candidate's weights to those of the reference, as CIDEr-D does.
+
+        Returns:
+            The similarities, [ORDERS, C].
+        """
         own = self.numbers is self.references.n_grams
         counts = candidates.counts if own else self.numbers.count(candidates.tokens)
         return np.stack([self._cosines(*order, clip) for order in zip(self.orders, counts, strict=True)])
@@ -104,25 +121,25 @@ class Vectors:
         weight = counts.count * idf
         norm = np.sqrt(np.bincount(counts.caption, weight**2, minlength=images))
 
-        # Each candidate n-gram meets the run of entries of the same image and n-gram, one a reference that has
-        # it.
+        # Each n-gram of a candidate is joined with one entry for each reference of its image that contains it.
         own, entry = join(pairs(counts.caption, counts.gram), reference.key)
         ours, theirs = weight[own], reference.weight[entry]
         product = (np.minimum(ours, theirs) if clip else ours) * theirs
         dot = np.bincount(reference.caption[entry], product, minlength=len(image_of))
 
         scale = norm[image_of] * reference.norm
-        # A zero norm (words that every image has) leaves the dot product, which is then 0 as well.
+        # A norm is 0 if every image contains all of the words. The dot product is then 0 as well.
         return dot / np.where(scale > 0, scale, 1)
 
 
 def score_clipped(vectors: Vectors) -> Callable[[Candidates], MetricScores]:
-    """A function that gives candidates' CIDEr-D."""
+    """Returns a function that computes the CIDEr-D of candidates."""
     references = vectors.references
 
     def score(candidates: Candidates) -> MetricScores:
         similarity = vectors.similarities(candidates, clip=True).mean(0)
-        # The official code counts bigrams as the length, which differs from words for empty captions only.
+        # The official code uses the number of bigrams as the length. Only for empty captions does this change the
+        # difference in length.
         words = np.maximum(candidates.lengths - 1, 0)[references.image_of]
         difference = words - np.maximum(references.lengths - 1, 0)
         similarity = similarity * np.exp(-(difference**2) / (2 * SIGMA**2))
@@ -132,7 +149,7 @@ def score_clipped(vectors: Vectors) -> Callable[[Candidates], MetricScores]:
 
 
 def score_original(vectors: Vectors) -> Callable[[Candidates], MetricScores]:
-    """A function that gives candidates' CIDEr of the paper, neither clipped nor damped."""
+    """Returns a function that computes the original CIDEr of candidates, without clipping and length penalty."""
 
     def score(candidates: Candidates) -> MetricScores:
         similarity = vectors.similarities(candidates, clip=False).mean(0)

@@ -1,8 +1,9 @@
 """Captions in COCO's file formats, which all caption scorers and the COCO test server read.
 
-Results: ``[{"image_id": 1, "caption": "a dog"}, ...]``, one caption an image. References (annotations):
-``{"images": [{"id": 1, "file_name": "1.jpg"}, ...], "annotations": [{"id": 1, "image_id": 1, "caption": "a
-dog"}, ...]}``.
+Results have one caption per image: ``[{"image_id": 1, "caption": "a dog"}, ...]``.
+
+References are COCO annotations: ``{"images": [{"id": 1, "file_name": "1.jpg"}, ...], "annotations": [{"id": 1,
+"image_id": 1, "caption": "a dog"}, ...]}``.
 """
 
 import json
@@ -20,13 +21,16 @@ _REFERENCES = 'an object with "annotations": [{"image_id": 1, "caption": "..."},
 
 
 def read_captions(path: Path) -> dict[int, list[str]]:
-    """All captions of each image, in the file's order: one in a results file, several in one of samples.
+    """All captions of each image, in the order of the file.
 
-    Several captions may also stand together, as ``imgcap evaluate`` writes n-best lists: ``[{"image_id": 1,
-    "captions": [{"caption": "a dog"}, ...]}, ...]``.
+    An image can have several entries with one caption each, or one entry with several captions. ``imgcap evaluate``
+    writes n-best lists in the second form: ``[{"image_id": 1, "captions": [{"caption": "a dog"}, ...]}, ...]``.
+
+    Returns:
+        Image id -> captions.
 
     Raises:
-        UserError: the file is missing or not in the format.
+        UserError: the file is missing or does not have the format.
     """
     entries = _read(path, _RESULTS)
     if isinstance(entries, dict) and "annotations" in entries:
@@ -38,13 +42,13 @@ def read_captions(path: Path) -> dict[int, list[str]]:
 
 
 def first_captions(captions: Mapping[int, Sequence[str]]) -> tuple[dict[int, str], list[int]]:
-    """The first caption of each image, and the images that have several."""
+    """The first caption of each image, and the ids of the images with several captions."""
     several = [image_id for image_id, found in captions.items() if len(found) > 1]
     return {image_id: found[0] for image_id, found in captions.items()}, several
 
 
 def write_results(path: Path, captions: Mapping[int, str]) -> None:
-    """Writes candidate captions, one an image."""
+    """Writes one candidate caption per image."""
     write_text(path, _json(_results(captions)))
 
 
@@ -53,58 +57,61 @@ def _results(captions: Mapping[int, str]) -> list[dict[str, Any]]:
 
 
 _TEST_SERVER = {"val2014": 40_504, "test2014": 40_775}
-"""Splits that COCO's test server wants captions of, and how many images each has."""
+"""The splits that COCO's test server requires, and the number of images in each."""
 
 
 def write_submission(path: Path, name: str, splits: Mapping[str, Mapping[int, str]]) -> list[str]:
-    """Writes captions as COCO's test server takes them: a zip of ``captions_<split>_<name>_results.json``.
+    """Writes a submission to COCO's test server: a zip file of ``captions_<split>_<name>_results.json``.
 
     Args:
         path: the zip file.
-        name: what the server is to call the system; letters, digits, "-" and "_".
+        name: the name of the system on the server. It can contain letters, digits, "-" and "_".
         splits: "val2014" and "test2014" -> image id -> caption.
 
     Returns:
-        A line for each split that has not as many images as the server wants.
+        One warning for each split that does not have the number of images that the server requires.
 
     Raises:
-        UserError: a name that the server does not take, a full disk.
+        UserError: the server does not accept the name, or the disk is full.
     """
     if not re.fullmatch(r"[\w-]+", name, re.ASCII):
-        raise UserError(f"{name!r} can't name a submission: use letters, digits, - and _")
+        raise UserError(f"{name!r} is not a valid submission name: use only letters, digits, - and _")
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for split, captions in splits.items():
             archive.writestr(f"captions_{split}_{name}_results.json", _json(_results(captions)))
     return [
-        f"{split} has captions of {len(splits[split])} images, and the server wants all {images}"
+        f"{split} has captions of {len(splits[split])} images; the server requires all {images}"
         if split in splits
-        else f"{split} is not there, and the server wants it too"
+        else f"{split} is missing; the server requires it"
         for split, images in _TEST_SERVER.items()
         if len(splits.get(split, ())) != images
     ]
 
 
 def read_references(path: Path) -> dict[int, list[str]]:
-    """References by image id, in the order of the annotations.
+    """The references of each image, in the order of the annotations.
 
-    Images that are listed but have no caption are left out.
+    Images that are listed but have no caption are omitted.
+
+    Returns:
+        Image id -> captions.
 
     Raises:
-        UserError: the file is missing, not in the format, or lists an image twice.
+        UserError: the file is missing, does not have the format, or lists an image twice.
     """
     document = _read(path, _REFERENCES)
     if isinstance(document, list):
-        raise UserError(f"{path} holds a list, as results do, not references: expected {_REFERENCES}")
+        raise UserError(f"{path} holds a list, as results files do, not references: expected {_REFERENCES}")
     if not isinstance(document, dict) or "annotations" not in document:
         raise UserError(f"{path} has no 'annotations': expected {_REFERENCES}")
     images = document.get("images", [])
     if not isinstance(images, list) or not all(isinstance(i, dict) and _is_id(_as_id(i.get("id"))) for i in images):
-        raise UserError(f'{path}: "images" must be a list of {{"id": 1, ...}} with whole numbers as ids')
+        raise UserError(f'{path}: "images" must be a list of {{"id": 1, ...}} with integer ids')
     listed: set[int] = set()
     for image in images:
         image_id = _as_id(image["id"])
         if image_id in listed:
-            raise UserError(f"{path} lists image {image_id} twice under 'images': keep one entry an image")
+            raise UserError(f"{path} lists image {image_id} twice under 'images': keep one entry per image")
         listed.add(image_id)
     references: dict[int, list[str]] = {}
     for image_id, caption in _entries(document["annotations"], path, "annotations", _REFERENCES):
@@ -117,7 +124,7 @@ def read_references(path: Path) -> dict[int, list[str]]:
 def write_references(
     path: Path, references: Mapping[int, Sequence[str]], file_names: Mapping[int, str] | None = None
 ) -> None:
-    """Writes references as COCO annotations. file_names: image id -> file name, where known."""
+    """Writes references as COCO annotations. `file_names` maps all image ids to file names, if they are known."""
     images: list[dict[str, Any]] = [{"id": int(image)} for image in references]
     if file_names is not None:
         images = [{**image, "file_name": file_names[image["id"]]} for image in images]
@@ -132,7 +139,7 @@ def _read(path: Path, expected: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"can't read {path} ({error.strerror}): give a file that holds {expected}") from None
+        raise UserError(f"cannot read {path} ({error.strerror}): give a file that holds {expected}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: give a JSON file that holds {expected}") from None
     except (ValueError, RecursionError) as error:
@@ -140,7 +147,7 @@ def _read(path: Path, expected: str) -> Any:
 
 
 def _entries(entries: Any, path: Path, key: str, expected: str) -> list[tuple[int, str]]:
-    """Image id and caption of each entry of the list found under `key`."""
+    """The image id and caption of each entry of a list. `key` is the name of the list in the file, or empty."""
     if not isinstance(entries, list) or not entries:
         what = "is not a list" if not isinstance(entries, list) else "is empty"
         raise UserError(f"{path}: {key or 'the document'} {what}: expected {expected}")
@@ -151,7 +158,9 @@ def _entries(entries: Any, path: Path, key: str, expected: str) -> list[tuple[in
             raise UserError(f"{where} is not an object: expected {expected}")
         several = entry.get("captions") if "caption" not in entry else None
         if several is not None and (not isinstance(several, list) or not several):
-            raise UserError(f"{where}: its captions {several!r} are not a list of one or more: expected {expected}")
+            raise UserError(
+                f"{where}: 'captions' is {several!r}, not a list of at least one caption: expected {expected}"
+            )
         for one in [entry] if several is None else several:
             found = one if isinstance(one, dict) else {"caption": one}
             for name, value in (("image_id", entry.get("image_id")), ("caption", found.get("caption"))):
@@ -159,11 +168,11 @@ def _entries(entries: Any, path: Path, key: str, expected: str) -> list[tuple[in
                     raise UserError(f"{where} has no {name!r}: expected {expected}")
             image_id, caption = _as_id(entry["image_id"]), found["caption"]
             if not _is_id(image_id):
-                raise UserError(f"{where}: image_id {repr(image_id)[:40]} is not a whole number: use the COCO image id")
+                raise UserError(f"{where}: image_id {repr(image_id)[:40]} is not an integer: use the COCO image id")
             if not isinstance(caption, str):
-                raise UserError(f"{where}: caption {caption!r} is not text: put the sentence in quotes")
+                raise UserError(f"{where}: caption {caption!r} is not a string: put the sentence in quotes")
             if re.search("[\ud800-\udfff]", caption):
-                raise UserError(f"{where}: caption {caption!r} holds half a character, cut where it should not be")
+                raise UserError(f"{where}: caption {caption!r} contains half a character (a lone surrogate): remove it")
             pairs.append((image_id, caption))
     return pairs
 
@@ -173,7 +182,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _as_id(value: Any) -> Any:
-    """An image id; those of files that write them in quotes become numbers."""
+    """An image id. Some files write ids as strings; these are converted to integers."""
     return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value) else value
 
 

@@ -1,4 +1,4 @@
-"""Whether one system's scores differ from another's by more than the choice of images explains."""
+"""Significance test for the difference between the scores of two systems on the same images."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,17 @@ import numpy as np
 from imgcap_jax.metrics.corpus import MetricScore
 
 SAMPLES = 1000
-_AT_A_TIME = 50  # samples; with COCO's 40,504 images their weights take 16 MB
+_AT_A_TIME = 50  # samples per block; with COCO's 40,504 images their counts take 16 MB
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of two systems on the same images.
+    """The scores of two systems on the same images in one metric.
 
     Attributes:
         ours, other: the two scores.
-        low, high: ends of the 95 % confidence interval of ours - other.
-        p_value: how often a difference as large, either way, would be seen if there were none.
+        low, high: the bounds of the 95 % confidence interval of ours - other.
+        p_value: the probability of a difference at least as large, in either direction, if the systems do not differ.
     """
 
     ours: float
@@ -28,24 +28,25 @@ class Difference:
 
 
 def paired_bootstrap(ours: MetricScore, other: MetricScore, *, samples: int = SAMPLES, seed: int = 0) -> Difference:
-    """Compares two systems by drawing images with replacement, the same ones for both (Koehn, 2004).
+    """Compares two systems by paired bootstrap resampling (Koehn, 2004).
 
-    The interval holds the middle 95 % of the samples' differences. The p-value is two-sided: the share of samples whose
-    difference, moved to a mean of 0, is at least as large, either way, as the one found (Riezler and Maxwell, 2005).
-    sacreBLEU centres absolute differences instead and comes to about half of it. CIDEr's document frequencies stay
-    those of the whole set. One image says nothing: its p-value is 1.
+    Each sample draws images with replacement, the same images for both systems. The confidence interval contains the
+    middle 95 % of the samples' differences. The p-value is two-sided: the share of samples whose difference, shifted to
+    a mean of 0 over all samples, is at least as large in absolute value as the observed difference (Riezler and
+    Maxwell, 2005). sacreBLEU centres the absolute differences instead, which gives about half this p-value. CIDEr keeps
+    the document frequencies of the whole set. With one image no conclusion is possible, and the p-value is 1.
 
     Args:
         ours, other: scores of the same images in the same order, [I].
-        samples: how many samples are drawn.
-        seed: of the draws; the same seed draws the same images for every metric.
+        samples: the number of samples drawn.
+        seed: the seed of the random draws. The same seed draws the same images for every metric.
 
     Raises:
         ValueError: the two have different numbers of images.
     """
     images = len(ours.images)
     if len(other.images) != images:
-        raise ValueError(f"{images} and {len(other.images)} images: score both systems on the same ones")
+        raise ValueError(f"the systems have {images} and {len(other.images)} images: score both on the same images")
     rng = np.random.default_rng(seed)
     differences = []
     for begin in range(0, samples, _AT_A_TIME):

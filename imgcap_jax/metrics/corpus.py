@@ -1,8 +1,10 @@
 """Tokenised captions and their n-grams, counted once and shared by the metrics.
 
-Letters: I images, C captions (all references of all images), E entries (distinct pairs of a caption and an
-n-gram of one order). N-grams are numbered exactly, without hashing: an n-gram is a pair of numbers, that of
-its first n-1 words and that of its last word.
+Letters: I images, C captions (all references of all images), E entries (distinct pairs of a caption and an n-gram of
+one order).
+
+Each different n-gram has an integer id. Ids are exact, without hashing: an n-gram is identified by the pair of the id
+of its first n-1 words and the id of its last word.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +16,11 @@ import numpy as np
 from imgcap_jax.text import tokenize
 
 ORDERS = 4  # unigrams to 4-grams
-_SHIFT = 32  # bits for the second number of a pair
+_SHIFT = 32  # bits of the second number of a pair
 
 
 def pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """One integer for each pair of numbers below 2^31, in lexicographic order."""
+    """Packs pairs of numbers below 2^31 into integers with the same (lexicographic) order."""
     return (first << _SHIFT) | second
 
 
@@ -28,34 +30,42 @@ def unpair(pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def expand(start: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Runs written out: which run each entry belongs to, and its place ``start[run] + 0, 1, ..., count[run] - 1``."""
+    """Expands runs of consecutive integers.
+
+    Args:
+        start: the first integer of each run.
+        count: the length of each run.
+
+    Returns:
+        The run that each entry belongs to, and its value: ``start[run] + 0, 1, ..., count[run] - 1``.
+    """
     run = np.repeat(np.arange(len(count)), count)
     return run, np.arange(len(run)) - np.repeat(np.cumsum(count) - count - start, count)
 
 
 def join(wanted: np.ndarray, sorted_keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All places where equal keys meet: in `wanted`, in its order, and in `sorted_keys`."""
+    """All pairs of equal keys, as positions in `wanted` (in ascending order) and positions in `sorted_keys`."""
     start = np.searchsorted(sorted_keys, wanted, "left")
     return expand(start, np.searchsorted(sorted_keys, wanted, "right") - start)
 
 
 def words_left(lengths: np.ndarray) -> np.ndarray:
-    """Of each word of sentences laid end to end, how many are left in its sentence, itself included."""
+    """The number of words from each word to the end of its sentence, itself included, in concatenated sentences."""
     return np.repeat(np.cumsum(lengths), lengths) - np.arange(int(lengths.sum()))
 
 
 def n_grams(
     words: np.ndarray, lengths: np.ndarray, number: Callable[[np.ndarray, int], np.ndarray]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All n-grams of sentences laid end to end, an order after the other.
+    """All n-grams of concatenated sentences, one order after another.
 
     Args:
-        words: the number of each word.
-        lengths: words of each sentence.
-        number: (pairs of the numbers of an n-gram's first n-1 words and of its last one, n) -> the n-grams' numbers.
+        words: the id of each word.
+        lengths: the number of words in each sentence.
+        number: (pairs of the id of an n-gram's first n-1 words and the id of its last word, n) -> ids of the n-grams.
 
     Yields:
-        Where the n-grams of each order begin, and their numbers.
+        For each order: the positions in `words` at which the n-grams begin, and the ids of the n-grams.
     """
     left = words_left(lengths)
     start, grams = np.arange(len(words)), words
@@ -69,9 +79,12 @@ def n_grams(
 
 @dataclass(frozen=True)
 class NGramCounts:
-    """The n-grams of one order in a list of captions, ordered by caption and then by n-gram.
+    """The n-grams of one order in a list of captions, sorted by caption and then by n-gram.
 
-    caption [E]: which caption; gram [E]: which n-gram; count [E]: how often it occurs there.
+    Attributes:
+        caption: the position of the caption in the list, [E].
+        gram: the id of the n-gram, [E].
+        count: the number of times that the n-gram occurs in the caption, [E].
     """
 
     caption: np.ndarray
@@ -80,11 +93,12 @@ class NGramCounts:
 
 
 class NGramNumbers:
-    """Numbers for all n-grams of the captions it is made from, and their counts.
+    """Ids for all n-grams of a list of captions, and the counts of these n-grams.
 
     Attributes:
-        counts: of these captions, one item an order. size: how many n-grams there are, one item an order;
-        numbers from there on are other captions' n-grams.
+        counts: the n-gram counts of these captions, one item per order.
+        size: the number of different n-grams, one item per order. Ids from `size` on denote n-grams that occur only in
+            other captions.
     """
 
     def __init__(self, captions: Sequence[Sequence[str]]) -> None:
@@ -93,12 +107,14 @@ class NGramNumbers:
             for word in caption:
                 self._words.setdefault(word, len(self._words))
         self.size = [len(self._words)]
-        self._known: list[np.ndarray] = []  # an order from 2 on: sorted pairs; an n-gram's number is its place here
+        self._known: list[np.ndarray] = []  # per order from 2 on: sorted pairs; the position of a pair is its id
         self.counts = self._count(captions, self._learn)
 
     def count(self, captions: Sequence[Sequence[str]]) -> list[NGramCounts]:
-        """Counts of other captions, one item an order. N-grams not seen before are numbered for this call
-        only."""
+        """The n-gram counts of other captions, one item per order.
+
+        The ids of n-grams that do not occur in the original captions are valid for this call only.
+        """
         return self._count(captions, self._look_up)
 
     def _count(
@@ -137,9 +153,11 @@ class NGramNumbers:
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """References to score against; one equals itself only, so that what was counted of it can be kept.
+    """Tokenised references. They are compared by identity, so that results computed from them can be cached.
 
-    image_ids [I]; tokens: of each image, the tokens of each of its references.
+    Attributes:
+        image_ids: the image ids, [I].
+        tokens: for each image, the tokens of each of its references.
     """
 
     image_ids: tuple[int, ...]
@@ -147,33 +165,37 @@ class References:
 
     @classmethod
     def from_captions(cls, captions: Mapping[int, Sequence[str]]) -> "References":
-        """Tokenises raw captions."""
+        """Tokenises raw captions: image id -> captions."""
         return cls(tuple(captions), tuple(tuple(tokenize(text) for text in texts) for texts in captions.values()))
 
     @cached_property
     def per_image(self) -> np.ndarray:
-        """How many references each image has, [I]."""
+        """The number of references of each image, [I]."""
         return np.array([len(references) for references in self.tokens], np.int64)
 
     @cached_property
     def image_of(self) -> np.ndarray:
-        """Which image each reference belongs to, [C]."""
+        """The position of the image that each reference belongs to, [C]."""
         return np.repeat(np.arange(len(self.tokens)), self.per_image)
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each reference, [C]."""
+        """The number of tokens in each reference, [C]."""
         return np.array([len(caption) for references in self.tokens for caption in references], np.int64)
 
     @cached_property
     def n_grams(self) -> NGramNumbers:
-        """N-grams of all references."""
+        """The ids and counts of the n-grams of all references."""
         return NGramNumbers([caption for references in self.tokens for caption in references])
 
 
 class Candidates:
-    """One candidate an image, in the references' order: tokens, lengths [I] and n-grams numbered as the
-    references'."""
+    """One tokenised candidate per image, in the order of the references.
+
+    Attributes:
+        tokens: the tokens of each candidate.
+        lengths: the number of tokens in each candidate, [I].
+    """
 
     def __init__(self, tokens: Sequence[list[str]], references: References) -> None:
         self.tokens = tokens
@@ -182,17 +204,18 @@ class Candidates:
 
     @cached_property
     def counts(self) -> list[NGramCounts]:
-        """Counts of the candidates' n-grams, one item an order."""
+        """The n-gram counts of the candidates, one item per order, with the ids of ``References.n_grams``."""
         return self._references.n_grams.count(self.tokens)
 
 
 @dataclass(frozen=True)
 class MetricScore:
-    """A metric of a set of candidates.
+    """The scores of a set of candidates in one metric.
 
     Attributes:
         images: the score of each image, [I].
-        corpus: how often each image counts, float [B,I] -> the score of the whole set, [B]; for B samples of images.
+        corpus: computes the score of the whole set for B samples of the images. It maps the number of times that each
+            image occurs in each sample, float [B,I], to the scores, [B].
     """
 
     images: np.ndarray
@@ -200,14 +223,14 @@ class MetricScore:
 
     @cached_property
     def value(self) -> float:
-        """The score of all images, each once."""
+        """The score of the whole set, in which each image occurs once."""
         return float(self.corpus(np.ones((1, len(self.images))))[0])
 
 
 def mean_score(images: np.ndarray) -> MetricScore:
-    """A metric whose score of a set is the mean over its images."""
+    """Scores of a metric whose score of a set is the mean over its images; images [I]."""
     return MetricScore(images, lambda counts: counts @ images / counts.sum(1))
 
 
 MetricScores = dict[str, MetricScore]
-"""Scores by the metric's name."""
+"""Name of the metric -> its scores."""

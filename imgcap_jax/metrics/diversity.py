@@ -1,4 +1,4 @@
-"""How varied captions are: of a whole file, and of several captions of the same image."""
+"""Diversity of captions: over a whole file, and among several captions of the same image."""
 
 import math
 from collections import Counter
@@ -14,13 +14,14 @@ from imgcap_jax.text import tokenize
 
 @dataclass(frozen=True)
 class Diversity:
-    """Of a file with one caption an image.
+    """Diversity of a file with one caption per image.
 
     Attributes:
-        vocabulary: different words used. length: words a caption, on average.
-        distinct: different n-grams for each word there is, n = 1 and 2 (Li et al., 2016).
-        unique: share of captions that no other image has.
-        novel: share of captions that are not among the training captions; None where those were not given.
+        vocabulary: the number of different words.
+        length: the mean number of words per caption.
+        distinct: the number of different n-grams divided by the number of words, n = 1 and 2 (Li et al., 2016).
+        unique: the share of captions that no other image has.
+        novel: the share of captions that do not occur in the training captions; None if those were not given.
     """
 
     vocabulary: int
@@ -32,14 +33,16 @@ class Diversity:
 
 @dataclass(frozen=True)
 class SetDiversity:
-    """Of a file with several captions an image; means over the images with two or more.
+    """Diversity of a file with several captions per image, as means over the images with at least two captions.
 
     Attributes:
-        images: how many those are. captions: captions an image.
-        distinct: different n-grams of an image's captions as a share of its words, n = 1 and 2 (Div-1 and Div-2 of
-            Shetty et al., 2017).
-        self_cider: 0 where an image's captions say the same, 1 where captions of four words or more have nothing in
-            common, nan where no caption has a word with an idf (Wang and Chan, 2019).
+        images: the number of images with at least two captions.
+        captions: the mean number of captions per image.
+        distinct: the number of different n-grams in an image's captions divided by the number of words, n = 1 and 2
+            (Div-1 and Div-2 of Shetty et al., 2017).
+        self_cider: self-CIDEr (Wang and Chan, 2019). It is 0 if the captions of an image are identical and 1 if they
+            have at least four words each and no n-grams in common. It is nan if no caption has a word with a positive
+            idf.
     """
 
     images: int
@@ -49,7 +52,10 @@ class SetDiversity:
 
 
 def diversity(captions: Iterable[str], training: Iterable[str] | None = None) -> Diversity:
-    """Diversity of one caption an image, of one image at least; compared as tokens, without case and punctuation."""
+    """Diversity of one caption per image, for at least one image.
+
+    Captions are compared as tokens, without case and punctuation.
+    """
     tokens = [tuple(tokenize(caption)) for caption in captions]
     often = Counter(tokens)
     words = sum(map(len, tokens))
@@ -67,11 +73,11 @@ def diversity(captions: Iterable[str], training: Iterable[str] | None = None) ->
 
 
 def set_diversity(sets: Mapping[int, Sequence[str]], references: Mapping[int, Sequence[str]]) -> SetDiversity | None:
-    """Diversity of several captions an image; None where no image has two.
+    """Diversity of several captions per image; None if no image has at least two.
 
     Args:
-        sets: image id -> its captions.
-        references: image id -> raw captions, the source of the document frequencies of self-CIDEr.
+        sets: image id -> raw captions.
+        references: image id -> raw captions, from which self-CIDEr's document frequencies are computed.
     """
     several = {image: [tokenize(caption) for caption in captions] for image, captions in sets.items()}
     several = {image: captions for image, captions in several.items() if len(captions) > 1}
@@ -100,10 +106,11 @@ def _grams_of(captions: Iterable[Sequence[str]], n: int) -> set[tuple[str, ...]]
 
 
 def _kernels(sets: Mapping[int, list[list[str]]], references: Mapping[int, Sequence[str]]) -> Iterator[np.ndarray]:
-    """The CIDEr of each image's captions with each other, from 0 to 1, [m,m] for each image."""
+    """For each image, the CIDEr similarity between its m captions, from 0 to 1, [m,m]."""
     captions = References(tuple(sets), tuple(map(tuple, sets.values())))
     vectors = Vectors(captions, References.from_captions(references).tokens)
-    # The first caption of each image with all of its image, then the second, ...; the last again where there are fewer.
+    # Round k compares caption k of each image with all captions of the image. An image with fewer captions uses its
+    # last caption again; the slice below drops that row.
     rounds = range(int(captions.per_image.max()))
     similarity = np.stack(
         [
@@ -118,7 +125,7 @@ def _kernels(sets: Mapping[int, list[list[str]]], references: Mapping[int, Seque
 
 
 def _self_cider(kernel: np.ndarray) -> float:
-    """-log_m(r), with r the share of the largest of the square roots of the kernel's eigenvalues; kernel [m,m]."""
+    """-log_m(r), where r is the largest square root of an eigenvalue divided by the sum of all; kernel [m,m]."""
     roots = np.sqrt(np.clip(np.linalg.eigvalsh(kernel), 0, None))
     if not roots.sum():
         return math.nan

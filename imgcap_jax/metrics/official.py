@@ -1,11 +1,11 @@
-"""Where the official COCO tools lie, if they are installed; nothing of them is imported."""
+"""Locates the official COCO tools, if they are installed, without importing them."""
 
 import importlib.util
 from pathlib import Path
 
 
 def official_folder(part: str) -> Path | None:
-    """Folder of a part of the package `pycocoevalcap` ("meteor", "spice", ...); None where it is not installed."""
+    """Folder of a part ("meteor", "spice", ...) of the package `pycocoevalcap`; None if it is not installed."""
     found = importlib.util.find_spec("pycocoevalcap")
     if found is None or not found.submodule_search_locations:
         return None

@@ -6,11 +6,11 @@ import numpy as np
 
 from imgcap_jax.metrics.corpus import Candidates, MetricScores, References, mean_score
 
-BETA = 1.2  # weight of recall against precision
+BETA = 1.2  # weight of recall relative to precision
 
 
 def prepare(references: References) -> Callable[[Candidates], MetricScores]:
-    """A function that scores candidates against these references."""
+    """Returns a function that scores candidates against these references."""
 
     def score(candidates: Candidates) -> MetricScores:
         scores = np.array([_rouge(*pair) for pair in zip(candidates.tokens, references.tokens, strict=True)])
@@ -38,8 +38,8 @@ def _rouge(candidate: list[str], references: tuple[list[str], ...]) -> float:
 def _longest_common_subsequence(positions: dict[str, int], length: int, other: list[str]) -> int:
     """Length of the longest common subsequence of `other` and a text of `length` words.
 
-    `positions` gives a word's places in the text as the bits of an integer. A column of the dynamic programme
-    is one integer, in which a 0 bit stands for a step upwards (Hyyrö, 2004).
+    `positions` maps each word of the text to its positions, stored as the bits of an integer. Each column of the
+    dynamic programme is one integer, in which a 0 bit stands for an increase by 1 (Hyyrö, 2004).
     """
     everything = column = (1 << length) - 1
     for word in other:

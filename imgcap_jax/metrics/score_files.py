@@ -1,4 +1,4 @@
-"""Scoring files of captions, from any system, against a file of references (``imgcap score``)."""
+"""Scores files of captions, from any system, against a file of references (``imgcap score``)."""
 
 import json
 import math
@@ -15,19 +15,22 @@ from imgcap_jax.metrics.compare import SAMPLES, Difference, paired_bootstrap
 from imgcap_jax.metrics.diversity import Diversity, SetDiversity, diversity, set_diversity
 from imgcap_jax.metrics.scoring import CaptionScorer, Scores, available_metrics
 
-_FEW = 50  # images; below, the bootstrap finds differences where there are none
+_FEW = 50  # images; with fewer the bootstrap reports differences that do not exist
 
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """What ``score_files`` found.
+    """The result of ``score_files``.
 
     Attributes:
-        files: what was scored, by what it was.
-        scores: of the captions. other: of those they are compared with. differences: metric -> comparison, by so many
-            samples of images (`bootstrap`).
-        diversity: of the captions. sets: of several captions an image, where they were given.
-        warnings: one line for each thing that makes the figures less than they seem.
+        files: name of the argument ("captions", "references", ...) -> path of the file.
+        scores: the scores of the captions.
+        diversity: the diversity of the captions.
+        other: the scores of the captions of the other system; None without a comparison.
+        differences: metric -> comparison of the two systems.
+        bootstrap: the number of bootstrap samples of the comparison.
+        sets: the diversity of several captions per image; None if they were not given.
+        warnings: one line for each reason why the results can be misleading.
     """
 
     files: dict[str, str]
@@ -40,7 +43,7 @@ class ScoreReport:
     warnings: tuple[str, ...]
 
     def write(self, path: Path) -> None:
-        """Writes everything as JSON, scores from 0 to 1 (CIDEr: to 10), of each image too."""
+        """Writes the report as JSON, with the scores of each image. Scores are from 0 to 1 (CIDEr: 0 to 10)."""
         document: dict[str, Any] = {
             "files": self.files,
             "scale": "0 to 1, CIDEr 0 to 10; papers print them times 100",
@@ -64,7 +67,7 @@ class ScoreReport:
 
 
 def _number(value: float) -> float | None:
-    """JSON has no nan."""
+    """The value, or None for nan, which JSON does not have."""
     return None if math.isnan(value) else value
 
 
@@ -88,34 +91,34 @@ def score_files(
     """Scores a file of captions in COCO's format.
 
     Args:
-        captions: results, one caption an image.
-        references: annotations. Images without a caption in `captions` are left out.
-        compare: results of another system, scored on the images that both have.
-        bootstrap: samples of images drawn for the comparison; None: ``compare.SAMPLES``.
-        idf: annotations whose document frequencies CIDEr uses; None: those of `references`.
-        training: annotations of which captions that occur there are not novel.
-        samples: several captions an image, whose diversity is measured.
-        with_spice: SPICE too.
-        output: where the report is to be written, which is checked before anything is computed.
+        captions: results with one caption per image.
+        references: annotations. Images without a caption in `captions` are omitted.
+        compare: results of another system. Both systems are scored on the images that both have.
+        bootstrap: the number of bootstrap samples of the comparison. None means ``compare.SAMPLES``.
+        idf: annotations that CIDEr's document frequencies are computed from. None uses `references`.
+        training: annotations of the training split. A caption that occurs in them is not novel.
+        samples: results with several captions per image, whose diversity is measured.
+        with_spice: computes SPICE as well.
+        output: the path that the report will be written to. It is checked before anything is computed.
 
     Raises:
-        UserError: a file that can't be read, no image in common, SPICE without what it needs, options that don't go
-            together.
+        UserError: a file cannot be read, the files have no image in common, SPICE is not installed, or options
+            contradict each other.
     """
     if with_spice and (reason := spice.obstacle()):
         raise UserError(reason)
     if bootstrap is not None and compare is None:
-        raise UserError("--bootstrap is for --compare; give another system's captions, or leave it out")
+        raise UserError("--bootstrap requires --compare: add another system's captions, or remove --bootstrap")
     if bootstrap is not None and bootstrap < 1:
-        raise UserError(f"--bootstrap {bootstrap}: draw at least 1 sample, better {SAMPLES}")
+        raise UserError(f"--bootstrap is {bootstrap}; it must be at least 1 (default: {SAMPLES})")
     drawn = bootstrap or SAMPLES
     given = {"captions": captions, "references": references, "compare": compare, "idf": idf, "training": training}
     files = {name: path for name, path in {**given, "samples": samples}.items() if path is not None}
     if output is not None:
         check_writable(output)
         if any(path.exists() and output.exists() and path.samefile(output) for path in files.values()):
-            raise UserError(f"{output} is one of the files to be read: give another name")
-    # All files are read before anything is computed, for that may take minutes.
+            raise UserError(f"{output} is one of the input files: choose another output file")
+    # All files are read before anything is computed, because the computation can take minutes.
     warnings: list[str] = []
     all_references = read_references(references)
     systems = {path: _single(read_captions(path), path, warnings) for path in (captions, compare) if path is not None}
@@ -127,8 +130,8 @@ def score_files(
     twice = sum(len(set(texts)) < len(texts) for texts in theirs.values())
     if 2 * twice > len(theirs):
         warnings.append(
-            f"{references}: {twice} of {len(theirs)} images have the same reference twice; are the annotations there "
-            "twice?"
+            f"{references}: {twice} of {len(theirs)} images have a duplicate reference: check that the "
+            "annotations are not in the file twice"
         )
 
     chosen = available_metrics(corpus, idf_name=idf.name if idf is not None else "", original_cider=True)
@@ -146,7 +149,9 @@ def score_files(
             name: paired_bootstrap(found, other.metrics[name], samples=drawn) for name, found in scores.metrics.items()
         }
         if len(images) < _FEW:
-            warnings.append(f"with {len(images)} images neither interval nor p-value can be trusted: compare on {_FEW}")
+            warnings.append(
+                f"with {len(images)} images neither interval nor p-value is reliable: compare on at least {_FEW} images"
+            )
     named = {name: str(path) for name, path in files.items()}
     return ScoreReport(named, scores, diversity(ours.values(), seen), other, differences, drawn, sets, tuple(warnings))
 
@@ -156,21 +161,24 @@ def _sets(path: Path, references: Mapping[int, Sequence[str]], warnings: list[st
     strange = [image_id for image_id in captions if image_id not in references]
     if strange:
         warnings.append(
-            f"{path}: {len(strange)} of {len(captions)} images have no references (image {strange[0]} first)"
+            f"{path}: {len(strange)} of {len(captions)} images have no references (first: image {strange[0]})"
         )
     found = set_diversity(captions, references)
     if found is None:
-        raise UserError(f"{path} has no image with two captions: give several an image, as --decode.samples 5 draws")
+        raise UserError(
+            f"{path} has no image with two captions: give several captions per image, for example those of "
+            "--decode.samples 5"
+        )
     return found
 
 
 def _single(captions: Mapping[int, Sequence[str]], path: Path, warnings: list[str]) -> dict[int, str]:
-    """One caption an image."""
+    """The first caption of each image, with a warning if an image has several."""
     single, several = first_captions(captions)
     if several:
         warnings.append(
-            f"{path} captions {len(several)} images more than once (image {several[0]} first): the first caption of "
-            "each is scored"
+            f"{path} captions {len(several)} images more than once (first: image {several[0]}); only the first caption "
+            "of each is scored"
         )
     return single
 
@@ -178,24 +186,24 @@ def _single(captions: Mapping[int, Sequence[str]], path: Path, warnings: list[st
 def _common(
     references: Mapping[int, Sequence[str]], systems: Mapping[Path, Mapping[int, str]], warnings: list[str]
 ) -> list[int]:
-    """The images that can be scored, in the references' order."""
+    """The ids of the images with references and a caption of every system, in the order of the references."""
     for path, captions in systems.items():
         strange = [image_id for image_id in captions if image_id not in references]
         if len(strange) == len(captions):
             raise UserError(
-                f"none of the {len(captions)} images of {path} has references (image {strange[0]} first): check that "
+                f"none of the {len(captions)} images of {path} has references (first: image {strange[0]}): check that "
                 "both files belong to the same split"
             )
         if strange:
             warnings.append(
-                f"{path}: {len(strange)} of {len(captions)} images have no references (image {strange[0]} first) and "
-                "are left out"
+                f"{path}: {len(strange)} of {len(captions)} images have no references (first: image {strange[0]}) and "
+                "are omitted"
             )
         absent = sum(image_id not in captions for image_id in references)
         if absent:
             warnings.append(
-                f"{path} has no caption for {absent} of {len(references)} images with references, which are left out: "
-                "scores on a part of a split can't be compared with those on all of it"
+                f"{path} has no caption for {absent} of {len(references)} images with references; these are omitted: "
+                "scores on a part of a split cannot be compared with scores on the whole split"
             )
     images = [image_id for image_id in references if all(image_id in captions for captions in systems.values())]
     if not images:

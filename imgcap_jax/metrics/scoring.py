@@ -1,7 +1,65 @@
-"""Scoring candidate captions against references.
+"""Scores candidate captions against reference captions, and defines the contract of a metric.
 
-A metric is a function that takes references and returns a function that scores candidates; to add one, add it to
-`available_metrics`.
+A metric works in two stages. References are processed once. Candidates are processed each time they are scored.
+Letters: I images, C references of all images, B samples of images.
+
+Stage 1, references: a ``Metric`` is called with one argument, a ``References`` object (``metrics/corpus.py``). It
+does all work that depends on the references only, and returns a function. Every image has at least one reference.
+``References`` contains:
+
+- ``image_ids``: the image ids, in the order of all arrays [I].
+- ``tokens``: for each image, a tuple with the list of tokens of each reference. Captions are tokenised as the official
+  COCO tools do (``imgcap_jax.text.tokenize``). A list of tokens can be empty.
+- ``per_image`` [I]: the number of references of each image. ``image_of`` [C]: the position of the image of each
+  reference. ``lengths`` [C]: the number of tokens in each reference.
+- ``n_grams``: the ids and counts of the n-grams of all references.
+
+Stage 2, candidates: the returned function is called with one argument, a ``Candidates`` object. It contains one
+candidate per image, in the order of ``References.image_ids``:
+
+- ``tokens``: the list of tokens of each candidate. It can be empty.
+- ``lengths`` [I]: the number of tokens in each candidate.
+- ``counts``: the n-gram counts, with the ids of ``References.n_grams``.
+
+The function returns a dictionary from names to ``MetricScore``. The names are reported, so they must be unique among
+all metrics. One metric can return several names (BLEU returns BLEU-1 to BLEU-4). A ``MetricScore`` has two fields:
+
+- ``images``: the score of each image, a float array [I].
+- ``corpus``: a function that computes the score of a set of images. It is called with ``counts``, float [B,I], and
+  returns the scores, [B]. ``counts[b, i]`` is the number of times that image i occurs in sample b. The score of the
+  split is ``corpus(np.ones((1, I)))[0]``. The paired bootstrap (``metrics/compare.py``) passes other counts.
+
+``mean_score(images)`` returns a ``MetricScore`` whose score of a set is the mean over its images. Scores must be
+finite. The built-in scores range from 0 to 1 (CIDEr: 0 to 10). Reports print all scores times 100.
+
+Labels and signatures: ``CaptionScorer`` takes metrics as a dictionary from labels to metrics. A label states the
+name of the metric and every parameter that changes its scores: ``"CIDEr-D:s6:idf=references"``. It must not contain "|"
+or ",". ``Scores.signature`` contains the labels of all metrics, in the order of the dictionary:
+``imgcap-<version>|tok:ptb-coco|refs:<per image>|n:<images>|<label>,<label>,...``. ``Scores.signatures`` maps each
+reported name to a signature that contains only the label of the metric that returned the name.
+
+Custom metrics: a ``CustomMetric`` is a frozen dataclass that implements the two stages and has a label. It is passed as
+``Experiment(metrics=(LengthMatch(),))``. It is computed in addition to ``available_metrics``, with its label as the key
+in the dictionary. A metric with the label of a built-in metric replaces the built-in metric. Example::
+
+    @dataclass(frozen=True)
+    class LengthMatch:
+        scale: float = 5.0
+
+        @property
+        def label(self) -> str:
+            return f"LengthMatch:scale={self.scale:g}"
+
+        def __call__(self, references: References) -> Callable[[Candidates], MetricScores]:
+            mean = np.array([np.mean([len(words) for words in texts]) for texts in references.tokens])  # [I]
+
+            def score(candidates: Candidates) -> MetricScores:
+                distance = np.abs(candidates.lengths - mean)
+                return {"LengthMatch": mean_score(np.exp(-distance / self.scale))}
+
+            return score
+
+A metric that is part of this package is added to ``available_metrics``.
 """
 
 import hashlib
@@ -10,6 +68,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
+from typing import Protocol
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.metrics import bleu, cider, rouge
@@ -19,6 +78,22 @@ from imgcap_jax.metrics.meteor.tables import HOW_TO_ADD, package_folder
 from imgcap_jax.text import tokenize
 
 Metric = Callable[[References], Callable[[Candidates], MetricScores]]
+"""Takes references and returns a function that scores candidates. The module docstring describes the contract."""
+
+
+class CustomMetric(Protocol):
+    """A metric as a part of an experiment: a frozen dataclass that is a ``Metric`` and has a label."""
+
+    @property
+    def label(self) -> str:
+        """Name and parameters, as they appear in signatures: ``"MyMetric:alpha=0.5"``."""
+        ...
+
+    def __call__(self, references: References) -> Callable[[Candidates], MetricScores]:
+        """See ``Metric``. The keys of the returned scores are the names under which they are reported."""
+        ...
+
+
 _METEOR = "METEOR:1.5-en-norm"
 _OWN_IDF = "idf=references"
 
@@ -26,12 +101,15 @@ _OWN_IDF = "idf=references"
 def available_metrics(
     idf: Mapping[int, Sequence[str]] | None = None, *, idf_name: str = "corpus", original_cider: bool = False
 ) -> dict[str, Metric]:
-    """The metrics that can be computed here, by name and parameters as they stand in signatures.
+    """The metrics that can be computed on this machine.
 
     Args:
-        idf: image id -> captions of a corpus that document frequencies are to come from; None: the references.
-        idf_name: what signatures call that corpus; the number of its images and a digest of its words are added.
-        original_cider: CIDEr as first defined too, beside CIDEr-D.
+        idf: image id -> captions of the corpus that document frequencies are computed from. None uses the references.
+        idf_name: the name of that corpus in signatures. The number of its images and a digest of its words are added.
+        original_cider: adds the original CIDEr to CIDEr-D.
+
+    Returns:
+        Label -> metric.
 
     Raises:
         UserError: the corpus has fewer than two images, so that every idf would be 0.
@@ -39,11 +117,11 @@ def available_metrics(
     corpus, source = None, _OWN_IDF
     if idf is not None:
         if len(idf) < 2:
-            raise UserError(f"document frequencies need a corpus of two images or more, and {idf_name} has {len(idf)}")
+            raise UserError(f"document frequencies need a corpus of at least two images; {idf_name} has {len(idf)}")
         corpus = References.from_captions(idf).tokens
         digest = hashlib.sha256("\n".join(" ".join(text) for texts in corpus for text in texts).encode()).hexdigest()
         source = f"idf={re.sub('[^A-Za-z0-9._-]', '_', idf_name)}-{len(corpus)}-{digest[:8]}"
-    vectors = cache(partial(cider.Vectors, corpus=corpus))  # shared by both of them
+    vectors = cache(partial(cider.Vectors, corpus=corpus))  # shared by CIDEr-D and the original CIDEr
     found: dict[str, Metric] = {"BLEU:closest": bleu.prepare}
     if not missing_metrics():
         found[_METEOR] = meteor.prepare
@@ -55,7 +133,7 @@ def available_metrics(
 
 
 def missing_metrics() -> dict[str, str]:
-    """Metrics that can't be computed here, and the command that adds each."""
+    """The metrics that cannot be computed on this machine, each with the command that installs it."""
     return {} if package_folder() else {"METEOR": HOW_TO_ADD}
 
 
@@ -64,14 +142,14 @@ class Scores:
     """Scores of a set of candidates.
 
     Attributes:
-        values: metric -> score of the corpus, 0 to 1 (CIDEr 0 to 10); papers print them times 100.
+        values: metric -> score of the whole set, 0 to 1 (CIDEr: 0 to 10). Papers print scores times 100.
         per_image: metric -> image id -> score.
-        signature: how the scores were computed, in the manner of sacreBLEU; scores of different signatures
-            can't be compared.
-        warnings: one line for each thing that makes the scores less than they seem.
-        missing: metrics that could not be computed, and the command that adds each.
+        signature: states how the scores were computed, as in sacreBLEU. Scores with different signatures cannot be
+            compared.
+        warnings: one line for each reason why the scores can be misleading.
+        missing: the metrics that could not be computed, each with the command that installs it.
         signatures: metric -> the signature of that metric alone.
-        metrics: metric -> what its score is computed from, for comparisons.
+        metrics: metric -> the scores of all images and of samples of them, for the comparison of systems.
     """
 
     values: dict[str, float]
@@ -87,14 +165,15 @@ class CaptionScorer:
     """Scores candidates against references that are tokenised and counted once.
 
     Args:
-        references: image id -> raw captions; which images they are decides the idf of CIDEr-D.
-        metrics: the metrics to compute; None: ``available_metrics()``.
+        references: image id -> raw captions. The idf of CIDEr-D depends on this set of images.
+        metrics: label -> metric. None means ``available_metrics()``.
 
     Attributes:
-        references: tokenised.
+        references: the tokenised references.
+        signature: the signature with the labels of all metrics.
 
     Raises:
-        UserError: no image, or an image without a reference.
+        UserError: there is no image, or an image has no reference.
     """
 
     def __init__(
@@ -103,12 +182,10 @@ class CaptionScorer:
         metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         if not references:
-            raise UserError("no references to score against: choose a split or file that has captions")
+            raise UserError("there are no references to score against: choose a split or file that has captions")
         bare = [image_id for image_id, captions in references.items() if not captions]
         if bare:
-            raise UserError(
-                f"image {bare[0]} has no reference{_and_more(bare)}: add captions, or leave it out of the references"
-            )
+            raise UserError(f"image {bare[0]} has no reference{_and_more(bare)}: add captions, or remove this image")
         metrics = available_metrics() if metrics is None else metrics
         self._missing = missing_metrics()
         self.references = References.from_captions(references)
@@ -116,10 +193,13 @@ class CaptionScorer:
         self.signature = self._sign(list(metrics))
 
     def score(self, candidates: Mapping[int, str]) -> Scores:
-        """Scores one candidate for every image.
+        """Scores one candidate per image.
+
+        Args:
+            candidates: image id -> raw caption, in any order.
 
         Raises:
-            UserError: an image has no candidate, or a candidate no references.
+            UserError: an image has no candidate, or a candidate's image has no references.
         """
         image_ids = self.references.image_ids
         absent = [image_id for image_id in image_ids if image_id not in candidates]
@@ -167,18 +247,18 @@ class CaptionScorer:
     def _warnings(self, tokens: Sequence[list[str]], candidates: Mapping[int, str]) -> tuple[str, ...]:
         warnings = []
         if len(tokens) == 1 and any(_OWN_IDF in label for label in self._metrics):
-            warnings.append("CIDEr-D is 0 with one image, as all its words then have an idf of 0: score more images")
+            warnings.append("CIDEr-D is 0 with one image, because every idf is 0: score more images")
         empty = sum(not words for words in tokens)
         if empty:
             warnings.append(f"{empty} of {len(tokens)} candidates have no words; they score 0")
         broken = sum("\n" in caption for caption in candidates.values())
         if broken:
-            warnings.append(f"{broken} of {len(tokens)} candidates hold newlines, which were read as blanks")
+            warnings.append(f"{broken} of {len(tokens)} candidates contain newlines, which are treated as blanks")
         marked = [found[0] for caption in candidates.values() if (found := _MARKER.search(caption))]
         if marked:
             warnings.append(
-                f"{len(marked)} of {len(tokens)} candidates hold a model's own token such as {marked[0]}, which is "
-                "scored as a word: cut captions at their end before they are written"
+                f"{len(marked)} of {len(tokens)} candidates contain a special token such as {marked[0]}, which is "
+                "scored as a word: remove special tokens from the captions"
             )
         if len(tokens) > 1 and len(set(map(tuple, tokens))) == 1:
             warnings.append(f"all {len(tokens)} candidates are the same caption")
@@ -193,4 +273,4 @@ _VERSION = f"imgcap-{version('imgcap_jax')}"
 
 
 def _and_more(image_ids: Sequence[int]) -> str:
-    return f" (and so for {len(image_ids) - 1} more)" if len(image_ids) > 1 else ""
+    return f" (and {len(image_ids) - 1} more like it)" if len(image_ids) > 1 else ""

@@ -1,7 +1,7 @@
-"""SPICE (Anderson et al., 2016) by the official Java tool, where it is installed.
+"""SPICE (Anderson et al., 2016), computed by the official Java tool if it is installed.
 
-It parses sentences with Stanford's CoreNLP, so there is no way around its jar and the 400 MB of CoreNLP's models; it
-takes minutes where the other metrics take seconds, and is computed only when asked for.
+SPICE parses sentences with Stanford's CoreNLP. It therefore needs the official jar and the models of CoreNLP (400 MB).
+It takes minutes, the other metrics take seconds, so it is computed only on request.
 """
 
 import json
@@ -21,7 +21,7 @@ from imgcap_jax.metrics.official import official_folder
 
 LABEL = "SPICE:1.0"
 _MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-# The tool's serialiser looks into classes that Java closes from version 16 on; Java 8 doesn't read this variable.
+# The tool's serialiser accesses classes that are closed from Java 16 on. Java 8 ignores JDK_JAVA_OPTIONS.
 _OPENED = " ".join(
     f"--add-opens=java.base/java.{package}=ALL-UNNAMED"
     for package in ("lang", "math", "net", "text", "util", "util.concurrent")
@@ -29,26 +29,27 @@ _OPENED = " ".join(
 
 
 def obstacle() -> str | None:
-    """Why SPICE can't be computed here and what to do, in one line; None where it can."""
+    """One line that says why SPICE cannot be computed here and what to do; None if it can be computed."""
     if shutil.which("java") is None:
-        return "SPICE needs Java 8 or later on the PATH; the other metrics do without"
+        return "SPICE needs Java 8 or later on the PATH; the other metrics do not need it"
     folder = _folder()
     if folder is None:
-        return "SPICE needs its jar: pip install pycocoevalcap (extra java) brings it"
+        return "SPICE needs its jar: install it with pip install pycocoevalcap (extra java)"
     missing = [name for name in _MODELS if not (folder / "lib" / name).is_file()]
     if missing:
         return (
-            f"SPICE needs {' and '.join(missing)} in {folder / 'lib'}; "
-            "python -m pycocoevalcap.spice.get_stanford_models downloads CoreNLP (400 MB) there"
+            f"SPICE needs {' and '.join(missing)} in {folder / 'lib'}: "
+            "python -m pycocoevalcap.spice.get_stanford_models downloads CoreNLP (400 MB) into this folder"
         )
     return None
 
 
 def prepare(references: References) -> Callable[[Candidates], MetricScores]:
-    """A function that scores candidates against these references.
+    """Returns a function that scores candidates against these references.
 
     Raises:
-        UserError: something is missing (``obstacle``), or, when scoring, the tool failed or left out an image.
+        UserError: something is missing (see ``obstacle``). The returned function raises it if the tool fails or omits
+            an image.
     """
     if reason := obstacle():
         raise UserError(reason)
@@ -62,7 +63,7 @@ def prepare(references: References) -> Callable[[Candidates], MetricScores]:
         images = np.array([found.get(number) for number in range(len(entries))], float)
         broken = int(np.isnan(images).sum())
         if broken:
-            raise UserError(f"SPICE gave no score for {broken} of {len(entries)} captions, so it has no mean")
+            raise UserError(f"SPICE returned no score for {broken} of {len(entries)} captions, so there is no mean")
         return {"SPICE": mean_score(images)}
 
     return score
@@ -81,10 +82,9 @@ def _run(entries: list[dict]) -> list[dict]:
         given.write_text(json.dumps(entries), "utf-8")
         command = ["java", "-Xmx8G", "-jar", str(folder / "spice-1.0.jar"), str(given), "-out", str(result)]
         opened = f"{os.environ.get('JDK_JAVA_OPTIONS', '')} {_OPENED}".strip()
-        # Where the jar lies, because it looks for CoreNLP beside itself.
         run = subprocess.run(
             [*command, "-subset", "-silent"],
-            cwd=folder,
+            cwd=folder,  # the folder of the jar, because the tool looks for CoreNLP next to the jar
             env={**os.environ, "JDK_JAVA_OPTIONS": opened},
             capture_output=True,
             text=True,

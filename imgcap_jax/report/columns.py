@@ -4,7 +4,12 @@ from collections.abc import Collection, Sequence
 
 
 def aligned(table: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
-    """A line for each row, its columns as wide as their widest cell; those numbered in `left` begin at the left."""
+    """One line per row, with aligned columns.
+
+    Args:
+        table: the cells of each row.
+        left: the indices of the left-aligned columns. All others are right-aligned.
+    """
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  ".join(

@@ -1,4 +1,4 @@
-"""Scores of files as lines for the terminal."""
+"""Lines for the terminal that report the scores of caption files."""
 
 from imgcap_jax.metrics.compare import Difference
 from imgcap_jax.metrics.score_files import ScoreReport
@@ -6,22 +6,22 @@ from imgcap_jax.report.columns import aligned
 
 
 def lines(report: ScoreReport) -> list[str]:
-    """A table of scores x100, each with its signature; comparison, diversity and warnings."""
+    """A table of scores x100 with signatures, followed by the diversity, comparison and warnings."""
     table = [["x100", *(["", "other", "difference", "95 % interval", "p"] if report.other else [""]), ""]]
     shared = ""
     for name, value in report.scores.values.items():
         compared = _compared(report.differences[name]) if name in report.differences else []
         shared, own_part = report.scores.signatures[name].rsplit("|", 1)
         table.append([name, f"{100 * value:.2f}", *compared, own_part])
-    found = [*aligned(table, left=(0, len(table[0]) - 1)), f"signature of each: {shared}|(its last column)"]
+    found = [*aligned(table, left=(0, len(table[0]) - 1)), f"signature of each metric: {shared}|(last column)"]
     found += [f"{name} is missing: {how}" for name, how in report.scores.missing.items()]
     own = report.diversity
-    novel = f", {100 * own.novel:.1f} % not in training" if own.novel is not None else ""
+    novel = f", {100 * own.novel:.1f} % not in the training captions" if own.novel is not None else ""
     found += [
         "",
         f"captions: {own.length:.1f} words on average, vocabulary {own.vocabulary}, "
         f"distinct-1 {100 * own.distinct[0]:.1f} %, distinct-2 {100 * own.distinct[1]:.1f} %,",
-        f"          {100 * own.unique:.1f} % that no other image has{novel}",
+        f"          {100 * own.unique:.1f} % unique to one image{novel}",
     ]
     if report.sets is not None:
         sets = report.sets

@@ -1,4 +1,4 @@
-"""``imgcap score`` and ``imgcap submission`` from the command line."""
+"""The commands ``imgcap score`` and ``imgcap submission``."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def test_table_and_json(references: str, tmp_path: Path, capsys: pytest.CaptureF
     line = next(line.split() for line in shown if line.startswith("BLEU-1"))
     assert line[1] == f"{100 * document['scores']['BLEU-1']:.2f}"
     assert line[2] == "BLEU:closest"
-    assert any("|refs:1-2|n:3|(its last column)" in line for line in shown)
+    assert any("|refs:1-2|n:3|(last column)" in line for line in shown)
     assert document["signatures"]["BLEU-1"].endswith("|refs:1-2|n:3|BLEU:closest")
     assert document["per_image"]["1"]["ROUGE-L"] == pytest.approx(2.44 * 0.75 / (0.75 + 1.44), abs=1e-6)
     assert document["diversity"]["novel"] == 1
@@ -59,10 +59,10 @@ def test_comparison(references: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found["ours"] - found["other"] == pytest.approx(mean, abs=1e-6)
     shown = capsys.readouterr().out
     assert "95 % interval" in shown
-    assert "with 3 images neither interval nor p-value can be trusted" in shown
+    assert "with 3 images neither interval nor p-value is reliable" in shown
 
 
-def test_document_frequencies_of_a_file(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_document_frequencies_from_a_file(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captions = results(tmp_path / "captions.json", CAPTIONS)
     texts = ["a dog runs", "two cats", "people ski", "a hill"]
     train = [{"image_id": image, "caption": text} for image, text in enumerate(texts)]
@@ -71,7 +71,7 @@ def test_document_frequencies_of_a_file(references: str, tmp_path: Path, capsys:
     assert ":idf=train_set.json-4-" in capsys.readouterr().out
 
 
-def test_meteor_s_absence_is_told(
+def test_missing_meteor_is_reported(
     references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "package_folder", lambda: None)
@@ -81,7 +81,7 @@ def test_meteor_s_absence_is_told(
     assert "METEOR" in json.loads((tmp_path / "out.json").read_text())["missing"]
 
 
-def test_what_fools_people_is_told(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_misleading_input_gives_warnings(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captions = results(
         tmp_path / "captions.json",
         [
@@ -91,13 +91,13 @@ def test_what_fools_people_is_told(references: str, tmp_path: Path, capsys: pyte
         ],
     )
     assert main(["score", captions, references]) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     expected = ("more than once", "1 of 2 images have no references", "for 2 of 3 images", "one image", "newlines")
     for words in expected:
-        assert sum(words in line for line in told) == 1, (words, told)
+        assert sum(words in line for line in warnings) == 1, (words, warnings)
 
 
-def test_samples(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diversity_of_samples(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captions = results(tmp_path / "captions.json", CAPTIONS)
     several = [{"image_id": 1, "captions": [{"caption": "a dog runs fast"}, {"caption": "two cats sleep there"}]}]
     samples = results(tmp_path / "samples.json", several)
@@ -110,20 +110,23 @@ def test_samples(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["missing.json", "{references}"], "can't read missing.json"),
+        (["missing.json", "{references}"], "cannot read missing.json"),
         (["{references}", "{references}"], "holds references"),
-        (["{captions}", "{captions}"], "as results do, not references"),
+        (["{captions}", "{captions}"], "as results files do, not references"),
         (["{strange}", "{references}"], "none of the 1 images of .* has references"),
         (["{captions}", "{references}", "--compare", "{strange}"], "none of the 1 images"),
-        (["{captions}", "{references}", "--compare", "{captions}", "--bootstrap", "0"], "at least 1 sample"),
-        (["{captions}", "{references}", "--bootstrap", "9"], "is for --compare"),
+        (
+            ["{captions}", "{references}", "--compare", "{captions}", "--bootstrap", "0"],
+            "--bootstrap is 0; it must be",
+        ),
+        (["{captions}", "{references}", "--bootstrap", "9"], "--bootstrap requires --compare"),
         (["{captions}", "{references}", "--idf", "{one}"], "one.json has 1"),
         (["{captions}", "{references}", "--json", "{folder}"], "is a folder"),
-        (["{captions}", "{references}", "--json", "{captions}"], "one of the files to be read"),
+        (["{captions}", "{references}", "--json", "{captions}"], "one of the input files"),
         (["{captions}", "{references}", "--json", "/dev/null"], "a device or a pipe"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_mistakes_give_an_error_of_one_line(
     arguments: list[str], words: str, references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {
@@ -140,7 +143,7 @@ def test_mistakes_are_one_line(
     assert re.search(words, error)
 
 
-def test_spice_is_looked_for_before_anything_is_read(
+def test_spice_is_checked_before_files_are_read(
     references: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", "")
@@ -152,7 +155,7 @@ def test_submission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     test = results(tmp_path / "test.json", {16: "a dog"})
     output = tmp_path / "results.zip"
     assert main(["submission", "--name", "mine", "--test", test, "--output", str(output)]) == 0
-    assert "val2014 is not there" in capsys.readouterr().err
+    assert "val2014 is missing" in capsys.readouterr().err
     with zipfile.ZipFile(output) as archive:
         assert archive.namelist() == ["captions_test2014_mine_results.json"]
     assert main(["submission", "--name", "mine"]) == 2

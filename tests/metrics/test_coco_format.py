@@ -1,4 +1,4 @@
-"""COCO's files: what is written is read back, and each mistake is named in one line."""
+"""COCO file formats: files are read back as they were written, and each mistake gives an error of one line."""
 
 import json
 import zipfile
@@ -17,7 +17,7 @@ from imgcap_jax.metrics.coco_format import (
 )
 
 
-def test_results_there_and_back(tmp_path: Path) -> None:
+def test_results_are_read_back_as_written(tmp_path: Path) -> None:
     path = tmp_path / "captions.json"
     captions = {391895: "a man’s dog", 7: ""}
     write_results(path, captions)
@@ -29,7 +29,7 @@ def test_results_there_and_back(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["captions.json"]
 
 
-def test_references_there_and_back(tmp_path: Path) -> None:
+def test_references_are_read_back_as_written(tmp_path: Path) -> None:
     path = tmp_path / "references.json"
     references = {3: ["a dog", "the dog"], 1: ["a cat"]}
     write_references(path, references, {3: "3.jpg", 1: "1.jpg"})
@@ -39,7 +39,7 @@ def test_references_there_and_back(tmp_path: Path) -> None:
     assert [annotation["id"] for annotation in document["annotations"]] == [1, 2, 3]
 
 
-def test_images_without_captions_are_left_out(tmp_path: Path) -> None:
+def test_images_without_captions_are_omitted(tmp_path: Path) -> None:
     path = tmp_path / "references.json"
     annotations = [{"id": 5, "image_id": 2, "caption": "a dog"}]
     path.write_text(json.dumps({"info": {}, "images": [{"id": 1}, {"id": 2}], "annotations": annotations}))
@@ -58,16 +58,16 @@ def check(read: Any, path: Path, words: str) -> None:
     [
         ([{"image_id": 1}], "entry 0 has no 'caption'"),
         ([{"image_id": 1, "caption": "a"}, {"caption": "b"}], "entry 1 has no 'image_id'"),
-        ([{"image_id": "cat", "caption": "a"}], "'cat' is not a whole number"),
+        ([{"image_id": "cat", "caption": "a"}], "'cat' is not an integer"),
         (
             [{"image_id": 1, "captions": ["a", "b"]}, {"image_id": 2, "captions": [{"score": 1}]}],
             "entry 1 has no 'caption'",
         ),
-        ([{"image_id": 1, "captions": []}], "not a list of one or more"),
+        ([{"image_id": 1, "captions": []}], "not a list of at least one"),
         ([{"image_id": 1, "caption": "a \ud83d"}], "half a character"),
-        ([{"image_id": "9" * 5000, "caption": "a"}], "not a whole number"),
-        ([{"image_id": True, "caption": "a"}], "not a whole number"),
-        ([{"image_id": 1, "caption": ["a"]}], "not text"),
+        ([{"image_id": "9" * 5000, "caption": "a"}], "not an integer"),
+        ([{"image_id": True, "caption": "a"}], "not an integer"),
+        ([{"image_id": 1, "caption": ["a"]}], "not a string"),
         (["a dog"], "not an object"),
         ([], "empty"),
         ({"1": "a dog"}, "not a list"),
@@ -83,7 +83,7 @@ def test_bad_results(tmp_path: Path, document: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("document", "words"),
     [
-        ([{"image_id": 1, "caption": "a"}], "as results do"),
+        ([{"image_id": 1, "caption": "a"}], "as results files do"),
         ({"images": []}, "no 'annotations'"),
         ({"annotations": []}, "annotations is empty"),
         ({"annotations": [{"image_id": 1}]}, "entry 0 of annotations has no 'caption'"),
@@ -111,7 +111,7 @@ def test_unreadable_files(tmp_path: Path, read: Any) -> None:
     check(read, path, "not UTF-8")
 
 
-def test_several_captions_of_an_image(tmp_path: Path) -> None:
+def test_several_captions_per_image(tmp_path: Path) -> None:
     path = tmp_path / "samples.json"
     path.write_text(
         json.dumps(
@@ -125,7 +125,7 @@ def test_several_captions_of_an_image(tmp_path: Path) -> None:
     assert read_captions(path) == {1: ["a dog", "the dog"], 2: ["a cat", "the cat"]}
 
 
-def test_references_with_ids_in_quotes(tmp_path: Path) -> None:
+def test_references_with_string_ids(tmp_path: Path) -> None:
     path = tmp_path / "references.json"
     path.write_text(json.dumps({"images": [{"id": "7"}], "annotations": [{"image_id": "7", "caption": "a dog"}]}))
     assert read_references(path) == {7: ["a dog"]}
@@ -135,14 +135,14 @@ def test_submission(tmp_path: Path) -> None:
     path = tmp_path / "results.zip"
     whole = dict.fromkeys(range(40504), "a dog")
     warnings = write_submission(path, "soft-attention", {"val2014": whole, "test2014": {16: "a cat"}})
-    assert warnings == ["test2014 has captions of 1 images, and the server wants all 40775"]
+    assert warnings == ["test2014 has captions of 1 images; the server requires all 40775"]
     with zipfile.ZipFile(path) as archive:
         names = [f"captions_{split}_soft-attention_results.json" for split in ("val2014", "test2014")]
         assert archive.namelist() == names
         assert json.loads(archive.read(names[1])) == [{"image_id": 16, "caption": "a cat"}]
         assert len(json.loads(archive.read(names[0]))) == 40_504
     assert write_submission(path, "a", {"test2014": whole | dict.fromkeys(range(40504, 40775), "")}) == [
-        "val2014 is not there, and the server wants it too"
+        "val2014 is missing; the server requires it"
     ]
-    with pytest.raises(UserError, match="can't name a submission"):
+    with pytest.raises(UserError, match="not a valid submission name"):
         write_submission(path, "my/model", {})

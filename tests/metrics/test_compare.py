@@ -1,4 +1,4 @@
-"""The paired bootstrap: its resampled scores against scoring what was drawn, and its interval and p-value."""
+"""The paired bootstrap: scores of samples, confidence interval and p-value."""
 
 import random
 
@@ -16,8 +16,8 @@ def sentence(rng: random.Random) -> str:
     return " ".join(rng.choices(WORDS, k=rng.randint(3, 10)))
 
 
-def test_weighted_scores_are_those_of_the_images_drawn() -> None:
-    """An image drawn twice is scored as two images; but for CIDEr, whose idf stays that of the whole set."""
+def test_scores_of_a_sample_equal_scoring_the_drawn_images() -> None:
+    """An image drawn twice counts as two images. CIDEr is different: it keeps the idf of the whole set."""
     rng = random.Random(0)
     references = {i: [sentence(rng) for _ in range(rng.randint(1, 4))] for i in range(30)}
     candidates = {i: sentence(rng) for i in references}
@@ -33,14 +33,14 @@ def test_weighted_scores_are_those_of_the_images_drawn() -> None:
     assert cider.corpus(counts)[0] == pytest.approx(cider.images[drawn].mean())
 
 
-def test_interval_is_the_normal_one_of_a_mean() -> None:
+def test_interval_of_a_mean_is_the_normal_interval() -> None:
     rng = np.random.default_rng(1)
     ours = rng.normal(0.5, 0.2, 2000)
     other = ours - rng.normal(0.01, 0.1, 2000)
     found = paired_bootstrap(mean_score(ours), mean_score(other), samples=4000)
     difference, error = (ours - other).mean(), (ours - other).std() / 2000**0.5
     assert found.ours - found.other == pytest.approx(difference)
-    # Paired: without the pairing the error would be about three times as large.
+    # The comparison is paired: without pairing the error would be about three times as large.
     assert found.low == pytest.approx(difference - 1.96 * error, abs=0.15 * error)
     assert found.high == pytest.approx(difference + 1.96 * error, abs=0.15 * error)
 
@@ -56,7 +56,7 @@ def test_p_value_of_a_normal_difference() -> None:
         assert found.p_value == pytest.approx(expected, abs=4 * spread)
 
 
-def test_one_image_says_nothing() -> None:
+def test_one_image_has_a_p_value_of_1() -> None:
     assert paired_bootstrap(mean_score(np.array([0.9])), mean_score(np.array([0.1]))).p_value == 1
     with pytest.raises(ValueError, match="1 and 2 images"):
         paired_bootstrap(mean_score(np.zeros(1)), mean_score(np.zeros(2)))

@@ -1,4 +1,4 @@
-"""Diversity by hand."""
+"""Diversity, compared with values worked out by hand."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 from imgcap_jax.metrics.diversity import diversity, set_diversity
 
 
-def test_of_one_caption_an_image() -> None:
+def test_diversity_of_one_caption_per_image() -> None:
     found = diversity(["A dog runs.", "a dog runs", "a cat"], training=["The cat", "a dog runs!"])
     assert found.vocabulary == 4
     assert found.length == pytest.approx(8 / 3)
@@ -26,20 +26,20 @@ def self_cider(captions: list[str]) -> float:
     return found.self_cider
 
 
-def test_self_cider_from_none_to_all() -> None:
+def test_self_cider_of_identical_and_of_disjoint_captions() -> None:
     assert self_cider(["a dog runs fast"] * 5) == pytest.approx(0, abs=1e-9)
     assert self_cider(["a dog runs fast", "two cats sleep there", "some people ski down"]) == pytest.approx(1)
 
 
 def test_self_cider_of_two_captions() -> None:
     """The kernel is [[1, c], [c, 1]], with eigenvalues 1 + c and 1 - c."""
-    # Three of four words, two of three pairs, one of two triples, no quadruple, all with the same idf.
+    # Common n-grams: three of four words, two of three bigrams, one of two trigrams, no 4-gram. All have the same idf.
     cosine = (3 / 4 + 2 / 3 + 1 / 2 + 0) / 4
     large, small = math.sqrt(1 + cosine), math.sqrt(1 - cosine)
     assert self_cider(["a dog runs fast", "a dog runs there"]) == pytest.approx(-math.log2(large / (large + small)))
 
 
-def test_self_cider_without_any_idf_is_unknown() -> None:
+def test_self_cider_without_positive_idf_is_nan() -> None:
     found = set_diversity(
         {1: ["a dog", "two cats"], 2: ["the end", "no more"]}, {1: ["a dog two cats the end no more"]}
     )
@@ -47,7 +47,7 @@ def test_self_cider_without_any_idf_is_unknown() -> None:
     assert math.isnan(found.self_cider)
 
 
-def test_sets() -> None:
+def test_diversity_of_several_captions_per_image() -> None:
     sets = {1: ["a dog", "a dog runs"], 2: ["one caption only"], 3: ["a cat", "a cat"]}
     found = set_diversity(sets, REFERENCES)
     assert found is not None

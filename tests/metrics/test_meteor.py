@@ -1,6 +1,6 @@
-"""METEOR: by hand, against a plain reading of the search, and where its tables are missing.
+"""METEOR: values by hand, a comparison with a plain version of the search, and missing or damaged tables.
 
-Against the official Java tool: tests/real/test_official_scores.py.
+The comparison with the official Java tool is in tests/real/test_official_scores.py.
 """
 
 import gzip
@@ -61,26 +61,26 @@ def sentences(texts: list[list[str]], words: Words, image: list[int] | None = No
 
 
 def rows(matches: Matches, pair: int) -> list[tuple[int, ...]]:
-    """(module, start, length, other start, other length) of the matches of a pair."""
+    """The matches of a pair as tuples (module, start, length, other start, other length)."""
     columns = (matches.module, matches.start, matches.length, matches.other_start, matches.other_length)
     return [tuple(int(column[row]) for column in columns) for row in np.flatnonzero(matches.pair == pair)]
 
 
 def test_tables_are_compiled_once(small_tables: Tables, tmp_path: Path) -> None:
     folder = next((tmp_path / "meteor").iterdir())
-    assert [path.name for path in (tmp_path / "meteor").iterdir()] == [folder.name]  # nothing half done beside it
+    assert [path.name for path in (tmp_path / "meteor").iterdir()] == [folder.name]  # no temporary folder is left
     before = (folder / "paraphrase.npy").stat().st_mtime_ns
     assert Tables.load().number == small_tables.number
     assert (folder / "paraphrase.npy").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "empty"])
 def test_damaged_tables_are_compiled_again(damage: str, small_tables: Tables, tmp_path: Path) -> None:
     folder = next((tmp_path / "meteor").iterdir())
     words = (folder / "words.txt").read_text()
-    if damage == "cut":
+    if damage == "truncated":
         (folder / "words.txt").write_text(words[:20])
-    elif damage == "gone":
+    elif damage == "missing":
         (folder / "synset.npy").unlink()
     else:
         for path in folder.iterdir():
@@ -89,7 +89,7 @@ def test_damaged_tables_are_compiled_again(damage: str, small_tables: Tables, tm
     assert (folder / "words.txt").read_text() == words
 
 
-def test_what_can_not_be_compiled_is_one_line(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_errors_say_what_to_do(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "package_folder", lambda: small)
     (tmp_path / "file").touch()
     monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path / "file"))
@@ -105,7 +105,7 @@ def test_what_can_not_be_compiled_is_one_line(small: Path, tmp_path: Path, monke
         Tables.load()
 
 
-def test_a_broken_compilation_leaves_nothing(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_compilation_leaves_no_files(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path))
     monkeypatch.setattr(tables, "package_folder", lambda: small)
     with monkeypatch.context() as broken:
@@ -116,23 +116,23 @@ def test_a_broken_compilation_leaves_nothing(small: Path, tmp_path: Path, monkey
     Tables.load()
 
 
-def test_synsets_of_forms(small_tables: Tables) -> None:
+def test_synsets_of_inflected_words(small_tables: Tables) -> None:
     synsets = small_tables.synsets
     assert synsets("dog") == {1, 2}
     assert synsets("dogs") == {1, 2}  # a regular form
-    assert synsets("ground") == {3}  # an irregular one
+    assert synsets("ground") == {3}  # an irregular form
     assert synsets("is") == {4}
-    assert synsets("guys") == synsets("men") == {6}  # by the ending -men
+    assert synsets("guys") == synsets("men") == {6}  # the ending -men
     assert synsets("boxes") == {7}
     assert synsets("mans") == {6}
     assert synsets("bes") == {4}
-    assert synsets("dogss") == set()  # no -s after s
+    assert synsets("dogss") == set()  # -s is not removed after s
     assert synsets("zebra") == set()
     assert "ice_cream" not in small_tables.number
 
 
 def test_phrases_of_all_lengths(small_tables: Tables) -> None:
-    """The prefix tree against a search for every phrase."""
+    """The prefix tree finds the same phrases as a plain search for each of them."""
     text = ["a", "dog", "in", "front", "of", "the", "hound", "before", "a", "big", "animal", "in", "front", "of"]
     words = np.array([small_tables.number.get(word, -1) for word in text])
     left = np.arange(len(text), 0, -1)
@@ -141,7 +141,7 @@ def test_phrases_of_all_lengths(small_tables: Tables) -> None:
     for length, (place, node) in enumerate(small_tables.nodes(words, left), 1):
         expected = [i for i in range(len(text) - length + 1) if length == 1 or tuple(text[i : i + length]) in prefixes]
         assert place.tolist() == expected
-        # Equal phrases, and only they, have the same node.
+        # Two spans have the same node if and only if their phrases are equal.
         spans = [tuple(text[i : i + length]) for i in place]
         assert len(set(zip(spans, node.tolist(), strict=True))) == len(set(spans)) == len(set(node.tolist()))
 
@@ -152,12 +152,12 @@ def test_matches_by_hand(small_tables: Tables) -> None:
     theirs = sentences([["the", "hound", "was", "barked"], ["big", "animal"], ["before", "a", "y", "y"]], words)
     matches = find_matches(ours, theirs, words)
     assert rows(matches, 0) == [
-        (PARAPHRASE, 0, 1, 0, 1),  # the, a: the table has it the other way
+        (PARAPHRASE, 0, 1, 0, 1),  # the, a: the table lists the opposite direction
         (PARAPHRASE, 0, 2, 0, 2),  # the hound, a dog
         (SYNONYM, 1, 1, 1, 1),  # hound, dog
         (STEM, 3, 1, 3, 1),  # barked, barking
     ]
-    assert rows(matches, 1) == [(PARAPHRASE, 0, 2, 0, 1)] * 2  # listed both ways, so found twice
+    assert rows(matches, 1) == [(PARAPHRASE, 0, 2, 0, 1)] * 2  # listed in both directions, so found twice
     assert rows(matches, 2) == [
         (PARAPHRASE, 0, 2, 0, 4),
         (PARAPHRASE, 1, 1, 3, 1),
@@ -166,7 +166,7 @@ def test_matches_by_hand(small_tables: Tables) -> None:
 
 
 def plain_align(found: list[tuple[int, ...]], ours: int, theirs: int, beam: int = BEAM) -> list[tuple[int, ...]]:
-    """The search as alignment.py's docstring tells it, one path a tuple."""
+    """A plain version of the search that the docstring of alignment.py describes, with one tuple per path."""
     covered = ([0] * ours, [0] * theirs)
     for _, start, length, other, other_length in found:
         for word in range(start, start + length):
@@ -222,8 +222,8 @@ LEXICON = _WORDS.split()
 
 
 @pytest.mark.parametrize(("count", "longest", "vocabulary"), [(600, 14, 40), (60, 30, 12), (4, 150, 40), (3, 90, 3)])
-def test_search_equals_a_plain_reading(count: int, longest: int, vocabulary: int, real_tables: Tables) -> None:
-    """Short captions; many equal words, where the beam is full; and more words than an integer has bits."""
+def test_search_equals_a_plain_version(count: int, longest: int, vocabulary: int, real_tables: Tables) -> None:
+    """Short captions; captions with many equal words, which fill the beam; captions of more than 64 words."""
     rng = random.Random(longest)
     lexicon = LEXICON[:vocabulary]
 
@@ -241,7 +241,7 @@ def test_search_equals_a_plain_reading(count: int, longest: int, vocabulary: int
         assert rows(taken, pair) == plain_align(rows(matches, pair), len(ours[pair]), len(theirs[pair])), pair
 
 
-def test_groups_do_not_matter(real_tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_do_not_depend_on_the_group_size(real_tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     texts = {i: [" ".join(rng.choices(LEXICON, k=rng.randint(1, 12))) for _ in range(i % 4 + 1)] for i in range(30)}
     candidates = {i: " ".join(rng.choices(LEXICON, k=8)) for i in texts}
@@ -262,20 +262,21 @@ def test_values_by_hand(real_tables: Tables) -> None:
     assert meteor("", ["a dog runs"]) == 0
     assert meteor(".", ["a dog runs"]) == 0
     assert meteor("zebra", ["."]) == 0
-    # "cat dog" and "a dog": one of two content words, one content word of a function and a content word.
+    # "cat dog" and "a dog": the candidate has two content words, the reference a function word and a content word.
+    # One content word is matched.
     precision, recall = 0.75 / 1.5, 0.75 / 1.0
     mean = 1 / (0.15 / precision + 0.85 / recall)
     assert meteor("cat dog", ["a dog"]) == pytest.approx(mean * (1 - 0.6 * 1**0.2))
-    # The same words the other way round: everything is matched, in two chunks.
+    # The same words in the opposite order: all words are matched, in two chunks.
     assert meteor("dog cat", ["cat dog"]) == pytest.approx(1 - 0.6 * (2 / 2) ** 0.2)
-    # The same word and a stem that counts 0.6, in one chunk that holds everything.
+    # An identical word and a stem with the weight 0.6, in one chunk that covers both sentences.
     assert meteor("zebra dogs", ["zebra dog"]) == pytest.approx((1 + 0.6) / 2)
-    # What both stem and synsets match counts nothing in the search, so alone it is not worth its chunk.
+    # The search counts 0 for a match of single words by stem or synset, so that a lone one is not worth its chunk.
     assert meteor("dogs", ["dog"]) == 0
 
 
-def test_corpus_is_scored_on_sums(real_tables: Tables) -> None:
-    """Sums of 6 and 6 words; the chunk of the image that is matched as a whole doesn't count in them."""
+def test_the_corpus_score_is_computed_from_sums(real_tables: Tables) -> None:
+    """The sums are 6 and 6 words. The chunk of the image that is matched completely is not counted."""
     scorer = CaptionScorer({1: ["a dog runs fast"], 2: ["a dog"]}, {"METEOR": metric.prepare})
     scores = scorer.score({1: "a dog runs fast", 2: "cat dog"})
     precision, recall = (4 * 0.75 + 0.25) / (5 * 0.75 + 0.25), (4 * 0.75 + 0.25) / (4 * 0.75 + 2 * 0.25)
@@ -298,11 +299,11 @@ def test_corpus_is_scored_on_sums(real_tables: Tables) -> None:
         ("日本 é", "日 本 é"),
     ],
 )
-def test_normalized_text(tokens: str, words: str) -> None:
+def test_normalisation(tokens: str, words: str) -> None:
     assert normalize(tokens.split()) == words.split()
 
 
-def test_without_its_tables_meteor_is_told_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_meteor_is_reported_as_missing_without_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "package_folder", lambda: None)
     scores = CaptionScorer({1: ["a dog"], 2: ["a cat"]}).score({1: "a dog", 2: "a cat"})
     assert "METEOR" not in scores.values

@@ -1,4 +1,4 @@
-"""BLEU, ROUGE-L and CIDEr-D on examples worked by hand, and against a plain reading of the definitions."""
+"""BLEU, ROUGE-L and CIDEr-D, compared with values by hand and with plain versions of the definitions."""
 
 import random
 from collections.abc import Callable
@@ -16,7 +16,7 @@ OTHERS = {2: ["two cats sleep on red chairs"], 3: ["some people ski down hills"]
 
 
 def score(candidate: str, references: list[str], metric: str) -> float:
-    """Score of the first of three images, none of whose words occur in the others."""
+    """The score of the first of three images. The other two images have none of its words."""
     scorer = CaptionScorer({1: references, **OTHERS})
     return scorer.score({1: candidate, 2: "two cats", 3: "some people"}).per_image[metric][1]
 
@@ -30,7 +30,7 @@ def test_identical_to_all_references() -> None:
 
 def test_three_words_have_no_4_gram() -> None:
     assert score("a dog runs", ["a dog runs"], "CIDEr-D") == pytest.approx(7.5)
-    # COCO's constants stand for 0/0, so that this is small but not 0.
+    # COCO's constants replace 0/0, so the score is small but not 0.
     assert score("a dog runs", ["a dog runs"], "BLEU-4") == pytest.approx((1e-15 / 1e-9) ** (1 / 4))
 
 
@@ -50,43 +50,43 @@ def test_permuted_words() -> None:
 
 
 def test_repeated_words_are_clipped() -> None:
-    # "the" occurs twice in a reference: two of seven count (Papineni et al., 2002, example 2).
+    # "the" occurs twice in a reference, so two of the seven words count (Papineni et al., 2002, example 2).
     references = ["the cat is on the mat", "there is a cat on the mat"]
     assert score("the the the the the the the", references, "BLEU-1") == pytest.approx(2 / 7, abs=1e-8)
 
 
-def test_brevity_penalty_takes_the_closest_length_and_the_shorter_of_two() -> None:
+def test_brevity_penalty_uses_the_closest_length_and_the_shorter_on_a_tie() -> None:
     one, two = "a dog", "a dog runs fast over green fields"
-    # 4 words; lengths 2 and 7: 2 is closer, no penalty.
+    # 4 words; references of 2 and 7 words: 2 is closer, so there is no penalty.
     assert score("a dog barks loudly", [one, two], "BLEU-1") == pytest.approx(0.5, abs=1e-8)
-    # 2 words; only 7 is there: penalty exp(1 - 7/2).
+    # 2 words; the only reference has 7 words: the penalty is exp(1 - 7/2).
     assert score("a dog", [two], "BLEU-1") == pytest.approx(np.exp(1 - 7 / 2), abs=1e-8)
-    # 3 words; 2 and 4 are equally close, the shorter counts.
+    # 3 words; references of 2 and 4 words are equally close: the shorter one counts.
     assert score("a dog runs", ["a dog", "a dog runs fast"], "BLEU-1") == pytest.approx(1, abs=1e-8)
 
 
-def test_cider_damps_different_lengths() -> None:
-    # One of two words in common with eight, all of the same idf, and six words less.
+def test_cider_penalises_different_lengths() -> None:
+    # A candidate of two words has one word in common with a reference of eight. All words have the same idf.
     reference = "dog b c d e f g h"
     expected = 10 / 4 * (1 / np.sqrt(2 * 8)) * np.exp(-(6**2) / (2 * 6**2))
     assert score("dog x", [reference], "CIDEr-D") == pytest.approx(expected)
 
 
-def test_words_of_every_image_do_not_count_for_cider() -> None:
+def test_words_that_occur_in_every_image_do_not_count_for_cider() -> None:
     scorer = CaptionScorer({1: ["red a"], 2: ["a blue"]})
     assert scorer.score({1: "a", 2: "a"}).values["CIDEr-D"] == 0
 
 
-def test_rouge_of_best_precision_and_best_recall() -> None:
-    # Precision 1 from the long reference, recall 1 from the short one, though neither reaches both.
+def test_rouge_combines_the_best_precision_with_the_best_recall() -> None:
+    # The long reference gives precision 1 and the short one recall 1; neither gives both.
     value = score("a dog runs", ["dog", "a dog runs fast over there"], "ROUGE-L")
     assert value == pytest.approx(1)
-    # LCS "a runs" = 2 of 3 and of 4 words, beta 1.2.
+    # The LCS "a runs" has 2 of 3 words of the candidate and 2 of 4 words of the reference; beta is 1.2.
     expected = (1 + 1.44) * (2 / 3) * (2 / 4) / (2 / 4 + 1.44 * 2 / 3)
     assert score("a cat runs", ["a dog runs fast"], "ROUGE-L") == pytest.approx(expected)
 
 
-def test_empty_hypothesis() -> None:
+def test_empty_candidate() -> None:
     scores = CaptionScorer({1: ["a dog runs fast"], **OTHERS}).score({1: "", 2: ".", 3: "some people"})
     assert all(scores.per_image[metric][1] < 1e-6 for metric in scores.values)
     assert all(np.isfinite(value) for value in scores.values.values())
@@ -105,7 +105,7 @@ def random_corpus(images: int, shortest: int = 1) -> tuple[dict[int, list[str]],
 
 
 def test_bleu_equals_nltk() -> None:
-    # Below four words nltk counts one n-gram where there is none.
+    # For sentences of fewer than four words nltk counts one n-gram although there is none.
     references, candidates = random_corpus(200, shortest=4)
     scores = CaptionScorer(references).score(candidates)
     split = [[tokenize(text) for text in texts] for texts in references.values()]
@@ -115,8 +115,8 @@ def test_bleu_equals_nltk() -> None:
         assert scores.values[f"BLEU-{n}"] == pytest.approx(expected, abs=1e-8)
 
 
-def test_metrics_equal_a_plain_reading() -> None:
-    """CIDEr-D and ROUGE-L: words that no reference has, repeated n-grams, different numbers of references."""
+def test_metrics_equal_plain_versions() -> None:
+    """CIDEr-D and ROUGE-L with words that occur in no reference, repeated n-grams, and 1 to 6 references per image."""
     references, candidates = random_corpus(40)
     scores = CaptionScorer(references).score(candidates)
     tokens = {image: [tokenize(text) for text in texts] for image, texts in references.items()}
@@ -185,8 +185,8 @@ def test_order_of_candidates_does_not_matter() -> None:
     assert scorer.score(shuffled) == scorer.score(candidates)
 
 
-def test_scoring_twice_gives_the_same() -> None:
-    """Candidates' new n-grams must leave no trace in the cached references."""
+def test_scoring_twice_gives_the_same_scores() -> None:
+    """New n-grams in candidates must not change the cached references."""
     references, candidates = random_corpus(50)
     scorer = CaptionScorer(references)
     first = scorer.score(candidates)
@@ -204,8 +204,8 @@ def test_signature() -> None:
     assert scores.signatures["CIDEr-D"].endswith("|refs:1-2|n:3|CIDEr-D:s6:idf=references")
 
 
-def test_original_cider_equals_a_plain_reading() -> None:
-    """Cosines as they are: no clipping, no penalty on length."""
+def test_original_cider_equals_a_plain_version() -> None:
+    """The original CIDEr is a plain cosine, without clipping and length penalty."""
     references, candidates = random_corpus(40)
     scores = CaptionScorer(references, available_metrics(original_cider=True)).score(candidates)
     tokens = {image: [tokenize(text) for text in texts] for image, texts in references.items()}
@@ -216,7 +216,7 @@ def test_original_cider_equals_a_plain_reading() -> None:
 
 def test_document_frequencies_of_another_corpus() -> None:
     references, candidates = random_corpus(40)
-    # A corpus that has words which neither references nor candidates have, and lacks some that they have.
+    # The corpus has words that neither references nor candidates have, and lacks some words that they have.
     corpus = {image: [text + " yak", "a yak"] for image, text in zip(range(15), candidates.values(), strict=False)}
     scorer = CaptionScorer(references, available_metrics(corpus))
     scores = scorer.score(candidates)
@@ -228,25 +228,25 @@ def test_document_frequencies_of_another_corpus() -> None:
         assert scores.per_image["CIDEr-D"][image] == pytest.approx(expected, abs=1e-9)
 
 
-def test_one_image_has_a_cider_with_another_corpus() -> None:
+def test_one_image_has_a_cider_with_document_frequencies_of_another_corpus() -> None:
     corpus = {1: ["a dog"], 2: ["a cat"], 3: ["some people ski"]}
     scores = CaptionScorer({7: ["some people ski"]}, available_metrics(corpus)).score({7: "some people ski"})
     assert scores.values["CIDEr-D"] == pytest.approx(7.5)
     assert scores.warnings == ()
-    with pytest.raises(UserError, match="two images or more"):
+    with pytest.raises(UserError, match="at least two images"):
         available_metrics({1: ["a dog"]})
-    # Another corpus under the same name is another signature.
+    # A different corpus of the same name gives a different signature.
     other = CaptionScorer({7: ["some people ski"]}, available_metrics(corpus | {3: ["people"]}))
     assert other.signature != scores.signature
 
 
-def test_a_model_s_own_tokens_are_told() -> None:
+def test_special_tokens_and_equal_candidates_are_reported() -> None:
     scores = CaptionScorer({1: ["a dog"], **OTHERS}).score({1: "a <unk> dog", 2: "two cats <eos>", 3: "some people"})
-    assert "2 of 3 candidates hold a model's own token such as <unk>" in scores.warnings[0]
+    assert "2 of 3 candidates contain a special token such as <unk>" in scores.warnings[0]
     assert "same caption" in CaptionScorer(OTHERS).score({2: "a dog", 3: "A dog."}).warnings[0]
 
 
-def test_one_image_is_warned_about() -> None:
+def test_a_single_image_and_newlines_give_warnings() -> None:
     scores = CaptionScorer({1: ["a dog runs"]}).score({1: "a dog\nruns"})
     assert scores.values["CIDEr-D"] == 0
     assert scores.values["BLEU-1"] == pytest.approx(1, abs=1e-8)
@@ -254,7 +254,7 @@ def test_one_image_is_warned_about() -> None:
     assert "newlines" in scores.warnings[1]
 
 
-def test_own_metric() -> None:
+def test_custom_metric() -> None:
     def words(references: References) -> Callable[[Candidates], MetricScores]:
         return lambda candidates: {"words": mean_score(candidates.lengths)}
 
@@ -263,7 +263,7 @@ def test_own_metric() -> None:
     assert scores.per_image == {"words": {1: 1, 2: 2, 3: 1}}
 
 
-def test_images_must_match() -> None:
+def test_candidates_and_references_must_have_the_same_images() -> None:
     scorer = CaptionScorer({11: ["a dog"], 12: ["a cat"]})
     with pytest.raises(UserError, match="image 12 has no candidate"):
         scorer.score({11: "a dog"})

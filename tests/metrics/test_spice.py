@@ -1,6 +1,6 @@
-"""SPICE's tool as a process: what it is given and what is read, with a stand-in for Java; and what is told without.
+"""SPICE: the input and output of the official tool, with a script in place of Java, and errors if parts are missing.
 
-CoreNLP's models can't be had here, so the real jar is not run.
+The real jar is not run, because the models of CoreNLP are not available to the tests.
 """
 
 import json
@@ -25,7 +25,7 @@ if os.environ.get("FAIL"):
     sys.exit("NOTE: options\\njava.lang.OutOfMemoryError: Java heap space\\n\\tat a.B\\n\\t... 3 more")
 if os.environ.get("NOTHING"):
     entries = entries[:1]
-# In another order than given.
+# In a different order from that of the input.
 scores = [{{"image_id": e["image_id"], "scores": {{"All": {{"f": len(e["test"]) / 10}}}}}} for e in reversed(entries)]
 Path(arguments[arguments.index("-out") + 1]).write_text(json.dumps(scores))
 """
@@ -46,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_scores_are_read_by_image(folder: Path) -> None:
+def test_scores_are_assigned_to_their_images(folder: Path) -> None:
     scores = CaptionScorer(REFERENCES, {spice.LABEL: spice.prepare}).score(CANDIDATES)
     assert scores.per_image["SPICE"] == {7: 0.5, 9: 0.8}
     assert scores.values["SPICE"] == pytest.approx(0.65)
@@ -60,19 +60,19 @@ def test_scores_are_read_by_image(folder: Path) -> None:
     ]
 
 
-def test_a_failure_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_the_tool_gives_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAIL", "1")
     with pytest.raises(UserError, match=r"SPICE failed .*Java heap space"):
         CaptionScorer(REFERENCES, {spice.LABEL: spice.prepare}).score(CANDIDATES)
 
 
-def test_a_caption_without_a_score_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_caption_without_a_score_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTHING", "1")
     with pytest.raises(UserError, match="no score for 1 of 2 captions"):
         CaptionScorer(REFERENCES, {spice.LABEL: spice.prepare}).score(CANDIDATES)
 
 
-def test_what_is_missing_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_parts_are_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert spice.obstacle() is None
     (folder / "lib" / spice._MODELS[1]).unlink()
     assert "get_stanford_models downloads" in str(spice.obstacle())

@@ -1,4 +1,4 @@
-"""The official COCO tools and published scores, on real captions."""
+"""Comparison with the official COCO tools and with published scores, on real captions."""
 
 import csv
 import json
@@ -52,10 +52,11 @@ def captions_of(flickr30k: Path, system: str) -> dict[int, str]:
 
 
 def test_published_scores(flickr30k: Path, scorer: CaptionScorer, published: dict[str, dict[str, float]]) -> None:
-    """All twelve systems. The published CIDEr is 4e-5 off the official tools on these very files."""
+    """All twelve systems. The published CIDEr differs by 4e-5 from that of the official tools on these files."""
     pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed (extra: meteor)")
     largest = dict.fromkeys(COLUMNS.values(), 0.0)
-    systems = [system for system in published if system != "human_1"]  # scored on slightly other captions
+    # The published scores of human_1 are of slightly different captions.
+    systems = [system for system in published if system != "human_1"]
     assert len(systems) == 12
     for system in systems:
         values = score(scorer, flickr30k, system).values
@@ -72,7 +73,10 @@ Corpus = tuple[dict[int, list[str]], dict[int, str]]
 
 @pytest.fixture(scope="module")
 def corpora(shared: Path, flickr30k: Path) -> dict[str, Corpus]:
-    """References and candidates: systems' captions, and raw ones by people, the first of each image its candidate."""
+    """References and candidates: captions of systems, and raw captions by people.
+
+    In "people", the first caption of each image is the candidate and the others are the references.
+    """
     references = read_references(flickr30k / "references.json")
     found = {system: (references, captions_of(flickr30k, system)) for system in ("human_1", "merge_1", "pre_2")}
     karpathy = json.loads((shared / "flickr8k" / "dataset_flickr8k.json").read_text())
@@ -89,7 +93,7 @@ def corpora(shared: Path, flickr30k: Path) -> dict[str, Corpus]:
 
 @pytest.mark.parametrize("name", ["human_1", "merge_1", "pre_2", "people"])
 def test_scores_equal_pycocoevalcap(corpora: dict[str, Corpus], name: str) -> None:
-    """Corpus and single images, on the same tokens; needs no Java."""
+    """The scores of the corpus and of each image, on the same tokens. Needs no Java."""
     pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed (extra: java)")
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -123,7 +127,7 @@ def test_meteor_equals_the_jar(corpora: dict[str, Corpus], name: str) -> None:
 
 
 def jar_meteor(pairs: list[tuple[str, list[str]]]) -> tuple[float, np.ndarray]:
-    """METEOR of the corpus and of each caption, by the official jar."""
+    """METEOR of the corpus and of each caption, computed by the official jar."""
     official("meteor", "meteor-1.5.jar")
     from pycocoevalcap.meteor.meteor import Meteor
 
@@ -134,7 +138,7 @@ def jar_meteor(pairs: list[tuple[str, list[str]]]) -> tuple[float, np.ndarray]:
 
 
 def official(folder: str, jar: str) -> Path:
-    """A jar of pycocoevalcap; skips where Java or the package is missing."""
+    """The path of a jar of pycocoevalcap. Skips the test if Java or the package is missing."""
     if shutil.which("java") is None:
         pytest.skip("no java on this machine")
     place = official_folder(folder)
@@ -154,7 +158,7 @@ def raw_captions(shared: Path) -> Iterator[str]:
 
 
 def jar_tokens(captions: list[str], folder: Path) -> list[list[str]]:
-    """Tokens by Stanford's jar, called and filtered as pycocoevalcap does."""
+    """The tokens of Stanford's jar, called and filtered as in pycocoevalcap."""
     jar = official("tokenizer", "stanford-corenlp-3.4.1.jar")
     text = folder / "captions.txt"
     text.write_text("\n".join(caption.replace("\n", " ") for caption in captions), encoding="utf-8")
@@ -169,7 +173,7 @@ def jar_tokens(captions: list[str], folder: Path) -> list[list[str]]:
     ]
     lines = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\n")
     assert len(lines) >= len(captions)
-    # Blanks within a token are no-break spaces, which BLEU and CIDEr split at.
+    # Blanks within a token are no-break spaces, at which BLEU and CIDEr split.
     return [
         [part for word in line.split(" ") if word not in PUNCTUATION for part in word.split()]
         for line in lines[: len(captions)]
@@ -200,10 +204,7 @@ def test_tokens_of_odd_text_equal_the_jar(tmp_path: Path) -> None:
     odd, texts = ODD.split(), []
     for _ in range(5000):
         pieces = [rng.choice(odd) + rng.choice(["", " ", " ", " "]) for _ in range(rng.randint(2, 9))]
-        texts += [
-            "".join(pieces).strip(),
-            "x",
-        ]  # a line of its own between, as the jar looks beyond line ends
+        texts += ["".join(pieces).strip(), "x"]  # the jar's rules look past line ends, so "x" separates the texts
     pairs = list(zip(texts, jar_tokens(texts, tmp_path), strict=True))[::2]
     different = [(text, tokens, tokenize(text)) for text, tokens in pairs if tokenize(text) != tokens]
     print(f"{len(different)} of {len(pairs)} texts differ: {different}")
@@ -215,12 +216,12 @@ def odd_texts(count: int, seed: int) -> list[str]:
     texts = [
         "".join(rng.choice(odd) + rng.choice(["", " ", " "]) for _ in range(rng.randint(1, 9))) for _ in range(count)
     ]
-    return [text.replace("|", " ") for text in texts]  # which the jar's protocol is made of
+    return [text.replace("|", " ") for text in texts]  # "|" separates fields in the jar's protocol
 
 
 @pytest.mark.slow
 def test_meteor_of_odd_text_equals_the_jar() -> None:
-    """Unicode, emoji, quotes, addresses, nothing at all, a thousand words."""
+    """Unicode, emoji, quotes, addresses, empty captions, a thousand words."""
     others = odd_texts(1500, seed=2)
     pairs = [(text, [other, f"{text} {other}"]) for text, other in zip(odd_texts(1500, seed=1), others, strict=True)]
     odd = ["", " ", "...", "\u200b", "dog " * 1000, "a man and a dog " * 200, "\u0301", "x\ty", "“dog” — ‘cat’…"]

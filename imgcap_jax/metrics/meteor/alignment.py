@@ -1,13 +1,18 @@
 """The search for the best alignment of two sentences (Denkowski and Lavie, 2011, section 2.1).
 
-Each word is covered by one match at most. The alignment wanted covers the most words of both sentences, then has the
-fewest chunks (runs that are contiguous and in the same order in both), then the least distance between what is
-matched. A beam of 40 goes through the reference from left to right.
+Each word is covered by at most one match. The best alignment covers the most words of both sentences. Ties are broken
+by the fewest chunks (runs that are contiguous and in the same order in both sentences), then by the smallest total
+distance between the matched positions. A beam search of width 40 goes through the reference from left to right.
 
-The official tool decides many captions by how it breaks ties, so its order is kept in full: paths are sorted stably,
-chunks are counted when they end, and the distance of a match is charged not to the path that takes it but to those
-that are tried after it (matches further on in the list, and leaving the word out). It never matters how long a beam
-has been, so all pairs go side by side, one array a quantity.
+In the official tool the scores of many captions depend on how ties are broken, so its order is reproduced exactly:
+
+- Paths are sorted stably.
+- A chunk is counted when it ends.
+- The distance of a match is not charged to the path that takes the match. It is charged to the paths that are tried
+  after it: those of matches later in the list, and the one that leaves the word out. A definite match (``_definite``)
+  is charged to its own path.
+
+The beams of different pairs are independent, so all pairs are searched in parallel, with one array per quantity.
 
 Letters: C pairs, M matches, P paths of all pairs (sorted by pair), Q new paths.
 """
@@ -26,21 +31,21 @@ _NOTHING = -1
 
 
 def align(matches: Matches, candidate_lengths: np.ndarray, reference_lengths: np.ndarray) -> np.ndarray:
-    """Which of the matches the best alignment of each pair takes.
+    """Finds the matches of the best alignment of each pair.
 
     Args:
-        matches: of all pairs, in the order of ``find_matches``.
-        candidate_lengths, reference_lengths: words of each pair's sentences, [C].
+        matches: the matches of all pairs, in the order of ``find_matches``.
+        candidate_lengths, reference_lengths: the number of words in the sentences of each pair, [C].
 
     Returns:
-        Sorted numbers of the matches taken.
+        The sorted indices of the matches in these alignments.
     """
     definite = _definite(matches, candidate_lengths, reference_lengths)
     open_pairs = np.unique(matches.pair[~definite])
     in_search = np.zeros(len(reference_lengths), bool)
     in_search[open_pairs] = True
     chosen = [np.flatnonzero(definite & ~in_search[matches.pair])]
-    # Like with like: a long sentence would make all others carry masks of its size.
+    # Pairs of similar length are grouped, because the longest sentence of a group sets the size of all its masks.
     sizes = np.maximum(candidate_lengths, reference_lengths)[open_pairs]
     order = open_pairs[np.argsort(sizes, kind="stable")]
     for group in _groups(order, np.sort(sizes)):
@@ -54,11 +59,11 @@ def align(matches: Matches, candidate_lengths: np.ndarray, reference_lengths: np
 
 
 def _groups(pairs: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
-    """Pairs that are searched side by side: thousands of short ones, few long ones."""
+    """Groups of pairs that are searched in parallel: thousands of short pairs or a few long ones."""
     begin = 0
     while begin < len(pairs):
         end = min(begin + _PAIRS_AT_A_TIME, len(pairs))
-        # What a group keeps grows with the square of the length.
+        # The memory of a group grows with the square of the length.
         while end > begin + 1 and (end - begin) * int(sizes[end - 1]) ** 2 > _PAIRS_AT_A_TIME * 32**2:
             end = begin + (end - begin + 1) // 2
         yield pairs[begin:end]
@@ -66,7 +71,7 @@ def _groups(pairs: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _definite(matches: Matches, candidate_lengths: np.ndarray, reference_lengths: np.ndarray) -> np.ndarray:
-    """Matches that no other one touches in either sentence; they are taken without a search, [M]."""
+    """Whether no other match covers a word of the match in either sentence, [M]. Such matches are always taken."""
     alone = np.ones(len(matches.pair), bool)
     for start, length, sizes in (
         (matches.start, matches.length, reference_lengths),
@@ -83,9 +88,14 @@ def _definite(matches: Matches, candidate_lengths: np.ndarray, reference_lengths
 class _Paths:
     """Paths of the search, sorted by pair.
 
-    pair; covered: words covered in both sentences, as ``Matches.weight`` counts them; chunks that have ended;
-    distance; end: the candidate's word after the last match, -1 where that is no longer next to what comes; position:
-    the reference's word that is next; used: bits of the candidate's words that are taken [P, words of 64 bits].
+    Attributes:
+        pair: the pair of each path, [P].
+        covered: the number of words covered in both sentences, as counted by ``Matches.weight``, [P].
+        chunks: the number of chunks that have ended, [P].
+        distance: the total distance charged to the path, [P].
+        end: the position in the candidate after the last match, or -1 if no chunk is open, [P].
+        position: the next position in the reference, [P].
+        used: a bit mask of the candidate's covered words, [P, number of 64-bit integers].
     """
 
     pair: np.ndarray
@@ -100,7 +110,7 @@ class _Paths:
         return _Paths(*(values[rows] for values in vars(self).values()))
 
     def ranking(self) -> np.ndarray:
-        """The rows, the best path of each pair first; equal ones stay in their order."""
+        """The rows sorted by pair, the best path of each pair first. The sort is stable."""
         best = int(self.covered.max(initial=0))
         key, bits = self.pair, int(self.pair.max(initial=0)).bit_length()
         for quantity in (best - self.covered, self.chunks, self.distance):
@@ -111,12 +121,12 @@ class _Paths:
         return np.argsort(key, kind="stable")
 
     def place_in_pair(self) -> np.ndarray:
-        """0, 1, 2, ... among the paths of the same pair."""
+        """The position of each path among the paths of its pair: 0, 1, 2, ..."""
         return np.arange(len(self.pair)) - np.searchsorted(self.pair, self.pair)
 
 
 class _Search:
-    """The search over a group of pairs, which are numbered from 0."""
+    """The search over a group of pairs, whose indices start at 0."""
 
     def __init__(
         self,
@@ -129,7 +139,7 @@ class _Search:
         self._matches, self._definite, self._lengths = matches, definite, reference_lengths
         self._weight = matches.weight
         self._distance = np.abs(matches.start - matches.other_start)
-        # Of each word of each reference, where the matches that begin there begin.
+        # For each word of each reference: the index of the first match that begins at this word.
         self._first_word = np.cumsum(reference_lengths) - reference_lengths
         word = self._first_word[pair] + matches.start
         self._begin = np.searchsorted(word, np.arange(int(reference_lengths.sum()) + 1))
@@ -137,7 +147,7 @@ class _Search:
         self._history: list[tuple[np.ndarray, np.ndarray]] = []
 
     def run(self) -> np.ndarray:
-        """Numbers of the matches that the best paths take."""
+        """The indices of the matches on the best path of each pair."""
         pairs = len(self._lengths)
         zero, used = np.zeros(pairs, np.int64), np.zeros((pairs, self._spans.shape[1]), np.uint64)
         paths = _Paths(np.arange(pairs), zero, zero, zero, zero + _NOTHING, zero, used)
@@ -155,14 +165,14 @@ class _Search:
         return np.concatenate(chosen)
 
     def _winners(self, paths: _Paths, rows: np.ndarray) -> np.ndarray:
-        """Of paths that have come to the end, the row of each pair's best, its last chunk ended."""
+        """The row of the best path of each pair among these complete paths, with the open chunk counted."""
         done = paths.take(rows)
         done.chunks = done.chunks + (done.end != _NOTHING)
         order = done.ranking()
         return rows[order[done.take(order).place_in_pair() == 0]]
 
     def _trace(self, winners: np.ndarray) -> np.ndarray:
-        """The matches that led to these rows of the paths ranked last."""
+        """The indices of the matches that led to these rows of the most recent ranking."""
         at, found = winners, [np.zeros(0, np.int64)]
         for parent, match in reversed(self._history):
             found.append(match[at][match[at] != _NOTHING])
@@ -170,18 +180,18 @@ class _Search:
         return np.concatenate(found)
 
     def _step(self, paths: _Paths, current: int) -> tuple[_Paths, np.ndarray, np.ndarray]:
-        """All ways to go on from word `current` of the references.
+        """Extends the paths by word `current` of the references in all possible ways.
 
         Returns:
-            The new paths; the row each comes from; the match it takes, or -1.
+            The new paths, [Q]; the row of the path that each one extends, [Q]; the match that it takes or -1, [Q].
         """
-        inside = paths.position > current  # of a match that covers several words
+        inside = paths.position > current  # inside a match that covers several words
         word = self._first_word[paths.pair] + current
         begin, end = self._begin[word], self._begin[word + 1]
         count = np.where(inside, 0, end - begin)
         forced = np.zeros(len(count), bool)
         forced[count == 1] = self._definite[begin[count == 1]]
-        # Each match, and last of all to leave the word out.
+        # One new path per match, and a last one that leaves the word out.
         row, match = expand(begin, count + ~forced)
         leaves = match == (begin + count)[row]
         match = np.where(leaves, 0, match)
@@ -205,7 +215,7 @@ class _Search:
 
 
 def _bits(start: np.ndarray, length: np.ndarray, words: int) -> np.ndarray:
-    """Bits start, ..., start + length - 1 as integers of 64 bits, [M, words]."""
+    """Bit masks with bits start, ..., start + length - 1 set, as 64-bit integers, [M, words]."""
     base = 64 * np.arange(words)
 
     def below(bit: np.ndarray) -> np.ndarray:

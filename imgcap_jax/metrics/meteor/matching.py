@@ -1,8 +1,8 @@
-"""All ways to match words and phrases of candidates with those of their references.
+"""All possible matches between words and phrases of candidates and references.
 
-Four matchers, in this order: the same word; words with the same stem; words with a synset in common; phrases that the
-table of paraphrases lists, either way round. Each image has one candidate; a pair is a candidate and one of its image's
-references, and has the reference's number.
+There are four matchers, in this order: identical words; words with the same stem; words with a common synset; phrases
+that the table of paraphrases lists, in either direction. Each image has one candidate. A pair consists of a candidate
+and one reference of its image. The index of the pair is the index of the reference.
 
 Letters: S sentences, W words of all sentences, C pairs, M matches, Y different words.
 """
@@ -22,7 +22,10 @@ MATCHERS = 4
 
 
 class Words:
-    """Numbers of the words met so far, and what the matchers need to know of each; it grows with the texts."""
+    """Ids and properties of the different words of all texts.
+
+    New words are added when they first occur.
+    """
 
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
@@ -32,10 +35,10 @@ class Words:
         self._known: list[int] = []
         self._function: list[bool] = []
         self._synsets: list[set[int]] = []
-        self._graphs: tuple[int, tuple[Graph, Graph]] | None = None  # of so many words
+        self._graphs: tuple[int, tuple[Graph, Graph]] | None = None  # number of words, graphs
 
     def numbers(self, sentences: Sequence[Sequence[str]]) -> np.ndarray:
-        """Numbers of the words of all sentences, [W]."""
+        """The ids of the words of all sentences, [W]. New words are added."""
         number = self._number
         for word in {word for sentence in sentences for word in sentence if word not in number}:
             self._learn(word)
@@ -51,16 +54,16 @@ class Words:
 
     @property
     def function(self) -> np.ndarray:
-        """Which words are function words, [Y]."""
+        """Whether each word is a function word, [Y]."""
         return np.array(self._function, bool)
 
     @property
     def known(self) -> np.ndarray:
-        """The tables' number of each word, -1 where they have none, [Y]."""
+        """The id of each word in the tables, or -1 if they do not contain it, [Y]."""
         return np.array(self._known, np.int64)
 
     def graphs(self) -> tuple["Graph", "Graph"]:
-        """Different words with the same stem; different words with a synset in common."""
+        """Edges between different words with the same stem, and between different words with a common synset."""
         known = len(self._stem)
         if self._graphs is None or self._graphs[0] != known:
             counts = [len(synsets) for synsets in self._synsets]
@@ -72,7 +75,13 @@ class Words:
 
 
 class Graph(NamedTuple):
-    """Edges between numbers: sorted sources, their targets, and the place of each edge in an order of its own."""
+    """Edges between ids.
+
+    Attributes:
+        source: the id at which each edge begins, sorted.
+        target: the id at which each edge ends.
+        rank: the position of the edge in the table of paraphrases, or 0.
+    """
 
     source: np.ndarray
     target: np.ndarray
@@ -80,7 +89,7 @@ class Graph(NamedTuple):
 
     @classmethod
     def of_words_that_share(cls, word: np.ndarray, key: np.ndarray) -> "Graph":
-        """Edges, both ways, between different words that have a key in common."""
+        """Edges in both directions between different words that have a common key."""
         order = np.argsort(key, kind="stable")
         word, key = word[order], key[order]
         entry, other = join(key, key)
@@ -89,16 +98,19 @@ class Graph(NamedTuple):
         return cls(source[different], target[different], np.zeros(different.sum(), np.int64))
 
     def reversed(self) -> "Graph":
-        """The same edges the other way round."""
+        """The same edges in the opposite direction."""
         order = np.argsort(self.target, kind="stable")
         return Graph(self.target[order], self.source[order], self.rank[order])
 
 
 @dataclass(frozen=True)
 class Sentences:
-    """Sentences as numbers of their words.
+    """Sentences as word ids.
 
-    words [W]; lengths [S]; image [S]: which image each sentence describes.
+    Attributes:
+        words: the ids of the words of all sentences, [W].
+        lengths: the number of words in each sentence, [S].
+        image: the image of each sentence, [S].
     """
 
     words: np.ndarray
@@ -107,17 +119,25 @@ class Sentences:
 
     @cached_property
     def first(self) -> np.ndarray:
-        """Where each sentence begins, [S]."""
+        """The position of the first word of each sentence, [S]."""
         return np.cumsum(self.lengths) - self.lengths
 
     @cached_property
     def sentence(self) -> np.ndarray:
-        """Which sentence each word belongs to, [W]."""
+        """The sentence that each word belongs to, [W]."""
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
 
 class _Spans(NamedTuple):
-    """Parts of sentences: sentence and its image, first word within it, length, what is there (word or phrase)."""
+    """Parts of sentences.
+
+    Attributes:
+        sentence: the sentence of each span.
+        image: the image of that sentence.
+        start: the position of the first word in the sentence.
+        length: the number of words.
+        what: the id of the word or the node of the phrase.
+    """
 
     sentence: np.ndarray
     image: np.ndarray
@@ -132,7 +152,7 @@ def _spans(sentences: Sentences, first_word: np.ndarray, length: np.ndarray, wha
 
 
 def _phrases(sentences: Sentences, words: Words) -> _Spans:
-    """All spans that are a node of the tables' tree of phrases."""
+    """All spans that are a node in the tables' tree of phrases."""
     found = list(words.tables.nodes(words.known[sentences.words], words_left(sentences.lengths)))
     length = np.repeat(np.arange(1, len(found) + 1), [len(place) for place, _ in found])
     place, node = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
@@ -141,10 +161,13 @@ def _phrases(sentences: Sentences, words: Words) -> _Spans:
 
 @dataclass(frozen=True)
 class Matches:
-    """Matches, ordered by pair, by where they begin in the reference, and then as the search is to try them.
+    """Matches, sorted by pair, then by start in the reference, then by the order in which the search tries them.
 
     Attributes:
-        pair, module [M]; start, length: words of the reference; other_start, other_length: words of the candidate.
+        pair: the pair, [M].
+        module: the matcher: EXACT, STEM, SYNONYM or PARAPHRASE, [M].
+        start, length: the first word and the number of words in the reference, [M].
+        other_start, other_length: the first word and the number of words in the candidate, [M].
     """
 
     pair: np.ndarray
@@ -155,19 +178,19 @@ class Matches:
     other_length: np.ndarray
 
     def take(self, chosen: np.ndarray) -> "Matches":
-        """Some of the matches, by number or by a mask."""
+        """The matches selected by indices or by a mask."""
         return Matches(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
     @classmethod
     def together(cls, parts: Sequence["Matches"]) -> "Matches":
-        """The matches of all parts, one part after the other."""
+        """Concatenates the matches of all parts."""
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     @cached_property
     def weight(self) -> np.ndarray:
-        """What a match adds to the number of words that the search wants covered, in both sentences, [M].
+        """The number of covered words in both sentences that the search counts for each match, [M].
 
-        Words that are not the same count half, rounded down in each sentence: a single one adds nothing.
+        Words that are not identical count half, rounded down in each sentence. A match of single words counts 0.
         """
         half = self.length // 2 + self.other_length // 2
         return np.where(self.module == EXACT, self.length + self.other_length, half)
@@ -180,7 +203,7 @@ def find_matches(candidates: Sentences, references: Sentences, words: Words) -> 
         for sentences in (candidates, references)
     )
     exact = _matches(ours, theirs, EXACT, *_join(ours, theirs, None)[:2])
-    # Of a candidate that equals the reference nothing but the same words is matched.
+    # If a candidate equals the reference, only identical words are matched.
     straight = np.bincount(exact.pair[exact.start == exact.other_start], minlength=len(references.lengths))
     length = candidates.lengths[references.image]
     equal = (references.lengths == length) & (straight == length)
@@ -195,7 +218,7 @@ def find_matches(candidates: Sentences, references: Sentences, words: Words) -> 
 
 
 def _paraphrases(candidates: _Spans, references: _Spans, tables: Tables) -> list[Matches]:
-    """Phrases of the references that the table paraphrases as those of the candidates, then those the other way."""
+    """Paraphrases that the table lists from reference to candidate, then those from candidate to reference."""
     ours, theirs = np.unique(candidates.what), np.unique(references.what)
     there = _edges(theirs, ours, tables).reversed()
     ours_of, theirs_of, rank = _join(candidates, references, there)
@@ -207,7 +230,7 @@ def _paraphrases(candidates: _Spans, references: _Spans, tables: Tables) -> list
 
 
 def _edges(sources: np.ndarray, targets: np.ndarray, tables: Tables) -> Graph:
-    """The table's edges from one set of phrases to another."""
+    """The edges of the table of paraphrases from one set of phrases to another."""
     wanted = np.zeros(len(tables.paraphrase_start) - 1, bool)
     wanted[targets] = True
     start = tables.paraphrase_start[sources]
@@ -218,10 +241,15 @@ def _edges(sources: np.ndarray, targets: np.ndarray, tables: Tables) -> Graph:
 
 
 def _join(candidates: _Spans, references: _Spans, graph: Graph | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Candidates' and references' spans of the same image that hold the same, or what an edge leads to.
+    """Joins candidate and reference spans of the same image that are equal or connected by an edge.
+
+    Args:
+        candidates: spans of the candidates.
+        references: spans of the references.
+        graph: edges from candidate spans to reference spans. None joins equal spans.
 
     Returns:
-        Places in `candidates`, in their order; places in `references`; the edges' ranks.
+        The indices in `candidates`, in ascending order; the indices in `references`; the ranks of the edges.
     """
     what, rank = candidates.what, np.zeros(len(candidates.what), np.int64)
     entry = np.arange(len(what))

@@ -1,13 +1,14 @@
-"""METEOR's score: weighted precision and recall of an alignment, less for fragments (Denkowski and Lavie, 2014).
+"""The METEOR score of an alignment: weighted precision and recall with a fragmentation penalty.
 
-With P and R the shares of the candidate's and the reference's words that are matched, each match counted with its
-matcher's weight w_i and content words with delta against function words with 1 - delta:
+P and R are the shares of matched words in the candidate and in the reference. Each match has the weight w_i of its
+matcher. Content words have the weight delta, function words 1 - delta (Denkowski and Lavie, 2014):
 
     F = 1 / ((1 - alpha) / P + alpha / R)
     score = F (1 - gamma (chunks / matched words) ^ beta)
 
-An image's score is that of its best reference. The corpus's score is the formula on the sums of their counts, not the
-mean. Parameters are those of the tool's English ranking task.
+The score of an image is that of its best reference. The score of the corpus is not the mean over images: the formula is
+applied to the sums of the counts of the best references. The parameters are those of the official tool for English
+(ranking task).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,21 +24,21 @@ from imgcap_jax.metrics.meteor.tables import Tables
 
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 WEIGHTS = (1.0, 0.6, 0.8, 0.6)  # exact, stem, synonym, paraphrase
-_IMAGES_AT_A_TIME = 1000  # matches of all at once would take gigabytes with COCO's 40,504
+_IMAGES_AT_A_TIME = 1000  # the matches of all 40,504 images of COCO at once would take gigabytes
 
 
 def prepare(references: References) -> Callable[[Candidates], MetricScores]:
-    """A function that scores candidates against these references.
+    """Returns a function that scores candidates against these references.
 
     Raises:
-        UserError: METEOR's tables are not installed or can't be compiled.
+        UserError: METEOR's tables are not installed or cannot be compiled.
     """
     words = Words(Tables.load())
     begins = range(0, len(references.tokens), _IMAGES_AT_A_TIME)
     groups = [_sentences(references.tokens[begin : begin + _IMAGES_AT_A_TIME], words) for begin in begins]
 
     def score(candidates: Candidates) -> MetricScores:
-        # All words are learnt before the first group, so that what words have in common is looked up once.
+        # All words are added before the first group is scored, so that the graphs between words are computed once.
         ours = [
             _sentences([(tokens,) for tokens in candidates.tokens[begin : begin + _IMAGES_AT_A_TIME]], words)
             for begin in begins
@@ -51,7 +52,7 @@ def prepare(references: References) -> Callable[[Candidates], MetricScores]:
 
 
 def _sentences(texts: Sequence[Sequence[list[str]]], words: Words) -> Sentences:
-    """The sentences of each image."""
+    """Normalises the sentences of each image and converts them to word ids."""
     normalized = [normalize(tokens) for of_image in texts for tokens in of_image]
     lengths = np.array([len(text) for text in normalized], np.int64)
     image = np.repeat(np.arange(len(texts)), [len(of_image) for of_image in texts])
@@ -59,17 +60,22 @@ def _sentences(texts: Sequence[Sequence[list[str]]], words: Words) -> Sentences:
 
 
 def _best(counts: "_Counts", image: np.ndarray) -> "_Counts":
-    """Of each image, the counts of the reference with the highest score; of equal ones the first."""
+    """The counts of the reference with the highest score of each image, the first one on a tie."""
     order = np.lexsort((-counts.score(), image))
     return counts.take(order[np.unique(image[order], return_index=True)[1]])
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """What the score is made of, each for candidate and reference [2, C]; C pairs.
+    """The counts that the score is computed from, for C pairs. Axis 0 of size 2: candidate, reference.
 
-    length, function: words, and function words among them; matched, matched_function: the same of each matcher
-    [2, MATCHERS, C]; chunks [C], 0 where one holds both sentences, for that is no fragment, in the sums neither.
+    Attributes:
+        length: the number of words, [2,C].
+        function: the number of function words, [2,C].
+        matched: the number of words matched by each matcher, [2,MATCHERS,C].
+        matched_function: the number of function words matched by each matcher, [2,MATCHERS,C].
+        chunks: the number of chunks, [C]. It is 0 if one chunk covers both sentences, because such an alignment is not
+            fragmented. Sums over pairs also count it as 0.
     """
 
     length: np.ndarray
@@ -88,7 +94,7 @@ class _Counts:
         )
 
     def totals(self, times: np.ndarray) -> "_Counts":
-        """Sums in which each pair counts several times, [B,C]; B sums take the place of the pairs."""
+        """B sums over the pairs, in place of the pairs. `times` [B,C] is the number of times that each pair counts."""
         return _Counts(*(values @ times.T for values in vars(self).values()))
 
     def score(self) -> np.ndarray:
@@ -107,7 +113,7 @@ class _Counts:
 
 
 def _count(ours: Sentences, theirs: Sentences, words: Words) -> _Counts:
-    """Aligns the candidate of each image with its references, and counts."""
+    """Aligns the candidate of each image with its references and counts words, matches and chunks."""
     matches = find_matches(ours, theirs, words)
     our_lengths = ours.lengths[theirs.image]
     taken = matches.take(align(matches, our_lengths, theirs.lengths))
@@ -136,7 +142,7 @@ def _count(ours: Sentences, theirs: Sentences, words: Words) -> _Counts:
 
 
 def _chunks(taken: Matches, pairs: int) -> np.ndarray:
-    """Runs of matches that are contiguous in both sentences, of each pair."""
+    """The number of runs of matches that are contiguous in both sentences, for each pair, [C]."""
     begins = np.ones(len(taken.pair), bool)
     begins[1:] = (
         (taken.pair[1:] != taken.pair[:-1])

@@ -1,8 +1,9 @@
-"""The text that METEOR sees: its option ``-norm``, on tokens that are in lower case already.
+"""METEOR's text normalisation (option ``-norm``) of lower-case tokens.
 
-The official COCO tools tokenise captions as Penn Treebank does and hand them to METEOR, which tokenises them once more
-in its own way: hyphens join nothing (``t-shirt`` are two words), abbreviations lose their full stops (``u.s.``),
-symbols stand alone. The rules describe what the tool does with text, established by comparing outputs.
+The official COCO tools tokenise captions by Penn Treebank rules and pass them to METEOR, which tokenises them again by
+its own rules. Hyphenated words are split (``t-shirt`` becomes two words), abbreviations lose their full stops
+(``u.s.``), and symbols become separate words. The rules here describe the behaviour of the tool. They were derived by
+comparing outputs.
 """
 
 import re
@@ -13,9 +14,9 @@ _LETTERS = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u017e\u0400-\u0527\u1d00-\u1
 _LETTER = re.compile(f"[{_LETTERS}]").search
 _PLAIN = re.compile(f"[{_LETTERS}0-9]+").fullmatch
 _BLANKS = re.compile("[\u00a0\u2000-\u200a\u202f\u205f\u3000\\s]+")
-_HIDDEN_STOP = "\0"  # one of several in a row, which no rule for a full stop is to see
+_HIDDEN_STOP = "\0"  # replaces each of several full stops in a row, so that no rule for a single one applies
 
-# In this order. What a pattern takes is not seen again by the same pattern, as in "a-b-c" (two words).
+# Applied in this order. Matches of one pattern do not overlap: "a-b-c" becomes two words.
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -32,14 +33,14 @@ _REWRITES = tuple(
     )
 )
 _STOPS = re.compile(r"\.{2,}")
-# Abbreviations in lower case that keep their full stop wherever they stand.
+# Lower-case abbreviations that keep their full stop in every position.
 _ABBREVIATIONS = frozenset(["v", "vs", "i.e", "rev", "e.g"])
 
 
 def normalize(tokens: Sequence[str]) -> list[str]:
-    """METEOR's words of a caption that was tokenised (``imgcap_jax.text.tokenize``)."""
+    """The words that METEOR uses for a caption tokenised by ``imgcap_jax.text.tokenize``."""
     if any("." in token for token in tokens):
-        return _line(" ".join(tokens))  # what becomes of a full stop depends on the next word
+        return _line(" ".join(tokens))  # the treatment of a full stop depends on the next word
     return [word for token in tokens for word in _words(token)]
 
 
@@ -66,7 +67,7 @@ def _line(text: str) -> list[str]:
 
 
 def _full_stop(word: str, after: str) -> list[str]:
-    """The word, without the stops of an acronym, or with its full stop apart where it ends a sentence."""
+    """The word without the full stops of an acronym, or with the full stop separated if it ends a sentence."""
     before = word[:-1]
     if not word.endswith(".") or not before:
         return [word]

@@ -1,9 +1,9 @@
 """METEOR's English tables: stems, synonyms, function words, paraphrases.
 
-They are the data of the official tool, read from the installed package `pycocoevalcap` (extra `meteor`), compiled once
-into arrays in the cache folder and mapped into memory from then on. Nothing in the package is run.
+The data are those of the official tool, read from the installed package `pycocoevalcap` (extra `meteor`). They are
+compiled once into arrays in the cache folder, which are then mapped into memory. No code of the package is run.
 
-Letters: K known words, D synsets' entries, P nodes of the prefix tree of phrases, E paraphrases.
+Letters: K known words, D entries of synsets, P nodes of the prefix tree of phrases, E paraphrases.
 """
 
 import gzip
@@ -31,10 +31,10 @@ from imgcap_jax.metrics.official import official_folder
 
 HOW_TO_ADD = 'pip install "imgcap_jax[meteor]" (or: pip install pycocoevalcap) adds its tables'
 LONGEST = 7  # words of the longest phrase in the table
-_FORMAT = 2  # of the compiled tables; to be raised when it changes
-_WHOLE = "sizes.json"  # in a folder of compiled tables: the bytes of each file
+_FORMAT = 2  # version of the compiled tables; must be increased when their format changes
+_WHOLE = "sizes.json"  # in a folder of compiled tables: the size of each file in bytes
 
-# Endings that WordNet's morphology takes off a word, tried in this order until a word of the dictionary is left.
+# Endings that WordNet's morphology replaces, in this order, until the result is a word in the dictionary.
 _ENDINGS = (
     ("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", ""),
     ("er", ""), ("er", "e"), ("est", ""), ("est", "e"), ("men", "man"),
@@ -42,7 +42,7 @@ _ENDINGS = (
 
 
 def package_folder() -> Path | None:
-    """Where `pycocoevalcap` keeps METEOR's data; None where it is not installed or has none."""
+    """The folder of METEOR's data in `pycocoevalcap`; None if it is not installed or does not contain them."""
     folder = official_folder("meteor")
     return folder if folder is not None and all(path.is_file() for path in _sources(folder)) else None
 
@@ -56,15 +56,16 @@ class Tables:
     """The compiled tables.
 
     Attributes:
-        number: of each known word.
+        number: the id of each known word.
         stems: the stem of each known word.
-        function: which known words are function words, [K].
-        synset_start [K+1], synset [D]: entries of a word in the dictionary, without its other forms.
-        base_start [K+1], base: the words of which a word is an irregular form.
-        prefix: for each phrase length from 2 on, sorted pairs (node of all words but the last, last word). A word's
-            node is its number; the nodes of length n follow those of length n-1, in the order of the pairs.
-        paraphrase_start [P+1], paraphrase [E]: nodes of the phrases that mean the same as that of a node, in the
-            table's order. The table goes one way; matching goes both.
+        function: whether each known word is a function word, [K].
+        synset_start [K+1], synset [D]: the synsets of each word, from `synset_start[word]` on, without those of its
+            base forms.
+        base_start [K+1], base: the words of which each word is an irregular form.
+        prefix: for each phrase length from 2 on, sorted pairs (node of all words except the last, last word). The node
+            of a single word is its id. The nodes of length n follow those of length n-1, in the order of the pairs.
+        paraphrase_start [P+1], paraphrase [E]: the nodes of the paraphrases of each node, in the order of the table.
+            The table lists one direction; matching uses both.
     """
 
     number: dict[str, int]
@@ -80,10 +81,10 @@ class Tables:
 
     @classmethod
     def load(cls) -> "Tables":
-        """Maps the compiled tables into memory, after compiling them where that was not done yet (10 s, 900 MB).
+        """Maps the compiled tables into memory. Compiles them first if necessary (10 s, 900 MB of memory).
 
         Raises:
-            UserError: `pycocoevalcap` is not installed or damaged, the cache can't be written.
+            UserError: `pycocoevalcap` is not installed or is damaged, or the cache cannot be written.
         """
         package = package_folder()
         if package is None:
@@ -95,8 +96,8 @@ class Tables:
                 _compile(package, folder)
         except OSError as error:
             raise UserError(
-                f"can't keep METEOR's tables in {folder.parent} ({error.strerror or error}): set IMGCAP_CACHE to a "
-                "folder that can be written and has 100 MB of room"
+                f"cannot write METEOR's tables to {folder.parent} ({error.strerror or error}): set IMGCAP_CACHE to a "
+                "writable folder with 100 MB of free space"
             ) from error
         words, stems = ((folder / f"{name}.txt").read_text("utf-8").split("\n") for name in ("words", "stems"))
         arrays = {
@@ -107,12 +108,12 @@ class Tables:
         return cls({word: i for i, word in enumerate(words)}, stems, prefix=prefix, **arrays)
 
     def stem(self, word: str) -> str:
-        """Snowball's English stem ("Porter 2")."""
+        """The stem of a word, by Snowball's English stemmer ("Porter 2")."""
         known = self.number.get(word)
         return _stem(word) if known is None else self.stems[known]
 
     def synsets(self, word: str) -> set[int]:
-        """Synsets of a word and of the words of which it may be a form, as WordNet's morphology finds them."""
+        """The synsets of a word and of its possible base forms, which are found as in WordNet's morphology."""
         known = self.number.get(word)
         numbers = [] if known is None else [known]
         bases = [] if known is None else self.base[self.base_start[known] : self.base_start[known + 1]].tolist()
@@ -134,14 +135,14 @@ class Tables:
                     yield base
 
     def nodes(self, words: np.ndarray, left: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Looks up all phrases of a text, a length after the other.
+        """Looks up all phrases in a text, one phrase length after another.
 
         Args:
-            words: numbers of the text's words, -1 where a word is not known.
-            left: how many words are left in the sentence from each word on, itself included.
+            words: the ids of the words of the text, -1 for unknown words.
+            left: the number of words from each word to the end of its sentence, itself included.
 
         Yields:
-            For lengths 1 to `LONGEST`: places where a known phrase, or the beginning of one, starts; its nodes.
+            For lengths 1 to `LONGEST`: the positions at which a known phrase or a prefix of one begins; its nodes.
         """
         place = np.flatnonzero(words >= 0)
         node = words[place].astype(np.int64)
@@ -163,7 +164,7 @@ class Tables:
 
 @cache
 def _snowball() -> Callable[[str], str]:
-    from nltk.stem.snowball import EnglishStemmer  # loads much, and most words' stems are in the tables
+    from nltk.stem.snowball import EnglishStemmer  # slow to import, and rarely needed: the tables contain most stems
 
     stem: Callable[[str], str] = EnglishStemmer().stem
     return stem
@@ -171,14 +172,14 @@ def _snowball() -> Callable[[str], str]:
 
 def _stem(word: str) -> str:
     stem = _snowball()(word)
-    # After one of these suffixes nltk keeps the e of -ize and -ate, which Snowball's last step takes off.
+    # With these suffixes nltk keeps the e of -ize and -ate, which the last step of Snowball removes.
     if re.search("(?:ization|izer|ational)", word) and stem.endswith(("ize", "ate")):
         return stem[:-1]
     return stem
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether all files are there in the size they were written in; a power cut or a cleaner may have taken some."""
+    """Whether all files exist with the size that was written. A power cut or a clean-up can damage a cache."""
     try:
         sizes = json.loads((folder / _WHOLE).read_text("utf-8"))
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -187,14 +188,14 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _compile(package: Path, folder: Path) -> None:
-    """Compiles the tables into a folder that appears when it is whole, in the place of a damaged one."""
-    print("METEOR: compiling its tables, once (10 s)", file=sys.stderr, flush=True)
+    """Compiles the tables into a temporary folder, which then takes the final name and replaces a damaged folder."""
+    print("METEOR: compiling its tables (only once, 10 s)", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(".1.5-en-*"):  # by a process that was killed
+    for left in folder.parent.glob(".1.5-en-*"):  # left by a process that was killed
         if time.time() - left.stat().st_mtime > 3600:
             shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    temporary.chmod(0o755)  # a cache may be shared
+    temporary.chmod(0o755)  # the cache can be shared between users
     try:
         try:
             _write_tables(*_sources(package), temporary)
@@ -207,7 +208,7 @@ def _compile(package: Path, folder: Path) -> None:
         try:
             temporary.rename(folder)
         except OSError:
-            if not _is_whole(folder):  # else another process was quicker
+            if not _is_whole(folder):  # otherwise another process has just created it
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -228,7 +229,7 @@ def _write_tables(jar: Path, paraphrases: Path, folder: Path) -> None:
     phrases, source, target = _read_paraphrases(paraphrases)
     in_phrases = {word for phrase in phrases for word in phrase.split(" ")}
     irregular = {word for form, words in bases.items() for word in (form, *words)}
-    # Entries of several words ("ice_cream") are out of reach, for METEOR matches word by word.
+    # Entries of several words ("ice_cream") are omitted, because METEOR matches synonyms word by word.
     words = sorted(word for word in {*filter(None, function), *synsets, *irregular, *in_phrases} if "_" not in word)
     number = {word: i for i, word in enumerate(words)}
     (folder / "words.txt").write_text("\n".join(words), "utf-8")
@@ -252,20 +253,20 @@ def _write_tables(jar: Path, paraphrases: Path, folder: Path) -> None:
 
 
 def _pairs(lines: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """A word in one line and what belongs to it in the next."""
+    """Pairs of lines: a word, then the list of its values."""
     for word, values in zip(lines[::2], lines[1::2], strict=False):
         yield word, values.split()
 
 
 def _listed(name: str, lists: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """Lists of numbers as one array and where each begins."""
+    """Concatenates lists of numbers. Returns one array and the start of each list in it."""
     starts = np.concatenate([[0], np.cumsum([len(numbers) for numbers in lists])])
     values = np.array([number for numbers in lists for number in numbers], np.int32)
     return {f"{name}_start": starts.astype(np.int32), name: values}
 
 
 def _read_paraphrases(path: Path) -> tuple[list[str], array, array]:
-    """All phrases, and the numbers of the two phrases of each pair, in the table's order."""
+    """All phrases, and the indices of the two phrases of each pair, in the order of the table."""
     number: dict[str, int] = {}
     source, target = array("i"), array("i")
     with gzip.open(path, "rt", encoding="utf-8", newline="\n") as lines:
@@ -277,7 +278,7 @@ def _read_paraphrases(path: Path) -> tuple[list[str], array, array]:
 
 
 def _prefix_tree(phrases: Sequence[str], number: dict[str, int]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Sorted pairs of each length from 2 on, and the node of each phrase."""
+    """The sorted pairs (``Tables.prefix``) of each length from 2 on, and the node of each phrase."""
     flat = array("i", (number[word] for phrase in phrases for word in phrase.split(" ")))
     words = np.frombuffer(flat, np.int32).astype(np.int64)
     lengths = np.fromiter((phrase.count(" ") + 1 for phrase in phrases), np.int64, len(phrases))
