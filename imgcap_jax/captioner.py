@@ -20,8 +20,9 @@ from imgcap_jax.models.model import split_trained
 from imgcap_jax.report.attention import attention_picture
 from imgcap_jax.run.evaluation import check_ensemble
 from imgcap_jax.run.folder import Run
-from imgcap_jax.run.generation import attention_function, caption_function
-from imgcap_jax.training.checkpoints import Checkpoints
+from imgcap_jax.run.generation import attention_function, caption_function, caption_rows
+from imgcap_jax.training.checkpoints import restore_best
+from imgcap_jax.user_code import load_all_code
 
 Photo = str | Path | bytes | np.ndarray | Image.Image
 BATCH = 8
@@ -34,13 +35,13 @@ class Caption:
 
     Attributes:
         text: the sentence.
-        log_prob: the model's own log-probability of the whole sentence, with eos (unless it was cut at max_words), so
-            that it is less than the sum of log_probs.
+        log_prob: log-probability of the whole sentence under the model. It includes that of eos, unless the caption was
+            cut at max_words, and is therefore below the sum of log_probs.
         words: its words.
-        log_probs: each word's own.
-        score: what the search ranked (length penalty and rules included); of a sample, how it was drawn.
-        attention: float32 [words,N], where each word's step looked; its rows may sum to less than 1 (the rest was a
-            sentinel). None: not asked for, or the decoder has no attention.
+        log_probs: the log-probability of each word.
+        score: what the search ranked, with length penalty and rules; for a sample, its log-probability as drawn.
+        attention: float32 [words,N], the attention of each word; rows can sum to less than 1 (the rest goes to a
+            sentinel). None: not requested, or the decoder has no attention.
     """
 
     text: str
@@ -65,12 +66,13 @@ class Captioner:
         """Restores the best parameters of ``runs``.
 
         Args:
-            runs: one, or several with the same vocabulary, whose probabilities are averaged.
+            runs: one run, or several with the same vocabulary, whose probabilities are averaged.
             decoding: search settings; None: those of the first run.
-            attention: captions shall tell where the words looked; the mean of an ensemble with equal regions.
+            attention: whether captions come with the attention of each word; for an ensemble, the mean.
 
         Raises:
-            UserError: no parameters, different vocabularies, a decoder without attention that shall tell of it.
+            UserError: there are no trained parameters, vocabularies differ, or attention is requested of a decoder that
+                has none.
         """
         runs = [runs] if isinstance(runs, Run) else list(runs)
         check_ensemble(runs)
@@ -78,9 +80,7 @@ class Captioner:
         self._graphs, self._params, self._frozen = [], [], []
         for run in runs:
             graph, params, frozen = split_trained(run.model(with_encoder=True))
-            checkpoints = Checkpoints(run.folder)
-            self._params.append(checkpoints.restore_best(params))
-            checkpoints.close()
+            self._params.append(restore_best(run.folder, params)[0])
             self._graphs.append(graph)
             self._frozen.append(frozen)
         self.decoding = decoding or runs[0].experiment.decoding
@@ -89,28 +89,46 @@ class Captioner:
         self._check_attention()
 
     @classmethod
-    def load(cls, *folders: str | Path, decoding: Decoding | None = None, attention: bool = False) -> "Captioner":
-        """Loads the runs in ``folders``; the rest as in ``Captioner``."""
+    def load(
+        cls,
+        *folders: str | Path,
+        decoding: Decoding | None = None,
+        attention: bool = False,
+        code: str | Path | Sequence[str | Path] = (),
+    ) -> "Captioner":
+        """Loads the runs in ``folders``.
+
+        Args:
+            folders: one run, or several for an ensemble.
+            decoding: see ``Captioner``.
+            attention: see ``Captioner``.
+            code: Python files (or modules) that define classes of the runs. They are executed. Classes in modules that
+                the program has already imported are found without them. Code in a run's folder is never executed.
+
+        Raises:
+            UserError: a run needs code that was not given; see also ``Captioner``.
+        """
+        load_all_code([code] if isinstance(code, str | Path) else code)
         return cls([Run.load(Path(folder)) for folder in folders], decoding, attention=attention)
 
     def __call__(self, photos: Sequence[Photo]) -> list[Caption]:
         """The best caption of each photo: paths, encoded bytes, arrays uint8 [h,w,3] or PIL images.
 
         Raises:
-            TypeError: a single photo; give a list of one.
-            ImageError: a photo can't be read.
-            OSError: a path can't be opened.
+            TypeError: a single photo instead of a list.
+            ImageError: a photo cannot be decoded.
+            OSError: a path cannot be opened.
         """
         return [captions[0] for captions in self.n_best(photos)]
 
     def n_best(self, photos: Sequence[Photo]) -> list[list[Caption]]:
         """The ``decoding.n_best`` captions of each photo, best first, or all samples. Raises as ``__call__``."""
         if isinstance(photos, str | Path | bytes | np.ndarray | Image.Image) and not _is_batch(photos):
-            raise TypeError("photos is a single photo; give a list of one")
+            raise TypeError("photos is a single photo; give a list")
         return [captions for group in self.stream(list(map(self.pixels, photos))) for captions in group]
 
     def pixels(self, photo: Photo) -> list[np.ndarray]:
-        """A photo as each run's encoder wants it: uint8 [s,s,3]. Raises as ``__call__``."""
+        """A photo at the size of each run's encoder: uint8 [s,s,3]. Raises as ``__call__``."""
         if isinstance(photo, Image.Image):
             photo = np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
         elif isinstance(photo, str | Path):
@@ -118,7 +136,7 @@ class Captioner:
         return [decode(photo, run.experiment.data.image_size, run.experiment.data.resize) for run in self.runs]
 
     def view(self, photo: Path) -> np.ndarray:
-        """What the first run's encoder sees of a photo, in the photo's own proportions: uint8 [h,w,3]."""
+        """The part of a photo that the first run's encoder sees, not squashed: uint8 [h,w,3]."""
         with Image.open(photo) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
         if self.runs[0].experiment.data.resize == "crop":
@@ -127,10 +145,10 @@ class Captioner:
         return np.asarray(upright)
 
     def stream(self, images: Sequence[Sequence[np.ndarray]], first_row: int = 0) -> Iterator[list[list[Caption]]]:
-        """All captions of images (what ``pixels`` gave), a batch at a time.
+        """All captions of images (as ``pixels`` returns them), one batch at a time.
 
-        A batch is filled up, so that there are two compiled shapes: one for a single image, one for more. ``first_row``
-        is the first image's place in the whole, on which samples depend.
+        Batches are padded, so that two shapes are compiled: one for a single image, one for more. ``first_row`` is the
+        place of the first image in the whole input, which determines samples.
         """
         for first in range(0, len(images), BATCH):
             group = list(images[first : first + BATCH])
@@ -144,9 +162,7 @@ class Captioner:
 
     def _hypotheses(self, decoded: Decoded, maps: np.ndarray | None, row: int) -> list[Caption]:
         captions = []
-        for m in range(self.decoding.samples or self.decoding.n_best):
-            if not decoded.tokens[row, m].any():
-                continue  # there were fewer captions than beams
+        for m in caption_rows(np.asarray(decoded.tokens[row]), self.decoding):
             text = self.runs[0].vocabulary.decode(decoded.tokens[row, m])
             words = tuple(text.split())
             captions.append(
@@ -162,7 +178,7 @@ class Captioner:
         return captions
 
     def _check_attention(self) -> None:
-        """Raises UserError where the maps that are asked for don't exist, before any photo is looked at."""
+        """Raises UserError if the requested attention maps do not exist, before any photo is read."""
         counts = set()
         for run, function, params, frozen in zip(self.runs, self._attention, self._params, self._frozen, strict=False):
             side = run.experiment.data.image_size
@@ -170,13 +186,13 @@ class Captioner:
             maps = jax.eval_shape(function, params, frozen, batch, jax.ShapeDtypeStruct((1, 1, 1), np.int32))
             if maps is None:
                 kind = type(run.experiment.decoder).__name__
-                raise UserError(f"{run.folder} has a decoder without attention ({kind}); there are no maps to show")
+                raise UserError(f"{run.folder} has a decoder without attention ({kind}); there are no attention maps")
             counts.add(maps.shape[-1])
         if len(counts) > 1:
-            raise UserError("the runs of the ensemble see different regions, so their attention has no mean")
+            raise UserError("the runs of the ensemble have different regions, so their attention cannot be averaged")
 
     def _maps(self, images: Sequence[np.ndarray], tokens: np.ndarray) -> np.ndarray | None:
-        """Where the words of tokens [B,M,T] looked: [B,M,T,N]; None: not asked for."""
+        """Attention of the words of tokens [B,M,T]: [B,M,T,N]; None: not requested."""
         maps = [
             np.asarray(function(params, frozen, {"image": own}, tokens), np.float32)
             for function, params, frozen, own in zip(self._attention, self._params, self._frozen, images, strict=False)
@@ -196,20 +212,20 @@ def caption_files(
     pictures: Path | None = None,
     results: Path | None = None,
 ) -> Iterator[tuple[str, bool]]:
-    """Captions files and the images in folders, one line each: (line, whether it tells of a failure).
+    """Captions image files and the images in folders. Yields (line to print, whether it reports a failure).
 
-    A file that can't be read is told by name, and the others are still captioned.
+    An unreadable file is reported by name; the other files are still captioned.
 
     Args:
         captioner: the model.
         paths: image files and folders.
-        as_json: lines of JSON instead of text.
-        pictures: folder for a picture of each photo and where its words looked; None: none.
-        results: file of the best captions in COCO's format, as `COCO_test2014_000000000016.jpg` is image 16; None:
-            none.
+        as_json: yield lines of JSON instead of text.
+        pictures: folder for a picture of each photo with the attention of its words; None: no pictures.
+        results: file for the best captions in COCO's format, where `COCO_test2014_000000000016.jpg` is image 16; None:
+            no file.
 
     Raises:
-        UserError: results are wanted of files whose names don't end in a number, or of two with the same.
+        UserError: results are requested, and a file name does not end in a number, or two end in the same one.
     """
     files = list(_files(paths))
     image_ids = _image_ids(files) if results is not None else {}
@@ -234,7 +250,7 @@ def caption_files(
                 attention_picture(captioner.view(path), best.words, best.log_probs, best.attention, picture)
             for line in _lines(path, found, picture, as_json=as_json):
                 yield line, False
-    finally:  # an interruption too keeps what there is
+    finally:  # also after an interruption
         if results is not None and found_results:
             write_results(results, found_results)
     if results is not None and len(found_results) < len(files):
@@ -242,7 +258,7 @@ def caption_files(
 
 
 def _captioned(captioner: Captioner, files: Sequence[Path]) -> Iterator[tuple[Path, Sequence[Caption] | str]]:
-    """Each file's captions, or why it has none."""
+    """The captions of each file, or the reason why it has none."""
     done = 0
     for group in _chunks(files, BATCH):
         images: list[list[np.ndarray]] = []
@@ -260,7 +276,7 @@ def _captioned(captioner: Captioner, files: Sequence[Path]) -> Iterator[tuple[Pa
 
 
 def _image_ids(files: Sequence[Path]) -> dict[Path, int]:
-    """COCO's image ids: the numbers that the files' names end in, after a mark (the end of a hash is none)."""
+    """COCO's image ids: the numbers at the end of file names, after a separator (the end of a hash is not an id)."""
     image_ids: dict[Path, int] = {}
     named: dict[int, Path] = {}
     for path in files:
@@ -287,11 +303,11 @@ def _lines(path: Path, captions: Sequence[Caption], picture: Path | None, *, as_
         place = f" {number}. [score {caption.score:.2f}]" if len(captions) > 1 else ""
         yield f"{path}:{place} {caption.text}"
     if picture is not None:
-        yield f"{path}: where its words looked: {picture}"
+        yield f"{path}: attention of its words: {picture}"
 
 
 def _new_name(path: Path, taken: set[str]) -> str:
-    """A picture's name: the photo's, numbered where photos of several folders share one."""
+    """The name of a picture: that of the photo, numbered if photos of several folders share a name."""
     name, number = f"{path.stem}_attention.png", 2
     while name in taken:
         name, number = f"{path.stem}_{number}_attention.png", number + 1

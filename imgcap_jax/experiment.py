@@ -1,139 +1,200 @@
-"""Experiment: a whole run as one typed, frozen value, and its JSON form."""
+"""Experiment: a whole run as one typed, frozen value, and its JSON form.
+
+The parts of an experiment are settings: frozen dataclasses that hold numbers, strings, paths, tuples and other
+settings. Each part is typed by what it must offer, so that a class of your own fits as well as those of ``imgcap_jax``:
+
+========== =========================================== ================================================
+part       contract                                    defined in
+========== =========================================== ================================================
+encoder    ``EncoderSettings`` or ``RegionSettings``   ``models/encoders/contract.py``, ``data/regions.py``
+decoder    ``DecoderSettings``                         ``models/decoders/contract.py``
+optimizer  ``OptimizerSettings``                       ``training/optimizer.py``
+objective  ``Objective``                               ``training/objective.py``
+metrics    ``CustomMetric``                            ``metrics/scoring.py``
+========== =========================================== ================================================
+"""
 
 import dataclasses
 import json
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from imgcap_jax.data.images import Augmentation
 from imgcap_jax.data.pipeline import CaptionData
-from imgcap_jax.data.regions import RegionFiles
+from imgcap_jax.data.regions import RegionSettings, has_ready_regions
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
-from imgcap_jax.models.decoders.adaptive import Adaptive
-from imgcap_jax.models.decoders.aoa import AttentionOnAttention
-from imgcap_jax.models.decoders.att2in import Att2in
+from imgcap_jax.metrics.scoring import CustomMetric
 from imgcap_jax.models.decoders.attend import ShowAttendTell
-from imgcap_jax.models.decoders.show_tell import ShowTell
-from imgcap_jax.models.decoders.transformer import Transformer
-from imgcap_jax.models.decoders.up_down import UpDown
-from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
-from imgcap_jax.models.encoders.resnet import ResNet
+from imgcap_jax.models.decoders.contract import DecoderSettings
+from imgcap_jax.models.encoders.contract import EncoderSettings
 from imgcap_jax.models.encoders.small_cnn import SmallCNN
-from imgcap_jax.models.encoders.vgg import VGG
 from imgcap_jax.training.cross_entropy import CrossEntropy
-from imgcap_jax.training.optimizer import Optimizer
-from imgcap_jax.training.self_critical import SelfCritical
-
-AnyDecoder = ShowAttendTell | ShowTell | Att2in | Adaptive | UpDown | AttentionOnAttention | Transformer
+from imgcap_jax.training.objective import Objective
+from imgcap_jax.training.optimizer import Optimizer, OptimizerSettings
+from imgcap_jax.user_code import UnknownClassError, class_name, find_class
 
 
 @dataclass(frozen=True)
 class Training:
-    """How long, how often, on what."""
+    """How long a run trains, and how often it is validated and saved."""
 
     epochs: float = 10.0
-    """Epochs over the training split's images; each image brings captions_per_image captions."""
+    """Passes over the images of the training split. Each image brings captions_per_image captions per pass."""
     seed: int = 0
     ema_decay: float = 0.0
-    """Decay a step of the averaged parameters that are evaluated and kept; 0: no average."""
+    """Decay per step of an exponential moving average of the parameters, which is then evaluated and kept; 0: no
+    average."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What products are computed in; parameters and sums stay float32. Of float32, JAX's default on TPU takes
-    bfloat16 passes and on newer GPUs TF32; JAX_DEFAULT_MATMUL_PRECISION=highest forbids it."""
+    """Type that matrix products are computed in; parameters and sums stay float32. For float32, JAX's default on TPU is
+    bfloat16 passes and on recent GPUs TF32; JAX_DEFAULT_MATMUL_PRECISION=highest disables both."""
     parallel: Literal["pmap", "shard_map"] = "pmap"
     evaluate_epochs: float = 1.0
-    """How often the validation split is decoded and scored."""
+    """Epochs between two validations."""
     validation_images: int | None = None
-    """At most so many validation images; None: all."""
+    """Number of validation images; None: the whole split."""
     validation_beam: int = 1
-    """Beams while validating (1: greedy)."""
+    """Beam size of validations (1: greedy)."""
     patience: int = 0
-    """Stop after so many validations without a better CIDEr-D; 0: never."""
+    """Stop after this many validations without a higher CIDEr-D; 0: never."""
     checkpoint_minutes: float = 5.0
-    """A checkpoint at least this often (and at each validation), so that little is lost."""
+    """Longest time between two checkpoints. Each validation is followed by a checkpoint as well."""
     log_steps: int = 20
-    """A line of metrics every so many steps."""
+    """Steps between two lines of metrics."""
 
     def __post_init__(self) -> None:
         for name, lowest in (("validation_beam", 1), ("log_steps", 1), ("validation_images", 1), ("patience", 0)):
             value = getattr(self, name)
             if value is not None and value < lowest:
-                raise UserError(f"training.{name} is {value}; give {lowest} or more")
-        if self.epochs <= 0 or self.evaluate_epochs <= 0 or not 0 <= self.ema_decay < 1:
-            raise UserError("training: epochs and evaluate_epochs are above 0, ema_decay is at least 0 and below 1")
+                raise UserError(f"training.{name} is {value}; it must be at least {lowest}")
+        for name in ("epochs", "evaluate_epochs"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"training.{name} is {getattr(self, name)}; it must be positive")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"training.ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that decides what a run computes."""
+    """Everything that determines what a run computes.
+
+    Raises:
+        UserError: a part does not offer what its contract asks for, or parts do not go together.
+    """
 
     data: CaptionData = field(default_factory=CaptionData)
-    encoder: EfficientNetLite | ResNet | VGG | SmallCNN | RegionFiles = field(default_factory=SmallCNN)
-    decoder: ShowAttendTell | ShowTell | Att2in | Adaptive | UpDown | AttentionOnAttention | Transformer = field(
-        default_factory=ShowAttendTell
-    )
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    objective: CrossEntropy | SelfCritical = field(default_factory=CrossEntropy)
+    encoder: EncoderSettings | RegionSettings = field(default_factory=SmallCNN)
+    decoder: DecoderSettings = field(default_factory=ShowAttendTell)
+    optimizer: OptimizerSettings = field(default_factory=Optimizer)
+    objective: Objective = field(default_factory=CrossEntropy)
     training: Training = field(default_factory=Training)
     decoding: Decoding = field(default_factory=Decoding)
+    metrics: tuple[CustomMetric, ...] = ()
+    """Your own metrics, reported next to BLEU, METEOR, ROUGE-L and CIDEr-D."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.encoder, RegionFiles) and self.data.views > 1:
-            raise UserError("data.views is for encoders; ready-made regions have one view an image: set it to 1")
+        regions = ("read_regions",) if has_ready_regions(self.encoder) else ("build",)
+        _check_offers("encoder", self.encoder, ("region_size", "frozen", *regions))
+        _check_offers("decoder", self.decoder, ("build",))
+        _check_offers("optimizer", self.optimizer, ("build", "accumulate"))
+        _check_offers("objective", self.objective, ("title", "progress", "references", "check", "make_step"))
+        for metric in self.metrics:
+            _check_offers("metrics", metric, ("label", "__call__"))
+        if has_ready_regions(self.encoder) and self.data.views > 1:
+            raise UserError("data.views must be 1 with ready-made regions, which have one view per image")
 
 
-_KINDS: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (
-        Experiment,
-        CaptionData,
-        Augmentation,
-        EfficientNetLite,
-        ResNet,
-        VGG,
-        SmallCNN,
-        RegionFiles,
-        *typing.get_args(AnyDecoder),
-        Optimizer,
-        CrossEntropy,
-        SelfCritical,
-        Training,
-        Decoding,
-    )
+def _check_offers(part: str, value: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        if not hasattr(value, name):
+            raise UserError(
+                f"{part}: {type(value).__name__} has no {name!r}; docs/adding_parts.md lists what it must offer"
+            )
+
+
+# The kinds that experiments written without module names refer to.
+_UNQUALIFIED = {
+    "Experiment": "imgcap_jax.experiment",
+    "CaptionData": "imgcap_jax.data.pipeline",
+    "Augmentation": "imgcap_jax.data.images",
+    "EfficientNetLite": "imgcap_jax.models.encoders.efficientnet_lite",
+    "ResNet": "imgcap_jax.models.encoders.resnet",
+    "VGG": "imgcap_jax.models.encoders.vgg",
+    "SmallCNN": "imgcap_jax.models.encoders.small_cnn",
+    "RegionFiles": "imgcap_jax.data.regions",
+    "ShowAttendTell": "imgcap_jax.models.decoders.attend",
+    "ShowTell": "imgcap_jax.models.decoders.show_tell",
+    "Att2in": "imgcap_jax.models.decoders.att2in",
+    "Adaptive": "imgcap_jax.models.decoders.adaptive",
+    "UpDown": "imgcap_jax.models.decoders.up_down",
+    "AttentionOnAttention": "imgcap_jax.models.decoders.aoa",
+    "Transformer": "imgcap_jax.models.decoders.transformer",
+    "Optimizer": "imgcap_jax.training.optimizer",
+    "CrossEntropy": "imgcap_jax.training.cross_entropy",
+    "SelfCritical": "imgcap_jax.training.self_critical",
+    "Training": "imgcap_jax.experiment",
+    "Decoding": "imgcap_jax.decoding.settings",
 }
 
 
 def to_json(experiment: Experiment) -> str:
-    """The experiment as JSON; every dataclass says its "type"."""
-    return json.dumps(_encode(experiment), indent=2)
+    """The experiment as JSON. Every dataclass states its class as "type": "module:Class".
+
+    Raises:
+        UserError: a field holds a value that JSON cannot restore, such as a function.
+    """
+    return json.dumps(_encode(experiment, ""), indent=2)
 
 
-def from_json(text: str, where: str) -> Experiment:
-    """Reads what ``to_json`` wrote.
+def from_json(text: str, where: str, hint: str = "") -> Experiment:
+    """Reads what ``to_json`` wrote. No code is imported but that of ``imgcap_jax`` (see ``user_code``).
 
     Args:
         text: the JSON.
-        where: what to call it in an error.
+        where: the file's name, for errors.
+        hint: added to the error if a class is missing, to say where its code can be found.
 
     Raises:
-        UserError: not JSON, or not an experiment of this version.
+        UserError: the text is not JSON, does not describe an experiment of this version, or needs a class of which the
+            module is not imported.
     """
     try:
         experiment = _decode(json.loads(text), Experiment)
         if not isinstance(experiment, Experiment):
-            raise ValueError("no experiment in it")
-    except (ValueError, TypeError, KeyError) as error:
+            raise ValueError("it contains no experiment")
+    except UnknownClassError as error:
+        file = f"{error.module.rpartition('.')[2]}.py"
         raise UserError(
-            f"{where} is not an experiment that this version of imgcap_jax reads ({error}); "
+            f"{where} needs {file}, which defines {error.name} and is not part of imgcap_jax: give --code {file} "
+            f"(in Python: code={file!r}){hint}"
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{where} is not an experiment that this version of imgcap_jax can read ({error}); "
             f"train again, or use the version that wrote it"
         ) from error
     return experiment
 
 
-# What a run may be resumed with another value of: where things are and how often one hears, not what is computed.
+def classes(experiment: Experiment) -> set[type]:
+    """All settings classes that occur in an experiment."""
+    return {type(value) for value in _settings(experiment)}
+
+
+def _settings(value: Any) -> Iterator[Any]:
+    if dataclasses.is_dataclass(value):
+        yield value
+        for item in dataclasses.fields(value):
+            yield from _settings(getattr(value, item.name))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _settings(item)
+
+
+# A run can be resumed with other values of these fields: they do not change what is computed.
 _FREE = {
     "data.data_dir",
     "encoder.folder",
@@ -147,19 +208,19 @@ _FREE = {
 
 def differences(old: Experiment, new: Experiment) -> list[str]:
     """The fields in which two experiments compute different things, as "data.batch_size: 64 -> 32"."""
-    before, after = _flatten(_encode(old)), _flatten(_encode(new))
+    before, after = _flatten(_encode(old, "")), _flatten(_encode(new, ""))
     names = [*before, *(name for name in after if name not in before)]
     changed = [name for name in names if before.get(name) != after.get(name) and name not in _FREE]
     return [f"{name}: {before.get(name)} -> {after.get(name)}" for name in changed]
 
 
-# What may differ from host to host.
+# These fields can differ between hosts.
 _LOCAL = {"data.data_dir", "data.threads", "data.workers", "encoder.folder"}
 
 
 def signature(experiment: Experiment) -> str:
-    """The same on all hosts that train one experiment together."""
-    fields = _flatten(_encode(experiment))
+    """A text that is the same on all hosts that train one experiment together."""
+    fields = _flatten(_encode(experiment, ""))
     return json.dumps({name: value for name, value in fields.items() if name not in _LOCAL})
 
 
@@ -167,7 +228,8 @@ _SMOKE_BATCH = 16  # divides into as many devices
 
 
 def for_smoke(experiment: Experiment) -> Experiment:
-    """The same experiment cut down to a check that takes seconds: two short epochs of few images."""
+    """The same experiment reduced to a check that takes seconds: two short epochs of few images."""
+    optimizer: Any = experiment.optimizer
     return dataclasses.replace(
         experiment,
         data=dataclasses.replace(experiment.data, batch_size=_SMOKE_BATCH, views=min(2, experiment.data.views)),
@@ -179,27 +241,41 @@ def for_smoke(experiment: Experiment) -> Experiment:
             validation_beam=experiment.decoding.beam,
             log_steps=1,
         ),
-        optimizer=dataclasses.replace(experiment.optimizer, accumulate=1),
+        optimizer=dataclasses.replace(optimizer, accumulate=1) if optimizer.accumulate != 1 else optimizer,
     )
 
 
-def _encode(value: Any) -> Any:
+def _encode(value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {item.name: _encode(getattr(value, item.name)) for item in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
+        fields = {
+            item.name: _encode(getattr(value, item.name), f"{name}.{item.name}" if name else item.name)
+            for item in dataclasses.fields(value)
+        }
+        return {"type": class_name(type(value)), **fields}
     if isinstance(value, tuple):
-        return [_encode(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+        return [_encode(item, f"{name}[{number}]") for number, item in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UserError(
+        f"{name} is of type {type(value).__name__}, which a run cannot store; settings hold numbers, strings, paths, "
+        f"tuples and other frozen dataclasses"
+    )
 
 
 def _decode(value: Any, hint: Any) -> Any:
     if isinstance(value, dict):
-        kind = _KINDS[value["type"]]
+        name = value["type"]
+        kind = find_class(name if ":" in name else f"{_UNQUALIFIED[name]}:{name}")
         hints = typing.get_type_hints(kind)
-        return kind(**{name: _decode(item, hints[name]) for name, item in value.items() if name != "type"})
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        return kind(**{name: _decode(item, hints.get(name)) for name, item in value.items() if name != "type"})
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if isinstance(value, list):
-        return tuple(_decode(item, None) for item in value)
+        items: tuple[Any, ...] = next((typing.get_args(o) for o in options if typing.get_origin(o) is tuple), ())
+        if len(items) != len(value):  # tuple[X, ...], or no hint
+            items = (items[0] if items else None,) * len(value)
+        return tuple(_decode(item, hint) for item, hint in zip(value, items, strict=True))
     if isinstance(value, str) and Path in options:
         return Path(value)
     return value

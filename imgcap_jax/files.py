@@ -1,4 +1,4 @@
-"""Writing files so that a kill leaves the old one or the new one, never half of it; and owning a folder."""
+"""Writes files atomically, so that a kill leaves the old or the new file, and locks folders."""
 
 import errno
 import fcntl
@@ -9,28 +9,28 @@ from pathlib import Path
 
 from imgcap_jax.errors import UserError
 
-OWNER = ".lock"  # in a folder that a process owns
+OWNER = ".lock"  # file in a locked folder
 
 
 def cache_folder(name: str) -> Path:
-    """Folder `name` for what can be made again: in `$IMGCAP_CACHE`, else in imgcap_jax of `$XDG_CACHE_HOME` or
-    `~/.cache`."""
+    """The folder `name` of files that can be made again, in `$IMGCAP_CACHE`, or else in `$XDG_CACHE_HOME/imgcap_jax`,
+    or else in `~/.cache/imgcap_jax`."""
     if chosen := os.environ.get("IMGCAP_CACHE"):
         return Path(chosen).expanduser() / name
-    # The XDG rules say that a path which is not absolute is to be ignored.
+    # The XDG specification says that a relative path must be ignored.
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "imgcap_jax" / name
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether an error says that there is no room: as the system does, or in its words as C++ libraries do."""
+    """Whether an error says that the disk is full: by its number or, from C++ libraries, by the system's message."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def check_writable(path: Path) -> None:
-    """Raises UserError where ``replacing`` could not write this file, before hours are spent on what is to be in it."""
+    """Raises UserError if ``replacing`` could not write this file, before its contents are computed."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the name of a file")
     if path.exists() and not path.is_file():
@@ -40,25 +40,35 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path`` to write to, and renames it when all went well.
+def disk_errors(what: str) -> Iterator[None]:
+    """Turns an error that says that the disk is full into a UserError; ``what`` names the file or folder."""
+    try:
+        yield
+    except Exception as error:
+        if disk_full(error):
+            raise UserError(f"{what}: the disk is full; free some space and give the same command again") from error
+        raise
 
-    A link stays one, and what it leads to is replaced.
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path next to ``path`` to write to, and renames it after success.
+
+    If ``path`` is a symbolic link, the file that it points to is replaced.
 
     Raises:
-        UserError: the disk is full, or the path can't be written.
+        UserError: the disk is full, or the path cannot be written.
     """
     if path.exists() and not path.is_file():
         check_writable(path)
     target = path.resolve()
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, target)
+        with disk_errors(str(path)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, target)
     except OSError as error:
-        if disk_full(error):
-            raise UserError(f"{path}: the disk is full; free some space and give the same command again") from error
         if error.filename is not None and Path(error.filename) in (temporary, *target.parents):
             raise UserError(f"{path} can't be written ({error.strerror}): choose another place") from error
         raise
@@ -68,21 +78,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file (UTF-8) by way of ``replacing``. Raises UserError where the disk is full."""
+    """Writes a text file (UTF-8) with ``replacing``. Raises UserError if the disk is full."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def owning(folder: Path, doing: str) -> Iterator[None]:
-    """Owns a folder while entered; the system ends it with the process, however that ends.
+    """Locks a folder while entered. The system releases the lock when the process ends for any reason.
 
     Args:
-        folder: is made where it is missing.
-        doing: what another process that owns it is told to be doing.
+        folder: made if it is missing.
+        doing: what the owner of the lock is doing, for the error of other processes.
 
     Raises:
-        UserError: another process owns it.
+        UserError: another process has locked the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / OWNER).open("w") as lock:

@@ -1,49 +1,51 @@
-"""The training loop: reads top to bottom, and is the file to fork for an idea of one's own."""
+"""Trains an experiment. The file reads from top to bottom. It is the one to fork for an idea with its own loop."""
 
 import hashlib
 import math
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.pipeline import train_batches
 from imgcap_jax.data.prefetch import device_prefetch
+from imgcap_jax.data.regions import RegionSource
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, differences, signature
 from imgcap_jax.files import OWNER, owning, write_text
-from imgcap_jax.metrics.cider_device import DocumentFrequencies, document_frequencies
-from imgcap_jax.models.model import Params, parameter_count, split_trained
+from imgcap_jax.models.decoders.contract import check_length
+from imgcap_jax.models.model import Frozen, parameter_count, split_trained
 from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator
 from imgcap_jax.run.extraction import Extraction, uses_store
 from imgcap_jax.run.folder import Run
-from imgcap_jax.run.generation import bad_endings, check_decoding
+from imgcap_jax.run.generation import check_decoding
 from imgcap_jax.run.transfer import check_encoder, transfer
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
-from imgcap_jax.training.cross_entropy import cross_entropy_step
 from imgcap_jax.training.log import MetricsLog
 from imgcap_jax.training.meter import Meter
+from imgcap_jax.training.objective import StepSetup
 from imgcap_jax.training.parallel import DataParallel
-from imgcap_jax.training.self_critical import Constants, SelfCritical, self_critical_step
 from imgcap_jax.training.signals import StopRequest
-from imgcap_jax.training.step import first_state
+from imgcap_jax.training.step import TrainState, first_state
 
 SMOKE_IMAGES = 48
+
+Show = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of ``train`` ended: steps done, best validation CIDEr-D (fraction), stopped by a signal or not."""
+    """How a call of ``train`` ended.
+
+    step: steps done. best: highest validation CIDEr-D (0 to 10). interrupted: the signal that ended it, or None.
+    """
 
     step: int
     best: float | None
@@ -57,27 +59,27 @@ def train(
     cache: Path,
     init_from: Path | None = None,
     smoke: bool = False,
-    show: Callable[[str], None] = print,
+    show: Show = print,
 ) -> Outcome:
-    """Trains ``experiment`` in ``folder``, going on from its newest checkpoint where there is one.
+    """Trains ``experiment`` in ``folder``. Resumes from the newest checkpoint if there is one.
 
     Args:
         experiment: what to compute.
         folder: the run's folder.
-        cache: where features of frozen encoders are kept.
-        init_from: another run whose best parameters are the start; its vocabulary is mapped by word.
-        smoke: read only the first images of each split, and start anew.
-        show: gets the lines for the user.
+        cache: folder of the features of frozen encoders.
+        init_from: another run, whose best parameters are the start; its vocabulary is mapped by word.
+        smoke: use only the first images of each split, and start from scratch.
+        show: receives the lines for the user.
 
     Raises:
-        UserError: bad input, another experiment in the folder, another process that trains there, a loss that
-            is not finite, a full disk.
+        UserError: bad input, another experiment in the folder, another process that trains in it, a loss that is not
+            finite, or a full disk.
     """
     if jax.process_index() != 0:
         folder.mkdir(parents=True, exist_ok=True)
         return _train(experiment, folder, cache, init_from, smoke, lambda line: None)
     with owning(folder, "training"):
-        if smoke:  # a finished smoke run would check nothing
+        if smoke:  # resuming a finished smoke run would check nothing
             for path in folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -87,121 +89,97 @@ def train(
 
 
 def _train(
-    experiment: Experiment,
-    folder: Path,
-    cache: Path,
-    init_from: Path | None,
-    smoke: bool,
-    show: Callable[[str], None],
+    experiment: Experiment, folder: Path, cache: Path, init_from: Path | None, smoke: bool, show: Show
 ) -> Outcome:
-    training, data = experiment.training, experiment.data
+    training = experiment.training
     parallel = DataParallel(training.parallel)
-    parallel.check_batch_size(data.batch_size, experiment.optimizer.accumulate)
+    parallel.check_batch_size(experiment.data.batch_size, experiment.optimizer.accumulate)
 
-    # Data: the training mixture, the first dataset's validation split, words from training captions only.
-    names = parse_mixture(data.dataset)
-    sources = [open_source(name, "train", data.data_dir) for name, _ in names]
-    validation = open_source(names[0][0], "val", data.data_dir)
-    if smoke:
-        sources = [source.first(SMOKE_IMAGES) for source in sources]
-    validation = validation.first(training.validation_images or len(validation))
-    run = _open_run(experiment, folder, sources, init_from)
+    # The data, and the run: its folder and vocabulary.
+    data = _open_data(experiment, smoke)
+    run = _open_run(experiment, folder, data, init_from)
     parallel.agree(0)  # the first process may have cleared the folder
-    vocabulary = run.vocabulary
-    check_decoding(experiment.decoding, vocabulary, experiment.decoder)
-    longest = getattr(experiment.decoder, "max_length", None)
-    if longest is not None and data.max_words + 1 > longest:
-        raise UserError(f"decoder.max_length is {longest}; give at least data.max_words + 1 = {data.max_words + 1}")
+    check_decoding(experiment.decoding, run.vocabulary, experiment.decoder)
+    check_length(experiment.decoder, experiment.data.max_words + 1, "data.max_words")
+    _store_features(experiment, data, cache)
 
-    # Features, once, where the encoder never changes.
-    stored = uses_store(experiment)
-    extraction = Extraction(experiment, cache, progress=jax.process_index() == 0)
-    stores = [extraction.regions(source, views=data.views) for source in sources] if stored else None
-    validation_store = extraction.regions(validation, views=1) if stored else None
-
-    # The model, its optimizer and the compiled step.
-    model = run.model(with_encoder=not stored)
+    # The model, on all devices.
+    model = run.model(with_encoder=data.stores is None)
     checkpoints = Checkpoints(folder, writing=True)
     _check_processes(run, checkpoints.step, parallel)
     if run.init_from is not None and checkpoints.step is None:
-        show(transfer(run.init_from, model, vocabulary))
+        show(transfer(run.init_from, model, run.vocabulary))
     graph, params, frozen = split_trained(model)
-    steps_per_epoch = max(1, math.ceil(sum(len(source) for source in sources) / data.batch_size))
+    steps_per_epoch = max(1, math.ceil(data.images / experiment.data.batch_size))
     total_steps = max(1, round(training.epochs * steps_per_epoch))
-    evaluate_steps = max(1, round(training.evaluate_epochs * steps_per_epoch))
     transformation = experiment.optimizer.build(steps_per_epoch, total_steps)
     state = parallel.replicate(first_state(params, transformation, ema=training.ema_decay > 0))
     frozen = parallel.replicate(frozen)
-    settings: dict[str, Any] = {
-        "key": jax.random.key(training.seed),
-        "accumulate": experiment.optimizer.accumulate,
-        "ema_decay": training.ema_decay,
-    }
-    objective, constants, references = experiment.objective, frozen, None
-    if isinstance(objective, SelfCritical):
-        references = CaptionTable.as_references(sources, vocabulary, eos=objective.reward_eos)
-        frequencies = _document_frequencies(folder, references, resumed=checkpoints.step is not None)
-        start = _start(state.params, checkpoints) if objective.kl else None
-        constants = Constants(frozen, *parallel.replicate((frequencies, start)))
-        settings |= {"max_words": experiment.decoding.max_words, "bad_endings": bad_endings(vocabulary)}
-        step = parallel.compile(self_critical_step(graph, objective, transformation, **settings))
-    else:
-        settings["steps_per_epoch"] = steps_per_epoch
-        step = parallel.compile(cross_entropy_step(graph, objective, transformation, **settings))
-    evaluator = SplitEvaluator([Member(graph, data, validation_store)], validation, vocabulary, parallel)
 
-    # Where the run stands.
+    # The objective's compiled step, and the batches that it needs.
+    references = experiment.objective.references(data.sources, run.vocabulary)
+    step, constants = experiment.objective.make_step(
+        StepSetup(
+            graph=graph,
+            params=state.params,
+            frozen=frozen,
+            transformation=transformation,
+            key=jax.random.key(training.seed),
+            steps_per_epoch=steps_per_epoch,
+            accumulate=experiment.optimizer.accumulate,
+            ema_decay=training.ema_decay,
+            vocabulary=run.vocabulary,
+            max_words=experiment.decoding.max_words,
+            references=references,
+            parallel=parallel,
+            folder=folder,
+            checkpoints=checkpoints,
+        )
+    )
+    step = parallel.compile(step)
     batches = train_batches(
-        data,
-        [(source, weight) for source, (_, weight) in zip(sources, names, strict=True)],
-        vocabulary,
+        experiment.data,
+        list(zip(data.sources, data.weights, strict=True)),
+        run.vocabulary,
         seed=training.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        features=stores,
+        features=data.stores,
         references=references,
     )
+
+    # The state and position of the newest checkpoint, if there is one.
     progress = Progress(step=0, data=batches.get_state())
-    if checkpoints.step is not None:
+    resumed = checkpoints.step is not None
+    if resumed:
         state, progress = checkpoints.restore(state)
         batches.set_state(progress.data)
         show(f"resuming {folder} at step {progress.step} of {total_steps}")
+        for change in run.code_changes():
+            show(f"note: {change}")
     else:
         show(
-            f"{sum(len(source) for source in sources)} training images, {len(vocabulary)} words, "
+            f"{data.images} training images, {len(run.vocabulary)} words, "
             f"{parameter_count(params):,} trained parameters, {len(parallel.devices)} "
-            f"{parallel.devices[0].platform} device(s), {total_steps} steps of {objective.title}"
+            f"{parallel.devices[0].platform} device(s), {total_steps} steps of {experiment.objective.title}"
         )
-    log = MetricsLog(folder, progress.step if checkpoints.step is not None else -1, writing=jax.process_index() == 0)
-    meter = Meter(total_steps, steps_per_epoch, training.log_steps, progress.step, log, show, objective.progress)
+    log = MetricsLog(folder, progress.step if resumed else -1, writing=jax.process_index() == 0)
+    meter = Meter(
+        total_steps, steps_per_epoch, training.log_steps, progress.step, log, show, experiment.objective.progress
+    )
+    member = Member(graph, experiment.data, data.validation_store)
+    validation = Validation(experiment, member, frozen, data, run.vocabulary, parallel, checkpoints, log, show)
+
+    # The loop.
+    evaluate_steps = max(1, round(training.evaluate_epochs * steps_per_epoch))
     saved = time.monotonic()
-    prefetched = device_prefetch(batches, lambda batch: parallel.put(_device_part(batch)))
-    stop = StopRequest()
     interrupted = 0
-
-    def validated(progress: Progress) -> Progress:
-        search = experiment.decoding.plain(training.validation_beam)
-        captioned = evaluator.caption([state.best_guess], [frozen], search)
-        degeneration, warnings = evaluator.degeneration(captioned)
-        scores = {
-            **evaluator.score(captioned.captions).values,
-            **evaluator.teacher_forced(state.best_guess, frozen),
-            **asdict(degeneration),
-        }
-        progress = _judge(progress, scores["CIDEr-D"])
-        if progress.best_step == progress.step:
-            checkpoints.save_best(progress.step, state.best_guess)
-        log.write("validation", progress.step, scores)
-        show(_validation_line(progress, scores, captioned))
-        for warning in warnings:
-            show(f"  note: {warning}")
-        return progress
-
     done = _finished(experiment, progress, total_steps)
-    with stop, prefetched:
+    prefetched = device_prefetch(batches, lambda batch: parallel.put(_device_part(batch)))
+    with StopRequest() as stop, prefetched:
         if run.init_from is not None and progress.step == 0 and progress.best is None:
-            # The start is a candidate too: a run that never gets better than it ends as good.
-            progress = validated(progress)
+            # The start is a candidate for the best parameters too: a run never ends worse than it began.
+            progress = validation(state, progress)
             checkpoints.save(state, progress)
         while not done:
             batch, data_state = next(prefetched)
@@ -209,19 +187,20 @@ def _train(
             progress = replace(progress, step=progress.step + 1, data=data_state)
             meter.add(progress.step, metrics)
 
-            if progress.step % evaluate_steps == 0 or progress.step == total_steps:
+            validates = progress.step % evaluate_steps == 0
+            if validates or progress.step == total_steps:
                 meter.flush()
-                progress = validated(progress)
+                progress = validation(state, progress)
             done = _finished(experiment, progress, total_steps)
+
             overdue = int(time.monotonic() - saved > 60 * training.checkpoint_minutes)
-            # Several processes have to agree on when to save, for which they wait for each other: not at each step.
-            meeting = progress.step % training.log_steps == 0 or progress.step % evaluate_steps == 0
-            if jax.process_count() == 1 or meeting:
+            # Several processes must agree on when to save. They wait for each other, so they do not do it at each step.
+            if jax.process_count() == 1 or validates or progress.step % training.log_steps == 0:
                 interrupted, overdue = parallel.agree(stop.signal or 0, overdue)
             else:
                 overdue = 0
-            if done or interrupted or overdue or progress.step % evaluate_steps == 0:
-                meter.flush()  # a loss that is not finite must not reach a checkpoint
+            if done or interrupted or overdue or validates:
+                meter.flush()  # raises if the loss is not finite, before the state is saved
                 checkpoints.save(state, progress)
                 saved = time.monotonic()
                 meter.restart(progress.step)
@@ -232,29 +211,51 @@ def _train(
     return Outcome(progress.step, progress.best, interrupted or None)
 
 
-def _document_frequencies(folder: Path, references: CaptionTable, *, resumed: bool) -> DocumentFrequencies:
-    """Those of the training captions: counted once, and kept in the run."""
-    path = folder / "document_frequencies.npz"
-    if resumed and path.is_file():
-        return DocumentFrequencies.load(path, references.fingerprint)
-    frequencies = document_frequencies(list(references.captions()), references.words)
-    if jax.process_index() == 0:
-        frequencies.save(path, references.fingerprint)
-    return frequencies
+@dataclass
+class Data:
+    """What a run trains and validates on.
+
+    Attributes:
+        sources: the training split of each dataset of the mixture; weights: their weights.
+        validation: the validation split of the first dataset.
+        stores: regions of the sources, if they are stored or ready-made; validation_store: of the validation split.
+    """
+
+    sources: list[CaptionSource]
+    weights: list[float]
+    validation: CaptionSource
+    stores: list[RegionSource] | None = None
+    validation_store: RegionSource | None = None
+
+    @property
+    def images(self) -> int:
+        """The number of training images."""
+        return sum(len(source) for source in self.sources)
 
 
-def _start(params: Params, checkpoints: Checkpoints) -> Params:
-    """A copy of the parameters that training began with, which outlives the run that they come from."""
-    if checkpoints.step is not None:
-        return checkpoints.restore_start(params)
-    checkpoints.keep_start(params)
-    return jax.tree.map(jnp.copy, params)  # the state's own are given away
+def _open_data(experiment: Experiment, smoke: bool) -> Data:
+    """Opens the datasets. No image is read."""
+    mixture = parse_mixture(experiment.data.dataset)
+    sources = [open_source(name, "train", experiment.data.data_dir) for name, _ in mixture]
+    validation = open_source(mixture[0][0], "val", experiment.data.data_dir)
+    if smoke:
+        sources = [source.first(SMOKE_IMAGES) for source in sources]
+    validation = validation.first(experiment.training.validation_images or len(validation))
+    return Data(sources, [weight for _, weight in mixture], validation)
 
 
-def _open_run(experiment: Experiment, folder: Path, sources: Sequence[CaptionSource], init_from: Path | None) -> Run:
-    """The folder's run, made where nothing was trained yet; never another experiment's.
+def _store_features(experiment: Experiment, data: Data, cache: Path) -> None:
+    """Computes the features of an encoder that training does not change, once."""
+    if uses_store(experiment):
+        extraction = Extraction(experiment, cache, progress=jax.process_index() == 0)
+        data.stores = [extraction.regions(source, views=experiment.data.views) for source in data.sources]
+        data.validation_store = extraction.regions(data.validation, views=1)
 
-    Its words are those of the training captions, after all those of the run it starts from.
+
+def _open_run(experiment: Experiment, folder: Path, data: Data, init_from: Path | None) -> Run:
+    """The run in the folder. If nothing was trained there yet, it is made; another experiment's run is refused.
+
+    The vocabulary is that of the run it starts from, followed by new words of the training captions.
     """
     if Run.exists(folder):
         run = Run.load(folder)
@@ -262,33 +263,27 @@ def _open_run(experiment: Experiment, folder: Path, sources: Sequence[CaptionSou
             run.check_same(experiment, init_from)
             return run
         if init_from is None and not differences(run.experiment, experiment):
-            init_from = run.init_from  # killed before its first checkpoint; the start need not be named again
-    if init_from is None and isinstance(experiment.objective, SelfCritical):
-        raise UserError(
-            "self-critical training refines a model that writes captions already: train one with cross-entropy, then "
-            "give --init-from RUN"
-        )
-    if isinstance(experiment.objective, SelfCritical) and sum(len(source) for source in sources) < 2:
-        raise UserError(f"{experiment.data.dataset}: one training image has no document frequencies; give two or more")
+            init_from = run.init_from  # killed before its first checkpoint; the start need not be given again
+    experiment.objective.check(dataset=experiment.data.dataset, images=data.images, initialised=init_from is not None)
     if init_from is not None:
-        check_encoder(init_from, experiment)  # here and once: before hours go into features, and not on resuming
-    captions = (caption for source in sources for i in range(len(source)) for caption in source.captions(i))
+        check_encoder(init_from, experiment)  # before hours of feature extraction; a resumed run has passed it
+    captions = (caption for source in data.sources for i in range(len(source)) for caption in source.captions(i))
     vocabulary = Vocabulary.build(captions, experiment.data.min_count)
     if init_from is not None:
         vocabulary = Run.load(init_from).vocabulary.extended(vocabulary)
     run = Run(folder, experiment, vocabulary, init_from)
     if jax.process_index() == 0:
-        # What a run that came to nothing left behind.
+        # Left by a run that was killed before its first checkpoint.
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         run.save()
     return run
 
 
 def _check_processes(run: Run, step: int | None, parallel: DataParallel) -> None:
-    """Makes sure that all processes train the same, in the same folder.
+    """Checks that all processes train the same experiment in the same folder.
 
     Raises:
-        UserError: on all of them, where they do not.
+        UserError: on all of them, if they do not.
     """
     if jax.process_count() == 1:
         return
@@ -296,35 +291,73 @@ def _check_processes(run: Run, step: int | None, parallel: DataParallel) -> None
     nonce = parallel.broadcast(secrets.randbits(31))
     if jax.process_index() == 0:
         write_text(note, str(nonce))
-    parallel.agree(0)  # all wait until it is written
+    parallel.agree(0)  # wait until it is written
     shared = note.is_file() and note.read_text() == str(nonce)
     start = signature(run.experiment), run.vocabulary.words, str(run.init_from), step
     digest = int.from_bytes(hashlib.sha256(repr(start).encode()).digest()[:4], "big") >> 1
     largest, smallest, apart = parallel.agree(digest, -digest, not shared)
     if apart:
-        raise UserError(f"{run.folder} is not the same folder on all hosts; put --run on a disk that they share")
+        raise UserError(f"{run.folder} is not the same folder on all hosts; put --run on a shared disk")
     if largest != -smallest:
-        raise UserError("the processes have different experiments, data or runs; give all of them the same command")
+        raise UserError("the processes have different experiments, data or runs; use the same command on all of them")
+
+
+@dataclass
+class Validation:
+    """Decodes and scores the validation split, and saves the parameters if they are the best so far.
+
+    Selection is by CIDEr-D of decoded captions, never by teacher-forced scores.
+    """
+
+    experiment: Experiment
+    member: Member
+    frozen: Frozen
+    data: Data
+    vocabulary: Vocabulary
+    parallel: DataParallel
+    checkpoints: Checkpoints
+    log: MetricsLog
+    show: Show
+
+    def __post_init__(self) -> None:
+        self._evaluator = SplitEvaluator(
+            [self.member], self.data.validation, self.vocabulary, self.parallel, self.experiment.metrics
+        )
+
+    def __call__(self, state: TrainState, progress: Progress) -> Progress:
+        """Validates the state after ``progress.step`` steps; returns the progress with its result."""
+        evaluator, params = self._evaluator, state.best_guess
+        search = self.experiment.decoding.plain(self.experiment.training.validation_beam)
+        captioned = evaluator.caption([params], [self.frozen], search)
+        degeneration, warnings = evaluator.degeneration(captioned)
+        scores = {
+            **evaluator.score(captioned.captions).values,
+            **evaluator.teacher_forced(params, self.frozen),
+            **asdict(degeneration),
+        }
+        if progress.best is None or scores["CIDEr-D"] > progress.best:
+            progress = replace(progress, best=scores["CIDEr-D"], best_step=progress.step, misses=0)
+            self.checkpoints.save_best(progress.step, params)
+        else:
+            progress = replace(progress, misses=progress.misses + 1)
+        self.log.write("validation", progress.step, scores)
+        self.show(_validation_line(progress, scores, captioned))
+        for warning in warnings:
+            self.show(f"  note: {warning}")
+        return progress
 
 
 def _device_part(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the step reads of a batch: all but the ids, and each row's index in the global batch.
+    """What the step reads of a batch: everything except the ids, and the index of each row in the global batch.
 
-    Where references are given, captions are sampled, and those drawn from the data are not read.
+    If there are references, captions are sampled, and those of the batch are not read.
     """
     rows = len(batch["weight"])
     unread = {"image_id", "tokens"} if "references" in batch else {"image_id"}
     part = {name: leaf for name, leaf in batch.items() if name not in unread}
-    # As the pipeline deals rows out to processes, so that dropout doesn't depend on their number.
+    # Rows are numbered as the pipeline deals them to processes, so that dropout does not depend on their number.
     part["row"] = np.arange(rows, dtype=np.int32) * jax.process_count() + jax.process_index()
     return part
-
-
-def _judge(progress: Progress, cider: float) -> Progress:
-    """Notes a validation: selection is by freely decoded CIDEr-D, never by teacher-forced scores."""
-    if progress.best is None or cider > progress.best:
-        return replace(progress, best=cider, best_step=progress.step, misses=0)
-    return replace(progress, misses=progress.misses + 1)
 
 
 def _finished(experiment: Experiment, progress: Progress, total_steps: int) -> bool:

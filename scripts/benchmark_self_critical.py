@@ -15,10 +15,9 @@ from measuring import Thing, decoder_sizes, matmul, medians
 from imgcap_jax.metrics.cider_device import document_frequencies, prepare_references
 from imgcap_jax.models.model import CaptionModel, split_trained
 from imgcap_jax.special_tokens import EOS, PAD
-from imgcap_jax.training import self_critical
 from imgcap_jax.training.optimizer import Optimizer
 from imgcap_jax.training.parallel import DataParallel
-from imgcap_jax.training.self_critical import Constants, SelfCritical, self_critical_step
+from imgcap_jax.training.self_critical import Constants, Reward, SelfCritical, self_critical_step
 from imgcap_jax.training.step import first_state
 
 WORDS, REFERENCES = 20, 5  # at most in a sample; references an image
@@ -82,44 +81,46 @@ def self_critical_benchmark(options: argparse.Namespace) -> None:
         }
     )
     frequencies = parallel.replicate(document_frequencies([*images, *_corpus(CORPUS, s["V"], seed=2)], s["V"]))
-    own_rewards = self_critical.rewards
+    def step_with(reward: Reward | None) -> Thing:
+        """A step with this reward.
 
-    def step_with(reward: Callable[..., Any] | None) -> Thing:
-        """A step with these rewards; the function is looked up when the step is traced.
-
-        Captions of random weights have a reward of 0, and what has no advantage is not differentiated. So something
-        that is never equal is added, in all steps.
+        Captions of random weights have a reward of 0, and a batch without advantages has no gradient. Therefore a
+        number that is never equal is added, in all steps.
         """
 
-        def rewards(objective: SelfCritical, tokens: jax.Array, *rest: Any) -> jax.Array:
+        def rewards(tokens: jax.Array, *rest: Any) -> jax.Array:
             unequal = tokens.sum(-1).astype(jnp.float32)
-            return unequal if reward is None else unequal + reward(objective, tokens, *rest)
+            return unequal if reward is None else unequal + reward(tokens, *rest)
 
         step = parallel.compile(
             self_critical_step(
-                graph, objective, optimizer, key=jax.random.key(0), max_words=WORDS, bad_endings=range(4, 44)
+                graph,
+                objective,
+                optimizer,
+                key=jax.random.key(0),
+                max_words=WORDS,
+                bad_endings=range(4, 44),
+                rewards=rewards,
             )
         )
         held = [parallel.replicate(first_state(jax.tree.map(jnp.copy, params), optimizer, ema=False))]
 
         def once() -> None:
-            self_critical.rewards = rewards
             held[0], _ = step(held[0], Constants(frozen, frequencies, None), batch)
             jax.block_until_ready(held[0])
-            self_critical.rewards = own_rewards
 
         return once
 
     tokens = jnp.asarray(np.random.default_rng(0).integers(4, s["V"], (s["B"], s["M"], WORDS)), jnp.int32)
     reward = jax.jit(
-        lambda tokens, given, count, frequencies: own_rewards(
-            objective, tokens, prepare_references(given, count, frequencies), frequencies
+        lambda tokens, given, count, frequencies: objective.rewards(
+            tokens, prepare_references(given, count, frequencies), frequencies
         )
     )
     given = jnp.asarray(_padded(images)), jnp.full(s["B"], REFERENCES, jnp.float32)
     product, flops = matmul(options.dtype)
     things: dict[str, Thing] = {
-        "step": step_with(own_rewards),
+        "step": step_with(objective.rewards),
         "step without a reward": step_with(None),
         "reward alone": lambda: jax.block_until_ready(reward(tokens, *given, frequencies)),
         "matmul": product,
@@ -131,7 +132,7 @@ def self_critical_benchmark(options: argparse.Namespace) -> None:
         own = reward(jnp.asarray(_padded(images)), *given, document_frequencies(images, s["V"]))
         print(f"largest difference of the two sides' rewards: {np.abs(host(_padded(images)) - own).max():.1e}")
 
-        def by_host(objective: SelfCritical, tokens: jax.Array, *_: Any) -> jax.Array:
+        def by_host(tokens: jax.Array, *_: Any) -> jax.Array:
             shape = jax.ShapeDtypeStruct(tokens.shape[:2], jnp.float32)
             return jax.pure_callback(lambda tokens: host(np.asarray(tokens)), shape, tokens)
 

@@ -1,7 +1,9 @@
 """Fixtures that every part uses."""
 
 import os
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +94,35 @@ def refused(request: pytest.FixtureRequest) -> Callable[..., str]:
         return lines[0]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def code_blocks() -> Callable[[Path], list[tuple[str, str, int]]]:
+    """Reads the code blocks of a Markdown file: (language, text, number of the first line)."""
+
+    def read(path: Path) -> list[tuple[str, str, int]]:
+        text = path.read_text()
+        return [
+            (found[1], found[2], text.count("\n", 0, found.start()) + 2)
+            for found in re.finditer(r"^```(\w+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+        ]
+
+    return read
+
+
+@pytest.fixture
+def forget_code() -> Iterator[Callable[[], None]]:
+    """Makes the process forget code of users, as if it had just started; also afterwards."""
+    from imgcap_jax import user_code
+
+    names, path = set(sys.modules), list(sys.path)
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.startswith(("my_", "evil"))]:
+            del sys.modules[name]
+        user_code._loaded.clear()
+        sys.path[:] = path
+
+    yield forget
+    forget()
+    assert not {name for name in set(sys.modules) - names if name.startswith(("my_", "evil"))}

@@ -1,7 +1,6 @@
-"""The ``imgcap`` command: parses, calls one function, prints."""
+"""The ``imgcap`` command: parses the command line, calls one function, prints."""
 
 import argparse
-import difflib
 import os
 import re
 import sys
@@ -10,28 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from imgcap_jax.cli.parser import build_parser
-from imgcap_jax.decoding.settings import combinations, split_options
 from imgcap_jax.errors import UserError
 
-# Modules that import JAX or TFDS are imported where they are used, so that --help and errors come at once.
+# Modules that import JAX or TFDS are imported where they are used, so that --help and errors are quick.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code (2 for a user's mistake)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     decoding: list[str] = []
-    if given[:1] in (["evaluate"], ["caption"]):
+    if given[:1] in (["evaluate"], ["caption"]) and any(argument.startswith("--decode.") for argument in given):
+        from imgcap_jax.cli.sweeps import split_options
+
         given, decoding = split_options(given, sweep=given[0] == "evaluate")
     options, rest = build_parser().parse_known_args(given)
     options.decoding = decoding
-    if rest and options.command not in ("train", "features"):
-        known = re.findall(r"--[a-z][a-z.-]+", options.parser.format_help())
-        near = difflib.get_close_matches(rest[0], known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else "--help after the command lists its options"
-        print(f"imgcap: unknown argument {rest[0]}; {hint}", file=sys.stderr)
-        return 2
     options.rest = rest
     try:
+        if rest and options.command not in ("train", "features"):
+            raise _unknown_argument(rest[0], options.parser)
         code: int = _COMMANDS[options.command](options)
     except BrokenPipeError:
         return 141
@@ -43,40 +39,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"imgcap: {place}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = options.command in ("train", "features", "prepare")
-        more = "; the same command goes on from what is saved" if goes_on else ""
+        resumes = options.command in ("train", "features", "prepare")
+        more = "; the same command resumes" if resumes else ""
         print(f"imgcap: interrupted{more}", file=sys.stderr)
         return 130
     return code
 
 
+def _unknown_argument(argument: str, parser: argparse.ArgumentParser) -> UserError:
+    from imgcap_jax.cli.options import unknown_option
+
+    if not argument.startswith("-"):
+        return UserError(f"unexpected argument {argument!r}; {parser.prog} --help lists the arguments")
+    return unknown_option(argument, re.findall(r"--[a-z][a-z.-]+", parser.format_help()))
+
+
 def _cache(options: argparse.Namespace, run: Path) -> Path:
-    """The cache's folder, with compiled programs kept in it from now on."""
-    from imgcap_jax.cli.compilation import cache_compilations
+    """The cache folder. From here on, JAX keeps compiled programs in it."""
+    import jax
 
     cache: Path = options.cache or run.parent / ".cache"
-    cache_compilations(cache)
+    jax.config.update("jax_compilation_cache_dir", str((cache / "xla").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return cache
 
 
+def _load_runs(folders: Sequence[Path], code: Sequence[str]) -> list[Any]:
+    """The runs, after the code that the user named; prints a note where that has changed since the run."""
+    from imgcap_jax.run.folder import Run
+    from imgcap_jax.user_code import load_all_code
+
+    load_all_code(code)
+    runs = [Run.load(folder) for folder in folders]
+    for note in {note: None for run in runs for note in run.code_changes()}:
+        print(f"imgcap: note: {note}", file=sys.stderr)
+    return runs
+
+
 def _train(options: argparse.Namespace) -> int:
-    from imgcap_jax.cli.experiments import find, override, overrides_help
+    from imgcap_jax.cli.experiments import find
+    from imgcap_jax.cli.options import options_help, override
 
     if options.help:
         options.parser.print_help()
         if options.experiment is not None:
-            print("\n" + overrides_help(find(options.experiment)))
+            print("\n" + options_help(find(options.experiment), command=f"imgcap train {options.experiment}"))
         return 0
     if options.experiment is None:
-        raise UserError("give an experiment: a file, or the name of one of those in experiments/, as flickr8k")
+        raise UserError("no experiment; give a Python file, or a name such as flickr8k")
     experiment = override(find(options.experiment), options.rest)
     from imgcap_jax.experiment import for_smoke
     from imgcap_jax.train import train
     from imgcap_jax.training.parallel import is_first_process, join_processes
+    from imgcap_jax.user_code import load_all_code
+
+    load_all_code(options.code)
 
     name = Path(options.experiment).stem + ("_smoke" if options.smoke else "")
     if options.smoke and options.run:
-        raise UserError(f"--smoke always runs in runs/{name}, anew each time; leave out --run")
+        raise UserError(f"--smoke always trains in runs/{name}, from scratch; leave out --run")
     if options.distributed:
         if options.smoke:
             raise UserError("--smoke is for one host; leave out --distributed")
@@ -94,7 +115,7 @@ def _train(options: argparse.Namespace) -> int:
     except UserError as error:
         if not options.distributed:
             raise
-        # The other processes wait for this one in a collective; only its end tells them.
+        # The other processes wait for this one in a collective; they end when it does.
         print(f"imgcap: {error}", file=sys.stderr, flush=True)
         os._exit(2)
     ended = f"done: {folder}, best validation CIDEr-D {100 * (outcome.best or 0):.1f}"
@@ -106,7 +127,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _features(options: argparse.Namespace) -> int:
-    from imgcap_jax.cli.experiments import find, override
+    from imgcap_jax.cli.experiments import find
+    from imgcap_jax.cli.options import override
     from imgcap_jax.run.extraction import extract
 
     experiment = override(find(options.experiment), options.rest)
@@ -117,12 +139,11 @@ def _features(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from imgcap_jax.report.evaluation import lines, table, write_page
     from imgcap_jax.run.evaluation import sweep
-    from imgcap_jax.run.folder import Run
 
-    runs = [Run.load(folder) for folder in (options.run, *options.ensemble)]
+    runs = _load_runs((options.run, *options.ensemble), options.code)
     decodings, swept = _decodings(options, runs[0])
     if swept and options.page is not None:
-        raise UserError("--page is for one setting; leave it out of a sweep")
+        raise UserError("--page needs a single setting; leave it out of a sweep")
     evaluations = []
     for evaluation in sweep(
         runs,
@@ -144,15 +165,14 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _caption(options: argparse.Namespace) -> int:
     from imgcap_jax.captioner import Captioner, caption_files
-    from imgcap_jax.run.folder import Run
 
-    runs = [Run.load(folder) for folder in options.run]
+    runs = _load_runs(options.run, options.code)
     decodings, swept = _decodings(options, runs[0])
     if swept:
-        raise UserError(f"--decode.{swept[0]} has several values; a sweep is for imgcap evaluate")
+        raise UserError(f"--decode.{swept[0]} has several values; only imgcap evaluate sweeps")
     _cache(options, options.run[0])
     if options.attention_dir is not None and not options.attention:
-        raise UserError("--attention-dir says where pictures go; give --attention as well")
+        raise UserError("--attention-dir has no effect without --attention; give both")
     captioner = Captioner(runs, decodings[0], attention=options.attention)
     pictures = (options.attention_dir or Path()) if options.attention else None
     bad = 0
@@ -169,13 +189,15 @@ def _caption(options: argparse.Namespace) -> int:
 
 
 def _decodings(options: argparse.Namespace, run: Any) -> tuple[list[Any], list[str]]:
-    """The run's decoding with what the options say, and the names of what is swept."""
+    """The run's decoding settings changed by the options, and the names of the fields that are swept."""
+    from imgcap_jax.cli.sweeps import combinations
+
     short = {name: getattr(options, name.replace("-", "_")) for name in ("beam", "length-norm", "max-words", "n-best")}
     given = [f"--decode.{name}={value}" for name, value in short.items() if value is not None]
     for option in options.decoding:
         name = option.partition("=")[0].removeprefix("--decode.")
         if short.get(name) is not None:
-            raise UserError(f"--{name} and --decode.{name} are the same; give one of them")
+            raise UserError(f"--{name} and --decode.{name} are the same option; give one of them")
     return combinations(run.experiment.decoding, [*given, *options.decoding])
 
 
@@ -184,7 +206,7 @@ def _prepare(options: argparse.Namespace) -> int:
     from imgcap_jax.data.scenes.builder import SceneSplits
 
     if options.train_scenes is not None and options.source != "scenes":
-        raise UserError(f"--train-scenes is for scenes, not for {options.source!r}; leave it out")
+        raise UserError(f"--train-scenes has no effect on {options.source!r}; leave it out")
     splits = SceneSplits(train=options.train_scenes) if options.train_scenes is not None else None
     prepare(
         options.source,
@@ -230,7 +252,7 @@ def _score(options: argparse.Namespace) -> int:
     print("\n".join(lines(report)))
     if options.json is not None:
         report.write(options.json)
-        print(f"scores of each image: {options.json}")
+        print(f"scores per image: {options.json}")
     return 0
 
 
@@ -239,13 +261,13 @@ def _submission(options: argparse.Namespace) -> int:
 
     files = {"val2014": options.val, "test2014": options.test}
     if not any(files.values()):
-        raise UserError("give the captions of --val, of --test, or both")
+        raise UserError("no captions; give --val, --test or both")
     splits = {}
     for split, path in files.items():
         if path is not None:
             splits[split], several = first_captions(read_captions(path))
             if several:
-                raise UserError(f"{path} captions image {several[0]} more than once: keep one caption an image")
+                raise UserError(f"{path} captions image {several[0]} more than once: keep one caption per image")
     for warning in write_submission(options.output, options.name, splits):
         print(f"imgcap: warning: {warning}", file=sys.stderr)
     print(f"submission: {options.output}")

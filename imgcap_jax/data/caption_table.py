@@ -1,4 +1,4 @@
-"""All captions of sources as rows of token ids."""
+"""All captions of one or more sources as rows of token ids."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,16 +17,21 @@ if TYPE_CHECKING:
 
 
 class CaptionTable:
-    """Captions of images, numbered through all sources: those of image g are rows first[g] to first[g + 1].
+    """The captions of images that are numbered across all sources. Image g has the rows [first[g], first[g + 1]).
 
     Attributes:
-        tokens: int32 [C,T], filled up with pad.
+        tokens: int32 [C, T] for C captions, filled up with pad.
         first: [images + 1].
-        words: more than the largest id.
+        words: the largest id plus 1.
     """
 
     def __init__(self, captions: Sequence[Sequence[Sequence[int] | npt.NDArray[np.int32]]], length: int) -> None:
-        """Captions of each image, each an array of at most `length` ids."""
+        """Builds the table.
+
+        Args:
+            captions: for each image its captions, each at most `length` ids.
+            length: number of ids per row, T.
+        """
         self.first = np.concatenate([[0], np.cumsum([len(of_image) for of_image in captions])])
         self.tokens = np.full((self.first[-1], length), PAD, np.int32)
         for row, caption in enumerate(chain.from_iterable(captions)):
@@ -35,7 +40,10 @@ class CaptionTable:
 
     @classmethod
     def for_training(cls, sources: "Sequence[CaptionSource]", vocabulary: "Vocabulary", length: int) -> "CaptionTable":
-        """As ``Vocabulary.encode`` has it: bos, words, eos; cut to `length`, words that the vocabulary lacks unk."""
+        """Encodes the captions with `Vocabulary.encode`: bos, words, eos.
+
+        Captions are cut to `length` ids. Words outside the vocabulary become unk.
+        """
         captions = [
             [vocabulary.encode(caption, length) for caption in source.captions(i)]
             for source in sources
@@ -47,10 +55,10 @@ class CaptionTable:
     def as_references(
         cls, sources: "Sequence[CaptionSource]", vocabulary: "Vocabulary", *, eos: bool
     ) -> "CaptionTable":
-        """What a model's captions are scored against on the device: whole, without bos, with eos if wished.
+        """Encodes whole captions as references for scoring on the device: without bos, with eos if `eos` is true.
 
-        Words that the vocabulary lacks have ids of their own beyond its, in the order in which they occur: they count
-        in a reference's length, and nothing that the model says matches them.
+        Each word outside the vocabulary gets an id of its own above those of the vocabulary, in order of occurrence.
+        Such a word counts towards the length of a reference, but no generated word matches it.
         """
         known = {word: number for number, word in enumerate(vocabulary.words) if number > UNK}
         captions = [
@@ -66,26 +74,26 @@ class CaptionTable:
 
     @property
     def fingerprint(self) -> str:
-        """Of all captions as tokens, so that a state isn't resumed with others."""
+        """A checksum of all tokens, so that a saved state is not resumed with other captions."""
         return f"{zlib.crc32(self.tokens.tobytes()):08x}"
 
     @property
     def most(self) -> int:
-        """The most captions that an image has."""
+        """The largest number of captions of an image."""
         return int(np.diff(self.first).max(initial=0))
 
     def count(self, image: int) -> int:
-        """How many captions an image has."""
+        """The number of captions of an image."""
         return int(self.first[image + 1] - self.first[image])
 
     def rows(self, image: int, which: npt.ArrayLike, count: int) -> npt.NDArray[np.int32]:
-        """The image's captions `which` [at most count] as [count,T], filled up with rows of pad."""
+        """The image's captions with indices `which` (at most `count`) as [count, T], filled up with rows of pad."""
         chosen = self.tokens[self.first[image] + np.asarray(which, np.int64)]
         padded = np.full((count, self.tokens.shape[1]), PAD, np.int32)
         padded[: len(chosen)] = chosen
         return padded
 
     def captions(self) -> Iterator[list[list[int]]]:
-        """Of each image, the ids of its captions without pad."""
+        """Yields for each image the ids of its captions, without pad."""
         for start, end in zip(self.first[:-1], self.first[1:], strict=True):
             yield [row[row != PAD].tolist() for row in self.tokens[start:end]]

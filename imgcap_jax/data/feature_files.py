@@ -1,8 +1,8 @@
-"""The files of a feature store, and how they are written so that a crash at any moment loses little.
+"""The files of a feature store, written so that a crash at any time loses little work.
 
-`regions.npy` [I, views, N, D] has its full size from the beginning. Its rows are computed in blocks: who computes one
-locks it, and an empty file says that its rows have reached the disk. `manifest.json` says what the rows are, and in the
-end that they are all there.
+`regions.npy` [I, views, N, D] has its full size from the beginning. Its rows are computed in blocks. A process locks
+the block that it computes. An empty file marks each block whose rows have reached the disk. `manifest.json` describes
+the rows and records whether all of them are computed.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-# .npy knows no bfloat16; its bits are stored.
+# .npy does not support bfloat16; its bits are stored as uint16.
 _STORED = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 REGIONS = "regions.npy"
 _MANIFEST, _LOCK, _BLOCKS = "manifest.json", "lock", "blocks"
 
 
 class FeatureWriter:
-    """Fills the rows of a store, block after block; any number of processes may do so at once.
+    """Writes the rows of a store block by block. Any number of processes may do so at the same time.
 
     Attributes:
         shape: (I, views, N, D).
@@ -63,24 +63,25 @@ class FeatureWriter:
 
     @property
     def nbytes(self) -> int:
-        """Size of the finished store."""
+        """Size of all regions in bytes."""
         return self.rows * self._row_bytes
 
     @contextlib.contextmanager
     def open(self, block_rows: int) -> Iterator[None]:
-        """Makes the files, in blocks of so many rows, or goes on with those there are.
+        """Creates the files, with blocks of `block_rows` rows, or continues with existing files.
 
         Raises:
-            OSError: there is no room for the whole store.
+            OSError: the disk has no space for the whole store.
+            UserError: the existing files are damaged.
         """
         blocks = self.folder / _BLOCKS
         blocks.mkdir(parents=True, exist_ok=True)
         with (self.folder / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # held for a moment: one process makes the files
+            fcntl.flock(lock, fcntl.LOCK_EX)  # held briefly, so that only one process creates the files
             if (self.folder / _MANIFEST).exists():
                 self._check()
             else:
-                shutil.rmtree(blocks)  # of an earlier store: it would vouch for rows that are not there
+                shutil.rmtree(blocks)  # left by an earlier store; it would mark missing rows as done
                 blocks.mkdir()
                 self._allocate()
                 _write_manifest(self.folder, {**self._manifest, "block_rows": block_rows, "done": False})
@@ -96,16 +97,19 @@ class FeatureWriter:
     def _check(self) -> None:
         manifest = read_manifest(self.folder)
         if tuple(manifest["shape"]) != self.shape or manifest["dtype"] != self._dtype:
-            raise damaged(self.folder / _MANIFEST, f"it is of {manifest['shape']}, the features are {self.shape}")
+            raise damaged(
+                self.folder / _MANIFEST,
+                f"it says {manifest['shape']} {manifest['dtype']}, the features are {self.shape} {self._dtype}",
+            )
         path = self.folder / REGIONS
         if not path.exists() or path.stat().st_size != len(self._header()) + self.nbytes:
-            raise damaged(path, "it is not as large as its manifest says")
+            raise damaged(path, "its size does not match the manifest")
         with path.open("rb") as file:
             if file.read(len(self._header())) != self._header():
-                raise damaged(path, "its header is not what was written")
+                raise damaged(path, "its header does not match the manifest")
 
     def _allocate(self) -> None:
-        (self.folder / REGIONS).unlink(missing_ok=True)  # of a process that was killed here
+        (self.folder / REGIONS).unlink(missing_ok=True)  # left by a process that was killed at this point
         free = shutil.disk_usage(self.folder).free
         if self.nbytes > free:
             raise OSError(errno.ENOSPC, f"{self.nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
@@ -113,7 +117,7 @@ class FeatureWriter:
             file.write(self._header())
             size = len(self._header()) + self.nbytes
             if hasattr(os, "posix_fallocate"):  # not on macOS
-                # A disk that others fill up meanwhile can then no longer stop the work halfway.
+                # Reserves the space, so that the disk cannot run full halfway through the work.
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.truncate(size)
@@ -130,7 +134,7 @@ class FeatureWriter:
 
     @property
     def done(self) -> int:
-        """Rows that are on the disk, whoever computed them."""
+        """The number of rows on the disk, computed by any process."""
         if read_manifest(self.folder)["done"]:
             return self.rows
         return sum(len(self._rows_of(int(path.stem))) for path in (self.folder / _BLOCKS).glob("*.done"))
@@ -139,7 +143,7 @@ class FeatureWriter:
         return range(block * self._block_rows, min((block + 1) * self._block_rows, self.rows))
 
     def free_blocks(self) -> Iterator[range]:
-        """Takes one block after the other that is neither done nor in the hands of another process."""
+        """Locks and yields the rows of each block that is neither done nor locked by another process."""
         for block in range(-(-self.rows // self._block_rows)):
             done = self.folder / _BLOCKS / f"{block}.done"
             if done.exists() or block in self._held:
@@ -149,11 +153,11 @@ class FeatureWriter:
             except FileNotFoundError:
                 return  # another process has just finished the store
             try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
             except BlockingIOError:
                 held.close()
                 continue
-            if done.exists() or is_finished(self.folder):  # it was, between the look and the lock
+            if done.exists() or is_finished(self.folder):  # finished between the check and the lock
                 held.close()
                 continue
             self._held[block] = held
@@ -161,20 +165,24 @@ class FeatureWriter:
             yield self._rows_of(block)
 
     def write(self, first: int, regions: npt.NDArray[np.float32]) -> None:
-        """Writes rows [B, N, D] of one block, from number `first` on; a full block goes to the disk for good.
+        """Writes consecutive rows of one block. Syncs the block to the disk once it is complete.
+
+        Args:
+            first: number of the first row.
+            regions: [B, N, D].
 
         Raises:
-            UserError: features that are no finite numbers, or beyond what the dtype holds.
+            UserError: a value is NaN or infinite, or does not fit the dtype.
         """
         if regions.shape[1:] != self.shape[2:]:
-            raise ValueError(f"regions are {regions.shape[1:]}, expected {self.shape[2:]}")
+            raise ValueError(f"regions have the shape {regions.shape[1:]}, expected {self.shape[2:]}")
         with np.errstate(over="ignore"):
             cast = regions.astype(DTYPES[self._dtype])
         if not np.isfinite(cast).all():
             if not np.isfinite(regions).all():
                 raise UserError("the encoder's features are NaN or infinite; check its weights")
             raise UserError(
-                f"features up to {np.abs(regions).max():.3g} are beyond {self._dtype}; store them as bfloat16"
+                f"features of up to {np.abs(regions).max():.3g} do not fit {self._dtype}; store them as bfloat16"
             )
         data = cast.view(_STORED[self._dtype]).tobytes()
         place = len(self._header()) + first * self._row_bytes
@@ -189,9 +197,9 @@ class FeatureWriter:
             self._held.pop(block).close()
 
     def finish(self) -> None:
-        """Declares the store finished, once all blocks are done."""
+        """Marks the store as finished, once all blocks are done."""
         with (self.folder / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # all who see the last block done come here at once
+            fcntl.flock(lock, fcntl.LOCK_EX)  # several processes may get here at the same time
             if not is_finished(self.folder):
                 _write_manifest(self.folder, {**self._manifest, "block_rows": self._block_rows, "done": True})
             shutil.rmtree(self.folder / _BLOCKS, ignore_errors=True)
@@ -199,35 +207,35 @@ class FeatureWriter:
 
 @contextlib.contextmanager
 def explaining(folder: Path) -> Iterator[None]:
-    """Turns a full disk into a UserError that says what to do."""
+    """Turns the OSError of a full disk into a UserError that says what to do."""
     try:
         yield
     except OSError as error:
         if not disk_full(error):
             raise
         raise UserError(
-            f"no room for features in {folder} ({error.strerror}): free some and run it again, it goes on "
-            "where it stopped; or use fewer views, or another folder"
+            f"no disk space for features in {folder} ({error.strerror}): free some space and run the command again "
+            "(it continues where it stopped), use fewer views, or use another folder"
         ) from error
 
 
 def damaged(path: Path, reason: str) -> UserError:
-    """The error for a file of a store that is not as it was written."""
+    """The error for a damaged file of a store."""
     return UserError(f"{path} is damaged ({reason}): delete the folder {path.parent} to compute the features again")
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the folder holds a store whose rows are all there. Raises UserError as `read_manifest`."""
+    """Whether the folder contains a store with all rows computed. Raises a UserError as `read_manifest` does."""
     if not (folder / _MANIFEST).exists():
         return False
     return bool(read_manifest(folder)["done"])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest: "shape", "done" (all of it), "dtype", "fingerprint", "key", "block_rows".
+    """Reads the manifest: "shape", "done" (whether all rows are computed), "dtype", "fingerprint", "key", "block_rows".
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: the manifest is missing or damaged.
     """
     path = folder / _MANIFEST
     try:
@@ -236,7 +244,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if len(shape) != 4 or not isinstance(done, bool) or block < 1 or manifest["dtype"] not in DTYPES:
             raise ValueError(f"shape {shape}, done {done}, dtype {manifest['dtype']}")
     except FileNotFoundError as error:
-        raise UserError(f"{folder} holds no features; run the extraction") from error
+        raise UserError(f"{folder} contains no features; run the extraction") from error
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(path, str(error)) from error
     return dict(manifest)

@@ -1,7 +1,7 @@
 """Region features of a frozen encoder, computed once and kept on disk.
 
-A store is a folder named by the hash of everything its numbers depend on: a change of any of it computes new
-features, and a build that was killed goes on where it stopped.
+A store is a folder named by the hash of everything that its values depend on. If any of that changes, new features are
+computed. A build that was killed continues where it stopped.
 """
 
 import hashlib
@@ -37,29 +37,29 @@ if TYPE_CHECKING:
 Encode = Callable[[Pixels], npt.ArrayLike]
 
 VIEW_AUGMENTATION = Augmentation(crop_scale_min=0.5, flip=True)
-"""How the views of an image differ from view 0 unless told otherwise."""
-# Distinguishes the random numbers of the views from those of other uses of (image, view).
+"""The default augmentation of the views from 1 on."""
+# Separates the random numbers of the views from those of other uses of (image, view).
 _VIEW_STREAM = 0x76696577
-# A crash loses at most so many batches of a process, and a disk is not made to sync for every batch.
+# A crash loses at most this many batches per process. Syncing the disk after every batch would be slow.
 _BLOCK_BATCHES = 16
 _WAIT_SECONDS = 0.5
 
 
 class FeatureStore:
-    """Regions on disk: `store[i, view]` is [N, D], float16 or bfloat16. Picklable; any number of readers.
+    """Features on disk: `store[i, view]` is [N, D], float16 or bfloat16. Picklable; any number of readers.
 
     Attributes:
-        folder: where it lies.
+        folder: folder of the store.
         shape: (I, views, N, D).
-        views: views an image. 0 is the plain image, the others are as `build` tells.
-        manifest: all that is known of it, with the key it was built for.
+        views: number of views per image. View 0 is the plain image; `build` describes the others.
+        manifest: contents of the manifest, including the key of the features.
     """
 
     def __init__(self, folder: Path) -> None:
         """Opens a finished store.
 
         Raises:
-            UserError: there is none in this folder, it is not finished, or it is damaged.
+            UserError: the folder contains no store, or the store is unfinished or damaged.
         """
         self.folder = folder
         self.manifest = read_manifest(folder)
@@ -67,8 +67,8 @@ class FeatureStore:
         self.views = self.shape[1]
         if not is_finished(folder):
             raise UserError(
-                f"{folder}: not all of its {self.shape[0] * self.views} feature rows are computed; run the "
-                "extraction again, it goes on from there"
+                f"{folder}: not all of its {self.shape[0] * self.views} feature rows are computed; "
+                "run the extraction again to continue"
             )
         try:
             stored = np.load(folder / REGIONS, mmap_mode="r")
@@ -85,11 +85,11 @@ class FeatureStore:
         return self.shape[0]
 
     def __getitem__(self, image_and_view: tuple[int, int]) -> npt.NDArray[Any]:
-        """The regions [N, D] of an image's view; not copied from the disk before they are used."""
+        """The regions [N, D] of a view of an image; read from the disk only when they are used."""
         return self._regions[image_and_view]
 
     def read(self, i: int, view: int) -> tuple[npt.NDArray[Any], None]:
-        """As `RegionSource.read`: all regions exist."""
+        """Implements `RegionSource.read`. The mask is None, because all regions exist."""
         return self[i, view], None
 
     @staticmethod
@@ -108,37 +108,37 @@ class FeatureStore:
         dtype: Dtype = "float16",
         progress: bool = True,
     ) -> "FeatureStore":
-        """Opens the store of these features, after computing whatever of it is missing.
+        """Computes the missing rows of the store of these features, then opens the store.
 
-        Several processes that do this at once share the work.
+        Several processes that build the same store at the same time share the work.
 
-        View 0 is the plain image. View 1 is its mirror image where no caption names a side and `augmentation`
-        flips, else a crop. Views from 2 on are random crops, flips and jitter by `augmentation`. Each depends
-        on (image, view) only.
+        View 0 is the plain image. View 1 is its mirror image if `augmentation` flips and no caption names a side;
+        otherwise it is a random crop. Views from 2 on are random crops, flips and jitter as `augmentation` says. Each
+        view depends on (image, view) only.
 
         Args:
             source: the images.
             encode: uint8 [batch_size, image_size, image_size, 3] -> [batch_size, N, D]; always called with
                 this shape.
             regions: (N, D).
-            key: what else the features depend on: dataset and version, split, encoder, fingerprint of its
-                weights.
-            root: folder that holds stores; this one's is root/<hash of the key and of the arguments here>.
-            views: views an image.
-            image_size: side of the images in pixels.
-            resize: as for `images.decode`.
-            augmentation: of views from 1 on.
-            batch_size: images encoded at once.
-            dtype: what is stored.
-            progress: whether to show size, rate and time left (on stderr).
+            key: everything else that the features depend on: dataset and version, split, encoder, fingerprint of
+                its weights.
+            root: folder of all stores. This store is root/<hash of the key and of these arguments>.
+            views: number of views per image.
+            image_size: side length of the images in pixels.
+            resize: see `images.decode`.
+            augmentation: augmentation of the views from 1 on.
+            batch_size: number of images encoded at once.
+            dtype: dtype of the stored features.
+            progress: whether to show size, rate and remaining time on stderr.
 
         Raises:
-            UserError: no room on the disk, a damaged store, an image that cannot be decoded, values that don't
-                fit the dtype, or views without a crop. Blocks of rows that were finished before are kept.
+            UserError: the disk has no space, the store is damaged, an image cannot be decoded, a value does not fit
+                the dtype, or `augmentation` has no crop for several views. Finished blocks of rows are kept.
         """
         if views > 1 and augmentation.crop_scale_min >= 1:
             raise UserError(
-                f"views={views}: views of an image differ by crops; set augmentation.crop_scale_min below 1"
+                f"views={views} needs random crops, by which views differ; set augmentation.crop_scale_min below 1"
             )
         identity = {
             "key": {name: str(value) for name, value in key.items()},
@@ -164,7 +164,7 @@ class FeatureStore:
 
         writer = FeatureWriter(folder, identity, fingerprint, (len(source), views, *regions), dtype)
         with explaining(folder):
-            # A finished store may lie on a read-only disk.
+            # A finished store may be on a read-only disk.
             if not is_finished(folder):
                 with writer.open(_BLOCK_BATCHES * batch_size):
                     _fill(writer, view_of, encode, image_size, batch_size, progress)
@@ -191,7 +191,7 @@ def _fill(
     batch_size: int,
     progress: bool,
 ) -> None:
-    """Computes free blocks until there are none, then waits for those of other processes (or does what they left)."""
+    """Computes free blocks until none is left, then waits for other processes and takes over blocks they abandon."""
 
     def batches() -> Iterator[range]:
         for block in writer.free_blocks():
@@ -215,7 +215,7 @@ def _fill(
                 while rows is not None:
                     for place, future in enumerate(pending):
                         images[place] = future.result()
-                    # A filled-up last batch has the shape of all others, so that encode compiles once.
+                    # The last batch is padded to the shape of all others, so that encode compiles once.
                     images[len(rows) :] = 0
                     # The next batch is decoded while this one is encoded.
                     following = next(waiting, None)
@@ -223,7 +223,7 @@ def _fill(
                     writer.write(rows.start, np.asarray(encode(images), np.float32)[: len(rows)])
                     mine, done = mine + len(rows), done + len(rows)
                     if following is None or following.start != rows.stop:
-                        done = writer.done  # what others did is counted now and then
+                        done = writer.done  # includes the rows of other processes
                     bar.update(task, completed=done, rate=f"{mine / (time.monotonic() - began):.0f} images/s")
                     rows = following
                 if writer.done < writer.rows:
@@ -245,7 +245,7 @@ def _progress_bar(shown: bool) -> Progress:
 
 
 def _captions_fingerprint(source: "CaptionSource") -> str:
-    """Changes with the images' ids and with their captions, which decide what may be mirrored."""
+    """A hash of the image ids and of the captions, which decide which images may be mirrored."""
     digest = hashlib.sha256()
     for i, image_id in enumerate(source.image_ids()):
         digest.update(json.dumps([int(image_id), *source.captions(i)]).encode())

@@ -1,4 +1,4 @@
-"""Numbers that describe a prepared dataset: counts, caption lengths and vocabulary coverage."""
+"""Statistics of a prepared dataset: counts, caption lengths and vocabulary coverage."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from imgcap_jax.text import tokenize
 
 @dataclass(frozen=True)
 class SplitStatistics:
-    """Counts of one split; lengths in words as `text.tokenize` counts them.
+    """Statistics of one split. Lengths are in words as `text.tokenize` counts them.
 
-    `word_counts[n]` is the number of captions of n words; `known` is the share of words, repetitions counted,
-    that are in the vocabulary of the training captions.
+    `word_counts[n]` is the number of captions with n words. `known` is the share of words, including repetitions, that
+    are in the vocabulary of the training captions.
     """
 
     images: int
@@ -35,13 +35,13 @@ class SplitStatistics:
         return int(np.searchsorted(shares, percent / 100 - 1e-12))
 
     def share_longer(self, words: int) -> float:
-        """The share of captions of more than `words` words."""
+        """The share of captions with more than `words` words."""
         return sum(self.word_counts[words + 1 :]) / self.captions
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A prepared dataset in numbers. `vocabulary_size` counts the four special tokens."""
+    """Statistics of a prepared dataset. `vocabulary_size` includes the four special tokens."""
 
     dataset: DatasetDescription
     splits: dict[str, SplitStatistics]
@@ -55,7 +55,7 @@ class Inspection:
             f"{dataset.name}  ({dataset.folder})",
             f"source   {dataset.source}",
             f"licence  {dataset.licence or 'not stated'}",
-            f"vocabulary of the training captions, words occurring {self.min_count} times or more: "
+            f"vocabulary of the training captions, words that occur at least {self.min_count} times: "
             f"{self.vocabulary_size:,} tokens",
             "",
             f"{'split':<20}{'images':>9}{'captions':>10}{'per image':>11}{'words':>7}{'median':>8}{'99 %':>6}"
@@ -70,15 +70,17 @@ class Inspection:
         lines += ["", f"skipped: {len(dataset.skipped)}"]
         lines += [f"  {entry.name}: {entry.reason}" for entry in dataset.skipped[:show_skipped]]
         if len(dataset.skipped) > show_skipped:
-            lines.append(f"  ... all of them in {dataset.folder / 'skipped.json'}")
+            lines.append(f"  ... full list: {dataset.folder / 'skipped.json'}")
         return lines
 
 
 def inspect(name: str, data_dir: Path | None = None, *, min_count: int = 5) -> Inspection:
-    """Describes a prepared dataset; its vocabulary is that of `train`, or of the first split without one.
+    """Computes the statistics of a prepared dataset.
+
+    The vocabulary is built from `train`, or from the first split if there is no `train`.
 
     Raises:
-        UserError: dataset not prepared.
+        UserError: the dataset is not prepared.
     """
     dataset = describe(name, data_dir)
     sources = {split: open_source(name, split, data_dir) for split in dataset.splits}

@@ -19,16 +19,17 @@ from imgcap_jax.data.builders import coco
 from imgcap_jax.data.builders.layout import ORIGIN_FILE, SKIPPED_FILE, Origin, write_json
 from imgcap_jax.data.sources import CaptionSource, default_data_dir, describe, find_prepared, read_origin
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import disk_full
+from imgcap_jax.files import disk_errors
+from imgcap_jax.user_code import file_digest, load_code
 
 if TYPE_CHECKING:  # these import TFDS, which takes a while
     from imgcap_jax.data.builders.base import CaptionBuilder
     from imgcap_jax.data.scenes.builder import SceneSplits
 
 _RESERVED = ("scenes", "coco", coco.NAME)
-# What a killed run left behind is removed, unless another process may still be writing to it.
+# Folders of killed runs are removed once no process can still be writing to them.
 _ABANDONED_AFTER_SECONDS = 3600.0
-_INCOMPLETE = "incomplete."  # as TFDS names its own
+_INCOMPLETE = "incomplete."  # the prefix that TFDS uses
 
 
 def prepare(
@@ -43,31 +44,37 @@ def prepare(
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Prepares `scenes`, `coco`, or a folder of images with a caption file, and returns the dataset's folder.
+    """Prepares `scenes`, `coco`, a folder of images with a caption file, or the dataset of a builder of your own.
 
-    Does nothing when it is already prepared from the same data; otherwise replaces what was prepared before.
-    The folder appears under its name only when it is complete.
+    Does nothing if the dataset is already prepared from the same data; otherwise replaces it. The folder appears under
+    its name only when it is complete.
 
     Args:
-        name_or_path: "scenes", "coco", a folder, or the annotation file in it (see `builders.annotations`).
-        name: what to call the dataset; by default the folder's name, or "scenes".
-        data_dir: where prepared datasets lie; by default TFDS's standard place.
-        licence, source: notes on a folder's images, kept with the dataset.
-        scenes: how many scenes to draw, and how.
-        download_dir: where COCO's archives are kept.
-        progress: show a progress bar on the standard error.
-        say: gets the lines that tell what was done.
+        name_or_path: "scenes", "coco", a folder, the annotation file in it (see `builders.annotations`), or a Python
+            file with a subclass of `builders.base.CaptionBuilder`. The file is executed.
+        name: the dataset's name; None: that of the folder or file, or "scenes".
+        data_dir: folder of prepared datasets; None: TFDS's standard folder.
+        licence, source: notes on the images, stored with the dataset.
+        scenes: the number of scenes, and how they are drawn.
+        download_dir: folder of COCO's archives.
+        progress: whether to show a progress bar on the standard error.
+        say: receives one line per completed action.
+
+    Returns:
+        The folder of the dataset.
 
     Raises:
-        UserError: the folder or its annotations are not in order, see the builders; the disk is full.
+        UserError: the folder, its annotations or the builder are not valid, or the disk is full.
     """
     data_dir = Path(data_dir or default_data_dir()).expanduser().absolute()
     known = str(name_or_path)
     if known in ("coco", coco.NAME) and name:
-        raise UserError(f"--name is for folders and scenes; {known!r} keeps its name")
+        raise UserError(f"--name has no effect on {known!r}, which keeps its name; leave it out")
     if name and name != known:
         _check_name(name)
     with _disk_errors(data_dir):
+        if known.endswith(".py"):
+            return _prepare_own(Path(name_or_path), name, data_dir, licence, source, say)
         if known == "scenes":
             return _prepare_scenes(scenes, name or known, data_dir, progress, say)
         if known in ("coco", coco.NAME):
@@ -77,7 +84,7 @@ def prepare(
 
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in _RESERVED:
-        raise UserError(f"{name!r} cannot name a dataset; use small letters, digits and _, as in --name my_photos")
+        raise UserError(f"{name!r} cannot name a dataset; use lower-case letters, digits and _: --name my_photos")
 
 
 def _prepare_scenes(
@@ -129,6 +136,37 @@ def _prepare_folder(
         )
 
 
+def _prepare_own(
+    path: Path, name: str | None, data_dir: Path, licence: str, source: str, say: Callable[[str], None]
+) -> Path:
+    from imgcap_jax.data.builders.base import CaptionBuilder
+
+    module = load_code(path)
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, CaptionBuilder) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        names = ", ".join(builder.__name__ for builder in found) or "none"
+        raise UserError(f"{path} must define one subclass of CaptionBuilder; it defines {names}")
+    (kind,) = found
+    name = name or _default_name(path.with_suffix(""))
+    _check_name(name)
+    path = path.resolve()
+    fingerprint = f"{file_digest(path)} {kind.source_fingerprint()}"
+    origin = Origin(kind.__name__, source, licence, fingerprint, str(path))
+    if (folder := _already_prepared(name, origin, data_dir, say)) is not None:
+        return folder
+    description = (kind.__doc__ or kind.__name__).strip()
+    return _write(
+        name,
+        data_dir,
+        lambda staging: kind(name=name, data_dir=staging, origin=origin, description=description),
+        say,
+    )
+
+
 def _default_name(folder: Path) -> str:
     name = re.sub(r"[^a-z0-9]+", "_", folder.name.lower()).strip("_")
     return name if name[:1].isalpha() else f"folder_{name}".rstrip("_")
@@ -147,7 +185,7 @@ def _prepare_coco(data_dir: Path, download_dir: Path | None, progress: bool, say
     description = describe(coco.NAME, data_dir)
     coco.check_train_size(description.splits.get("train", 0), folder)
     for split in description.splits:
-        CaptionSource(description, split, data_dir)  # writes the index of captions, for quick opening later
+        CaptionSource(description, split, data_dir)  # writes the index of captions, so that it opens quickly
     return folder
 
 
@@ -163,7 +201,7 @@ def _already_prepared(name: str, origin: Origin, data_dir: Path, say: Callable[[
         say(f"{name}: already prepared in {folder}")
         return folder
     if before.folder != origin.folder:
-        raise UserError(f"{name!r} in {data_dir} was prepared from {before.folder}; give another --name")
+        raise UserError(f"{name!r} in {data_dir} was prepared from {before.folder}; use another --name")
     say(f"{name}: has changed since it was prepared in {folder}; preparing it again")
     return None
 
@@ -171,7 +209,7 @@ def _already_prepared(name: str, origin: Origin, data_dir: Path, say: Callable[[
 def _write(
     name: str, data_dir: Path, make_builder: Callable[[Path], "CaptionBuilder"], say: Callable[[str], None]
 ) -> Path:
-    """Builds in a folder aside, so that what was prepared before stays until the new is complete."""
+    """Builds in a separate folder, so that an older dataset of this name stays until the new one is complete."""
     home = data_dir / name
     home.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(home)
@@ -187,7 +225,7 @@ def _write(
         built.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        with contextlib.suppress(OSError):  # nothing prepared under this name: leave no empty folder
+        with contextlib.suppress(OSError):  # if nothing is prepared under this name, leave no empty folder
             home.rmdir()
     counts = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())
     say(f"{name}: {counts} images in {folder}")
@@ -205,7 +243,7 @@ def _remove_abandoned(home: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet_tfds(*, progress: bool) -> Iterator[None]:
-    """Keeps TFDS's own prints and log lines from the user."""
+    """Suppresses what TFDS prints and logs."""
     import tensorflow_datasets as tfds
 
     if not progress:
@@ -234,10 +272,7 @@ def _progress(total: int, title: str, shown: bool) -> Iterator[Callable[[], None
 @contextlib.contextmanager
 def _disk_errors(data_dir: Path) -> Iterator[None]:
     try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if disk_full(error):  # array_record raises a RuntimeError with the system's words in it
-            raise UserError(f"{data_dir}: the disk is full; free some space or use another --data-dir") from error
-        if isinstance(error, PermissionError):
-            raise UserError(f"{error.filename or data_dir}: no permission; use another --data-dir") from error
-        raise
+        with disk_errors(str(data_dir)):
+            yield
+    except PermissionError as error:
+        raise UserError(f"{error.filename or data_dir}: no permission; use another --data-dir") from error

@@ -1,4 +1,4 @@
-"""Regions that were computed elsewhere (bottom-up attention, CLIP), one file an image, in place of an encoder."""
+"""Ready-made regions (bottom-up attention, CLIP), one file per image, in place of an encoder."""
 
 import zipfile
 import zlib
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import TypeIs
 
 from imgcap_jax.errors import UserError
 
@@ -18,7 +19,7 @@ _SUFFIXES = (".npz", ".npy")
 
 
 class RegionSource(Protocol):
-    """Where the pipeline reads the regions of a split's images from: a `FeatureStore` or `ReadyRegions`."""
+    """The regions of the images of one split: a `FeatureStore`, `ReadyRegions`, or your own. Picklable."""
 
     @property
     def views(self) -> int:
@@ -26,51 +27,86 @@ class RegionSource(Protocol):
         ...
 
     def __len__(self) -> int:
-        """How many images there are, I."""
+        """The number of images, I."""
         ...
 
     def read(self, i: int, view: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
-        """The regions [N, D] of an image's view, and which of them exist [N]; None: all."""
+        """The regions [N, D] of a view of image i, and the mask [N] of those that exist; None: all of them."""
         ...
+
+
+class RegionSettings(Protocol):
+    """Settings of ready-made regions: a frozen dataclass in the place of an encoder's settings.
+
+    It has `read_regions` where an encoder's settings have `build`.
+    """
+
+    @property
+    def region_size(self) -> int:
+        """D."""
+        ...
+
+    @property
+    def frozen(self) -> bool:
+        """True."""
+        ...
+
+    def read_regions(self, source: "CaptionSource") -> RegionSource:
+        """The regions of a split.
+
+        Raises:
+            UserError: regions of an image are missing.
+        """
+        ...
+
+
+def has_ready_regions(settings: object) -> TypeIs[RegionSettings]:
+    """Whether an experiment's encoder settings read ready-made regions."""
+    return hasattr(settings, "read_regions")
 
 
 @dataclass(frozen=True)
 class RegionFiles:
-    """Ready-made regions, in number different from image to image, take the place of an encoder.
+    """Files of ready-made regions, whose number can differ between images.
 
-    The folder holds a file an image, all named by the images' ids (`391895.npz`) or all by their file names without
-    the ending (`COCO_val2014_000000391895.npz`). In it is an array [n, D], or [rows, columns, D]. Without a folder the
-    array is the feature `regions` of the dataset's records.
+    The folder contains one file per image. All files are named by image id (`391895.npz`), or all by image file name
+    without its ending (`COCO_val2014_000000391895.npz`). Each contains an array [n, D] or [rows, columns, D]. Without a
+    folder, the array is the feature `regions` of the dataset's records.
     """
 
     folder: Path | None = None
     region_size: int = 2048
     """D; 2048 in the bottom-up features of Anderson et al. (2018)."""
     max_regions: int = 100
-    """N: an image with fewer regions is filled up and masked, of more the first ones are kept."""
+    """N: images with fewer regions are padded and masked; of more regions, the first N are kept."""
     key: str = "feat"
-    """Name of the array in an .npz file; a file with one array needs none."""
+    """Name of the array in an .npz file; not needed if the file has only one array."""
 
     def __post_init__(self) -> None:
-        if self.region_size < 1 or self.max_regions < 1:
-            raise UserError("encoder: region_size and max_regions are at least 1")
+        for name in ("region_size", "max_regions"):
+            if getattr(self, name) < 1:
+                raise UserError(f"encoder.{name} is {getattr(self, name)}; it must be at least 1")
 
     @property
     def frozen(self) -> bool:
-        """Always: there is nothing to train."""
+        """True: there is nothing to train."""
         return True
+
+    def read_regions(self, source: "CaptionSource") -> "ReadyRegions":
+        """See `RegionSettings`."""
+        return ReadyRegions(self, source)
 
 
 class ReadyRegions:
-    """The ready-made regions of one split. Picklable; any number of readers."""
+    """The ready-made regions of one split. Picklable and safe to read from several threads."""
 
     views = 1
 
     def __init__(self, config: RegionFiles, source: "CaptionSource") -> None:
-        """Finds the file of every image.
+        """Finds the file of each image.
 
         Raises:
-            UserError: no such folder, or an image has no file; or the dataset has no feature `regions`.
+            UserError: the folder is missing, an image has no file, or the dataset has no feature `regions`.
         """
         self._config = config
         self._source = source
@@ -90,7 +126,7 @@ class ReadyRegions:
             present[path.stem] = path
         by_name = [Path(name).stem for name in source.filenames()]
         by_id = [str(image_id) for image_id in source.image_ids()]
-        # One way for all images: a file `1.npz` may be that of image 1 or that of `1.jpg`.
+        # All files must be named the same way: `1.npz` could belong to image 1 or to `1.jpg`.
         ways = [names for names in (by_name, by_id) if all(name in present for name in names)]
         where = f"{config.folder}, {source.name}, split {source.split}"
         if not ways:
@@ -110,10 +146,10 @@ class ReadyRegions:
         return len(self._source)
 
     def read(self, i: int, view: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
-        """The regions [N, D] of an image, float32, filled up with zeros, and which of them exist [N].
+        """The regions float32 [N, D] of an image, padded with zeros, and the mask [N] of those that exist.
 
         Raises:
-            UserError: the file can't be read, or holds an array of another size.
+            UserError: the file cannot be read, or its array has another size.
         """
         config = self._config
         if self._paths:

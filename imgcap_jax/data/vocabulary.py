@@ -64,6 +64,10 @@ class Vocabulary:
         """The id of each word, unk for those that aren't known."""
         return tuple(self._ids.get(word, UNK) for word in words)
 
+    def known_ids(self, words: Iterable[str]) -> tuple[int, ...]:
+        """The ids of those words that are in the vocabulary, in ascending order."""
+        return tuple(sorted(self._ids[word] for word in words if word in self._ids))
+
     def encode(self, caption: str, length: int) -> np.ndarray:
         """Ids of a caption, int32 [length]: bos, words, eos, pad.
 
@@ -103,7 +107,8 @@ class Vocabulary:
     def extended(self, other: "Vocabulary") -> "Vocabulary":
         """These words with their ids, then those of ``other`` that are new; counts are added up."""
         theirs = dict(zip(other.words, other.counts, strict=True))
-        new = [word for word in other.words if word not in set(self.words)]
+        known = set(self.words)
+        new = [word for word in other.words if word not in known]
         counts = [count + theirs.get(word, 0) for word, count in zip(self.words, self.counts, strict=True)]
         return Vocabulary((*self.words, *new), (*counts, *(theirs[word] for word in new)))
 

@@ -10,22 +10,25 @@ import jax.numpy as jnp
 from jax import Array
 
 from imgcap_jax.metrics.bleu import SMALL, TINY
+from imgcap_jax.metrics.cider_device import DeviceReferences, DocumentFrequencies
 from imgcap_jax.metrics.corpus import ORDERS
 from imgcap_jax.metrics.device_grams import Grams
 
 
-def bleu_4(candidates: Array, references: Array, per_image: Array) -> Array:
+def bleu_4(
+    candidates: Array, references: DeviceReferences, frequencies: DocumentFrequencies | None = None
+) -> Array:
     """BLEU-4 of each caption, 0 to 1.
 
     Args:
-        candidates: ids int32 [B,M,T], pad after the last word; eos where it is to count.
-        references: of the same images, int32 [B,R,T], filled up with pad.
-        per_image: [B], how many of each image's R are real.
+        candidates: ids int32 [B,M,T], pad after the last word; with eos if it counts as a word.
+        references: of the same images.
+        frequencies: not used; all rewards are called with the same arguments.
 
     Returns:
         float32 [B,M].
     """
-    ours, theirs = Grams(candidates[:, :, None]), Grams(references[:, None])  # [B,M,1,T] and [B,1,R,T]
+    ours, theirs = Grams(candidates[:, :, None]), Grams(references.tokens[:, None])  # [B,M,1,T] and [B,1,R,T]
     log_precision = jnp.zeros(())
     for order in range(ORDERS):
         own = ours.counts(ours, order)[:, :, 0]  # [B,M,T]
@@ -37,7 +40,7 @@ def bleu_4(candidates: Array, references: Array, per_image: Array) -> Array:
         log_precision += (jnp.log(correct + TINY) - jnp.log(guessed + SMALL)) / ORDERS
 
     length = ours.length  # [B,M,1]
-    real = jnp.arange(references.shape[1]) < per_image[:, None, None]  # [B,1,R]
+    real = jnp.arange(references.tokens.shape[1]) < references.per_image[:, None, None]  # [B,1,R]
     distance = jnp.where(real, jnp.abs(theirs.length - length), jnp.iinfo(jnp.int32).max)  # [B,M,R]
     nearest = distance.min(-1, keepdims=True)
     closest = jnp.where(distance == nearest, theirs.length, jnp.iinfo(jnp.int32).max).min(-1)  # the shorter of two

@@ -99,8 +99,8 @@ def document_frequencies(corpus: Sequence[Sequence[Sequence[int]]], words: int) 
     return DocumentFrequencies(tuple(start), tuple(last), tuple(idf), jnp.float32(np.log(len(corpus))))
 
 
-class References(NamedTuple):
-    """References on the device: ids int32 [B,R,T], norms of their vectors float32 [B,R,ORDERS], how many an image
+class DeviceReferences(NamedTuple):
+    """DeviceReferences on the device: ids int32 [B,R,T], norms of their vectors float32 [B,R,ORDERS], how many an image
     really has, float32 [B]."""
 
     tokens: Array
@@ -108,16 +108,16 @@ class References(NamedTuple):
     per_image: Array
 
 
-def prepare_references(tokens: Array, per_image: Array, frequencies: DocumentFrequencies) -> References:
+def prepare_references(tokens: Array, per_image: Array, frequencies: DocumentFrequencies) -> DeviceReferences:
     """Weights references, int32 [B,R,T], filled up with pad; `per_image` [B] of each image's R are real."""
     grams, idf = Grams(tokens), _idf(tokens, frequencies)
     # Each place of an n-gram brings count x idf^2 to the squared norm.
     norm = jnp.sqrt(jnp.stack([(grams.counts(grams, n) * idf[n] ** 2).sum(-1) for n in range(ORDERS)], -1))
     # Rows that only fill a batch have none.
-    return References(tokens, norm, jnp.maximum(per_image, 1).astype(jnp.float32))
+    return DeviceReferences(tokens, norm, jnp.maximum(per_image, 1).astype(jnp.float32))
 
 
-def cider_d(candidates: Array, references: References, frequencies: DocumentFrequencies) -> Array:
+def cider_d(candidates: Array, references: DeviceReferences, frequencies: DocumentFrequencies) -> Array:
     """CIDEr-D of each caption, 0 to 10.
 
     Args:

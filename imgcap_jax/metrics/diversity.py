@@ -126,7 +126,10 @@ def _kernels(sets: Mapping[int, list[list[str]]], references: Mapping[int, Seque
 
 def _self_cider(kernel: np.ndarray) -> float:
     """-log_m(r), where r is the largest square root of an eigenvalue divided by the sum of all; kernel [m,m]."""
-    roots = np.sqrt(np.clip(np.linalg.eigvalsh(kernel), 0, None))
+    eigenvalues = np.linalg.eigvalsh(kernel)
+    # Rounding leaves eigenvalues of 0 at some 1e-17, whose square roots would count.
+    noise = len(kernel) * np.finfo(kernel.dtype).eps * eigenvalues.max()
+    roots = np.sqrt(np.where(eigenvalues > noise, eigenvalues, 0.0))
     if not roots.sum():
         return math.nan
     return -math.log(roots.max() / roots.sum(), len(kernel))

@@ -14,7 +14,7 @@ from imgcap_jax.models.additive_scores import additive_scores
 from imgcap_jax.models.unrolling import constant_product
 
 
-def dropout(x: Array, rate: float, keys: Array | None) -> Array:
+def dropout(x: Array, rate: float, dropout_keys: Array | None) -> Array:
     """Inverted dropout whose masks belong to the rows of the batch, not to the device that holds them.
 
     Every row draws from its own key, so 1, 2 and 4 devices drop the same units (``nnx.Dropout`` draws one
@@ -23,9 +23,9 @@ def dropout(x: Array, rate: float, keys: Array | None) -> Array:
     Args:
         x: [B, ...].
         rate: share of units dropped, 0 to 1.
-        keys: [B] PRNG keys; None means no dropout (evaluation).
+        dropout_keys: [B] PRNG keys; None: no dropout (evaluation).
     """
-    if keys is None or rate == 0.0:
+    if dropout_keys is None or rate == 0.0:
         return x
     # 16 random bits a unit: the share kept is exact to 1/65536, and half as many numbers are drawn as by
     # jax.random.bernoulli, which on a CPU is a twentieth of a training step.
@@ -33,7 +33,7 @@ def dropout(x: Array, rate: float, keys: Array | None) -> Array:
     if kept == 65536:
         return x
     count = math.prod(x.shape[1:])
-    bits = jax.vmap(lambda key: jax.random.bits(key, (-(-count // 2),)))(keys)  # uint32 [B,count/2]
+    bits = jax.vmap(lambda key: jax.random.bits(key, (-(-count // 2),)))(dropout_keys)  # uint32 [B,count/2]
     halves = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(len(x), -1)[:, :count]
     keep = (halves < kept).reshape(x.shape)
     return jnp.where(keep, x * (65536 / kept), 0.0).astype(x.dtype)

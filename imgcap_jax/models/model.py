@@ -1,4 +1,4 @@
-"""CaptionModel: an encoder and a decoder, and which of their parameters are trained."""
+"""CaptionModel: an encoder and a decoder, split into trained parameters and the rest."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,12 +13,15 @@ from imgcap_jax.models.layers import row_keys
 Params = Any  # nnx.State of the trained parameters
 Frozen = Any  # nnx.State of everything else
 
+# What a row's key is folded with for each of its uses.
+START_KEYS, UNROLL_KEYS, DRAW_KEYS = 0, 1, 2
+
 
 class CaptionModel(nnx.Module):
-    """Images or ready regions in, word scores out.
+    """Images or ready-made regions in, word scores out.
 
     Attributes:
-        encoder: None where regions come from a feature store.
+        encoder: None if regions come from a feature store.
         decoder: see ``imgcap_jax.models.decoders.contract.Decoder``.
     """
 
@@ -27,10 +30,10 @@ class CaptionModel(nnx.Module):
         self.decoder = decoder
 
     def regions(self, batch: Mapping[str, Array]) -> Array:
-        """The batch's "regions" [B,N,D] where it has them, else its "image" [B,h,w,3] put through the encoder; float32.
+        """The "regions" [B,N,D] of the batch or, without them, its "image" [B,h,w,3] encoded; float32.
 
         Raises:
-            KeyError: only images, but there is no encoder.
+            KeyError: the batch has only images, and there is no encoder.
         """
         if "regions" in batch:
             return batch["regions"].astype("float32")
@@ -41,24 +44,27 @@ class CaptionModel(nnx.Module):
     def teacher_forced(
         self, batch: Mapping[str, Array], keys: Array | None = None, sampling: Array | None = None
     ) -> StepOutput:
-        """Reads "tokens" [B,M,T] but the last: the outputs [B,M,T-1,...], which ``score_words`` turns into words.
+        """Reads all "tokens" [B,M,T] except the last; returns the outputs [B,M,T-1,...], the input of ``score_words``.
 
         Args:
             batch: "tokens", and "image" or "regions".
-            keys: [B] PRNG keys of dropout; None: no dropout.
-            sampling: [], the probability of scheduled sampling, for which keys are needed; None: none.
+            keys: [B], one PRNG key per row, for dropout and draws; None: no dropout.
+            sampling: [], the probability of scheduled sampling, which needs keys; None: no sampling.
         """
         tokens = batch["tokens"]
-        self.decoder.make_room(tokens.shape[-1] - 1)
         memory, carry = self.decoder.start(
-            self.regions(batch), tokens.shape[1], region_mask=batch.get("region_mask"), keys=row_keys(keys, 0)
+            self.regions(batch),
+            tokens.shape[1],
+            steps=tokens.shape[2] - 1,
+            region_mask=batch.get("region_mask"),
+            dropout_keys=row_keys(keys, START_KEYS),
         )
-        read, unroll_keys = tokens[:, :, :-1], row_keys(keys, 1)
+        read, unroll_keys = tokens[:, :, :-1], row_keys(keys, UNROLL_KEYS)
         if sampling is None:
-            return self.decoder.unroll(read, memory, carry, keys=unroll_keys)
-        draws = row_keys(keys, 2)
+            return self.decoder.unroll(read, memory, carry, dropout_keys=unroll_keys)
+        draws = row_keys(keys, DRAW_KEYS)
         assert draws is not None
-        return self.decoder.unroll_sampled(read, memory, carry, sampling, draws, keys=unroll_keys)
+        return self.decoder.unroll_sampled(read, memory, carry, sampling, draws, dropout_keys=unroll_keys)
 
     def score_words(self, hidden: Array) -> Array:
         """The decoder's logits [...,V] for ``output.hidden`` [...,F]."""
@@ -66,14 +72,14 @@ class CaptionModel(nnx.Module):
 
 
 def split_trained(model: CaptionModel) -> tuple[nnx.GraphDef[CaptionModel], Params, Frozen]:
-    """Splits a model into its graph, the parameters that are trained and all the rest.
+    """Splits a model into its graph, the trained parameters and the rest.
 
-    What is trained is an ``nnx.Param``; encoders keep what is frozen in variables of another type.
+    Trained parameters are ``nnx.Param``s. Encoders keep frozen values in variables of another type.
     """
     graph, params, *rest = nnx.split(model, nnx.Param, ...)
     return graph, params, rest[0]
 
 
 def parameter_count(params: Params) -> int:
-    """How many numbers a tree of parameters holds."""
+    """The number of scalars in a tree of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

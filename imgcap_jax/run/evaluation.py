@@ -4,7 +4,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +25,14 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.files import write_text
 from imgcap_jax.metrics.coco_format import write_references, write_results
 from imgcap_jax.metrics.degeneration import Degeneration
-from imgcap_jax.metrics.scoring import CaptionScorer, Scores
+from imgcap_jax.metrics.scoring import CaptionScorer, CustomMetric, Scores, available_metrics
 from imgcap_jax.models.model import CaptionModel, Frozen, Params, split_trained
 from imgcap_jax.run.extraction import Extraction, uses_store
 from imgcap_jax.run.folder import Run
-from imgcap_jax.run.generation import caption_function, check_decoding
+from imgcap_jax.run.generation import caption_function, caption_rows, check_decoding
 from imgcap_jax.special_tokens import EOS
 from imgcap_jax.text import tokenize
-from imgcap_jax.training.checkpoints import Checkpoints
+from imgcap_jax.training.checkpoints import restore_best
 from imgcap_jax.training.losses import LossSums, caption_loss
 from imgcap_jax.training.parallel import DataParallel
 
@@ -41,7 +41,7 @@ BATCH = 64  # images decoded at a time
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One of several captions of an image: log_prob is the model's own, score what the search ranked."""
+    """One of several captions of an image. log_prob: the model's own. score: what the search ranked."""
 
     caption: str
     log_prob: float
@@ -50,15 +50,15 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Captioned:
-    """What decoding a split gave.
+    """The captions of a split.
 
     Attributes:
-        captions: image id -> the best caption (of samples the first).
-        hypotheses: image id -> the n best, best first, or all samples as drawn.
-        unfinished: share of the best captions that have no end and were cut.
-        mean_steps: decoder steps a batch took, on average.
-        max_steps: steps without early exit, T.
-        images_per_second: all in all, compiled already.
+        captions: image id -> the best caption (the first one, if captions were sampled).
+        hypotheses: image id -> the n best captions, best first, or all samples.
+        unfinished: share of the best captions that were cut before their end.
+        mean_steps: mean number of decoder steps per batch.
+        max_steps: the number of steps without early exit, T.
+        images_per_second: without compilation.
     """
 
     captions: dict[int, str]
@@ -70,7 +70,7 @@ class Captioned:
 
 
 class Member(NamedTuple):
-    """A model that captions a split, alone or in an ensemble: its graph, how it reads images, its regions if stored."""
+    """A model, alone or in an ensemble: its graph, how it reads images, and its stored regions if it has any."""
 
     graph: nnx.GraphDef[CaptionModel]
     data: CaptionData
@@ -80,17 +80,25 @@ class Member(NamedTuple):
 class SplitEvaluator:
     """Captions one split with given parameters, and scores the captions.
 
-    References are tokenised once, so that scoring after every epoch costs the candidates only.
+    References are tokenised once, so that only the candidates are processed after each epoch.
     """
 
     def __init__(
-        self, members: Sequence[Member], source: CaptionSource, vocabulary: Vocabulary, parallel: DataParallel
+        self,
+        members: Sequence[Member],
+        source: CaptionSource,
+        vocabulary: Vocabulary,
+        parallel: DataParallel,
+        metrics: Sequence[CustomMetric] = (),
     ) -> None:
+        """Prepares the references. ``metrics`` are computed in addition to ``available_metrics``."""
         self.source = source
         self._members, self._vocabulary, self._parallel = members, vocabulary, parallel
         self._ids = [int(image_id) for image_id in source.image_ids()]
         self.references = {image_id: source.captions(i) for i, image_id in enumerate(self._ids)}
-        self._scorer = CaptionScorer(self.references)
+        self._scorer = CaptionScorer(
+            self.references, available_metrics() | {metric.label: metric for metric in metrics}
+        )
         self._functions: dict[Decoding, Any] = {}
         devices = len(parallel.devices)
         self._size = -(-min(BATCH, len(source)) // devices) * devices
@@ -105,7 +113,7 @@ class SplitEvaluator:
         if decoding not in self._functions:
             graphs = [member.graph for member in self._members]
             function = self._functions[decoding] = caption_function(graphs, decoding, self._vocabulary)
-            # Compiled before the time is taken.
+            # Compiled before the time is measured.
             first = [next(self._on_devices(images))[0] for images in self._images]
             jax.block_until_ready(function(params, frozen, first).tokens)
         captions: dict[int, str] = {}
@@ -120,10 +128,9 @@ class SplitEvaluator:
             steps.append(int(decoded.steps))
             for row, image_id in enumerate(self._ids[first : first + len(tokens)]):
                 hypotheses[image_id] = [
-                    Hypothesis(self._vocabulary.decode(words), float(log_prob), float(score))
-                    for words, log_prob, score in zip(tokens[row], log_probs[row], scores[row], strict=True)
-                    if words.any()
-                ][: decoding.samples or decoding.n_best]
+                    Hypothesis(self._vocabulary.decode(tokens[row, m]), float(log_probs[row, m]), float(scores[row, m]))
+                    for m in caption_rows(tokens[row], decoding)
+                ]
                 captions[image_id] = hypotheses[image_id][0].caption
                 unfinished += EOS not in tokens[row, 0]
         seconds = time.perf_counter() - start
@@ -133,11 +140,12 @@ class SplitEvaluator:
         )
 
     def score(self, captions: Mapping[int, str]) -> Scores:
-        """BLEU, CIDEr-D and whatever else the scorer knows."""
+        """The scores of one caption per image."""
         return self._scorer.score(captions)
 
     def degeneration(self, captioned: Captioned) -> tuple[Degeneration, tuple[str, ...]]:
-        """What is wrong with the captions whatever they score, and a warning for each way in which it is too much."""
+        """Defects of the captions that scores do not show, and a warning for each that is more frequent than in the
+        references."""
         texts = (tokenize(caption) for caption in captioned.captions.values())
         found = Degeneration.of(texts, captioned.unfinished)
         return found, found.warnings(self._references_degeneration)
@@ -147,20 +155,20 @@ class SplitEvaluator:
         return Degeneration.of(itertools.chain.from_iterable(self._scorer.references.tokens))
 
     def score_of_other_photos(self, captions: Mapping[int, str]) -> Scores:
-        """The scores when each image gets the caption of another one, drawn at random: the floor.
+        """The scores if each image gets the caption of another, random image: the floor.
 
-        What a model scores without looking, only from how people write about such photos; what it scores above that
-        it owes to the image. The images are dealt out in one random ring, so that no image keeps its own caption.
+        This is what captions score because of how people describe such photos. Only the rest is due to the image. The
+        images form one random ring, so that no image keeps its own caption.
         """
         ring = np.random.default_rng(0).permutation(self._ids).tolist()
         return self.score(dict(zip(ring, (captions[other] for other in ring[1:] + ring[:1]), strict=True)))
 
     def teacher_forced(self, params: Params, frozen: Frozen) -> dict[str, float]:
-        """Loss and perplexity a word with the true words given: a diagnostic, never a basis for selection.
+        """Loss and perplexity per word of the first member under teacher forcing.
 
-        Of the first member, whose parameters are given.
+        This is a diagnostic. Checkpoints are never selected by it.
         """
-        if self._with_tokens is None:  # made once: it encodes all captions
+        if self._with_tokens is None:  # made once, because it encodes all captions
             member = self._members[0]
             self._with_tokens = eval_batches(
                 member.data, self.source, batch_size=self._size, features=member.store, vocabulary=self._vocabulary
@@ -179,18 +187,19 @@ class SplitEvaluator:
         return caption_loss(model.score_words, hidden, batch["tokens"], batch["weight"])
 
     def _on_devices(self, batches: EvalBatches) -> Iterator[tuple[dict[str, Array], int]]:
-        """Batches on the devices, and the number of the first image in each."""
+        """Batches on the devices, each with the number of its first image."""
         for number, batch in enumerate(batches):
-            del batch["image_id"]  # 64 bits, which stay on the host
+            del batch["image_id"]  # 64 bits, stays on the host
             batch["row"] = np.arange(self._size, dtype=np.int32) + number * self._size
             yield self._parallel.put_rows(batch), number * self._size
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of a run, or an ensemble, on a split; truth only for drawn scenes, floor where it was asked for.
+    """The scores of a run or an ensemble on a split.
 
-    warnings: of the scores and of how captions degenerate, a line each.
+    warnings: one line each, about scores and defects of captions. truth: only for drawn scenes. floor: see
+    ``SplitEvaluator.score_of_other_photos``; None unless requested. models: the size of the ensemble.
     """
 
     source: CaptionSource
@@ -210,11 +219,11 @@ class Evaluation:
         return f"{self.source.name} {self.source.split}, {len(self.source)} images{ensemble}, {self.decoding.title}"
 
     def results(self) -> dict[str, Any]:
-        """All but the captions, for JSON."""
+        """Everything except the captions, for JSON."""
         results: dict[str, Any] = {
             "dataset": self.source.name,
             "split": self.source.split,
-            "decoding": asdict(self.decoding),
+            "decoding": _decoding_fields(self.decoding),
             "mean_steps": self.captioned.mean_steps,
             "max_steps": self.captioned.max_steps,
             "scores": _rounded(self.scores),
@@ -228,12 +237,18 @@ class Evaluation:
         return results
 
 
+def _decoding_fields(decoding: Decoding) -> dict[str, Any]:
+    values = {item.name: getattr(decoding, item.name) for item in fields(decoding)}
+    own = values.pop("rules")
+    return values | ({"rules": [repr(rule) for rule in own]} if own else {})
+
+
 def _rounded(scores: Scores) -> dict[str, float]:
     return {name: round(value, 6) for name, value in scores.values.items()}
 
 
 def evaluate(run: Run, split: str, *, cache: Path, decoding: Decoding | None = None) -> Evaluation:
-    """``sweep`` of one run with one setting, its own where none is given."""
+    """``sweep`` of one run with one setting; None: the run's own."""
     return next(sweep([run], split, cache=cache, decodings=[decoding or run.experiment.decoding]))
 
 
@@ -246,21 +261,21 @@ def sweep(
     dataset: str | None = None,
     floor: bool = False,
 ) -> Iterator[Evaluation]:
-    """Captions a split with the best parameters of a run, or of an ensemble, once with each of some settings.
+    """Captions a split with the best parameters of a run or an ensemble, once per setting.
 
-    With one setting the captions (all hypotheses, too, where there are several) and scores are written into the first
-    run; with more their scores alone, into the file of its sweeps.
+    With one setting, the captions (and all hypotheses, if there are several per image) and the scores are written into
+    the folder of the first run. With several settings, only the scores are written, into the file of its sweeps.
 
     Args:
         runs: the trained run, or several with the same vocabulary.
         split: "val", "test", ...
         cache: folder of the feature stores.
         decodings: search settings.
-        dataset: another dataset than the one the first run validated on.
-        floor: also score the captions as those of other photos.
+        dataset: None: the dataset that the first run validated on.
+        floor: also score each caption as that of another image.
 
     Raises:
-        UserError: no such split, no trained parameters, runs with different words, a full disk.
+        UserError: there is no such split, no trained parameters, vocabularies differ, or the disk is full.
     """
     check_ensemble(runs)
     for decoding, run in itertools.product(decodings, runs):
@@ -274,13 +289,12 @@ def sweep(
         stored = uses_store(run.experiment)
         store = Extraction(run.experiment, cache).regions(source, views=1) if stored else None
         graph, own, rest = split_trained(run.model(with_encoder=not stored))
-        checkpoints = Checkpoints(run.folder)
-        params.append(checkpoints.restore_best(parallel.replicate(own)))
-        steps.append(checkpoints.best_step)
-        checkpoints.close()
+        best, step = restore_best(run.folder, parallel.replicate(own))
+        params.append(best)
+        steps.append(step)
         frozen.append(parallel.replicate(rest))
         members.append(Member(graph, run.experiment.data, store))
-    evaluator = SplitEvaluator(members, source, runs[0].vocabulary, parallel)
+    evaluator = SplitEvaluator(members, source, runs[0].vocabulary, parallel, first.metrics)
     where: dict[str, Any] = {"step": steps[0], "objective": first.objective.title}
     if len(runs) > 1:
         objectives = [run.experiment.objective.title for run in runs]
@@ -312,29 +326,29 @@ def sweep(
 
 
 def check_ensemble(runs: Sequence[Run]) -> None:
-    """Raises UserError unless all runs have the words of the first."""
+    """Raises UserError unless all runs have the same vocabulary."""
     for run in runs[1:]:
         if run.vocabulary.words != runs[0].vocabulary.words:
             raise UserError(
-                f"{run.folder} and {runs[0].folder} have different vocabularies, so their words can't be averaged; "
-                f"an ensemble's runs are trained on the same captions with the same min_count"
+                f"{run.folder} and {runs[0].folder} have different vocabularies, so their probabilities cannot be "
+                f"averaged; train the runs of an ensemble on the same captions with the same min_count"
             )
 
 
 def _add_to_sweep(path: Path, results: dict[str, Any]) -> None:
-    """Puts results into a file of a run's sweeps, in the place of those of the same settings and checkpoints."""
+    """Adds results to the file of a run's sweeps. Results of the same settings and checkpoints are replaced."""
     try:
         before = json.loads(path.read_text())
     except (OSError, ValueError):
         before = []
-    results = json.loads(json.dumps(results))  # as what is read: without tuples
+    results = json.loads(json.dumps(results))  # without tuples, as read from a file
     same = ("step", "runs", "steps", "decoding")
     others = [one for one in before if any(one.get(name) != results.get(name) for name in same)]
     write_text(path, json.dumps([*others, results], indent=2) + "\n")
 
 
 def _write(folder: Path, name: str, captioned: Captioned, results: Mapping[str, Any]) -> None:
-    (folder / f"n_best_{name}.json").unlink(missing_ok=True)  # of another decoding
+    (folder / f"n_best_{name}.json").unlink(missing_ok=True)  # from another decoding
     write_results(folder / f"captions_{name}.json", captioned.captions)
     if any(len(found) > 1 for found in captioned.hypotheses.values()):
         n_best = [
@@ -348,7 +362,7 @@ def _write(folder: Path, name: str, captioned: Captioned, results: Mapping[str, 
 def _truth(
     source: CaptionSource, captions: Mapping[int, str], references: Mapping[int, Sequence[str]]
 ) -> TruthScores | None:
-    """Whether captions of drawn scenes are true of them; None for photos, whose truth nobody knows."""
+    """Whether captions of drawn scenes are true; None for photos, for which this is not known."""
     if not source[0].scene:
         return None
     scenes = {example.image_id: Scene.from_json(example.scene) for example in source}

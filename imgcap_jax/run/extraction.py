@@ -1,4 +1,4 @@
-"""Regions that don't change in training: of a frozen encoder, computed once into a store, or ready-made ones."""
+"""Regions that training does not change: those of a frozen encoder, computed once and stored, and ready-made ones."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,42 +13,41 @@ from flax import nnx
 
 from imgcap_jax.data.features import FeatureStore
 from imgcap_jax.data.images import Augmentation
-from imgcap_jax.data.regions import ReadyRegions, RegionFiles, RegionSource
+from imgcap_jax.data.regions import RegionSource, has_ready_regions
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.models.encoders.pretrained.weights import fingerprint
 
-BATCH = 32  # images an encoder pass; one shape, so one compilation
+BATCH = 32  # images per encoder pass; one shape, so one compilation
 
 
 def uses_store(experiment: Experiment) -> bool:
-    """A frozen encoder that sees a fixed number of versions of each image needs to see them only once."""
-    data = experiment.data
-    if isinstance(experiment.encoder, RegionFiles):
-        return True
-    return experiment.encoder.frozen and (data.views > 1 or data.augmentation == Augmentation())
+    """Whether regions are read from a store, because the encoder would compute the same ones in each epoch."""
+    data, settings = experiment.data, experiment.encoder
+    return has_ready_regions(settings) or (settings.frozen and (data.views > 1 or data.augmentation == Augmentation()))
 
 
 def extract(experiment: Experiment, splits: Sequence[str], cache: Path) -> None:
-    """Computes the stores that training and evaluating an experiment on these splits will look for.
+    """Computes the stores that training and evaluating an experiment on these splits will read.
 
     Raises:
-        UserError: the experiment reads images in training, or ready-made regions; no such split; see `Extraction`.
+        UserError: the experiment has no features to store, or a split does not exist; see also `Extraction`.
     """
-    if not uses_store(experiment) or isinstance(experiment.encoder, RegionFiles):
-        if isinstance(experiment.encoder, RegionFiles):
+    settings = experiment.encoder
+    if has_ready_regions(settings) or not uses_store(experiment):
+        if has_ready_regions(settings):
             why = "reads ready-made regions"
-        elif experiment.encoder.frozen:
-            why = "augments images without end (data.views is 1)"
+        elif settings.frozen:
+            why = "draws new augmentations in each epoch (data.views is 1)"
         else:
             why = "trains its encoder"
-        raise UserError(f"the experiment {why}, so there are no features to keep")
+        raise UserError(f"the experiment {why}, so there are no features to store")
     extraction = Extraction(experiment, cache)
     data = experiment.data
     names = [name for name, _ in parse_mixture(data.dataset)]
     for split in splits:
-        # As in training: the whole mixture, but validation and tests on its first dataset.
+        # As in training: the whole mixture is trained on, and its first dataset is evaluated on.
         for name in names if split == "train" else names[:1]:
             source = open_source(name, split, data.data_dir)
             if split == "val":
@@ -57,20 +56,20 @@ def extract(experiment: Experiment, splits: Sequence[str], cache: Path) -> None:
 
 
 def _identity(settings: Any) -> str:
-    """The settings of an encoder, less what doesn't change its features."""
+    """The settings of an encoder that determine its features."""
     same = {"checkpoint_stages": False} if hasattr(settings, "checkpoint_stages") else {}
     return repr(replace(settings, **same))
 
 
 class Extraction:
-    """Gives the regions of splits as an experiment wants them, computing what is missing."""
+    """The regions of splits as an experiment needs them. What is missing is computed."""
 
     def __init__(self, experiment: Experiment, cache: Path, *, progress: bool = True) -> None:
         """Computes nothing yet.
 
         Args:
-            experiment: says the encoder, its image size and how pixels are resized.
-            cache: folder that holds the stores, each under a key of all that decides its content.
+            experiment: its encoder, image size and resizing are used.
+            cache: folder of the stores. The key of a store covers everything that determines its content.
             progress: whether to show images/s and the time left.
         """
         self.experiment = experiment
@@ -78,14 +77,14 @@ class Extraction:
         self._progress = progress
 
     def regions(self, source: CaptionSource, *, views: int) -> RegionSource:
-        """The regions of a split, in so many views of each image: the plain one, its mirror image, random crops.
+        """The regions of a split, in this number of views per image: the image itself, its mirror image, random crops.
 
         Raises:
-            UserError: see `FeatureStore.build` and `ReadyRegions`.
+            UserError: see `FeatureStore.build` and `RegionSettings.read_regions`.
         """
         data, settings = self.experiment.data, self.experiment.encoder
-        if isinstance(settings, RegionFiles):
-            return ReadyRegions(settings, source)
+        if has_ready_regions(settings):
+            return settings.read_regions(source)
         encoder, encode, weights = self._encoder
         return FeatureStore.build(
             source,
@@ -111,18 +110,18 @@ class Extraction:
 
     @cached_property
     def _encoder(self) -> tuple[Any, Callable[[Any], np.ndarray], str]:
-        """The encoder, the compiled function of images, and a fingerprint of all that it computes with."""
+        """The encoder, its compiled function of images, and a fingerprint of its weights."""
         settings = self.experiment.encoder
-        assert not isinstance(settings, RegionFiles)
+        assert not has_ready_regions(settings)
         dtype = jnp.dtype(self.experiment.training.dtype)
-        # As `Run.model` builds it, random weights too.
+        # As in `Run.model`, so that random weights are the same.
         rngs = nnx.Rngs(self.experiment.training.seed)
         encoder = settings.build(self.experiment.data.image_size, dtype=dtype, rngs=rngs)
         graph, state = nnx.split(encoder)
 
         @jax.jit
         def encode(state: Any, images: Any) -> Any:
-            # Whatever the device's default: what is kept under "float32" is the same everywhere.
+            # Features stored as float32 must not depend on the device's default precision.
             with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
                 return nnx.merge(graph, state)(images)
 

@@ -1,4 +1,4 @@
-"""Captions from a model, or from several: the jitted path from a batch to decoded words."""
+"""Captions from one model or an ensemble: the jitted path from a batch to decoded words."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
@@ -29,24 +30,20 @@ from imgcap_jax.decoding.sampling import sample
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.metrics.degeneration import BAD_ENDINGS
+from imgcap_jax.models.decoders.contract import DecoderSettings, check_length
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
 from imgcap_jax.special_tokens import BOS, UNK
 from imgcap_jax.text import tokenize
 
 
-def check_decoding(decoding: Decoding, vocabulary: Vocabulary, decoder: Any) -> None:
-    """Raises UserError where captions can't be searched for so: before hours of training, not after.
-
-    ``decoder`` are the settings of one.
-    """
+def check_decoding(decoding: Decoding, vocabulary: Vocabulary, decoder: DecoderSettings) -> None:
+    """Raises UserError if a model cannot decode with these settings, before hours of training and not after them."""
     _rules(decoding, vocabulary), _must(decoding, vocabulary)
-    most = getattr(decoder, "max_length", None)
-    if most is not None and decoding.max_words > most:
-        raise UserError(f"max_words is {decoding.max_words}, but the decoder reads at most {most} tokens; give fewer")
+    check_length(decoder, decoding.max_words, "decoding.max_words")
 
 
 def _rules(decoding: Decoding, vocabulary: Vocabulary) -> tuple[Rule, ...]:
-    """The logit rules that the settings ask for, in words of the vocabulary."""
+    """The logit rules of the settings, with word ids of the vocabulary."""
     rules: list[Rule] = []
     if decoding.suppress_unk:
         rules.append(SuppressUnk())
@@ -55,41 +52,39 @@ def _rules(decoding: Decoding, vocabulary: Vocabulary) -> tuple[Rule, ...]:
     if decoding.no_repeat_ngram:
         rules.append(NoRepeatNgram(decoding.no_repeat_ngram))
     if decoding.forbid_bad_endings:
-        rules.append(ForbidBadEnding(bad_endings(vocabulary)))
+        rules.append(ForbidBadEnding(vocabulary.known_ids(BAD_ENDINGS)))
     if decoding.top_k:
         rules.append(TopK(decoding.top_k))
     if decoding.top_p < 1:
         rules.append(TopP(decoding.top_p))
+    rules += decoding.rules
     if not decoding.prefix:
         return tuple(rules)
     prefix = _known(decoding.prefix, vocabulary, "prefix")
     if len(prefix) >= decoding.max_words:
-        raise UserError(f"prefix has {len(prefix)} words; give fewer than max_words ({decoding.max_words})")
+        raise UserError(f"prefix has {len(prefix)} words; it must have fewer than max_words ({decoding.max_words})")
     return (ForcedPrefix(prefix, tuple(rules)),)
 
 
-def bad_endings(vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Ids of the words of ``BAD_ENDINGS`` that a vocabulary has."""
-    return tuple(number for number in vocabulary.ids(sorted(BAD_ENDINGS)) if number != UNK)
-
-
 def _known(text: str, vocabulary: Vocabulary, setting: str) -> tuple[int, ...]:
-    """Ids of a text's words. Raises UserError where one is unknown."""
+    """The ids of a text's words. Raises UserError if the vocabulary lacks one."""
     words = tokenize(text)
     ids = vocabulary.ids(words)
     for word, number in zip(words, ids, strict=True):
         if number == UNK:
-            raise UserError(f"{setting}: the model doesn't know the word {word!r}; choose another")
+            raise UserError(f"{setting}: the model's vocabulary lacks the word {word!r}; choose another")
     return ids
 
 
 def _must(decoding: Decoding, vocabulary: Vocabulary) -> list[tuple[int, ...]]:
-    """Ids of the forms of each word that has to occur."""
+    """The ids of the forms of each word that must occur."""
     words = []
     for entry in decoding.must:
         forms = [_known(form, vocabulary, "must") for form in entry.split("|")]
         if any(len(form) != 1 for form in forms):
-            raise UserError(f"must: {entry!r} is not a word, or words with | between them; give several one by one")
+            raise UserError(
+                f"must: {entry!r} is not a single word, or alternative words separated by |; separate words by commas"
+            )
         words.append(tuple(form[0] for form in forms))
     return words
 
@@ -100,17 +95,17 @@ CaptionFunction = Callable[[Sequence[Params], Sequence[Frozen], Sequence[Mapping
 def caption_function(
     graphs: Sequence[nnx.GraphDef[CaptionModel]], decoding: Decoding, vocabulary: Vocabulary
 ) -> CaptionFunction:
-    """Makes the jitted function of params, frozen parts and batches, one each a model, -> Decoded [B,K,T].
+    """Makes the jitted function (params, frozen parts, batches), one of each per model -> Decoded [B,K,T].
 
-    Several models of one vocabulary are an ensemble: a word's probability is the mean of theirs, and each looks at the
-    image through its own encoder. A batch holds "image" or "regions" [B,...], and, where captions are drawn, may hold
-    "row" [B], each image's place in the whole, on which its samples depend. Of a search's K captions the first
-    ``decoding.n_best`` count.
+    Several models with one vocabulary are an ensemble: the probability of a word is the mean of theirs, and each model
+    has its own encoder. A batch contains "image" or "regions" [B,...]. For sampling it can contain "row" [B], the place
+    of each image in the whole split, which determines the samples. The first ``decoding.n_best`` of a search's K
+    captions are its result.
 
-    The memory is computed once an image; beams share it.
+    The memory is computed once per image and shared by its beams.
 
     Raises:
-        UserError: words that the vocabulary lacks, or more of them than the models can read.
+        UserError: the vocabulary lacks a word of the settings.
     """
     rules, must = _rules(decoding, vocabulary), _must(decoding, vocabulary)
     parallel = decoding.samples or constrained_rows(decoding.beam, must)
@@ -118,10 +113,9 @@ def caption_function(
     @jax.jit
     def captions(params: Sequence[Params], frozen: Sequence[Frozen], batches: Sequence[Mapping[str, Array]]) -> Decoded:
         models = [nnx.merge(*parts) for parts in zip(graphs, params, frozen, strict=True)]
-        for model in models:
-            model.decoder.make_room(decoding.max_words)
+        steps = decoding.max_words  # a longer caption is cut there and has no eos
         starts = [
-            model.decoder.start(model.regions(batch), parallel, region_mask=batch.get("region_mask"))
+            model.decoder.start(model.regions(batch), parallel, steps=steps, region_mask=batch.get("region_mask"))
             for model, batch in zip(models, batches, strict=True)
         ]
         memories = [memory for memory, _ in starts]
@@ -135,7 +129,6 @@ def caption_function(
                 logits.append(model.decoder.logits(output))
             return tuple(stepped), logits[0] if len(models) == 1 else _mean_probability(logits)
 
-        steps = decoding.max_words  # a caption of so many words is left without eos
         if decoding.samples:
             rows = batches[0].get("row", jnp.arange(jax.tree.leaves(carry)[0].shape[0]))
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(decoding.seed)))(rows)
@@ -157,8 +150,14 @@ def caption_function(
     return captions
 
 
+def caption_rows(tokens: np.ndarray, decoding: Decoding) -> list[int]:
+    """The rows of an image's tokens [K,T] that are its captions, best first, or its samples. Empty beams are left
+    out."""
+    return [m for m in range(len(tokens)) if tokens[m].any()][: decoding.samples or decoding.n_best]
+
+
 def _mean_probability(logits: Sequence[Array]) -> Array:
-    """The log of the models' mean probabilities, from the logits [B,M,V] of each."""
+    """The log of the mean of the models' probabilities, from the logits [B,M,V] of each."""
     log_probs = jnp.stack([jax.nn.log_softmax(one.astype(jnp.float32)) for one in logits])
     return jax.nn.logsumexp(log_probs, axis=0) - jnp.log(len(logits))
 
@@ -168,8 +167,8 @@ def attention_function(
 ) -> Callable[[Params, Frozen, Mapping[str, ArrayLike], ArrayLike], Array | None]:
     """Makes the jitted function (params, frozen, batch, tokens [B,M,T] without bos) -> attention [B,M,T,N].
 
-    The captions are read once more by the model that wrote them, which attends to the same regions then: a search need
-    not carry maps along that nobody may ask for. None for a decoder without attention.
+    The model reads the captions again and attends to the same regions as when it wrote them. In this way a search does
+    not have to carry maps that are rarely needed. The result is None for a decoder without attention.
     """
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Starting from another run's weights (``--init-from``)."""
+"""Starting from the parameters of another run (``--init-from``)."""
 
 import dataclasses
 from pathlib import Path
@@ -14,31 +14,24 @@ from imgcap_jax.experiment import Experiment
 from imgcap_jax.models.model import CaptionModel, split_trained
 from imgcap_jax.run.extraction import uses_store
 from imgcap_jax.run.folder import Run
-from imgcap_jax.training.checkpoints import Checkpoints
-
-# The axis that counts words, by the end of a parameter's name; every decoder has these two layers.
-_WORD_AXES = {
-    "['embedding']['embedding']": 0,
-    "['words']['kernel']": 1,
-    "['words']['bias']": 0,
-}
+from imgcap_jax.training.checkpoints import restore_best
 
 
 def check_encoder(source: Path, new: Experiment) -> None:
-    """Raises UserError unless the run ``source`` looks through the encoder of the experiment ``new``.
+    """Raises UserError unless the run ``source`` has the encoder of the experiment ``new``.
 
-    A decoder understands its own encoder only, even where another's features are of the same size.
+    A decoder only understands the features that it was trained with, even if others have the same size.
     """
     changed = _encoder_differences(Run.load(source).experiment.encoder, new.encoder)
     if changed:
         raise UserError(
-            f"--init-from {source}: that run has another encoder ({changed}); take an experiment with the same "
-            f"encoder, only trainable_stages may differ"
+            f"--init-from {source}: that run has another encoder ({changed}); use the same one, except for "
+            f"trainable_stages"
         )
 
 
 def _encoder_differences(old: Any, new: Any) -> str:
-    """The first field in which two encoders differ, but for what only training knows; "" where none does."""
+    """The first field in which two encoders compute different features; "" if there is none."""
     if type(old) is not type(new):
         return f"{type(old).__name__} -> {type(new).__name__}"
     for item in dataclasses.fields(old):
@@ -49,28 +42,27 @@ def _encoder_differences(old: Any, new: Any) -> str:
 
 
 def transfer(source: Path, model: CaptionModel, vocabulary: Vocabulary) -> str:
-    """Puts the best parameters of the run ``source`` into ``model``, in place.
+    """Copies the best parameters of the run ``source`` into ``model``, in place.
 
-    The word embedding and the layer of word scores are mapped by word: rows of words that both know are copied,
-    those of new words keep the model's fresh values.
+    The word embedding and the output layer (``Decoder.word_axes``) are mapped by word: rows of words that both
+    vocabularies have are copied, rows of new words keep the model's initial values.
 
     Args:
         source: the folder of the run to start from.
         model: the new model.
-        vocabulary: the new model's words.
+        vocabulary: the vocabulary of the new model.
 
     Returns:
-        A line that says how much was taken over.
+        A line that says how many words were found.
 
     Raises:
-        UserError: no run there, no finished validation in it, or another architecture (see `check_encoder` as well).
+        UserError: there is no run, no finished validation in it, or it has another architecture (see also
+            `check_encoder`).
     """
     old = Run.load(source)
     old_model = old.model(with_encoder=not uses_store(old.experiment))
     _, template, _ = split_trained(old_model)
-    checkpoints = Checkpoints(source)
-    restored = checkpoints.restore_best(template)
-    checkpoints.close()
+    restored, _ = restore_best(source, template)
     known = {word: i for i, word in enumerate(old.vocabulary.words)}
     pairs = [(i, known[word]) for i, word in enumerate(vocabulary.words) if word in known]
     new_rows = jnp.array([i for i, _ in pairs])
@@ -83,10 +75,13 @@ def transfer(source: Path, model: CaptionModel, vocabulary: Vocabulary) -> str:
         name = jax.tree_util.keystr(path)
         other = old_leaves.get(name)
         if other is None and name.startswith("['encoder']"):
-            return leaf  # frozen there, to be trained here
+            return leaf  # frozen in the other run, trained in this one
         if other is None:
-            raise UserError(f"{source} has no parameter {name}: it has another architecture; use the same one")
-        axis = next((axis for ending, axis in _WORD_AXES.items() if name.removesuffix(".value").endswith(ending)), None)
+            raise UserError(f"{source} has no parameter {name}, so its architecture differs; use the same one")
+        axis = next(
+            (axis for ending, axis in model.decoder.word_axes.items() if name.removesuffix(".value").endswith(ending)),
+            None,
+        )
         rest = tuple(size for i, size in enumerate(leaf.shape) if i != axis)
         old_rest = tuple(size for i, size in enumerate(other.shape) if i != axis)
         if axis is not None and rest == old_rest:
@@ -95,7 +90,7 @@ def transfer(source: Path, model: CaptionModel, vocabulary: Vocabulary) -> str:
         if leaf.shape != other.shape:
             raise UserError(
                 f"{source}: parameter {name} has shape {other.shape}, here it is {leaf.shape}; "
-                f"use the same sizes as the run it starts from"
+                f"use the same sizes as that run"
             )
         return other
 
@@ -104,7 +99,7 @@ def transfer(source: Path, model: CaptionModel, vocabulary: Vocabulary) -> str:
     if lost:
         raise UserError(
             f"{source} trained {lost[0]}, which is not trained here; "
-            f"give the --encoder and --decoder options of that run"
+            f"use the --encoder and --decoder options of that run"
         )
     nnx.update(model, jax.tree_util.tree_map_with_path(mapped, params))
-    return f"starting from {source}: {len(pairs)} of {len(vocabulary)} words known there"
+    return f"starting from {source}: {len(pairs)} of {len(vocabulary)} words are in its vocabulary"

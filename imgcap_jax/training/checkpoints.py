@@ -13,15 +13,15 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import disk_full
+from imgcap_jax.files import disk_errors
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a resumed run has to know beside the state.
+    """What a resumed run needs in addition to the state.
 
     step: steps done. data: state of the data iterator after the batch of that step.
-    best: best validation CIDEr-D so far (None: not validated), best_step: when, misses: validations since.
+    best: highest validation CIDEr-D so far (None: not validated yet). best_step: its step. misses: validations since.
     """
 
     step: int
@@ -32,13 +32,14 @@ class Progress:
 
 
 class Checkpoints:
-    """``<run>/checkpoints/newest`` and ``best``; and ``start``, for a penalty on straying from it.
+    """``<run>/checkpoints/newest`` and ``best``, and ``start``, the initial parameters for a KL penalty.
 
-    Orbax writes into a temporary folder and renames it: a kill at any moment leaves the one before.
+    Orbax writes into a temporary folder and renames it, so that a kill at any moment leaves the previous checkpoint.
     """
 
     def __init__(self, run: Path, *, writing: bool = False) -> None:
-        """Opens the checkpoints of a run; only who trains it may be ``writing``, others could disturb a save."""
+        """Opens the checkpoints of a run. Only the process that trains it can be ``writing``; others could disturb a
+        save."""
         self.folder = run.absolute() / "checkpoints"
         self._newest = _manager(self.folder / "newest", writing)
         self._best = _manager(self.folder / "best", writing)
@@ -46,51 +47,53 @@ class Checkpoints:
 
     @property
     def step(self) -> int | None:
-        """Step of the newest checkpoint; None where there is none."""
+        """Step of the newest checkpoint; None if there is none."""
         return self._newest.latest_step()
 
     @property
     def best_step(self) -> int | None:
-        """Step of the best checkpoint; None where there is none."""
+        """Step of the best checkpoint; None if there is none."""
         return self._best.latest_step()
 
     def save(self, state: Any, progress: Progress) -> None:
-        """Saves the training state and returns when it is on disk.
+        """Saves the training state; returns when it is on disk.
 
         Raises:
-            UserError: the disk is full. Earlier checkpoints remain.
+            UserError: the disk is full. Earlier checkpoints are kept.
         """
         if progress.step == self.step:
             return
         text = json.dumps(asdict(progress))
         items = ocp.args.Composite(state=ocp.args.StandardSave(_raw(state)), progress=ocp.args.JsonSave({"json": text}))
-        with _disk_errors(self.folder):
+        with _saving(self.folder):
             self._newest.save(progress.step, args=items)
             self._newest.wait_until_finished()
 
     def save_best(self, step: int, params: Any) -> None:
-        """Keeps these parameters as the best."""
-        with _disk_errors(self.folder):
+        """Saves these parameters as the best."""
+        with _saving(self.folder):
             if self.best_step is not None and self.best_step >= step:
-                # Left by this run when it was killed between this and its checkpoint. It will get there again, to
-                # the same parameters.
+                # The run was killed between this and its next checkpoint. It computes the same parameters again.
                 return
             self._best.save(step, args=ocp.args.StandardSave(_raw(params)))
             self._best.wait_until_finished()
 
     def keep_start(self, params: Any) -> None:
-        """Keeps the parameters that training starts with."""
+        """Saves the initial parameters."""
         manager = _manager(self.folder / "start", self._writing)
-        with _disk_errors(self.folder):
+        with _saving(self.folder):
             manager.save(0, args=ocp.args.StandardSave(_raw(params)))
             manager.wait_until_finished()
         manager.close()
 
     def restore_start(self, template: Any) -> Any:
-        """What ``keep_start`` kept, placed as ``template`` is. Raises UserError where it is missing or does not fit."""
+        """What ``keep_start`` saved, placed as ``template`` is. Raises UserError if it is missing or does not fit."""
         manager = _manager(self.folder / "start", self._writing)
         if manager.latest_step() is None:
-            raise UserError(f"{self.folder / 'start'}, the weights that training began with, is missing; start anew")
+            raise UserError(
+                f"{self.folder / 'start'}, the parameters that training started from, is missing; "
+                f"train again in another --run"
+            )
         with _shape_errors(self.folder / "start"):
             restored = manager.restore(0, args=ocp.args.StandardRestore(_raw(_abstract(template))))
         manager.close()
@@ -117,19 +120,30 @@ class Checkpoints:
         """
         step = self._best.latest_step()
         if step is None:
-            raise UserError(f"{self.folder.parent} has no finished validation yet; train it further first")
+            raise UserError(f"{self.folder.parent} has no finished validation yet; train it longer first")
         with _shape_errors(self.folder / "best"):
             args = ocp.args.StandardRestore(_raw(_abstract(template)))
             return _like(template, self._best.restore(step, args=args))
 
     def close(self) -> None:
-        """Releases Orbax's threads."""
+        """Stops the threads of Orbax."""
         self._newest.close()
         self._best.close()
 
 
+def restore_best(run: Path, template: Any) -> tuple[Any, int]:
+    """The best parameters of a run, placed as ``template`` is, and their step. Raises as `Checkpoints.restore_best`."""
+    checkpoints = Checkpoints(run)
+    try:
+        params = checkpoints.restore_best(template)
+        assert checkpoints.best_step is not None
+        return params, checkpoints.best_step
+    finally:
+        checkpoints.close()
+
+
 def _manager(folder: Path, writing: bool) -> ocp.CheckpointManager:
-    # It warns three times that what is read only is read only.
+    # Orbax warns three times that a read-only manager is read-only.
     with _quiet_orbax(logging.ERROR):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=1,
@@ -143,7 +157,7 @@ def _manager(folder: Path, writing: bool) -> ocp.CheckpointManager:
 
 @contextmanager
 def _quiet_orbax(level: int) -> Iterator[None]:
-    """Drops what Orbax logs below a level."""
+    """Suppresses the log messages of Orbax below a level."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(level)
@@ -154,7 +168,7 @@ def _quiet_orbax(level: int) -> Iterator[None]:
 
 
 def _raw(tree: Any) -> dict[str, Any]:
-    """Leaves by path: what is stored doesn't depend on which tree classes flax uses."""
+    """Leaves by path, so that checkpoints do not depend on the tree classes that Flax uses."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
@@ -172,18 +186,13 @@ def _abstract(tree: Any) -> Any:
 
 
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        # Its threads log whole tracebacks of what they raise as well.
-        with _quiet_orbax(logging.CRITICAL):
-            yield
-    except Exception as error:
-        if disk_full(error):
-            raise UserError(
-                f"disk full while saving a checkpoint to {folder}; earlier checkpoints are intact: "
-                f"free some space and give the same command again"
-            ) from error
-        raise
+def _saving(folder: Path) -> Iterator[None]:
+    # Orbax's threads also log the whole traceback of what they raise.
+    with (
+        disk_errors(f"saving a checkpoint to {folder} (earlier checkpoints are intact)"),
+        _quiet_orbax(logging.CRITICAL),
+    ):
+        yield
 
 
 @contextmanager

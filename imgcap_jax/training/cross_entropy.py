@@ -1,6 +1,6 @@
-"""Teacher-forced cross-entropy: its settings and its training step."""
+"""Teacher forcing: cross-entropy, or a loss per word of your own, and its training step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -9,46 +9,79 @@ import optax
 from flax import nnx
 from jax import Array
 
+from imgcap_jax.data.sources import CaptionSource
+from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
 from imgcap_jax.special_tokens import PAD
-from imgcap_jax.training.losses import LossSums, caption_loss
+from imgcap_jax.training.losses import LossSums, SmoothedCrossEntropy, WordLoss, caption_loss
+from imgcap_jax.training.objective import StepSetup
 from imgcap_jax.training.parallel import Step
 from imgcap_jax.training.step import keys_of_rows, train_step
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """What is minimised."""
+    """The loss of the true words, each given the words before it."""
 
     progress: ClassVar[Mapping[str, str]] = {"loss": ".3f", "perplexity": ".2f"}
-    """The metrics of the progress line, and their formats."""
 
     label_smoothing: float = 0.1
     attention_penalty: float = 0.0
-    """lambda of Xu et al.'s doubly stochastic penalty; 1.0 in the paper."""
+    """lambda of the doubly stochastic penalty of Xu et al. 2015; 1.0 in the paper."""
     sampling: float = 0.0
-    """Scheduled sampling (Bengio et al. 2015): the highest share of words read that the model drew itself; 0: off."""
+    """Scheduled sampling (Bengio et al. 2015): the final probability that a word which the decoder reads is drawn from
+    the model; 0: off."""
     sampling_start_epochs: float = 0.0
-    """From when on that share rises."""
+    """Epoch from which on that probability rises from 0."""
     sampling_ramp_epochs: float = 5.0
-    """How long it rises, linearly."""
+    """Epochs of its linear rise."""
+    word_loss: WordLoss | None = None
+    """Your own loss per word, in place of cross-entropy; label_smoothing must then be 0."""
 
     def __post_init__(self) -> None:
         if not self.sampling and (self.sampling_start_epochs, self.sampling_ramp_epochs) != (0.0, 5.0):
-            raise UserError("objective.sampling is 0, so when it starts and rises says nothing; give a share as well")
-        if not 0 <= self.sampling <= 1 or self.sampling_start_epochs < 0 or self.sampling_ramp_epochs < 0:
-            raise UserError("objective: sampling is 0 to 1, sampling_start_epochs and sampling_ramp_epochs at least 0")
-        if not 0 <= self.label_smoothing < 1 or self.attention_penalty < 0:
-            raise UserError("objective: label_smoothing is at least 0 and below 1, attention_penalty at least 0")
+            raise UserError(
+                "objective.sampling is 0, so sampling_start_epochs and sampling_ramp_epochs have no effect; give "
+                "objective.sampling as well"
+            )
+        if not 0 <= self.sampling <= 1:
+            raise UserError(f"objective.sampling is {self.sampling}; it must be between 0 and 1")
+        for name in ("sampling_start_epochs", "sampling_ramp_epochs", "attention_penalty"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"objective.{name} is {getattr(self, name)}; it must not be negative")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"objective.label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
+        if self.word_loss is not None and self.label_smoothing:
+            raise UserError("objective.label_smoothing belongs to cross-entropy; set it to 0 with a word_loss")
 
     @property
     def title(self) -> str:
-        """What is optimised, in a few words."""
-        return "cross-entropy" + (", scheduled sampling" if self.sampling else "")
+        """See ``Objective``."""
+        loss = "cross-entropy" if self.word_loss is None else repr(self.word_loss)
+        return loss + (", scheduled sampling" if self.sampling else "")
+
+    def references(self, sources: Sequence[CaptionSource], vocabulary: Vocabulary) -> None:
+        """None: batches contain the captions."""
+
+    def check(self, *, dataset: str, images: int, initialised: bool) -> None:
+        """Every run can be trained."""
+
+    def make_step(self, setup: StepSetup) -> tuple[Step, Frozen]:
+        """See ``Objective``."""
+        step = cross_entropy_step(
+            setup.graph,
+            self,
+            setup.transformation,
+            key=setup.key,
+            steps_per_epoch=setup.steps_per_epoch,
+            accumulate=setup.accumulate,
+            ema_decay=setup.ema_decay,
+        )
+        return step, setup.frozen
 
     def sampling_share(self, step: Array, steps_per_epoch: int) -> Array | None:
-        """The share of words that are drawn at a step; None where none ever is."""
+        """The probability of a drawn word at a step; None if it is always 0."""
         if not self.sampling:
             return None
         risen = step / steps_per_epoch - self.sampling_start_epochs
@@ -73,12 +106,13 @@ def cross_entropy_step(
 ) -> Step:
     """Makes ``step(state, frozen, batch) -> (state, metrics)`` for ``DataParallel.compile``; see ``train_step``.
 
-    The batch part holds "tokens" [B,M,T], "weight" [B], "row" [B] (the index in the global batch, from which
-    the row's dropout keys come) and "image" or "regions". Gradients are of the mean over all words of the batch.
+    The batch contains "tokens" [B,M,T], "weight" [B], "row" [B] (the index in the global batch, which determines the
+    row's dropout) and "image" or "regions". The gradient is that of the mean over all words of the global batch.
 
-    Metrics, all [] float32 and the same on every device: "loss" (the objective a word), "perplexity" (of the
-    true words), "gradient_norm", "words", "captions" (rows of pad, of images with fewer than M, not counted).
+    Metrics, all float32 [] and the same on every device: "loss" (the objective per word), "perplexity" (of the true
+    words), "gradient_norm", "words", and "captions" (without the rows of pad of images with fewer than M captions).
     """
+    word_loss = objective.word_loss or SmoothedCrossEntropy(objective.label_smoothing)
 
     def loss(params: Params, frozen: Frozen, batch: Mapping[str, Array], step: Array) -> tuple[Array, _Sums]:
         model = nnx.merge(graph, params, frozen)
@@ -89,7 +123,7 @@ def cross_entropy_step(
             outputs.hidden,
             batch["tokens"],
             batch["weight"],
-            label_smoothing=objective.label_smoothing,
+            word_loss=word_loss,
             attention=outputs.attention,
             attention_penalty=objective.attention_penalty,
             region_mask=batch.get("region_mask"),

@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: ``metrics.jsonl`` and TensorBoard events."""
+"""The metrics of a run: ``metrics.jsonl`` and TensorBoard events."""
 
 import json
 import math
@@ -7,19 +7,18 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
-from imgcap_jax.errors import UserError
-from imgcap_jax.files import disk_full, write_text
+from imgcap_jax.files import disk_errors, write_text
 
 
 class MetricsLog:
-    """Appends metrics to ``metrics.jsonl`` (one JSON object a line) and to TensorBoard.
+    """Appends metrics to ``metrics.jsonl`` (one JSON object per line) and to TensorBoard.
 
-    Lines after ``resumed_step`` were written by a run that was killed past its last checkpoint. They are
-    dropped, for the steps are about to be repeated.
+    Lines after ``resumed_step`` come from a run that was killed after its last checkpoint. They are dropped, because
+    these steps are repeated.
     """
 
     def __init__(self, folder: Path, resumed_step: int, *, writing: bool = True) -> None:
-        """Opens both; not ``writing``: does nothing, as all processes but the first."""
+        """Opens both. With ``writing`` False, as in all processes except the first, nothing is written."""
         self._writing = writing
         if not writing:
             return
@@ -31,22 +30,15 @@ class MetricsLog:
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one line: kind is "train" or "validation". Raises UserError where the disk is full."""
+        """Writes one line; kind is "train" or "validation". Raises UserError if the disk is full."""
         if not self._writing:
             return
-        # JSON has no NaN: a null says that the number was not finite.
+        # JSON has no NaN; null means that the number was not finite.
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        try:
+        with disk_errors(f"{self._file.name} (the last checkpoint is intact)"):
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()
-        except OSError as error:
-            if not disk_full(error):
-                raise
-            raise UserError(
-                f"disk full while writing {self._file.name}; the last checkpoint is intact: free some space and "
-                f"give the same command again"
-            ) from error
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # it warns of others
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # TensorBoard warns of others
         for name, value in finite.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
@@ -62,4 +54,4 @@ def _step(line: str) -> float:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return math.inf  # a line cut short by a kill
+        return math.inf  # an incomplete line, after a kill

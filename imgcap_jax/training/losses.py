@@ -1,8 +1,9 @@
-"""Losses over captions, as sums over words, so that any number of devices can add them up."""
+"""Losses over captions, as sums over words, so that the sums of any number of devices can be added."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,56 @@ from jax import Array
 from imgcap_jax.special_tokens import PAD
 
 CHUNK = 768
-"""Words that are scored at a time, at most."""
+"""The largest number of words that are scored at a time."""
+
+
+class WordLoss(Protocol):
+    """A loss per word: a pure function of the scores of a word and the true word. It is differentiated by JAX.
+
+    As a field of an experiment it is a frozen dataclass, such as ``SmoothedCrossEntropy``.
+    """
+
+    def __call__(self, logits: Array, targets: Array) -> Array:
+        """Logits float32 [n,V] and true words int32 [n] -> losses float32 [n]."""
+        ...
+
+
+@dataclass(frozen=True)
+class SmoothedCrossEntropy:
+    """Cross-entropy with label smoothing (Szegedy et al. 2016)."""
+
+    label_smoothing: float = 0.0
+    """The share of the target's mass that is spread evenly over V."""
+
+    def __call__(self, logits: Array, targets: Array) -> Array:
+        """See ``WordLoss``."""
+        is_true = jnp.arange(logits.shape[-1]) == targets[:, None]
+        wanted = jnp.where(is_true, 1.0 - self.label_smoothing, 0.0) + self.label_smoothing / logits.shape[-1]
+        return log_normaliser(logits) - (wanted * logits).sum(axis=-1)
+
+
+@jax.custom_jvp
+def log_normaliser(logits: Array) -> Array:
+    """``logsumexp`` of logits [n,V] over V: [n].
+
+    Its derivative is the softmax, which is computed from the logits and the result in one pass over V. The derivative
+    of ``jax.nn.logsumexp`` keeps a second array [n,V] for it.
+    """
+    return jax.nn.logsumexp(logits, axis=-1)
+
+
+@log_normaliser.defjvp
+def _log_normaliser_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (logits,), (tangent,) = primals, tangents
+    log_total = log_normaliser(logits)
+    return log_total, (jnp.exp(logits - log_total[:, None]) * tangent).sum(axis=-1)
+
+
+CROSS_ENTROPY = SmoothedCrossEntropy()
 
 
 class LossSums(NamedTuple):
-    """objective: what is differentiated; log_likelihood: of the true words, without smoothing; words: their count."""
+    """objective: what is differentiated; log_likelihood: of the true words, without smoothing; words: their number."""
 
     objective: Array
     log_likelihood: Array
@@ -28,27 +74,27 @@ def caption_loss(
     tokens: Array,
     weight: Array,
     *,
-    label_smoothing: float = 0.0,
+    word_loss: WordLoss = CROSS_ENTROPY,
     attention: Array | None = None,
     attention_penalty: float = 0.0,
     region_mask: Array | None = None,
 ) -> LossSums:
-    """Cross-entropy of the next words, summed over all words of the batch.
+    """The loss of the next words, summed over all words of the batch.
 
     Args:
         score_words: hidden [n,F] -> logits [n,V] (the decoder's ``logits``).
-        hidden: [B,M,T-1,F], what the decoder gave after reading tokens[..., :-1].
-        tokens: [B,M,T]; the targets are tokens[..., 1:], ``pad`` counts for nothing.
+        hidden: [B,M,T-1,F], the decoder's output after reading tokens[..., :-1].
+        tokens: [B,M,T]; the targets are tokens[..., 1:], and ``pad`` is not counted.
         weight: [B], 0 for rows that only fill the batch.
-        label_smoothing: share of the target's mass spread evenly over V (Szegedy et al. 2016).
+        word_loss: the loss per word.
         attention: [B,M,T-1,N] weights, for the penalty.
-        attention_penalty: lambda of the doubly stochastic penalty, added to each caption's negative
-            log-likelihood: lambda * sum_i (1 - sum_t alpha_ti)^2 (Xu et al. 2015, equation 14).
-        region_mask: [B,N] regions that exist, which alone are to be looked at; None: all.
+        attention_penalty: lambda of the doubly stochastic penalty, added to the loss of each caption:
+            lambda * sum_i (1 - sum_t alpha_ti)^2 (Xu et al. 2015, equation 14).
+        region_mask: [B,N], the regions that exist; None: all of them. The penalty ignores the others.
     """
     targets = tokens[..., 1:]
     counted = (targets != PAD) * weight[:, None, None].astype(jnp.float32)  # [B,M,T-1]
-    log_likelihood, objective = packed_cross_entropy(score_words, hidden, targets, counted, label_smoothing)
+    log_likelihood, objective = packed_word_loss(score_words, hidden, targets, counted, word_loss)
     if attention is not None and attention_penalty:
         seen = (attention * counted[..., None]).sum(axis=2)  # [B,M,N]
         has_words = counted.max(axis=2)  # [B,M]
@@ -59,34 +105,34 @@ def caption_loss(
     return LossSums(objective, log_likelihood, counted.sum())
 
 
-def packed_cross_entropy(
-    score_words: Callable[[Array], Array], hidden: Array, targets: Array, counted: Array, label_smoothing: float
+def packed_word_loss(
+    score_words: Callable[[Array], Array], hidden: Array, targets: Array, counted: Array, word_loss: WordLoss
 ) -> tuple[Array, Array]:
-    """Weighted sums of the words' log-likelihoods and of their smoothed cross-entropies.
+    """Weighted sums of the words' log-likelihoods and losses.
 
-    The vocabulary layer is most of a step's products, its logits most of a step's memory, and half of the places
-    of a batch of captions are pad. So the words that count are put together and scored a chunk at a time, as many
-    chunks as the batch at hand has words for, and the gradient is computed while a chunk's logits are there: they are
-    neither kept nor computed again.
+    The vocabulary layer takes most of a step's arithmetic, its logits most of a step's memory, and half of the places
+    in a batch of captions are pad. Therefore the counted words are packed and scored in chunks, as many as this batch
+    has words for. The gradient of a chunk is computed while its logits exist, so that they are neither kept nor
+    computed again.
 
     Args:
-        score_words: hidden [n,F] -> logits [n,V]; may close over arrays of floats, which are differentiated too, and
-            over no others.
+        score_words: hidden [n,F] -> logits [n,V]. It can close over float arrays, which are differentiated too, and
+            must not close over other arrays.
         hidden: [...,F].
         targets: int32 [...], the true words.
-        counted: float32 [...], each word's weight; those with weight 0 are not scored.
-        label_smoothing: share of the target's mass that is spread evenly over V.
+        counted: float32 [...], the weight of each word; words of weight 0 are not scored.
+        word_loss: the loss per word. It must not close over arrays.
 
     Returns:
-        (log_likelihood, objective), float32 [] both. Only the objective has a gradient, by ``hidden`` and by what
-        ``score_words`` closes over, but not by ``counted``; at label_smoothing 0 it is the negative log-likelihood.
+        (log_likelihood, objective), float32 [] both. Only the objective has a gradient, with respect to ``hidden`` and
+        the arrays that ``score_words`` closes over, but not to ``counted``.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    # Even parts, so that the last chunk of a batch without pad isn't mostly empty.
+    # Equal chunks, so that the last chunk of a batch without pad is not mostly empty.
     chunk = -(-flat.shape[0] // -(-flat.shape[0] // CHUNK))
     converted, closed_over = jax.closure_convert(score_words, flat[:chunk])
     log_likelihood, objective = _packed(
-        converted, label_smoothing, chunk, closed_over, flat, targets.reshape(-1), counted.reshape(-1)
+        converted, word_loss, chunk, closed_over, flat, targets.reshape(-1), counted.reshape(-1)
     )
     return jax.lax.stop_gradient(log_likelihood), objective
 
@@ -94,7 +140,7 @@ def packed_cross_entropy(
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _packed(
     score: Callable[..., Array],
-    smoothing: float,
+    word_loss: WordLoss,
     chunk: int,
     closed_over: list[Array],
     hidden: Array,
@@ -103,7 +149,7 @@ def _packed(
 ) -> tuple[Array, Array]:
     def add(sums: tuple[Array, Array], part: tuple[Array, Array, Array], _: Array) -> tuple[Array, Array]:
         h, target, weight = part
-        log_likelihood, objective, _ = _chunk_sums(score(h, *closed_over), target, weight, smoothing)
+        objective, log_likelihood = _chunk_sums(score(h, *closed_over), target, weight, word_loss)
         return sums[0] + log_likelihood, sums[1] + objective
 
     zero = jnp.zeros((), jnp.float32)
@@ -112,7 +158,7 @@ def _packed(
 
 def _packed_forward(
     score: Callable[..., Array],
-    smoothing: float,
+    word_loss: WordLoss,
     chunk: int,
     closed_over: list[Array],
     hidden: Array,
@@ -122,9 +168,12 @@ def _packed_forward(
     def add(state: Any, part: tuple[Array, Array, Array], start: Array) -> Any:
         (log_likelihood, objective), gradients, rows = state
         h, target, weight = part
-        logits, transpose = jax.vjp(lambda h, consts: score(h, *consts), h, closed_over)
-        more_likelihood, more_objective, by_logits = _chunk_sums(logits, target, weight, smoothing)
-        by_hidden, more = transpose(by_logits.astype(logits.dtype))
+
+        def chunk_loss(h: Array, closed_over: list[Array]) -> tuple[Array, Array]:
+            return _chunk_sums(score(h, *closed_over), target, weight, word_loss)
+
+        more_objective, transpose, more_likelihood = jax.vjp(chunk_loss, h, closed_over, has_aux=True)
+        by_hidden, more = transpose(jnp.ones_like(more_objective))
         rows = jax.lax.dynamic_update_slice_in_dim(rows, by_hidden, start, axis=0)
         sums = log_likelihood + more_likelihood, objective + more_objective
         return sums, jax.tree.map(jnp.add, gradients, more), rows
@@ -139,7 +188,7 @@ def _packed_forward(
 
 
 def _packed_backward(
-    score: Callable[..., Array], smoothing: float, chunk: int, kept: tuple[Any, Array], by_sums: tuple[Array, Array]
+    score: Callable[..., Array], word_loss: WordLoss, chunk: int, kept: tuple[Any, Array], by_sums: tuple[Array, Array]
 ) -> tuple[Any, Array, None, None]:
     _, by_objective = by_sums
     gradients, by_hidden = jax.tree.map(lambda leaf: (leaf * by_objective).astype(leaf.dtype), kept)
@@ -157,10 +206,10 @@ def _over_chunks(
     targets: Array,
     counted: Array,
 ) -> tuple[Any, Array]:
-    """Folds ``add`` over chunks of the words that count; returns also the places that the chunks' rows have."""
+    """Folds ``add`` over chunks of the counted words; also returns the place of each row of the chunks."""
     count = jnp.sum(counted != 0)
-    order = jnp.argsort(counted == 0, stable=True)  # those that count come first
-    order = jnp.pad(order, (0, -len(order) % chunk), constant_values=len(order))  # beyond the end: read as 0
+    order = jnp.argsort(counted == 0, stable=True)  # counted words come first
+    order = jnp.pad(order, (0, -len(order) % chunk), constant_values=len(order))  # past the end: read as 0
 
     def body(loop: tuple[Array, Any]) -> tuple[Array, Any]:
         start, state = loop
@@ -172,13 +221,9 @@ def _over_chunks(
     return state, order
 
 
-def _chunk_sums(logits: Array, targets: Array, weight: Array, smoothing: float) -> tuple[Array, Array, Array]:
-    """Sums of log-likelihood and objective of logits [n,V], and the objective's gradient by them."""
+def _chunk_sums(logits: Array, targets: Array, weight: Array, word_loss: WordLoss) -> tuple[Array, Array]:
+    """Weighted sums of the losses and of the log-likelihoods of logits [n,V]."""
     logits = logits.astype(jnp.float32)
-    log_total = jax.nn.logsumexp(logits, axis=-1)  # [n]
-    true = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_total
-    smoothed = (1.0 - smoothing) * true + smoothing * (logits.mean(axis=-1) - log_total)
-    wanted = jnp.where(jnp.arange(logits.shape[-1]) == targets[:, None], 1.0 - smoothing, 0.0)
-    wanted = wanted + smoothing / logits.shape[-1]  # [n,V]
-    by_logits = weight[:, None] * (jnp.exp(logits - log_total[:, None]) - wanted)
-    return (true * weight).sum(), -(smoothed * weight).sum(), by_logits
+    true = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    log_likelihood = jax.lax.stop_gradient(true - log_normaliser(logits))  # [n]
+    return (word_loss(logits, targets) * weight).sum(), (log_likelihood * weight).sum()

@@ -1,7 +1,7 @@
 """The optimizer and its learning-rate schedule, from one flat set of fields."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,24 @@ import optax
 from imgcap_jax.errors import UserError
 
 
+class OptimizerSettings(Protocol):
+    """Settings of an optimizer: a frozen dataclass whose fields become the options ``--optimizer.FIELD``."""
+
+    @property
+    def accumulate(self) -> int:
+        """Microbatches per step."""
+        ...
+
+    def build(self, steps_per_epoch: int, total_steps: int) -> optax.GradientTransformation:
+        """The transformation of the gradient of the whole batch, schedule included."""
+        ...
+
+
 @dataclass(frozen=True)
 class Optimizer:
-    """How parameters are updated. Epochs are counted in the training split's images.
+    """How parameters are updated. Epochs are passes over the images of the training split.
 
-    The defaults are today's usual recipe. The field's classic one (Xu et al. 2015; Karpathy's neuraltalk2) is
+    The classic recipe of the field (Xu et al. 2015; Karpathy's neuraltalk2) is
     ``Optimizer("adam", 4e-4, schedule="step", warmup_epochs=0, clip_norm=None, clip_value=0.1, weight_decay=0)``.
     """
 
@@ -22,16 +35,16 @@ class Optimizer:
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     warmup_epochs: float = 0.5
-    """Linear warm-up from 0."""
+    """Epochs of linear warm-up from 0."""
     decay_every_epochs: float = 3.0
-    """schedule "step": the rate is multiplied by decay_factor that often."""
+    """schedule "step": epochs after which the rate is multiplied by decay_factor, again and again."""
     decay_factor: float = 0.8
     final_fraction: float = 0.01
-    """schedule "cosine": the last rate, as a share of the peak."""
+    """schedule "cosine": the final rate as a fraction of the peak."""
     clip_norm: float | None = 1.0
-    """Gradients are scaled to at most this global norm."""
+    """Gradients are scaled down to this global norm; None: not."""
     clip_value: float | None = None
-    """Each gradient entry is cut to +-this."""
+    """Each entry of the gradient is clipped to +-this; None: not."""
     weight_decay: float = 0.01
     """adamw only; biases and norms are not decayed."""
     b1: float = 0.9
@@ -39,19 +52,20 @@ class Optimizer:
     encoder_factor: float = 1.0
     """The encoder's learning rate as a multiple of the decoder's."""
     encoder_start_epochs: float = 0.0
-    """The encoder stands still so long, until the decoder's gradients mean something to it.
-    Its own still count in clip_norm and in Adam's moments."""
+    """Epochs for which the encoder is not updated, because an untrained decoder's gradients would spoil it. Its
+    gradients still count in clip_norm and in Adam's moments."""
     accumulate: int = 1
-    """Microbatches a step: memory of a batch / accumulate, gradients of the whole batch."""
+    """Microbatches per step: the memory of batch_size / accumulate images, the gradient of the whole batch."""
 
     def __post_init__(self) -> None:
-        if self.encoder_factor < 0 or self.encoder_start_epochs < 0:
-            raise UserError("optimizer: encoder_factor and encoder_start_epochs are not below 0")
-        if self.accumulate < 1 or self.learning_rate <= 0 or self.warmup_epochs < 0 or self.decay_every_epochs <= 0:
-            raise UserError(
-                "optimizer: accumulate is at least 1, learning_rate and decay_every_epochs are above 0, "
-                "warmup_epochs is not below 0"
-            )
+        for name in ("encoder_factor", "encoder_start_epochs", "warmup_epochs"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("learning_rate", "decay_every_epochs"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be positive")
+        if self.accumulate < 1:
+            raise UserError(f"optimizer.accumulate is {self.accumulate}; it must be at least 1")
 
     def rate(self, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
         """The learning rate as a function of the step."""
@@ -70,7 +84,7 @@ class Optimizer:
             rest = optax.constant_schedule(self.learning_rate)
         if not warmup:
             return rest
-        # The first step already moves: a rate of 0 would waste it.
+        # The first step has a rate above 0; otherwise it would be wasted.
         rise = optax.linear_schedule(self.learning_rate / warmup, self.learning_rate, max(1, warmup - 1))
         return optax.join_schedules([rise, rest], [warmup])
 
@@ -88,7 +102,7 @@ class Optimizer:
             chain.append(optax.adam(rate, self.b1, self.b2))
         else:
             chain.append(optax.sgd(rate))
-        # On the update and not on the gradient, of which Adam would undo a factor.
+        # Applied to the update: Adam would cancel a factor of the gradient.
         if self.encoder_start_epochs:
             start = round(self.encoder_start_epochs * steps_per_epoch)
             factor = optax.scale_by_schedule(lambda step: jnp.where(step < start, 0.0, self.encoder_factor))
@@ -99,10 +113,10 @@ class Optimizer:
 
 
 def _decayed(params: Any) -> Any:
-    """Matrices and kernels are decayed; biases and norms, which have one axis, are not."""
+    """Matrices and kernels are decayed. Biases and norms have one axis and are not."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def _of_encoder(params: Any) -> Any:
-    """Marks what belongs to the encoder of a CaptionModel."""
+    """Selects the parameters of the encoder of a CaptionModel."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: "encoder" in jax.tree_util.keystr(path[:1]), params)

@@ -1,12 +1,12 @@
-"""Self-critical sequence training (Rennie et al. 2017, https://arxiv.org/abs/1612.00563): its settings and its step.
+"""Self-critical sequence training (Rennie et al. 2017, https://arxiv.org/abs/1612.00563).
 
-Captions are sampled, scored and learned from in one compiled step that never leaves the device.
+Captions are sampled and scored, and the policy gradient is computed, in one compiled step that never leaves the device.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,81 +14,192 @@ import optax
 from flax import nnx
 from jax import Array, lax
 
+from imgcap_jax.data.caption_table import CaptionTable
+from imgcap_jax.data.sources import CaptionSource
+from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.decoding.greedy import greedy
 from imgcap_jax.decoding.sampling import sample
 from imgcap_jax.errors import UserError
 from imgcap_jax.metrics.bleu_device import bleu_4
 from imgcap_jax.metrics.cider import SIGMA
-from imgcap_jax.metrics.cider_device import DocumentFrequencies, References, cider_d, prepare_references
+from imgcap_jax.metrics.cider_device import (
+    DeviceReferences,
+    DocumentFrequencies,
+    cider_d,
+    document_frequencies,
+    prepare_references,
+)
+from imgcap_jax.metrics.degeneration import BAD_ENDINGS
 from imgcap_jax.models.layers import row_keys
-from imgcap_jax.models.model import CaptionModel, Frozen, Params
+from imgcap_jax.models.model import DRAW_KEYS, START_KEYS, UNROLL_KEYS, CaptionModel, Frozen, Params
 from imgcap_jax.special_tokens import BOS, EOS, PAD
-from imgcap_jax.training.losses import packed_cross_entropy
+from imgcap_jax.training.checkpoints import Checkpoints
+from imgcap_jax.training.losses import CROSS_ENTROPY, packed_word_loss
+from imgcap_jax.training.objective import StepSetup
 from imgcap_jax.training.parallel import Step
 from imgcap_jax.training.step import keys_of_rows, train_step
 
 
+class Reward(Protocol):
+    """A reward per caption, computed on the device: a pure function that ``jax.jit`` can trace.
+
+    ``cider_d`` and ``bleu_4`` are rewards. As a field of an experiment it is a frozen dataclass, whose fields become
+    the options ``--objective.reward.FIELD``. No gradient flows through a reward.
+    """
+
+    def __call__(self, tokens: Array, references: DeviceReferences, frequencies: DocumentFrequencies, /) -> Array:
+        """Rewards of captions.
+
+        Args:
+            tokens: int32 [B,M,T]: words, then eos if ``objective.reward_eos`` (a caption that was cut has none), then
+                pad.
+            references: of the same images; ``references.tokens`` int32 [B,R,S] in the same form.
+            frequencies: the document frequencies of the training captions.
+
+        Returns:
+            float32 [B,M].
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class SelfCritical:
-    """Expected reward is maximised by REINFORCE with a baseline, starting from a run trained by cross-entropy.
+    """REINFORCE with a baseline maximises the expected reward, starting from a run trained by cross-entropy.
 
-    Checkpoints are selected by captions of ``training.validation_beam`` beams: give as many as captions will be decoded
-    with. The policy may say unk, which matches no reference, so that it learns not to.
+    Checkpoints are selected by captions of ``training.validation_beam`` beams, which should be the number of beams that
+    captions will be decoded with. The policy can draw unk, which matches no reference, so that it learns to avoid it.
     """
 
     progress: ClassVar[Mapping[str, str]] = {"reward": ".3f", "baseline": ".3f", "length": ".1f"}
-    """The metrics of the progress line, and their formats."""
 
     samples: int = 5
-    """Captions drawn an image (M), of at most decoding.max_words."""
+    """Captions drawn per image (M), of at most decoding.max_words."""
     baseline: Literal["mean", "greedy"] = "mean"
-    """What a sample's reward is compared with: the mean of the image's other samples (Luo 2020,
-    https://arxiv.org/abs/2003.09971), or the greedy caption's (Rennie et al. 2017)."""
+    """What the reward of a sample is compared with. mean: the mean of the image's other samples (Luo 2020,
+    https://arxiv.org/abs/2003.09971). greedy: the reward of the greedy caption (Rennie et al. 2017)."""
     cider: float = 1.0
-    """Weight of CIDEr-D (0 to 10, its idf from the training captions) in the reward."""
+    """Weight of CIDEr-D (0 to 10, with document frequencies of the training captions) in the reward."""
     bleu: float = 0.0
     """Weight of the caption's BLEU-4 (0 to 1)."""
+    reward: Reward | None = None
+    """Your own reward, which is added to those."""
     reward_eos: bool = True
-    """The end of a caption counts as a word in candidates, references and document frequencies: SacreEOS's STANDARD
-    (Hu et al. 2023, https://arxiv.org/abs/2305.12254, who show captions that break off without it); else NO<EOS>."""
+    """Whether the end of a caption counts as a word in candidates, references and document frequencies. True is
+    SacreEOS's STANDARD (Hu et al. 2023, https://arxiv.org/abs/2305.12254, who show that captions break off without it),
+    False is NO<EOS>."""
     temperature: float = 1.0
-    """Of the policy that is sampled and trained: logits are divided by it. Where the start was trained with label
-    smoothing, samples at 1 are mostly noise; 0.6 did better."""
+    """The logits of the policy that is sampled and trained are divided by it. If the start was trained with label
+    smoothing, samples at 1 are mostly noise; 0.6 gave better scores."""
     entropy: float = 0.0
-    """Bonus for each nat of a caption's surprisal, -log p, added to its reward: the entropy of the policy."""
+    """Bonus per nat of a caption's surprisal, -log p: the entropy of the policy."""
     kl: float = 0.0
-    """Penalty for each nat by which a caption is likelier than in the run training started from, under the same
-    dropout: the KL divergence from it (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593)."""
+    """Penalty per nat by which a caption is more likely than under the initial parameters and the same dropout: the KL
+    divergence (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593)."""
 
     def __post_init__(self) -> None:
         if self.baseline not in ("mean", "greedy"):
-            raise UserError(f"objective.baseline is {self.baseline!r}; give mean or greedy")
-        if self.samples < 1 or not 0.01 <= self.temperature < math.inf:
-            raise UserError("objective: samples is at least 1, temperature at least 0.01")
-        weights = (self.cider, self.bleu, self.entropy, self.kl)
-        if not all(0 <= weight < math.inf for weight in weights) or not self.cider + self.bleu:
-            raise UserError(
-                "objective: cider, bleu, entropy and kl are finite and not below 0, and cider or bleu is above 0"
-            )
+            raise UserError(f"objective.baseline is {self.baseline!r}; it must be mean or greedy")
+        if self.samples < 1:
+            raise UserError(f"objective.samples is {self.samples}; it must be at least 1")
+        if not 0.01 <= self.temperature < math.inf:
+            raise UserError(f"objective.temperature is {self.temperature}; it must be at least 0.01")
+        for name in ("cider", "bleu", "entropy", "kl"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"objective.{name} is {getattr(self, name)}; it must be finite and not negative")
+        if not self.cider + self.bleu and self.reward is None:
+            raise UserError("objective: cider and bleu are both 0; set one of them, or a reward of your own")
         if self.samples == 1 and (self.baseline == "mean" or self.entropy or self.kl):
-            raise UserError("objective.samples is 1; a mean of others, entropy and kl need 2 or more")
+            raise UserError("objective.samples is 1; baseline mean, entropy and kl need at least 2")
 
     @property
     def title(self) -> str:
-        """What is optimised: as SacreEOS 1.0.0 writes it (rewards with their weights where they are not 1 and 0), and
-        what it has no words for."""
+        """What is optimised, as SacreEOS 1.0.0 writes it. Weights other than 1 and 0, and settings that SacreEOS does
+        not know, are added."""
         rewards = [(self.cider, f"Cider-D[n4,s{SIGMA}]"), (self.bleu, "BLEU[n4]")]
-        named = ",".join(name if weight == 1 else f"{weight:g}*{name}" for weight, name in rewards if weight)
+        names = [name if weight == 1 else f"{weight:g}*{name}" for weight, name in rewards if weight]
+        named = ",".join(names + ([repr(self.reward)] if self.reward is not None else []))
         mode = "STANDARD" if self.reward_eos else "NO<EOS>"
         base = "average" if self.baseline == "mean" else "greedy"
         others = [(self.temperature, 1.0, "temperature"), (self.entropy, 0.0, "entropy"), (self.kl, 0.0, "kl")]
         more = "".join(f", {name} {value:g}" for value, default, name in others if value != default)
         return f"self-critical, {mode}_wInit+{named}+{base}[nspi{self.samples}]+1.0.0{more}"
 
+    def references(self, sources: Sequence[CaptionSource], vocabulary: Vocabulary) -> CaptionTable:
+        """All captions of each image, with eos if the reward counts it."""
+        return CaptionTable.as_references(sources, vocabulary, eos=self.reward_eos)
+
+    def check(self, *, dataset: str, images: int, initialised: bool) -> None:
+        """See ``Objective``."""
+        if not initialised:
+            raise UserError(
+                "self-critical training refines a model that already writes captions: train one with cross-entropy, "
+                "then give --init-from RUN"
+            )
+        if images < 2:
+            raise UserError(
+                f"{dataset} has one training image, but document frequencies need at least 2; use a larger dataset"
+            )
+
+    def make_step(self, setup: StepSetup) -> tuple[Step, "Constants"]:
+        """See ``Objective``. Document frequencies and, for the KL penalty, the initial parameters are kept in the
+        run."""
+        assert setup.references is not None
+        frequencies = _document_frequencies(setup, setup.references)
+        start = _start(setup.params, setup.checkpoints) if self.kl else None
+        step = self_critical_step(
+            setup.graph,
+            self,
+            setup.transformation,
+            key=setup.key,
+            max_words=setup.max_words,
+            bad_endings=setup.vocabulary.known_ids(BAD_ENDINGS),
+            accumulate=setup.accumulate,
+            ema_decay=setup.ema_decay,
+        )
+        return step, Constants(setup.frozen, *setup.parallel.replicate((frequencies, start)))
+
+    def rewards(self, tokens: Array, references: DeviceReferences, frequencies: DocumentFrequencies) -> Array:
+        """The weighted sum of all rewards of captions int32 [B,M,T] (words, eos, pad): float32 [B,M].
+
+        References and frequencies must contain eos exactly if ``reward_eos`` is set.
+        """
+        counted = tokens if self.reward_eos else jnp.where(tokens == EOS, PAD, tokens)
+        terms: list[tuple[float, Reward | None]] = [(self.cider, cider_d), (self.bleu, bleu_4), (1.0, self.reward)]
+        total = jnp.zeros(tokens.shape[:2])
+        for weight, reward in terms:
+            if weight and reward is not None:
+                value = reward(counted, references, frequencies)
+                if value.shape != total.shape:
+                    raise UserError(
+                        f"objective.reward returned {list(value.shape)} numbers for {list(total.shape)} captions; it "
+                        f"must return one per caption"
+                    )
+                total += weight * value
+        return total
+
+
+def _document_frequencies(setup: StepSetup, references: CaptionTable) -> DocumentFrequencies:
+    """Document frequencies of the training captions, counted once and kept in the run."""
+    path = setup.folder / "document_frequencies.npz"
+    if setup.checkpoints.step is not None and path.is_file():
+        return DocumentFrequencies.load(path, references.fingerprint)
+    frequencies = document_frequencies(list(references.captions()), references.words)
+    if jax.process_index() == 0:
+        frequencies.save(path, references.fingerprint)
+    return frequencies
+
+
+def _start(params: Params, checkpoints: Checkpoints) -> Params:
+    """A copy of the initial parameters, which a resumed run reads from its own checkpoints."""
+    if checkpoints.step is not None:
+        return checkpoints.restore_start(params)
+    checkpoints.keep_start(params)
+    return jax.tree.map(jnp.copy, params)  # training donates the buffers of the state
+
 
 class Constants(NamedTuple):
-    """What a step reads and never changes: the model's frozen part, document frequencies, and, for the KL penalty, the
-    parameters at the start."""
+    """What a step reads and does not change: the frozen part of the model, the document frequencies and, for the KL
+    penalty, the initial parameters."""
 
     frozen: Frozen
     frequencies: DocumentFrequencies
@@ -118,35 +229,39 @@ def self_critical_step(
     key: Array,
     max_words: int,
     bad_endings: Sequence[int],
+    rewards: Reward | None = None,
     accumulate: int = 1,
     ema_decay: float = 0.0,
 ) -> Step:
     """Makes ``step(state, constants, batch) -> (state, metrics)`` for ``DataParallel.compile``; see ``train_step``.
 
-    The batch part holds "references" int32 [B,R,S] and "reference_count" [B], of which document frequencies were made
-    as well, "weight" [B], "row" [B] (each image's index in the global batch, on which its samples and dropout
-    depend) and "image" or "regions". Constants are ``Constants``.
+    The batch contains "references" int32 [B,R,S] and "reference_count" [B], which the document frequencies were counted
+    on too, "weight" [B], "row" [B] (the index in the global batch, which determines the image's samples and dropout)
+    and "image" or "regions". Constants are ``Constants``.
 
-    Of M sampled captions y of an image, the gradient of -sum_m A(y_m) log p(y_m) is taken, divided by the captions of
-    the whole batch; A is the reward less the baseline and p the policy that was sampled, dropout included. That is an
-    unbiased estimate of the gradient of the mean reward. Entropy and KL divergence are of whole captions and enter the
-    reward, compared with the other samples', so that their gradients are unbiased too.
+    The step minimises -sum_m A(y_m) log p(y_m) over the M sampled captions y of each image, divided by the number of
+    captions in the global batch. A is the reward minus the baseline, p the policy that was sampled, dropout included.
+    The gradient is an unbiased estimate of that of the mean reward. Entropy and KL divergence are those of whole
+    captions. They are added to the reward and compared with the other samples, so that their gradients are unbiased
+    too.
 
     Args:
         graph: of the model.
         objective: the settings.
         transformation: the optimizer.
         key: of samples and dropout.
-        max_words: T, the longest caption with its eos; one that reaches it is cut and scored as it is.
-        bad_endings: ids of words on which no caption ends well, to be counted.
+        max_words: T, the longest caption with its eos. A caption that reaches it is cut and scored as it is.
+        bad_endings: ids of the words that count as a bad ending.
+        rewards: the reward; None: ``objective.rewards``.
         accumulate: microbatches.
         ema_decay: see ``train_step``.
 
-    Metrics, all [] float32 and the same on every device, means over the sampled captions: "loss" (what is
-    differentiated), "reward", "reward_deviation" (standard deviation), "baseline", "length" (words without eos),
-    "ended" and "bad_endings" (shares), "surprisal" (-log p in nats), "kl" (in nats; with a KL penalty only),
+    Metrics, all float32 [] and the same on every device, means over the sampled captions: "loss" (the objective),
+    "reward", "reward_deviation" (standard deviation), "baseline", "length" (words without eos), "ended" and
+    "bad_endings" (shares of captions), "surprisal" (-log p in nats), "kl" (in nats; only with a KL penalty),
     "gradient_norm"; and "captions", their number.
     """
+    rewards = rewards or objective.rewards
 
     def explore(
         params: Params, constants: Constants, batch: Mapping[str, Array], regions: Array, keys: Array
@@ -157,29 +272,28 @@ def self_critical_step(
         references = prepare_references(batch["references"], batch["reference_count"], constants.frequencies)
 
         def begun(count: int, keys: Array | None) -> tuple[Any, Any]:
-            """The decoder's step and first carry; with keys, under the dropout that ``teacher_forced`` then draws."""
-            model.decoder.make_room(max_words)
-            memory, first = model.decoder.start(regions, count, region_mask=mask, keys=row_keys(keys, 0))
-            unroll_keys = row_keys(keys, 1)
+            """The decoder's step and first carry; with keys, under the dropout masks that ``teacher_forced`` draws."""
+            memory, first = model.decoder.start(
+                regions, count, steps=max_words, region_mask=mask, dropout_keys=row_keys(keys, START_KEYS)
+            )
+            unroll_keys = row_keys(keys, UNROLL_KEYS)
 
             def feed(carry: Any, tokens: Array) -> tuple[Any, Array]:
                 inner, t = carry
                 step_keys = model.decoder.step_keys(unroll_keys, t[0, 0])
-                inner, output = model.decoder.step(inner, tokens, memory, keys=step_keys)
+                inner, output = model.decoder.step(inner, tokens, memory, dropout_keys=step_keys)
                 return (inner, t + 1), model.decoder.logits(output)
 
             return feed, (first, jnp.zeros((regions.shape[0], count), jnp.int32))
 
-        draws = row_keys(keys, 2)
+        draws = row_keys(keys, DRAW_KEYS)
         assert draws is not None
         feed, carry = begun(objective.samples, keys)
         drawn = sample(feed, carry, draws, max_steps=max_words, temperature=objective.temperature)
-        reward = rewards(objective, drawn.tokens, references, constants.frequencies)
+        reward = rewards(drawn.tokens, references, constants.frequencies)
         if objective.baseline == "greedy":
             best = greedy(*begun(1, None), max_steps=max_words)
-            baseline = jnp.broadcast_to(
-                rewards(objective, best.tokens, references, constants.frequencies), reward.shape
-            )
+            baseline = jnp.broadcast_to(rewards(best.tokens, references, constants.frequencies), reward.shape)
             advantage = reward - baseline
         else:
             advantage = _above_others(reward)
@@ -213,12 +327,12 @@ def self_critical_step(
         tokens, advantage, sums = explore(*lax.stop_gradient((params, constants, batch, regions)), keys)
         outputs = model.teacher_forced({**batch, "regions": regions, "tokens": _after_bos(tokens)}, keys)
         counted = jnp.where(tokens != PAD, advantage[..., None], 0.0)  # [B,M,T]
-        _, total = packed_cross_entropy(
+        _, total = packed_word_loss(
             lambda hidden: _policy(model.score_words(hidden), objective.temperature),
             outputs.hidden,
             tokens,
             counted,
-            label_smoothing=0.0,
+            CROSS_ENTROPY,
         )
         return total, sums._replace(objective=lax.stop_gradient(total))
 
@@ -243,22 +357,8 @@ def self_critical_step(
     return train_step(loss, measure, transformation, accumulate=accumulate, ema_decay=ema_decay)
 
 
-def rewards(objective: SelfCritical, tokens: Array, references: References, frequencies: DocumentFrequencies) -> Array:
-    """The weighted sum of CIDEr-D and BLEU-4 of captions int32 [B,M,T] (words, eos, pad): float32 [B,M].
-
-    References and frequencies have to hold eos exactly where ``objective.reward_eos`` counts it.
-    """
-    counted = tokens if objective.reward_eos else jnp.where(tokens == EOS, PAD, tokens)
-    reward = jnp.zeros(tokens.shape[:2])
-    if objective.cider:
-        reward += objective.cider * cider_d(counted, references, frequencies)
-    if objective.bleu:
-        reward += objective.bleu * bleu_4(counted, references.tokens, references.per_image)
-    return reward
-
-
 def _above_others(values: Array) -> Array:
-    """By how much each value [B,M] is above the mean of the image's others; exactly 0 where all are equal."""
+    """The difference of each value [B,M] to the mean of the image's other values; exactly 0 if all are equal."""
     return (values[:, :, None] - values[:, None, :]).sum(-1) / (values.shape[1] - 1)
 
 
@@ -268,7 +368,7 @@ def _after_bos(tokens: Array) -> Array:
 
 
 def _policy(logits: Array, temperature: float) -> Array:
-    """The logits [...,V] of what ``sample`` draws from: pad and bos are never drawn."""
+    """The logits [...,V] of the distribution that ``sample`` draws from: pad and bos are never drawn."""
     words = jnp.arange(logits.shape[-1])
     return jnp.where((words == PAD) | (words == BOS), -1e9, logits.astype(jnp.float32) / temperature)
 
@@ -276,11 +376,11 @@ def _policy(logits: Array, temperature: float) -> Array:
 def _log_probs(
     model: CaptionModel, batch: Mapping[str, Array], tokens: Array, keys: Array, temperature: float
 ) -> Array:
-    """Log-probabilities [B,M] that a model gives to captions [B,M,T], under the dropout of ``keys`` [B]."""
+    """Log-probabilities [B,M] of captions [B,M,T] under a model and the dropout of ``keys`` [B]."""
     hidden = model.teacher_forced({**batch, "tokens": _after_bos(tokens)}, keys).hidden  # [B,M,T,F]
 
     def score(step: tuple[Array, Array]) -> Array:
-        hidden, token = step  # a place of all captions at a time, for the logits of all would take gigabytes
+        hidden, token = step  # one place at a time, because the logits of all places take gigabytes
         log_probs = jax.nn.log_softmax(_policy(model.score_words(hidden), temperature))  # [B,M,V]
         return jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
 

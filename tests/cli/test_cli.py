@@ -57,7 +57,7 @@ def test_usage_mistake_costs_one_line(capsys: pytest.CaptureFixture[str], refuse
         assert error.startswith("imgcap: ")
         assert error.count("\n") == 1
         assert said in error
-    assert "give an experiment" in refused(["train"])
+    assert "no experiment" in refused(["train"])
 
 
 def test_missing_folder(refused: Refused) -> None:
@@ -141,7 +141,7 @@ def test_scenes_of_another_size_under_another_name(
     sizes = ["--train-scenes", "4", "--data-dir", "d"]
     assert main(["data", "prepare", "scenes", "--name", "few_scenes", *sizes]) == 0
     assert "few_scenes: train 4" in capsys.readouterr().out
-    assert "small letters" in refused(["data", "prepare", "scenes", "--name", "coco", *sizes])
+    assert "lower-case letters" in refused(["data", "prepare", "scenes", "--name", "coco", *sizes])
 
 
 def test_override_of_the_wrong_type(tiny_file: Path, refused: Refused) -> None:
@@ -195,7 +195,7 @@ def test_disk_full_while_saving_leaves_the_checkpoint_before(
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", full)
     command = ["train", str(tiny_file), "--run", str(tmp_path / "run")]
-    assert "disk full" in refused(command)
+    assert "the disk is full" in refused(command)
     steps = [int(p.name) for p in (tmp_path / "run" / "checkpoints" / "newest").iterdir() if p.name.isdigit()]
     assert max(steps) == 3
     monkeypatch.setattr(ocp.CheckpointManager, "save", original)

@@ -112,7 +112,7 @@ def test_an_ensemble_of_a_run_with_itself_changes_nothing(
     ("option", "message"),
     [
         (["--decode.beem", "3"], "did you mean --decode.beam"),
-        (["--decode.prefix", "a zebra"], "doesn't know the word 'zebra'"),
+        (["--decode.prefix", "a zebra"], "lacks the word 'zebra'"),
         (["--decode.must", "a,red,blue,green,large"], "at most 4"),
     ],
 )

@@ -46,9 +46,8 @@ def both(
 
     @jax.jit
     def score(given: Any, tokens: Any) -> Any:
-        if metric == "BLEU-4":
-            return bleu_4(given, tokens, count)
-        return cider_d(given, prepare_references(tokens, count, frequencies), frequencies)
+        reward = bleu_4 if metric == "BLEU-4" else cider_d
+        return reward(given, prepare_references(tokens, count, frequencies), frequencies)
 
     found = np.asarray(score(np.stack([padded(group, longest) for group in candidates]), tokens))
     documents = References.from_captions({i: texts(group) for i, group in enumerate(corpus)}).tokens

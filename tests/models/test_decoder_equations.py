@@ -37,7 +37,7 @@ def test_teacher_forced_log_probabilities_follow_the_papers_equations(
                     kernel = w.get("words.kernel", w["embedding.embedding"].T)
                     expected[b, m, t] = log_softmax(hidden @ kernel + w["words.bias"])
                     weights[b, m, t] = attention
-    memory, carry = decoder.start(jnp.asarray(regions), M)
+    memory, carry = decoder.start(jnp.asarray(regions), M, steps=tokens.shape[2])
     outputs = decoder.unroll(jnp.asarray(tokens), memory, carry)
     np.testing.assert_allclose(jax.nn.log_softmax(decoder.logits(outputs)), expected, atol=1e-5)
     if weights is not None:

@@ -18,7 +18,7 @@ B, M, T, N, D, V = 3, 2, 7, 5, 6, 11
 
 
 def log_probs(decoder: Decoder, regions: Any, tokens: Any, mask: Any = None) -> tuple[Any, Any]:
-    memory, carry = decoder.start(jnp.asarray(regions), tokens.shape[1], region_mask=mask)
+    memory, carry = decoder.start(jnp.asarray(regions), tokens.shape[1], steps=tokens.shape[2], region_mask=mask)
     outputs = decoder.unroll(jnp.asarray(tokens), memory, carry)
     return jax.nn.log_softmax(decoder.logits(outputs)), outputs.attention
 
@@ -29,7 +29,7 @@ def test_stepping_equals_teacher_forcing(
     _, decoder = decoder_case
     regions, tokens = decoder_inputs
     expected, _ = log_probs(decoder, regions, tokens)
-    memory, carry = decoder.start(jnp.asarray(regions), M)
+    memory, carry = decoder.start(jnp.asarray(regions), M, steps=T)
     for t in range(T):
         carry, output = decoder.step(carry, jnp.asarray(tokens[:, :, t]), memory)
         got = jax.nn.log_softmax(decoder.logits(output))
@@ -52,13 +52,15 @@ def test_gradients_of_teacher_forcing_are_those_of_stepping(
     def total(params: Any, regions: Any, unrolled: bool) -> Any:
         decoder = nnx.merge(graph, params)
         decoder.variational = variational
-        memory, carry = decoder.start(regions, M, keys=keys)
+        memory, carry = decoder.start(regions, M, steps=T, dropout_keys=keys)
         if unrolled:
-            return (decoder.logits(decoder.unroll(jnp.asarray(tokens), memory, carry, keys=keys)) * direction).sum()
+            return (
+                decoder.logits(decoder.unroll(jnp.asarray(tokens), memory, carry, dropout_keys=keys)) * direction
+            ).sum()
         result = 0.0
         for t in range(T):
             step_keys = decoder.step_keys(keys, jnp.asarray(t))
-            carry, output = decoder.step(carry, jnp.asarray(tokens[:, :, t]), memory, keys=step_keys)
+            carry, output = decoder.step(carry, jnp.asarray(tokens[:, :, t]), memory, dropout_keys=step_keys)
             result += (decoder.logits(output) * direction[:, :, t]).sum()
         return result
 
@@ -83,8 +85,8 @@ def test_variational_dropout_is_the_same_at_all_steps(decoder_inputs: tuple[np.n
     for variational in (False, True):
         settings = UpDown(hidden_size=64, embedding_size=8, attention_size=3, variational_dropout=variational)
         decoder = settings.build(D, V, dtype=jnp.float32, rngs=nnx.Rngs(0))
-        memory, carry = decoder.start(jnp.asarray(regions), M, keys=keys)
-        dropped = np.asarray(decoder.unroll(jnp.asarray(tokens), memory, carry, keys=keys).hidden) == 0
+        memory, carry = decoder.start(jnp.asarray(regions), M, steps=T, dropout_keys=keys)
+        dropped = np.asarray(decoder.unroll(jnp.asarray(tokens), memory, carry, dropout_keys=keys).hidden) == 0
         same[variational] = (dropped == dropped[:, :, :1]).mean()
         assert 0.4 < dropped.mean() < 0.6
         # Two captions of an image, and two images, have masks of their own.
@@ -117,7 +119,7 @@ def test_sequences_of_an_image_do_not_touch_each_other(
 
 def test_carry_leads_with_image_and_sequence(decoder_case: tuple[str, Decoder]) -> None:
     _, decoder = decoder_case
-    memory, carry = decoder.start(jnp.zeros((B, N, D)), M)
+    memory, carry = decoder.start(jnp.zeros((B, N, D)), M, steps=T)
     assert {leaf.shape[:2] for leaf in jax.tree.leaves(carry)} == {(B, M)}
     assert {leaf.shape[0] for leaf in jax.tree.leaves(memory)} <= {B}
 
@@ -130,8 +132,8 @@ def test_dropout_belongs_to_the_row_and_has_the_stated_rate(
 
     def hidden(rows: slice) -> Any:
         keys = jax.random.split(jax.random.key(3), B)[rows]
-        memory, carry = decoder.start(jnp.asarray(regions[rows]), M, keys=keys)
-        return decoder.unroll(jnp.asarray(tokens[rows]), memory, carry, keys=keys).hidden
+        memory, carry = decoder.start(jnp.asarray(regions[rows]), M, steps=T, dropout_keys=keys)
+        return decoder.unroll(jnp.asarray(tokens[rows]), memory, carry, dropout_keys=keys).hidden
 
     whole = hidden(slice(None))
     np.testing.assert_allclose(whole[2:], hidden(slice(2, None)), atol=1e-6)
@@ -155,7 +157,7 @@ def test_scheduled_sampling_reads_its_own_words_as_often_as_it_is_told(
     regions, tokens = decoder_inputs
     many = 600
     regions, tokens = np.repeat(regions[:1], many, 0), np.tile(tokens[:1, :1, :3], (many, M, 1))
-    memory, carry = decoder.start(jnp.asarray(regions), M)
+    memory, carry = decoder.start(jnp.asarray(regions), M, steps=T)
     keys = jax.random.split(jax.random.key(7), many)
 
     def hidden(share: float) -> np.ndarray:
@@ -196,14 +198,14 @@ def test_bfloat16_products_train_and_decode(
     @jax.jit
     def logits(params: Any) -> Any:
         decoder = nnx.merge(graph, params)
-        memory, carry = decoder.start(regions, M)
+        memory, carry = decoder.start(regions, M, steps=T)
         return decoder.logits(decoder.unroll(tokens, memory, carry))
 
-    memory, carry = exact.start(regions, M)
+    memory, carry = exact.start(regions, M, steps=T)
     near = exact.logits(exact.unroll(tokens, memory, carry))
     np.testing.assert_allclose(logits(params), near, atol=0.1 * np.abs(near).max())
     gradients = jax.grad(lambda params: jnp.square(logits(params)).sum())(params)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
-    memory, carry = decoder.start(regions, M)
+    memory, carry = decoder.start(regions, M, steps=T)
     after, _ = decoder.step(carry, tokens[:, :, 0], memory)
     assert [leaf.dtype for leaf in jax.tree.leaves(after)] == [leaf.dtype for leaf in jax.tree.leaves(carry)]

@@ -81,7 +81,7 @@ def test_every_kernel_of_a_decoder_s_step_waits_for_the_end(
 
     def total(params: Any) -> jax.Array:
         decoder = nnx.merge(graph, params)
-        memory, carry = decoder.start(regions, 2)
+        memory, carry = decoder.start(regions, 2, steps=tokens.shape[2])
         return decoder.unroll(tokens, memory, carry).hidden.sum()
 
     jax.jit(jax.grad(total)).lower(params)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from imgcap_jax.data.vocabulary import Vocabulary
-from imgcap_jax.decoding.settings import Decoding, combinations, options_help, split_options
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.decoders.adaptive import Adaptive
 from imgcap_jax.models.decoders.aoa import AttentionOnAttention
@@ -20,7 +20,7 @@ from imgcap_jax.models.decoders.show_tell import ShowTell
 from imgcap_jax.models.decoders.transformer import Transformer
 from imgcap_jax.models.decoders.up_down import UpDown
 from imgcap_jax.models.model import CaptionModel, split_trained
-from imgcap_jax.run.generation import attention_function, caption_function
+from imgcap_jax.run.generation import attention_function, caption_function, check_decoding
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 
 B, N, D = 3, 4, 6
@@ -118,7 +118,7 @@ def test_attention_is_that_of_the_step_which_gave_the_word() -> None:
     decoded = caption_function([graph], SEARCHES["greedy"], VOCABULARY)([params], [frozen], [regions()])
     maps = attention_function(graph)(params, frozen, regions(), decoded.tokens)
     decoder = nnx.merge(graph, params, frozen).decoder
-    memory, carry = decoder.start(jnp.asarray(regions()["regions"]), 1)
+    memory, carry = decoder.start(jnp.asarray(regions()["regions"]), 1, steps=decoded.tokens.shape[-1])
     token = jnp.full((B, 1), BOS)
     for t in range(decoded.tokens.shape[-1]):
         carry, output = decoder.step(carry, token, memory)
@@ -152,68 +152,45 @@ def test_settings_become_rules() -> None:
     assert all(len(set(caption)) == len(caption) for caption in captions(no_repeat_ngram=1))
     assert all(len(caption) <= 2 for caption in captions(max_words=2))
     for text in ("zebra", "red zebra"):
-        with pytest.raises(UserError, match="doesn't know the word 'zebra'"):
+        with pytest.raises(UserError, match="lacks the word 'zebra'"):
             captions(prefix=text)
-    with pytest.raises(UserError, match="is not a word"):
+    with pytest.raises(UserError, match="is not a single word"):
         captions(must=("red dog",))
     with pytest.raises(UserError, match="prefix has 6 words"):
         captions(prefix="a a a a a a")
 
 
-def test_captions_longer_than_a_transformer_reads_are_told() -> None:
+def test_a_limit_on_tokens_is_checked_before_anything_is_computed() -> None:
+    settings = SMALL["transformer"]
+    check_decoding(Decoding(max_words=8), VOCABULARY, settings)
+    with pytest.raises(UserError, match=r"decoder.max_length is 8, but decoding.max_words needs 9 tokens"):
+        check_decoding(Decoding(max_words=9), VOCABULARY, settings)
+    check_decoding(Decoding(max_words=500), VOCABULARY, SMALL["attend"])
     graph, params, frozen = parts("transformer")
-    with pytest.raises(UserError, match="reads at most 8 tokens"):
-        caption_function([graph], Decoding(max_words=20), VOCABULARY)([params], [frozen], [regions()])
     tokens = np.full((B, 1, 20), EOS, np.int32)
-    with pytest.raises(UserError, match="reads at most 8 tokens"):
+    with pytest.raises(ValueError, match="max_length is 8"):
         nnx.merge(graph, params, frozen).teacher_forced({**regions(), "tokens": tokens})
 
 
-def test_options_make_every_combination() -> None:
-    others, ours = split_options(
-        ["evaluate", "--decode.beam", "1", "3", "run", "--floor", "--decode.must", "dog|dogs,red", "-h"], sweep=True
-    )
-    assert others == ["evaluate", "run", "--floor", "-h"]
-    settings, swept = combinations(Decoding(), ours)
-    assert [(one.beam, one.must) for one in settings] == [(beam, ("dog|dogs", "red")) for beam in (1, 3)]
-    assert swept == ["beam"]
-    ours = split_options(["--decode.length-norm", "0", "0.7", "--decode.suppress-unk=false"], sweep=True)[1]
-    settings, swept = combinations(Decoding(prefix="a"), [*ours, "--decode.prefix="])
-    assert {one.prefix for one in settings} == {""}
-    assert [(one.length_norm, one.suppress_unk) for one in settings] == [(0.0, False), (0.7, False)]
-    # A photo after an option is not its value.
-    assert split_options(["caption", "--decode.beam", "3", "a.jpg"], sweep=False)[0] == ["caption", "a.jpg"]
+@dataclasses.dataclass(frozen=True)
+class OnlyDogs:
+    """A rule of a user: only one word, then the end."""
+
+    word: int
+
+    def __call__(self, logits: Any, tokens: Any, t: Any) -> Any:
+        wanted = jnp.where(t == 0, self.word, EOS)
+        return jnp.where(jnp.arange(logits.shape[-1]) == wanted, logits, -1e30)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--decode.beam", "x"], "--decode.beam is 'x'; give a whole number"),
-        (["--decode.beams", "3"], "did you mean --decode.beam"),
-        (["--decode.beam"], "has no value"),
-        (["--decode.beam", "3", "3"], "given twice"),
-        (["--decode.suppress-unk", "maybe"], "give true or false"),
-        (["--decode.temperature", "0.5"], "temperature is for samples"),
-        (["--decode.groups", "2"], "give a multiple of groups"),
-        (["--decode.samples", "2", "--decode.must", "dog"], "three kinds"),
-        (["--decode.length-penalty", "wu"], "give power or gnmt"),
-        (["--decode.length-norm", "nan"], "length_norm is nan"),
-        (["--decode.diversity", "0.2"], "give groups as well"),
-        (["--decode.samples", "3", "--decode.n-best", "2"], "all samples are kept"),
-        (["--decode.n-best", "4"], "but beam is 3"),
-        (["--decode.min-words", "30"], "max_words is 20"),
-        (["--decode.top-p", "0", "--decode.samples", "1"], "top_p above 0"),
-    ],
-)
-def test_options_that_make_no_sense_are_told_in_one_line(arguments: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
-        combinations(Decoding(), split_options(arguments, sweep=True)[1])
-    assert message in str(error.value)
-
-
-def test_help_tells_every_setting_and_what_it_means() -> None:
-    lines = options_help().splitlines()[1:]
-    assert len(lines) == len(dataclasses.fields(Decoding))
-    for line, field in zip(lines, dataclasses.fields(Decoding), strict=True):
-        assert line.startswith(f"  --decode.{field.name.replace('_', '-')} ")
-        assert len(line.split("] ")[1]) > 10, line
+def test_rules_of_a_user_hold_in_every_search() -> None:
+    graph, params, frozen = parts("attend")
+    (dog,) = VOCABULARY.ids(["dog"])
+    for name in ("greedy", "beam", "samples"):
+        decoding = dataclasses.replace(SEARCHES[name], rules=(OnlyDogs(dog),), min_words=0, top_k=0)
+        search = caption_function([graph], decoding, VOCABULARY)
+        tokens = np.asarray(search([params], [frozen], [regions()]).tokens)
+        assert {VOCABULARY.decode(row) for row in tokens[:, 0]} == {"dog"}
+        assert "OnlyDogs" in decoding.title
+    with pytest.raises(UserError, match="is not a rule"):
+        Decoding(rules=("dog",))  # type: ignore[arg-type]

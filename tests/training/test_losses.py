@@ -1,14 +1,19 @@
 """The loss against PyTorch's and against the paper's formula."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
+from imgcap_jax.errors import UserError
 from imgcap_jax.special_tokens import PAD
 from imgcap_jax.training import losses
 from imgcap_jax.training.cross_entropy import CrossEntropy
-from imgcap_jax.training.losses import caption_loss
+from imgcap_jax.training.losses import SmoothedCrossEntropy, caption_loss, log_normaliser
 
 B, M, T, V, N = 3, 2, 6, 9, 4
 
@@ -28,7 +33,11 @@ def test_equals_torch_cross_entropy(batch: tuple[np.ndarray, np.ndarray], smooth
     logits, tokens = batch
     weight = np.array([1, 1, 0], np.float32)
     sums = caption_loss(
-        lambda x: x, jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(weight), label_smoothing=smoothing
+        lambda x: x,
+        jnp.asarray(logits),
+        jnp.asarray(tokens),
+        jnp.asarray(weight),
+        word_loss=SmoothedCrossEntropy(smoothing),
     )
     expected = torch.nn.functional.cross_entropy(
         torch.tensor(logits[:2].reshape(-1, V)),
@@ -74,7 +83,7 @@ def test_gradients_of_packed_words_are_those_of_all_of_them(
 
     def packed(kernel: jax.Array, bias: jax.Array, hidden: jax.Array) -> jax.Array:
         score = lambda x: jnp.tanh(x) @ kernel + bias  # noqa: E731
-        return 3.0 * caption_loss(score, hidden, tokens, weight, label_smoothing=smoothing).objective
+        return 3.0 * caption_loss(score, hidden, tokens, weight, word_loss=SmoothedCrossEntropy(smoothing)).objective
 
     def plain(kernel: jax.Array, bias: jax.Array, hidden: jax.Array) -> jax.Array:
         log_probs = jax.nn.log_softmax(jnp.tanh(hidden) @ kernel + bias)
@@ -87,6 +96,63 @@ def test_gradients_of_packed_words_are_those_of_all_of_them(
     expected = jax.grad(plain, argnums=(0, 1, 2))(kernel, bias, hidden)
     for ours, theirs in zip(got, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@dataclass(frozen=True)
+class Focal:
+    """The focal loss of Lin et al. (2017), -(1 - p)^gamma log p, as a user would write it."""
+
+    gamma: float = 2.0
+
+    def __call__(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=-1)[:, 0]
+        return -((1 - jnp.exp(log_p)) ** self.gamma) * log_p
+
+
+@dataclass(frozen=True)
+class Unlikelihood:
+    """Cross-entropy plus -log(1 - p) of one word that must not come (Welleck et al. 2020)."""
+
+    word: int = 4
+
+    def __call__(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
+        log_probs = jax.nn.log_softmax(logits)
+        wrong = jnp.where(targets == self.word, 0.0, jnp.log1p(-jnp.exp(log_probs[:, self.word])))
+        return -jnp.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0] - wrong
+
+
+@pytest.mark.parametrize("word_loss", [Focal(), Unlikelihood()])
+def test_a_loss_of_a_user_has_the_gradient_of_all_words_at_once(
+    batch: tuple[np.ndarray, np.ndarray], word_loss: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK", 4)
+    hidden, tokens = (jnp.asarray(x) for x in batch)
+    kernel = jnp.asarray(np.random.default_rng(2).normal(size=(V, V)), jnp.float32)
+    weight = jnp.array([1.0, 0.5, 0.0])
+
+    def packed(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
+        return caption_loss(lambda x: x @ kernel, hidden, tokens, weight, word_loss=word_loss).objective
+
+    def plain(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
+        each = word_loss((hidden @ kernel).reshape(-1, V), tokens[:, :, 1:].reshape(-1)).reshape(B, M, T - 1)
+        return (each * (tokens[:, :, 1:] != PAD) * weight[:, None, None]).sum()
+
+    np.testing.assert_allclose(packed(kernel, hidden), plain(kernel, hidden), rtol=1e-5)
+    got = jax.jit(jax.grad(packed, argnums=(0, 1)))(kernel, hidden)
+    for ours, theirs in zip(got, jax.grad(plain, argnums=(0, 1))(kernel, hidden), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_log_normaliser_is_differentiated_as_logsumexp() -> None:
+    logits = jnp.asarray(np.random.default_rng(5).normal(size=(7, V)) * 20, jnp.float32)
+    np.testing.assert_allclose(log_normaliser(logits), jax.nn.logsumexp(logits, axis=-1))
+    check_grads(log_normaliser, (logits / 20,), order=2, modes=("fwd", "rev"), atol=1e-2, rtol=1e-2)
+
+
+def test_a_loss_of_a_user_replaces_smoothed_cross_entropy() -> None:
+    assert CrossEntropy(label_smoothing=0.0, word_loss=Focal(1.0)).title == "Focal(gamma=1.0)"
+    with pytest.raises(UserError, match="label_smoothing belongs to cross-entropy"):
+        CrossEntropy(word_loss=Focal())
 
 
 def test_a_batch_of_pad_alone_costs_nothing_and_has_no_gradient() -> None:

@@ -1,1 +1,1 @@
-"""TFDS builders: the drawn scenes, any folder of captioned images, and the official COCO captions."""
+"""TFDS builders: the common base, folders of captioned images, and the official COCO captions."""

@@ -1,4 +1,4 @@
-"""Reads lists of captioned images: Karpathy JSON, COCO JSON and JSONL, told apart by their names and keys.
+"""Reads annotation files: Karpathy JSON, COCO JSON and JSONL, distinguished by file name and keys.
 
 Captions are always the raw sentences; Karpathy's `tokens` are never read.
 """
@@ -18,26 +18,32 @@ EXPECTED = "dataset_*.json (Karpathy), captions_*.json (COCO) or *.jsonl"
 
 @dataclass(frozen=True)
 class ListedImage:
-    """An image as an annotation file lists it; `captions` are (id, raw text), as they stand there."""
+    """One image of an annotation file. `captions` are (id, raw text) pairs, unchanged."""
 
     filename: str
-    subfolder: str  # Karpathy's `filepath`; "" where there is none
+    subfolder: str  # Karpathy's `filepath`; "" if there is none
     image_id: int
     split: str
     captions: tuple[tuple[int, str], ...]
 
 
 def find_annotations(path: Path) -> tuple[Path, list[Path]]:
-    """The folder of images and its annotation files, from a folder or from an annotation file.
+    """Finds the folder of images and its annotation files.
+
+    Args:
+        path: a folder of images, or an annotation file.
+
+    Returns:
+        The folder, and its annotation files.
 
     Raises:
-        UserError: missing path, no annotation file, or more than one list to choose from.
+        UserError: the path does not exist, there is no annotation file, or it is unclear which one to use.
     """
     if not path.exists():
-        raise UserError(f"{path}: no such folder; give a folder of images with {EXPECTED}")
+        raise UserError(f"{path}: no such folder; pass a folder of images with {EXPECTED}")
     if path.is_file():
         if path.suffix not in (".json", ".jsonl"):
-            raise UserError(f"{path}: not an annotation file; give a folder of images with {EXPECTED}")
+            raise UserError(f"{path}: not an annotation file; pass a folder of images with {EXPECTED}")
         folder = path.parent.parent if path.parent.name == "annotations" else path.parent
         return folder, [path]
     places = [path, path / "annotations"]
@@ -46,30 +52,30 @@ def find_annotations(path: Path) -> tuple[Path, list[Path]]:
     lines = [file for place in places for file in sorted(place.glob("*.jsonl"))]
     found = [files for files in (karpathy, coco, lines) if files]
     if not found:
-        raise UserError(f"{path}: no annotation file; it needs {EXPECTED}")
+        raise UserError(f"{path}: no annotation file; the folder must contain {EXPECTED}")
     if len(found) > 1 or len(karpathy) > 1 or len(lines) > 1:
         names = ", ".join(str(file.relative_to(path)) for files in found for file in files)
-        raise UserError(f"{path}: several annotation files ({names}); name the one to use instead of the folder")
+        raise UserError(f"{path}: several annotation files ({names}); pass the one to use instead of the folder")
     return path, found[0]
 
 
 def read_annotations(files: Sequence[Path]) -> list[ListedImage]:
-    """All images that the files list, in their order.
+    """Reads all images that the files list, in the order of the files.
 
     Raises:
-        UserError: unreadable JSON, a missing key, an odd split name, an image listed twice, or none at all.
+        UserError: invalid JSON, a missing key, an invalid split name, an image listed twice, or a file without images.
     """
     images: list[ListedImage] = []
     read_from: dict[str, Path] = {}
     for file in files:
         listed = list(_read_lines(file) if file.suffix == ".jsonl" else _read_json(file))
         if not listed:
-            raise UserError(f"{file}: lists no image; fill it or remove it")
+            raise UserError(f"{file}: lists no images; add some or remove the file")
         for split in {image.split for image in listed}:
             if split in read_from:
                 raise UserError(
-                    f"{file} and {read_from[split]} both hold the split {split!r}; "
-                    "name the one to use instead of the folder"
+                    f"{file} and {read_from[split]} both contain the split {split!r}; "
+                    "pass the one to use instead of the folder"
                 )
             read_from[split] = file
         images += listed
@@ -85,7 +91,7 @@ def read_annotations(files: Sequence[Path]) -> list[ListedImage]:
 
 
 class _Entry:
-    """A JSON object with a name for error messages; a missing key or wrong type is the user's error."""
+    """A JSON object with its location for error messages. A missing key or a wrong type raises a UserError."""
 
     def __init__(self, value: Any, where: str) -> None:
         if not isinstance(value, dict):
@@ -100,7 +106,7 @@ class _Entry:
             return default
         value = self.value[key]
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{self.where}: {key!r} should be {kind.__name__}, found {type(value).__name__}")
+            raise UserError(f"{self.where}: {key!r} must be {kind.__name__}, found {type(value).__name__}")
         return value
 
     def entries(self, key: str) -> "Iterator[_Entry]":
@@ -164,7 +170,7 @@ def _read_coco(top: _Entry, file: Path) -> Iterator[ListedImage]:
             captions=tuple(captions.pop(image_id, ())),
         )
     if captions:
-        raise UserError(f"{file}: captions of image id {next(iter(captions))}, which is not among its images")
+        raise UserError(f"{file}: has captions of image id {next(iter(captions))}, which is not in its list of images")
 
 
 def _read_lines(file: Path) -> Iterator[ListedImage]:
@@ -176,7 +182,7 @@ def _read_lines(file: Path) -> Iterator[ListedImage]:
         entry = _Entry(_parse(line, where), where)
         texts = entry.get("captions", list)
         if not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{where}: 'captions' should be a list of texts")
+            raise UserError(f"{where}: 'captions' must be a list of strings")
         yield ListedImage(
             filename=entry.get("image", str),
             subfolder="",

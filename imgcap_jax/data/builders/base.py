@@ -1,7 +1,10 @@
-"""What the TFDS builders share: one feature structure, written as array_record without TensorFlow.
+"""The contract of a dataset builder: one feature structure, written as array_record without TensorFlow.
 
-`ShardBasedBuilder` and not the usual `GeneratorBasedBuilder`: the latter's shuffling buffer goes through
-TensorFlow's file system above 1 GB, and the input pipeline shuffles anyway.
+A builder of your own is one file with a subclass of `CaptionBuilder` that implements `record_shards`. It is prepared by
+``imgcap data prepare my_builder.py --name my_data``.
+
+The base is `ShardBasedBuilder`, because above 1 GB the shuffling buffer of `GeneratorBasedBuilder` needs TensorFlow's
+file system. The input pipeline shuffles anyway.
 """
 
 import functools
@@ -25,7 +28,15 @@ from imgcap_jax.data.builders.layout import (
 
 @dataclass(frozen=True)
 class CaptionRecord:
-    """One image as it is written: encoded bytes, and captions as (id, text)."""
+    """One image as it is stored.
+
+    Attributes:
+        image: the encoded bytes, JPEG or PNG.
+        filename: shown to people, and used to find files of ready-made regions.
+        image_id: unique in the dataset; it identifies the image in files of captions.
+        captions: (id, text) of each reference caption, at least one. Texts are raw; the tokeniser comes later.
+        extra: values of `CaptionBuilder.extra_features`.
+    """
 
     image: bytes
     filename: str
@@ -38,13 +49,20 @@ RecordShard = Callable[[], Iterator[CaptionRecord]]
 
 
 class CaptionBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Base of the builders that write `CaptionRecord`s; one shard is one callable.
+    """Writes `CaptionRecord`s. A subclass implements `record_shards`.
 
-    Beside the records it writes `origin.json`, `skipped.json` and an index of the captions of each split. All
-    of it lands in TFDS's incomplete folder, which is renamed at the very end.
+    In addition to the records, it writes `origin.json`, `skipped.json` and an index of the captions of each split. All
+    files are written to TFDS's incomplete folder, which is renamed at the end.
+
+    Attributes:
+        skipped: images and captions that were left out; a subclass can append to it.
     """
 
     VERSION = tfds.core.Version("1.0.0")
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        # Datasets are read by folder, never by registered name.
+        super().__init_subclass__(**{**options, "skip_registration": True})
 
     def __init__(self, *, name: str, data_dir: Path, origin: Origin, description: str) -> None:
         self.name = name
@@ -70,12 +88,20 @@ class CaptionBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
         )
 
     def extra_features(self) -> dict[str, Any]:
-        """Features beyond the common ones; they come from `CaptionRecord.extra`."""
+        """TFDS features in addition to the common ones. Their values are those of `CaptionRecord.extra`."""
         return {}
 
     def record_shards(self) -> Mapping[str, Sequence[RecordShard]]:
-        """For each split, the callables that yield the records of its shards."""
+        """The shards of each split. A shard is a callable that yields its records, about 100 MB of them.
+
+        Training needs the splits "train" and "val". Each call of a shard must yield the same records.
+        """
         raise NotImplementedError
+
+    @classmethod
+    def source_fingerprint(cls) -> str:
+        """A text that changes if the images or captions change. Datasets that are up to date are not built again."""
+        return ""
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Callable[[], Iterator[Any]]]]:
         def examples(shard: RecordShard, index: CaptionIndex) -> Iterator[tuple[int, dict[str, Any]]]:

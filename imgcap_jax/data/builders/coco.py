@@ -1,6 +1,6 @@
-"""`coco`: the official TFDS `coco_captions/2014`, Karpathy's splits of COCO 2014.
+"""`coco`: the official TFDS dataset `coco_captions/2014`, COCO 2014 with Karpathy's splits.
 
-Preparing needs TensorFlow (extra `coco`), because the official builder does; reading does not.
+Preparing it needs TensorFlow (extra `coco`), because the official builder does. Reading it does not.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from imgcap_jax.errors import UserError
 
 NAME = "coco_captions"
 CONFIG = "2014"
-# Karpathy's train (82,783) and restval (30,504), on which the field trains.
+# Karpathy's train (82,783) plus restval (30,504), the usual training set.
 TRAIN_IMAGES = 113_287
 ORIGIN = Origin(
     kind="coco",
@@ -25,31 +25,34 @@ ORIGIN = Origin(
 
 
 def require_tensorflow() -> None:
-    """Raises a UserError where TensorFlow is absent."""
+    """Raises a UserError if TensorFlow is not installed."""
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
-            "coco: preparing the official coco_captions needs TensorFlow; pip install 'imgcap_jax[coco]' "
+            "coco: preparing the official coco_captions needs TensorFlow; run: pip install 'imgcap_jax[coco]' "
             "(reading the prepared dataset does not)"
         )
 
 
 def check_train_size(count: int, folder: Path) -> None:
-    """Raises a UserError unless train + restval holds all images of the official dataset."""
+    """Raises a UserError unless train + restval contains all images of the official dataset."""
     if count != TRAIN_IMAGES:
         raise UserError(
             f"{folder}: {count:,} training images (train + restval), not COCO's {TRAIN_IMAGES:,}; "
-            "remove this folder and run: imgcap data prepare coco"
+            "delete this folder and run: imgcap data prepare coco"
         )
 
 
 def build(data_dir: Path, download_dir: Path | None = None) -> Path:
-    """Downloads COCO (20 GB) and prepares it as array_record; the folder of the dataset.
+    """Downloads COCO (20 GB) and prepares it as array_record.
+
+    Returns:
+        The folder of the dataset.
 
     Raises:
-        UserError: without TensorFlow, or when the download fails.
+        UserError: TensorFlow is not installed, or the download fails.
     """
     require_tensorflow()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its greetings are of no interest here
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # hides TensorFlow's startup messages
     import requests
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
@@ -60,13 +63,13 @@ def build(data_dir: Path, download_dir: Path | None = None) -> Path:
         try:
             builder.download_and_prepare(file_format="array_record", download_dir=download_dir)
         except (tfds.download.DownloadError, NonMatchingChecksumError, requests.RequestException) as error:
-            raise UserError(f"coco: the download failed ({error}); run the same command again to go on") from error
+            raise UserError(f"coco: the download failed ({error}); run the same command again to continue") from error
     return Path(builder.data_dir)
 
 
 @contextlib.contextmanager
 def _without_test_images(builder: type) -> Iterator[None]:
-    """Spares the download of COCO's test images (20 GB more), of which coco_captions uses none."""
+    """Skips the download of COCO's test images (another 20 GB), which coco_captions does not use."""
     config = builder.BUILDER_CONFIGS[0]  # type: ignore[attr-defined]
     splits = config.splits
     config.splits = [split for split in splits if not split.name.startswith("test")]

@@ -1,4 +1,4 @@
-"""`folder`: a dataset from a folder of images and a list of their captions (see `annotations`)."""
+"""`folder`: builds a dataset from a folder of images and its annotation files (see `annotations`)."""
 
 import functools
 import hashlib
@@ -18,7 +18,7 @@ from imgcap_jax.data.builders.layout import Origin, Skipped
 from imgcap_jax.errors import UserError
 
 SHARD_BYTES = 128 * 2**20
-# Of the images, and of the captions; more than that is a broken dataset, not a few bad files.
+# Largest share of the images, and of the captions, that may be skipped. Above it, the dataset as a whole is broken.
 MAX_SKIPPED = 0.01
 READ_AHEAD = 64
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
@@ -26,7 +26,7 @@ _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class FolderContents:
-    """What a folder lists, with the place and size (bytes) of each image."""
+    """The images that a folder's annotation files list, with the path and the size (bytes) of each image."""
 
     annotation_files: tuple[Path, ...]
     images: tuple[ListedImage, ...]
@@ -36,10 +36,10 @@ class FolderContents:
 
 
 def scan_folder(path: Path) -> FolderContents:
-    """Reads the annotations and finds the images, without opening any.
+    """Reads the annotation files and finds the images, without opening them.
 
     Raises:
-        UserError: see `find_annotations` and `read_annotations`; images listed but absent or found twice.
+        UserError: see `find_annotations` and `read_annotations`; or a listed image is missing or found more than once.
     """
     folder, files = find_annotations(path)
     images = read_annotations(files)
@@ -69,7 +69,9 @@ def _find_images(folder: Path, images: Sequence[ListedImage]) -> list[Path]:
                         by_name.setdefault(name, []).append(Path(parent, name))
             found = by_name.get(Path(image.filename).name, [])
             if len(found) > 1:
-                raise UserError(f"{image.filename}: found {len(found)} times below {folder}; list it with its folder")
+                raise UserError(
+                    f"{image.filename}: found {len(found)} times below {folder}; list it with its path below that folder"
+                )
             path = found[0] if found else None
         if path is None:
             absent.append(image.filename)
@@ -77,8 +79,8 @@ def _find_images(folder: Path, images: Sequence[ListedImage]) -> list[Path]:
             paths.append(path)
     if absent:
         raise UserError(
-            f"{_first(absent)}: listed but absent below {folder} ({len(absent)} of {len(images)} images); "
-            "put the images there or take them off the list"
+            f"{_first(absent)}: listed but not found below {folder} ({len(absent)} of {len(images)} images); "
+            "add the images or remove them from the list"
         )
     return paths
 
@@ -88,30 +90,30 @@ def _first(names: Sequence[str], count: int = 3) -> str:
 
 
 def read_image(path: Path) -> bytes:
-    """An image's bytes as they stand in the file, or re-encoded as PNG where they are neither JPEG nor PNG.
+    """Reads an encoded image. JPEG and PNG files are returned unchanged, other formats are re-encoded as PNG.
 
     Raises:
-        ValueError: it cannot be decoded to the last row.
+        ValueError: the image cannot be decoded completely.
     """
     try:
         encoded = path.read_bytes()
         with Image.open(io.BytesIO(encoded)) as image:
-            image.load()  # a truncated file opens well enough; only decoding shows it
+            image.load()  # opening a truncated file succeeds; only decoding fails
             if encoded.startswith((_JPEG, _PNG)):
                 return encoded
             buffer = io.BytesIO()
             transposed = ImageOps.exif_transpose(image)
             transposed.convert("RGBA" if transposed.has_transparency_data else "RGB").save(buffer, "PNG")
             return buffer.getvalue()
-    # Pillow's decoders raise a good many types on broken files, struct.error and SyntaxError among them.
+    # Pillow's decoders raise many types on broken files, including struct.error and SyntaxError.
     except UnidentifiedImageError as error:
-        raise ValueError("it is in no known image format, or its beginning is damaged") from error
+        raise ValueError("unknown image format, or the start of the file is damaged") from error
     except Exception as error:
         raise ValueError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
 
 
-class FolderBuilder(CaptionBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Writes a scanned folder; unreadable images and empty captions are skipped and kept in `skipped`."""
+class FolderBuilder(CaptionBuilder):
+    """Writes a scanned folder. Unreadable images and empty captions are skipped and recorded in `skipped`."""
 
     def __init__(
         self,
@@ -164,12 +166,12 @@ class FolderBuilder(CaptionBuilder, skip_registration=True):  # type: ignore[cal
                     written += 1
                     yield CaptionRecord(encoded, image.filename, image.image_id, captions)
         if not written:
-            raise UserError(f"split {split!r}: none of its {len(members)} images can be used; see that they open")
+            raise UserError(f"split {split!r}: none of its {len(members)} images can be used; check the image files")
 
     def _captions(self, image: ListedImage) -> list[tuple[int, str]]:
         kept = []
         for id, text in image.captions:
-            # One line each: captions end up in line-based formats.
+            # Captions are later written to line-based formats, so each must be a single line.
             text = " ".join(text.split())
             if text:
                 kept.append((id, text))
@@ -189,5 +191,5 @@ class FolderBuilder(CaptionBuilder, skip_registration=True):  # type: ignore[cal
         if len(names) > MAX_SKIPPED * total:
             where = ", ".join(map(str, self._contents.annotation_files))
             raise UserError(
-                f"{where}: more than {MAX_SKIPPED:.0%} of its {total} {complaint}: {_first(names)}; mend or remove them"
+                f"{where}: more than {MAX_SKIPPED:.0%} of its {total} {complaint}: {_first(names)}; repair or remove them"
             )

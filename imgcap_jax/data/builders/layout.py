@@ -1,4 +1,4 @@
-"""What lies in a prepared dataset's folder beside TFDS's records. Imports no TFDS, to be quick."""
+"""The files of a prepared dataset in addition to TFDS's records. Does not import TFDS, because that is slow."""
 
 import json
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ class Skipped:
 class Origin:
     """Where a prepared dataset comes from.
 
-    `fingerprint` changes whenever preparing again would write something else; `kind` is the builder's name,
-    and `folder` the folder that a folder's dataset was prepared from.
+    `kind` is the name of the builder. `fingerprint` changes whenever preparing the dataset again would write other
+    data. `folder` is the source folder if the dataset was prepared from a folder.
     """
 
     kind: str
@@ -36,17 +36,17 @@ class Origin:
 
 
 def _index_file(split: str) -> str:
-    """Name of the file beside the records that holds a split's ids, file names and captions."""
+    """Name of the file, next to the records, that contains a split's ids, file names and captions."""
     return f"captions_{split}.json"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON. Raises UserError where the disk is full."""
+    """Writes JSON. Raises a UserError if the disk is full."""
     write_text(path, json.dumps(value, ensure_ascii=False))
 
 
 class CaptionIndex:
-    """Ids, file names and captions of a split in the order of its records, to be kept beside them."""
+    """Ids, file names and captions of a split, in the order of its records. Saved next to the records."""
 
     def __init__(self) -> None:
         self.image_id: list[int] = []
@@ -63,7 +63,7 @@ class CaptionIndex:
 
     @classmethod
     def load(cls, folder: Path, split: str) -> "CaptionIndex | None":
-        """The saved index, or None where there is none that can be read."""
+        """The saved index, or None if it is missing or unreadable."""
         index = cls()
         try:
             saved = json.loads((folder / _index_file(split)).read_text(encoding="utf-8"))

@@ -81,7 +81,7 @@ def encode_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-class ScenesBuilder(CaptionBuilder, skip_registration=True):  # type: ignore[call-arg]
+class ScenesBuilder(CaptionBuilder):
     """Draws the scenes and writes them."""
 
     def __init__(

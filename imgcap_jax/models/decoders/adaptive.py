@@ -9,12 +9,12 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from imgcap_jax.models.decoders.contract import Decoder, DecoderSettings, StepOutput
+from imgcap_jax.models.decoders.contract import CommonSettings, Decoder, StepOutput
 from imgcap_jax.models.layers import AdditiveAttention, Embed, Linear, LSTMCell, WordLogits, dropout, masked_mean
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adaptive(DecoderSettings):
+class Adaptive(CommonSettings):
     """Settings of an adaptive-attention decoder; the defaults are the paper's sizes."""
 
     attention_size: int = 49
@@ -67,11 +67,11 @@ class AdaptiveDecoder(Decoder):
         self.words = WordLogits(hidden, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs)
 
     def start(
-        self, regions: Array, M: int, *, region_mask: Array | None = None, keys: Array | None = None
+        self, regions: Array, M: int, *, steps: int, region_mask: Array | None = None, dropout_keys: Array | None = None
     ) -> tuple[AdaptiveMemory, tuple[Array, Array]]:
         mean = masked_mean(regions, region_mask)  # [B,D]
-        image = self.drop(jax.nn.relu(self.project_mean(mean)), keys, 0)[:, None]  # [B,1,E]
-        regions = dropout(jax.nn.relu(self.project(regions)), self.rate, keys)  # [B,N,H]
+        image = self.drop(jax.nn.relu(self.project_mean(mean)), dropout_keys, 0)[:, None]  # [B,1,E]
+        regions = dropout(jax.nn.relu(self.project(regions)), self.rate, dropout_keys)  # [B,N,H]
         zeros = jnp.zeros((regions.shape[0], M, self.hidden_size), jnp.float32)
         return AdaptiveMemory(regions, self.attention.keys(regions), image, region_mask), (zeros, zeros)
 
@@ -81,18 +81,18 @@ class AdaptiveDecoder(Decoder):
         token: Array,
         memory: AdaptiveMemory,
         *,
-        keys: Array | None = None,
+        dropout_keys: Array | None = None,
     ) -> tuple[tuple[Array, Array], StepOutput]:
-        word = self.drop(self.embedding(token), keys, 0)  # [B,M,E]
+        word = self.drop(self.embedding(token), dropout_keys, 0)  # [B,M,E]
         inputs = jnp.concatenate([word, jnp.broadcast_to(memory.image, word.shape)], axis=-1)  # [B,M,2E]
-        before, cell = self.drop_recurrent(carry, keys, 2)
+        before, cell = self.drop_recurrent(carry, dropout_keys, 2)
         hidden, cell = self.lstm((before, cell), inputs)
         gate = self.sentinel_gate(jnp.concatenate([inputs, before.astype(inputs.dtype)], axis=-1))
         sentinel = jax.nn.sigmoid(gate) * jnp.tanh(cell).astype(gate.dtype)  # [B,M,H]
         context, weights = self.attention(
             hidden, memory.keys, memory.regions, memory.region_mask, (self.sentinel_key(sentinel), sentinel)
         )
-        output = self.drop(context + hidden.astype(context.dtype), keys, 1)  # [B,M,H]
+        output = self.drop(context + hidden.astype(context.dtype), dropout_keys, 1)  # [B,M,H]
         return (hidden, cell), StepOutput(output, weights)
 
     def logits(self, output: StepOutput) -> Array:

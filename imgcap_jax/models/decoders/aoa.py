@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.models.decoders.contract import Decoder, DecoderSettings, StepOutput, spread
+from imgcap_jax.models.decoders.contract import CommonSettings, Decoder, StepOutput, spread
 from imgcap_jax.models.layers import (
     Embed,
     Linear,
@@ -24,7 +24,7 @@ from imgcap_jax.models.layers import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionOnAttention(DecoderSettings):
+class AttentionOnAttention(CommonSettings):
     """Settings of an AoA decoder; the defaults are the paper's sizes."""
 
     hidden_size: int = 1024
@@ -74,12 +74,12 @@ class RefiningLayer(nnx.Module):
         self.attended = Attended(size, dtype=dtype, rngs=rngs)
         self.norm = nnx.LayerNorm(size, dtype=dtype, rngs=rngs)
 
-    def __call__(self, regions: Array, region_mask: Array | None, rate: float, keys: Array | None) -> Array:
+    def __call__(self, regions: Array, region_mask: Array | None, rate: float, dropout_keys: Array | None) -> Array:
         """regions [B,N,H] -> [B,N,H]."""
         query, key, value = jnp.split(self.projections(regions), 3, axis=-1)
         mask = None if region_mask is None else region_mask[:, None]
         attended, _ = multi_head_attention(query, key, value, self.heads, mask)
-        return self.norm(regions + dropout(self.attended(query, attended), rate, keys))
+        return self.norm(regions + dropout(self.attended(query, attended), rate, dropout_keys))
 
 
 class AttentionOnAttentionMemory(NamedTuple):
@@ -131,11 +131,11 @@ class AttentionOnAttentionDecoder(Decoder):
         self.words = WordLogits(hidden, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs)
 
     def start(
-        self, regions: Array, M: int, *, region_mask: Array | None = None, keys: Array | None = None
+        self, regions: Array, M: int, *, steps: int, region_mask: Array | None = None, dropout_keys: Array | None = None
     ) -> tuple[AttentionOnAttentionMemory, AttentionOnAttentionCarry]:
-        regions = dropout(jax.nn.relu(self.project(regions)), self.rate, keys)  # [B,N,H]
+        regions = dropout(jax.nn.relu(self.project(regions)), self.rate, dropout_keys)  # [B,N,H]
         for number, layer in enumerate(self.refining):
-            regions = layer(regions, region_mask, self.rate, row_keys(keys, number))
+            regions = layer(regions, region_mask, self.rate, row_keys(dropout_keys, number))
         key, value = jnp.split(self.keys_values(regions), 2, axis=-1)
         mean = masked_mean(regions, region_mask)[:, None]  # [B,1,H]
         zeros = spread(jnp.zeros((regions.shape[0], self.hidden_size), jnp.float32), M)
@@ -148,17 +148,17 @@ class AttentionOnAttentionDecoder(Decoder):
         token: Array,
         memory: AttentionOnAttentionMemory,
         *,
-        keys: Array | None = None,
+        dropout_keys: Array | None = None,
     ) -> tuple[AttentionOnAttentionCarry, StepOutput]:
-        word = self.drop(self.embedding(token), keys, 0)  # [B,M,E]
+        word = self.drop(self.embedding(token), dropout_keys, 0)  # [B,M,E]
         context = memory.mean + carry.context.astype(word.dtype)  # [B,M,H]
-        lstm = self.lstm(self.drop_recurrent(carry.lstm, keys, 2), jnp.concatenate([word, context], axis=-1))
+        lstm = self.lstm(self.drop_recurrent(carry.lstm, dropout_keys, 2), jnp.concatenate([word, context], axis=-1))
         query = self.query(lstm[0])  # [B,M,H]
         mask = None if memory.region_mask is None else memory.region_mask[:, None]
         attended, weights = multi_head_attention(query, memory.keys, memory.values, self.heads, mask)
         context = self.attended(query, attended)  # [B,M,H]
         carry = AttentionOnAttentionCarry(lstm, context.astype(jnp.float32))
-        return carry, StepOutput(self.drop(context, keys, 1), weights)
+        return carry, StepOutput(self.drop(context, dropout_keys, 1), weights)
 
     def logits(self, output: StepOutput) -> Array:
         return self.words(output.hidden, self.embedding)

@@ -9,12 +9,12 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from imgcap_jax.models.decoders.contract import Decoder, DecoderSettings, StepOutput
+from imgcap_jax.models.decoders.contract import CommonSettings, Decoder, StepOutput
 from imgcap_jax.models.layers import AdditiveAttention, Embed, Linear, WordLogits, dropout
 
 
 @dataclass(frozen=True, kw_only=True)
-class Att2in(DecoderSettings):
+class Att2in(CommonSettings):
     """Settings of an Att2in decoder; the defaults are the paper's sizes."""
 
     attention_size: int = 512
@@ -63,10 +63,10 @@ class Att2inDecoder(Decoder):
         self.words = WordLogits(hidden, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs)
 
     def start(
-        self, regions: Array, M: int, *, region_mask: Array | None = None, keys: Array | None = None
+        self, regions: Array, M: int, *, steps: int, region_mask: Array | None = None, dropout_keys: Array | None = None
     ) -> tuple[Att2inMemory, tuple[Array, Array]]:
         if self.project is not None:
-            regions = dropout(jax.nn.relu(self.project(regions)), self.rate, keys)
+            regions = dropout(jax.nn.relu(self.project(regions)), self.rate, dropout_keys)
         zeros = jnp.zeros((regions.shape[0], M, self.hidden_size), jnp.float32)
         return Att2inMemory(regions, self.attention.keys(regions), region_mask), (zeros, zeros)
 
@@ -76,10 +76,10 @@ class Att2inDecoder(Decoder):
         token: Array,
         memory: Att2inMemory,
         *,
-        keys: Array | None = None,
+        dropout_keys: Array | None = None,
     ) -> tuple[tuple[Array, Array], StepOutput]:
-        word = self.drop(self.embedding(token), keys, 0)  # [B,M,E]
-        hidden, cell = self.drop_recurrent(carry, keys, 2)
+        word = self.drop(self.embedding(token), dropout_keys, 0)  # [B,M,E]
+        hidden, cell = self.drop_recurrent(carry, dropout_keys, 2)
         context, weights = self.attention(hidden, memory.keys, memory.regions, memory.region_mask)
         gates = self.gates(jnp.concatenate([word, hidden.astype(word.dtype)], axis=-1)).astype(jnp.float32)  # [B,M,5H]
         gate_in, forget, out, first, second = jnp.split(gates, 5, axis=-1)
@@ -87,7 +87,7 @@ class Att2inDecoder(Decoder):
         candidate = jnp.maximum(first + also_first, second + also_second)
         cell = jax.nn.sigmoid(gate_in) * candidate + jax.nn.sigmoid(forget) * cell
         hidden = jax.nn.sigmoid(out) * jnp.tanh(cell)
-        return (hidden, cell), StepOutput(self.drop(hidden, keys, 1), weights)
+        return (hidden, cell), StepOutput(self.drop(hidden, dropout_keys, 1), weights)
 
     def logits(self, output: StepOutput) -> Array:
         return self.words(output.hidden, self.embedding)

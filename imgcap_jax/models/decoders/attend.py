@@ -9,12 +9,12 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from imgcap_jax.models.decoders.contract import Decoder, DecoderSettings, StepOutput, spread
+from imgcap_jax.models.decoders.contract import CommonSettings, Decoder, StepOutput, spread
 from imgcap_jax.models.layers import AdditiveAttention, Embed, Linear, LSTMCell, WordLogits, dropout, masked_mean
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShowAttendTell(DecoderSettings):
+class ShowAttendTell(CommonSettings):
     """Settings of a soft-attention decoder."""
 
     attention_size: int = 512
@@ -68,10 +68,10 @@ class ShowAttendTellDecoder(Decoder):
         )
 
     def start(
-        self, regions: Array, M: int, *, region_mask: Array | None = None, keys: Array | None = None
+        self, regions: Array, M: int, *, steps: int, region_mask: Array | None = None, dropout_keys: Array | None = None
     ) -> tuple[AttendMemory, tuple[Array, Array]]:
         if self.project is not None:
-            regions = dropout(jax.nn.relu(self.project(regions)), self.rate, keys)
+            regions = dropout(jax.nn.relu(self.project(regions)), self.rate, dropout_keys)
         first = jnp.tanh(self.first(masked_mean(regions, region_mask))).astype(jnp.float32)  # [B,2H]
         hidden, cell = jnp.split(first, 2, axis=-1)
         memory = AttendMemory(regions, self.attention.keys(regions), region_mask)
@@ -83,16 +83,16 @@ class ShowAttendTellDecoder(Decoder):
         token: Array,
         memory: AttendMemory,
         *,
-        keys: Array | None = None,
+        dropout_keys: Array | None = None,
     ) -> tuple[tuple[Array, Array], StepOutput]:
-        word = self.drop(self.embedding(token), keys, 0)  # [B,M,E]
-        carry = self.drop_recurrent(carry, keys, 2)
+        word = self.drop(self.embedding(token), dropout_keys, 0)  # [B,M,E]
+        carry = self.drop_recurrent(carry, dropout_keys, 2)
         context, weights = self.attention(carry[0], memory.keys, memory.regions, memory.region_mask)
         if self.gate is not None:
             context = context * jax.nn.sigmoid(self.gate(carry[0]))  # [B,M,D]
         inputs = jnp.concatenate([word, context.astype(word.dtype)], axis=-1)
         hidden, cell = self.lstm(carry, inputs)
-        state = self.drop(jnp.concatenate([hidden, context], axis=-1), keys, 1)
+        state = self.drop(jnp.concatenate([hidden, context], axis=-1), dropout_keys, 1)
         return (hidden, cell), StepOutput(jnp.concatenate([word, state.astype(word.dtype)], axis=-1), weights)
 
     def logits(self, output: StepOutput) -> Array:

@@ -1,14 +1,23 @@
-"""What every decoder offers: start, step, logits and unroll."""
+"""The contract of a decoder: settings that build it, and the methods start, step, logits and unroll.
+
+Training, greedy search, sampling, all beam searches, ensembles and self-critical training drive the same methods. A new
+decoder is one file with a settings class (see ``DecoderSettings``) and a subclass of ``Decoder``.
+
+Letters: B images per batch, M parallel sequences per image (captions in training, beams in search), T tokens, N regions
+per image, D region feature size, F size of ``output.hidden``, V vocabulary size.
+"""
 
 import dataclasses
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.layers import draw_words, dropout, row_keys
@@ -20,42 +29,81 @@ Carry = Any  # a pytree whose leaves lead with [B,M]
 
 
 class StepOutput(NamedTuple):
-    """What one step gives.
+    """The output of one step.
 
-    hidden: [B,M,F], whatever ``logits`` reads.
-    attention: [B,M,N] weights over the regions, or None; may sum to less than 1 (the rest is a sentinel).
+    hidden: [B,M,F], the input of ``logits``.
+    attention: float32 [B,M,N], weights over the regions, or None. They can sum to less than 1 (the rest goes to a
+        sentinel).
     """
 
     hidden: Array
     attention: Array | None
 
 
+class DecoderSettings(Protocol):
+    """Settings of a decoder: a frozen dataclass whose fields become the options ``--decoder.FIELD``.
+
+    Two optional attributes are read as well:
+
+    - ``max_length``: the number of tokens that the decoder can read. Without it, or with None, there is no limit. It is
+      checked against ``data.max_words + 1`` and ``decoding.max_words`` before training and before decoding.
+    - the fields of ``CommonSettings``, if the class inherits them.
+    """
+
+    def build(self, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "Decoder":
+        """Makes the decoder.
+
+        Args:
+            region_size: D.
+            vocabulary_size: V.
+            dtype: type that matrix products are computed in; parameters are float32.
+            rngs: the stream ``params`` initialises parameters.
+
+        Raises:
+            UserError: the settings do not go together.
+        """
+        ...
+
+
+def check_length(settings: DecoderSettings, tokens: int, setting: str) -> None:
+    """Raises UserError if a decoder of these settings cannot read this many tokens; ``setting`` asks for them."""
+    longest = getattr(settings, "max_length", None)
+    if longest is not None and tokens > longest:
+        raise UserError(
+            f"decoder.max_length is {longest}, but {setting} needs {tokens} tokens; use a larger decoder.max_length or "
+            f"fewer words"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
-class DecoderSettings:
-    """The settings that all decoders have. Sizes are numbers of units.
+class CommonSettings:
+    """The settings that all decoders of ``imgcap_jax`` have. Sizes are numbers of units.
+
+    Fields whose names end in ``_size``, ``heads`` or ``layers`` must be positive or None; this is checked for the
+    fields of subclasses too.
 
     Raises:
-        UserError: a size or number below 1, or a share of dropped units that is none.
+        UserError: a size is not positive, or ``dropout`` is not at least 0 and below 1.
     """
 
     hidden_size: int = 512
     embedding_size: int = 512
     dropout: float = 0.5
     variational_dropout: bool = False
-    """One mask a caption instead of one a step, on the recurrent state too (Gal & Ghahramani 2016)."""
+    """One dropout mask per caption instead of one per step, also on the recurrent state (Gal & Ghahramani 2016)."""
     tied_embedding: bool = False
-    """The output layer shares the word embedding's matrix (Press & Wolf 2017)."""
+    """The output layer shares the matrix of the word embedding (Press & Wolf 2017)."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if item.name.endswith(("_size", "heads", "layers")) and value is not None and value < 1:
-                raise UserError(f"decoder.{item.name} is {value}; give 1 or more")
+                raise UserError(f"decoder.{item.name} is {value}; it must be at least 1")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"decoder.dropout is {self.dropout}; give a share from 0 to below 1")
+            raise UserError(f"decoder.dropout is {self.dropout}; it must be at least 0 and below 1")
 
     def check_tied(self, output_size: int) -> None:
-        """Raises UserError where the embedding is tied to an output layer that reads vectors of another size."""
+        """Raises UserError if the embedding is tied to an output layer that reads vectors of another size."""
         if self.tied_embedding and output_size != self.embedding_size:
             raise UserError(
                 f"decoder: tied_embedding needs hidden_size ({output_size}) equal to "
@@ -64,68 +112,87 @@ class DecoderSettings:
 
 
 class Decoder(nnx.Module):
-    """A caption decoder. Training, greedy, sampling and beam search all drive these methods.
+    """A caption decoder. A subclass implements ``start``, ``step`` and ``logits``.
 
-    ``keys`` [B] are PRNG keys for dropout, one a row of the batch; None means no dropout.
+    All methods are traced by ``jax.jit``: they must be pure and depend on shapes only, not on values.
+
+    **Dropout.** ``dropout_keys`` [B] are PRNG keys, one per row of the batch; None means no dropout. A subclass sets
+    ``rate`` and ``variational`` from its settings and calls ``drop`` (and ``drop_recurrent`` for an LSTM's state).
+    Masks depend on the row's key alone, so that any number of devices draws the same ones. For this reason
+    ``nnx.Dropout`` must not be used.
+
+    **Speed.** If a step uses ``layers.Linear`` and ``layers.Embed``, the gradient of each weight is computed in one
+    product after the scan, not in a thin one per step.
+
+    **Another run's weights.** ``--init-from`` copies parameters by path and maps the axes in ``word_axes`` by word,
+    because the other run can have another vocabulary.
 
     Attributes:
-        rate: share of units dropped.
-        variational: whether a caption's dropout masks are the same at all steps.
-        max_steps: how many tokens it can read; None: any number.
-        room: of those, how many its cache is made for.
+        rate: probability of dropping a unit.
+        variational: whether the dropout masks of a caption are the same at all steps.
+        word_axes: the end of a parameter's path -> the axis that counts words. The default fits an embedding
+            ``self.embedding = Embed(...)`` and an output layer ``self.words = WordLogits(...)``.
     """
 
     rate: float
     variational: bool
-    max_steps: int | None = None
-    room: int | None = None
-
-    def make_room(self, steps: int) -> None:
-        """Prepares for so many tokens, before ``start``: a decoder with a cache makes it as long, and no longer.
-
-        Raises:
-            UserError: it can't read so many.
-        """
-        if self.max_steps is None:
-            return
-        if steps > self.max_steps:
-            raise UserError(
-                f"captions take {steps} steps, but the decoder reads at most {self.max_steps} tokens; "
-                f"give fewer words, or train it with a larger decoder.max_length"
-            )
-        self.room = steps
+    word_axes: ClassVar[Mapping[str, int]] = {
+        "['embedding']['embedding']": 0,
+        "['words']['kernel']": 1,
+        "['words']['bias']": 0,
+    }
 
     @abstractmethod
     def start(
-        self, regions: Array, M: int, *, region_mask: Array | None = None, keys: Array | None = None
+        self,
+        regions: Array,
+        M: int,
+        *,
+        steps: int,
+        region_mask: Array | None = None,
+        dropout_keys: Array | None = None,
     ) -> tuple[Memory, Carry]:
-        """Reads regions [B,N,D] once, for M parallel sequences an image.
+        """Reads the regions once, for M parallel sequences per image.
+
+        Args:
+            regions: float32 [B,N,D].
+            M: sequences per image.
+            steps: T, the number of tokens that will be read. A decoder with a cache gives it this length.
+            region_mask: bool [B,N], the regions that exist; None: all of them.
+            dropout_keys: [B], or None.
 
         Returns:
-            memory, what the steps read (leads with [B], never repeated M times), and the first carry
-            (leads with [B,M], so that search can reorder it).
+            memory: what every step reads, computed once. Every leaf leads with [B] and is never repeated M times.
+            carry: the state before the first token. Every leaf, a step counter included, leads with [B,M], so that a
+                search can reorder it.
         """
 
     @abstractmethod
     def step(
-        self, carry: Carry, token: Array, memory: Memory, *, keys: Array | None = None
+        self, carry: Carry, token: Array, memory: Memory, *, dropout_keys: Array | None = None
     ) -> tuple[Carry, StepOutput]:
-        """Reads one token [B,M] of each sequence and gives the next carry and its output."""
+        """Reads one token int32 [B,M] of each sequence; returns the next carry, of the same shapes, and the output."""
 
     @abstractmethod
     def logits(self, output: StepOutput) -> Array:
-        """The scores of the next word, [..., V] for ``output.hidden`` [..., F]."""
+        """The scores of the next word: ``output.hidden`` [...,F] -> float32 [...,V].
 
-    def unroll(self, tokens: Array, memory: Memory, carry: Carry, *, keys: Array | None = None) -> StepOutput:
-        """Teacher forcing: reads tokens [B,M,T] in turn; the leaves of the output are [B,M,T,...]."""
+        It must read ``output.hidden`` only. Training calls it once for all steps, in chunks of words.
+        """
 
+    def unroll(self, tokens: Array, memory: Memory, carry: Carry, *, dropout_keys: Array | None = None) -> StepOutput:
+        """Teacher forcing: reads tokens [B,M,T] one after the other; the leaves of the output are [B,M,T,...].
+
+        A decoder that can read all tokens at once overrides this. The result must equal that of stepping, dropout
+        included (see ``step_keys``).
+        """
         graph, params = nnx.split(self)
 
         def step(constants: tuple[Any, Memory], carry: Carry, inputs: tuple[Array, Any]) -> tuple[Carry, StepOutput]:
-            (params, memory), (token, keys) = constants, inputs
-            return nnx.merge(graph, params).step(carry, token, memory, keys=keys)
+            (params, memory), (token, step_keys) = constants, inputs
+            return nnx.merge(graph, params).step(carry, token, memory, dropout_keys=step_keys)
 
-        inputs = jnp.moveaxis(tokens, -1, 0), self._keys_of_steps(keys, tokens.shape[-1])
+        inputs = jnp.moveaxis(tokens, -1, 0), self._keys_of_steps(dropout_keys, tokens.shape[-1])
         outputs = scan_steps(step, (params, memory), carry, inputs)
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), outputs)
 
@@ -137,22 +204,22 @@ class Decoder(nnx.Module):
         probability: Array,
         sampling_keys: Array,
         *,
-        keys: Array | None = None,
+        dropout_keys: Array | None = None,
     ) -> StepOutput:
-        """Scheduled sampling (Bengio et al. 2015, https://arxiv.org/abs/1506.03099): ``unroll``, but from the second
-        on each token is, with the given probability [], one drawn from the model's own distribution of it instead.
+        """Scheduled sampling (Bengio et al. 2015, https://arxiv.org/abs/1506.03099).
 
-        Whether and what is drawn depends on the row's key of ``sampling_keys`` [B]. No gradient flows through draws.
+        As ``unroll``, but each token except the first is replaced, with the given probability [], by one drawn from the
+        model's own distribution. The draws depend on ``sampling_keys`` [B]. No gradient flows through them.
         """
         graph, params = nnx.split(self)
 
         def step(
             constants: tuple[Any, Memory], carry: tuple[Carry, Array], inputs: tuple[Array, Array, Array, Any]
         ) -> tuple[tuple[Carry, Array], StepOutput]:
-            (params, memory), (token, replaced, place, keys), (carry, drawn) = constants, inputs, carry
+            (params, memory), (token, replaced, place, step_keys), (carry, drawn) = constants, inputs, carry
             decoder = nnx.merge(graph, params)
             token = jnp.where(replaced, drawn, token)
-            carry, output = decoder.step(carry, token, memory, keys=keys)
+            carry, output = decoder.step(carry, token, memory, dropout_keys=step_keys)
             return (carry, _drawn(jax.lax.stop_gradient(decoder.logits(output)), place)), output
 
         M, T = tokens.shape[1:]
@@ -160,35 +227,39 @@ class Decoder(nnx.Module):
         coin, place = jnp.moveaxis(uniform, 0, 2)  # [T,B,M] both
         read = jnp.moveaxis(tokens, -1, 0)  # [T,B,M]
         replaced = (coin < probability) & (jnp.arange(T)[:, None, None] > 0) & (read != PAD)
-        inputs = read, replaced, place, self._keys_of_steps(keys, T)
+        inputs = read, replaced, place, self._keys_of_steps(dropout_keys, T)
         outputs = scan_steps(step, (params, memory), (carry, jnp.zeros_like(tokens[..., 0])), inputs)
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), outputs)
 
-    def _keys_of_steps(self, keys: Array | None, length: int) -> Array | None:
+    def _keys_of_steps(self, dropout_keys: Array | None, length: int) -> Array | None:
         """``step_keys`` of steps 0 to length - 1: [T,B]."""
-        return None if keys is None else jax.vmap(lambda t: self.step_keys(keys, t))(jnp.arange(length))
+        if dropout_keys is None:
+            return None
+        return jax.vmap(lambda t: self.step_keys(dropout_keys, t))(jnp.arange(length))
 
-    def step_keys(self, keys: Array | None, t: Array) -> Array | None:
-        """The dropout keys [B] of step ``t``: new ones each step, or (variational) always the caption's."""
-        return keys if self.variational else row_keys(keys, t)
+    def step_keys(self, dropout_keys: Array | None, t: Array) -> Array | None:
+        """The dropout keys [B] of step ``t``: other keys at each step or, if variational, the same ones."""
+        return dropout_keys if self.variational else row_keys(dropout_keys, t)
 
-    def drop(self, x: Array, keys: Array | None, number: int) -> Array:
-        """Drops units of x [B,...]; ``number`` tells the places of a step at which units are dropped apart."""
-        return dropout(x, self.rate, row_keys(keys, number))
+    def drop(self, x: Array, dropout_keys: Array | None, number: int) -> Array:
+        """Dropout of x [B,...]; ``number`` distinguishes the places within a step where units are dropped."""
+        return dropout(x, self.rate, row_keys(dropout_keys, number))
 
-    def drop_recurrent(self, carry: tuple[Array, Array], keys: Array | None, number: int) -> tuple[Array, Array]:
-        """An LSTM's (h, c) as the next step reads it: h dropped where dropout is variational."""
+    def drop_recurrent(
+        self, carry: tuple[Array, Array], dropout_keys: Array | None, number: int
+    ) -> tuple[Array, Array]:
+        """An LSTM's (h, c) as the next step reads it: with variational dropout, units of h are dropped."""
         hidden, cell = carry
-        return (self.drop(hidden, keys, number) if self.variational else hidden), cell
+        return (self.drop(hidden, dropout_keys, number) if self.variational else hidden), cell
 
 
 def _drawn(logits: Array, place: Array) -> Array:
-    """A word from the softmax of logits [B,M,V] by a uniform number ``place`` [B,M]: int32 [B,M], never pad or bos."""
+    """Words from the softmax of logits [B,M,V] by uniform numbers ``place`` [B,M]: int32 [B,M], never pad or bos."""
     words = jnp.arange(logits.shape[-1])
     logits = jnp.where((words == PAD) | (words == BOS), -jnp.inf, logits.astype(jnp.float32))
     return draw_words(jax.nn.softmax(logits), place).astype(jnp.int32)
 
 
 def spread(leaf: Array, M: int) -> Array:
-    """Repeats a row's value for its M sequences: [B,...] -> [B,M,...]."""
+    """Repeats the value of a row for its M sequences: [B,...] -> [B,M,...]."""
     return jnp.broadcast_to(leaf[:, None], (leaf.shape[0], M, *leaf.shape[1:]))

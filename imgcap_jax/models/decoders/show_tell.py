@@ -7,12 +7,12 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from imgcap_jax.models.decoders.contract import Decoder, DecoderSettings, StepOutput, spread
+from imgcap_jax.models.decoders.contract import CommonSettings, Decoder, StepOutput, spread
 from imgcap_jax.models.layers import Embed, LSTMCell, WordLogits, dropout, masked_mean
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShowTell(DecoderSettings):
+class ShowTell(CommonSettings):
     """Settings of a Show-and-Tell decoder; the defaults are the paper's sizes."""
 
     dropout: float = 0.3
@@ -46,11 +46,11 @@ class ShowTellDecoder(Decoder):
         self.words = WordLogits(config.hidden_size, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs)
 
     def start(
-        self, regions: Array, M: int, *, region_mask: Array | None = None, keys: Array | None = None
+        self, regions: Array, M: int, *, steps: int, region_mask: Array | None = None, dropout_keys: Array | None = None
     ) -> tuple[tuple[()], tuple[Array, Array]]:
         image = self.image(masked_mean(regions, region_mask))  # [B,E]
         zeros = jnp.zeros((regions.shape[0], self.lstm.hidden_size), jnp.float32)
-        hidden, cell = self.lstm((zeros, zeros), dropout(image, self.rate, keys))
+        hidden, cell = self.lstm((zeros, zeros), dropout(image, self.rate, dropout_keys))
         return (), (spread(hidden, M), spread(cell, M))
 
     def step(
@@ -59,11 +59,11 @@ class ShowTellDecoder(Decoder):
         token: Array,
         memory: tuple[()],
         *,
-        keys: Array | None = None,
+        dropout_keys: Array | None = None,
     ) -> tuple[tuple[Array, Array], StepOutput]:
-        word = self.drop(self.embedding(token), keys, 0)  # [B,M,E]
-        hidden, cell = self.lstm(self.drop_recurrent(carry, keys, 2), word)
-        return (hidden, cell), StepOutput(self.drop(hidden, keys, 1), None)
+        word = self.drop(self.embedding(token), dropout_keys, 0)  # [B,M,E]
+        hidden, cell = self.lstm(self.drop_recurrent(carry, dropout_keys, 2), word)
+        return (hidden, cell), StepOutput(self.drop(hidden, dropout_keys, 1), None)
 
     def logits(self, output: StepOutput) -> Array:
         return self.words(output.hidden, self.embedding)

@@ -13,12 +13,12 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.models.decoders.contract import Decoder, DecoderSettings, StepOutput
+from imgcap_jax.models.decoders.contract import CommonSettings, Decoder, StepOutput
 from imgcap_jax.models.layers import WordLogits, dropout, multi_head_attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transformer(DecoderSettings):
+class Transformer(CommonSettings):
     """Settings of a Transformer decoder; the defaults are the sizes common in captioning (Cornia et al. 2020)."""
 
     layers: int = 3
@@ -26,7 +26,7 @@ class Transformer(DecoderSettings):
     feedforward_size: int = 2048
     dropout: float = 0.1
     max_length: int = 64
-    """Tokens that its cache has room for."""
+    """The number of tokens that the decoder can read."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +40,7 @@ class Transformer(DecoderSettings):
         if self.variational_dropout:
             raise UserError("decoder.variational_dropout is for recurrent decoders; leave it off")
         if self.max_length < 1:
-            raise UserError(f"decoder.max_length is {self.max_length}; give 1 or more")
+            raise UserError(f"decoder.max_length is {self.max_length}; it must be at least 1")
 
     def build(
         self, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs
@@ -124,7 +124,7 @@ class TransformerDecoder(Decoder):
         self, config: Transformer, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         self.rate, self.variational = config.dropout, False
-        self.max_steps = self.room = config.max_length
+        self.max_length = config.max_length
         self.dtype = dtype
         self.project = nnx.Linear(region_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.project_norm = nnx.LayerNorm(config.hidden_size, dtype=dtype, rngs=rngs)
@@ -134,12 +134,14 @@ class TransformerDecoder(Decoder):
         self.words = WordLogits(config.hidden_size, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs)
 
     def start(
-        self, regions: Array, M: int, *, region_mask: Array | None = None, keys: Array | None = None
+        self, regions: Array, M: int, *, steps: int, region_mask: Array | None = None, dropout_keys: Array | None = None
     ) -> tuple[TransformerMemory, TransformerCarry]:
-        regions = self.project_norm(dropout(jax.nn.relu(self.project(regions)), self.rate, keys))  # [B,N,H]
+        regions = self.project_norm(dropout(jax.nn.relu(self.project(regions)), self.rate, dropout_keys))  # [B,N,H]
         memory = TransformerMemory(tuple(layer.keys_values(regions) for layer in self.layers), region_mask)
         batch, size = regions.shape[0], regions.shape[-1]
-        empty = jnp.zeros((batch, M, self.room, size), regions.dtype)
+        if steps > self.max_length:
+            raise ValueError(f"{steps} steps, but max_length is {self.max_length}")
+        empty = jnp.zeros((batch, M, steps, size), regions.dtype)
         return memory, TransformerCarry(jnp.zeros((batch, M), jnp.int32), ((empty, empty),) * len(self.layers))
 
     def step(
@@ -148,14 +150,14 @@ class TransformerDecoder(Decoder):
         token: Array,
         memory: TransformerMemory,
         *,
-        keys: Array | None = None,
+        dropout_keys: Array | None = None,
     ) -> tuple[TransformerCarry, StepOutput]:
         positions = jnp.arange(carry.layers[0][0].shape[2])  # [L]
         now = positions == carry.t[..., None]  # [B,M,L]
         read = (positions <= carry.t[..., None])[..., None, :]  # [B,M,1,L]
 
         def drop(x: Array, number: int) -> Array:
-            return self.drop(x, keys, number)
+            return self.drop(x, dropout_keys, number)
 
         x = drop(self._embedded(token, carry.t), 0)  # [B,M,H]
         cache = []
@@ -171,12 +173,12 @@ class TransformerDecoder(Decoder):
         return TransformerCarry(carry.t + 1, tuple(cache)), StepOutput(self.norm(x), weights)
 
     def unroll(
-        self, tokens: Array, memory: TransformerMemory, carry: TransformerCarry, *, keys: Array | None = None
+        self, tokens: Array, memory: TransformerMemory, carry: TransformerCarry, *, dropout_keys: Array | None = None
     ) -> StepOutput:
         """As the scan over steps would give it, dropout included, for the carry that ``start`` gave."""
         length = tokens.shape[-1]
         causal = jnp.tril(jnp.ones((length, length), bool))  # [T,T]
-        step_keys = self._keys_of_steps(keys, length)  # [T,B]
+        step_keys = self._keys_of_steps(dropout_keys, length)  # [T,B]
 
         def drop(x: Array, number: int) -> Array:
             """Of x [B,M,T,H], at each place the units that the step there would drop."""
@@ -197,7 +199,7 @@ class TransformerDecoder(Decoder):
     def _embedded(self, tokens: Array, positions: Array) -> Array:
         """Embeddings of tokens [...] at positions, with the positions' sinusoids: [...,H]."""
         size = self.embedding.features
-        table = jnp.asarray(sinusoids(self.max_steps or 0, size), self.dtype)
+        table = jnp.asarray(sinusoids(self.max_length, size), self.dtype)
         return self.embedding(tokens) * math.sqrt(size) + table[positions]
 
 

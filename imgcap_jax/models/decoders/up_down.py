@@ -9,12 +9,12 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from imgcap_jax.models.decoders.contract import Decoder, DecoderSettings, StepOutput
+from imgcap_jax.models.decoders.contract import CommonSettings, Decoder, StepOutput
 from imgcap_jax.models.layers import AdditiveAttention, Embed, LSTMCell, WordLogits, dropout, masked_mean
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpDown(DecoderSettings):
+class UpDown(CommonSettings):
     """Settings of an Up-Down decoder; the defaults are the paper's sizes."""
 
     hidden_size: int = 1000
@@ -73,26 +73,26 @@ class UpDownDecoder(Decoder):
         self.words = WordLogits(hidden, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs)
 
     def start(
-        self, regions: Array, M: int, *, region_mask: Array | None = None, keys: Array | None = None
+        self, regions: Array, M: int, *, steps: int, region_mask: Array | None = None, dropout_keys: Array | None = None
     ) -> tuple[UpDownMemory, UpDownCarry]:
         if self.project is not None:
-            regions = dropout(jax.nn.relu(self.project(regions)), self.rate, keys)
+            regions = dropout(jax.nn.relu(self.project(regions)), self.rate, dropout_keys)
         mean = self.mean_gates(masked_mean(regions, region_mask))[:, None]  # [B,1,4H]
         zeros = jnp.zeros((regions.shape[0], M, self.hidden_size), jnp.float32)
         memory = UpDownMemory(regions, self.attention.keys(regions), mean, region_mask)
         return memory, UpDownCarry((zeros, zeros), (zeros, zeros))
 
     def step(
-        self, carry: UpDownCarry, token: Array, memory: UpDownMemory, *, keys: Array | None = None
+        self, carry: UpDownCarry, token: Array, memory: UpDownMemory, *, dropout_keys: Array | None = None
     ) -> tuple[UpDownCarry, StepOutput]:
-        word = self.drop(self.embedding(token), keys, 0)  # [B,M,E]
-        before = self.drop_recurrent(carry.language, keys, 3)
+        word = self.drop(self.embedding(token), dropout_keys, 0)  # [B,M,E]
+        before = self.drop_recurrent(carry.language, dropout_keys, 3)
         inputs = jnp.concatenate([before[0].astype(word.dtype), word], axis=-1)
-        first = self.attention_lstm(self.drop_recurrent(carry.attention, keys, 2), inputs, memory.mean_gates)
+        first = self.attention_lstm(self.drop_recurrent(carry.attention, dropout_keys, 2), inputs, memory.mean_gates)
         context, weights = self.attention(first[0], memory.keys, memory.regions, memory.region_mask)
         inputs = jnp.concatenate([context, first[0].astype(context.dtype)], axis=-1)
         second = self.language_lstm(before, inputs)
-        return UpDownCarry(first, second), StepOutput(self.drop(second[0], keys, 1), weights)
+        return UpDownCarry(first, second), StepOutput(self.drop(second[0], dropout_keys, 1), weights)
 
     def logits(self, output: StepOutput) -> Array:
         return self.words(output.hidden, self.embedding)

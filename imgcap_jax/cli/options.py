@@ -1,0 +1,138 @@
+"""Command-line options made from settings: one option per field, by tyro, for every command."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, StructTypeInfo
+
+from imgcap_jax.errors import UserError
+
+Settings = TypeVar("Settings")
+
+_CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+_registry = ConstructorRegistry()
+
+
+@_registry.struct_rule
+def _class_of_default(info: StructTypeInfo) -> Any:
+    """A field that is typed by a contract has the options of the class of its value."""
+    value = info.default
+    if not dataclasses.is_dataclass(value) or isinstance(value, type) or info.type is type(value):
+        return None
+    return _registry.get_struct_spec(StructTypeInfo.make(type(value), value, info.in_union_context))
+
+
+@_registry.primitive_rule
+def _true_or_false(info: Any) -> PrimitiveConstructorSpec[bool] | None:
+    if info.type is not bool:
+        return None
+    values = {"true": True, "false": False}
+
+    def read(arguments: list[str]) -> bool:
+        if arguments[0].lower() not in values:
+            raise ValueError(f"{arguments[0]!r} is neither true nor false")
+        return values[arguments[0].lower()]
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false}",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value).lower()],
+    )
+
+
+@_registry.primitive_rule
+def _comma_separated(info: Any) -> PrimitiveConstructorSpec[tuple[str, ...]] | None:
+    """Lists of words are one argument, so that a sweep can have several of them."""
+    if info.type != tuple[str, ...]:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="STR,STR,...",
+        instance_from_str=lambda arguments: tuple(word.strip() for word in arguments[0].split(",") if word.strip()),
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(word, str) for word in value),
+        str_from_instance=lambda value: [",".join(value)],
+    )
+
+
+def override(settings: Settings, arguments: Sequence[str], *, prefix: str = "") -> Settings:
+    """Replaces fields of settings by options such as ``--decoder.hidden-size 768``.
+
+    Args:
+        settings: a frozen dataclass, whose fields can be settings too.
+        arguments: the options and their values.
+        prefix: put before all names: with "decode", ``--decode.beam 3``.
+
+    Raises:
+        UserError: an option that does not exist (the nearest one is named), or a value of the wrong type.
+    """
+    known = option_names(settings, prefix=prefix)
+    for argument in arguments:
+        option = argument.split("=", 1)[0].replace("_", "-")
+        if option.startswith("--") and option not in known:
+            raise unknown_option(argument.split("=", 1)[0], known)
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages), contextlib.redirect_stdout(messages):
+            return _parse(settings, arguments, prefix)
+    except SystemExit as error:
+        # Tyro frames its message: title, rule, reason, rule, pointers to help.
+        plain = re.sub("[─━│╭╮╰╯]+", "-", messages.getvalue())
+        parts = [" ".join(part.split()) for part in re.split("-{5,}", plain)]
+        reason = parts[1] if len(parts) > 1 else " ".join(parts)
+        raise UserError(f"{reason}; --help lists the options") from error
+
+
+def options_help(settings: Any, *, prefix: str = "", command: str) -> str:
+    """The options of settings with their present values, for ``--help``."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        _parse(settings, ["--help"], prefix, command)
+    return text.getvalue()
+
+
+def _parse(settings: Settings, arguments: Sequence[str], prefix: str, command: str | None = None) -> Settings:
+    kind: Any = type(settings)
+    if prefix:
+        kind = dataclasses.make_dataclass("Options", [(prefix, kind)], frozen=True)
+    parsed: Any = tyro.cli(
+        kind,
+        default=kind(settings) if prefix else settings,
+        args=list(arguments),
+        config=_CONFIG,
+        registry=_registry,
+        prog=command,
+    )
+    result: Settings = getattr(parsed, prefix) if prefix else parsed
+    return result
+
+
+def option_names(settings: Any, *, prefix: str = "") -> list[str]:
+    """The options of settings, as ``--decoder.hidden-size``."""
+    return [f"--{name}" for name in _names(settings, f"{prefix}." if prefix else "")]
+
+
+def _names(settings: Any, prefix: str) -> Iterator[str]:
+    for item in dataclasses.fields(settings):
+        value = getattr(settings, item.name)
+        name = f"{prefix}{item.name.replace('_', '-')}"
+        parts = enumerate(value) if isinstance(value, tuple) else [("", value)]
+        nested = [(f"{name}.{key}." if key != "" else f"{name}.", part) for key, part in parts]
+        if nested and all(dataclasses.is_dataclass(part) for _, part in nested):
+            for inner, part in nested:
+                yield from _names(part, inner)
+        else:
+            yield name
+
+
+def unknown_option(option: str, known: Sequence[str]) -> UserError:
+    """The error for an option that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(option.replace("_", "-"), known, n=1, cutoff=0.4)
+    return UserError(f"unknown option {option}; {f'did you mean {near[0]}?' if near else '--help lists the options'}")

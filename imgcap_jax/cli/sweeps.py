@@ -1,0 +1,98 @@
+"""Decoding options, ``--decode.FIELD VALUE``, and sweeps over several values of them."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from imgcap_jax.cli.options import option_names, override, unknown_option
+from imgcap_jax.decoding.settings import Decoding
+from imgcap_jax.errors import UserError
+
+PREFIX = "decode"
+
+
+def split_options(arguments: Sequence[str], *, sweep: bool) -> tuple[list[str], list[str]]:
+    """Splits a command line into decoding options, as ``--decode.FIELD=VALUE``, and the other arguments.
+
+    In a sweep, an option takes the next argument and all further ones that are values of its type. Otherwise it takes
+    the next argument only.
+
+    Returns:
+        (other arguments, decoding options).
+    """
+    others: list[str] = []
+    ours: list[str] = []
+    option, taken = "", 0
+    for argument in arguments:
+        if argument.startswith("-") and not argument[1:2].isdigit():
+            option, taken = "", 0
+            if not argument.startswith(f"--{PREFIX}."):
+                others.append(argument)
+            elif "=" in argument:
+                ours.append(argument)
+            else:
+                option = argument
+                ours.append(argument)
+        elif option and (not taken or (sweep and _fits(option, argument))):
+            if not taken:
+                ours.pop()
+            ours.append(f"{option}={argument}")
+            taken += 1
+        else:
+            others.append(argument)
+    return others, ours
+
+
+def combinations(decoding: Decoding, options: Sequence[str]) -> tuple[list[Decoding], list[str]]:
+    """All combinations of options such as ``--decode.beam=1 --decode.beam=3 --decode.prefix=``.
+
+    Args:
+        decoding: the values of fields that no option names.
+        options: each with a value; several values of one option make a sweep.
+
+    Returns:
+        The settings, and the names of the fields with several values, in the order in which they were given.
+
+    Raises:
+        UserError: an option that does not exist, a value of the wrong type or given twice, or settings that do not go
+            together.
+    """
+    known = option_names(decoding, prefix=PREFIX)
+    values: dict[str, dict[Any, str]] = {}  # option -> value -> argument
+    for argument in options:
+        option, given, _ = argument.partition("=")
+        option = option.replace("_", "-")
+        if option not in known:
+            raise unknown_option(option, known)
+        if not given:
+            raise UserError(f"{option} has no value; give one, or several for a sweep")
+        value = _value(option, argument)
+        if value in values.setdefault(option, {}):
+            raise UserError(f"{argument.replace('=', ' ', 1)} is given twice")
+        values[option][value] = argument
+    settings = [
+        override(decoding, combination, prefix=PREFIX)
+        for combination in itertools.product(*(given.values() for given in values.values()))
+    ]
+    return settings, [option.removeprefix(f"--{PREFIX}.") for option, given in values.items() if len(given) > 1]
+
+
+class _Unchecked(Decoding):
+    """Single values are read without the checks of whole settings."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def _value(option: str, argument: str) -> Any:
+    """The value that one option sets."""
+    read = override(_Unchecked(), [argument], prefix=PREFIX)
+    return getattr(read, option.removeprefix(f"--{PREFIX}.").replace("-", "_"))
+
+
+def _fits(option: str, value: str) -> bool:
+    try:
+        _value(option.replace("_", "-"), f"{option}={value}")
+    except (UserError, AttributeError):
+        return False
+    return True

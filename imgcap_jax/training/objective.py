@@ -1,0 +1,106 @@
+"""The contract of an objective: what is optimised, which batches it needs, and its compiled training step."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import optax
+from flax import nnx
+from jax import Array
+
+from imgcap_jax.data.caption_table import CaptionTable
+from imgcap_jax.data.sources import CaptionSource
+from imgcap_jax.data.vocabulary import Vocabulary
+from imgcap_jax.models.model import CaptionModel, Frozen, Params
+from imgcap_jax.training.checkpoints import Checkpoints
+from imgcap_jax.training.parallel import DataParallel, Step
+
+
+@dataclass(frozen=True)
+class StepSetup:
+    """What an objective can use to make its training step.
+
+    Attributes:
+        graph: the model without its arrays; ``nnx.merge(graph, params, frozen)`` is the model.
+        params: the trained parameters as training starts or resumes, on all devices. The first step takes their
+            buffers, so a copy has to be made of what is kept.
+        frozen: the other variables of the model, on all devices.
+        transformation: the optimizer.
+        key: of dropout and samples; fold in the step and the row (``step.keys_of_rows``).
+        steps_per_epoch: for schedules that count epochs.
+        accumulate: microbatches per step.
+        ema_decay: decay of the averaged parameters; 0: no average.
+        vocabulary: the words of the model.
+        max_words: the longest caption that is decoded.
+        references: what ``Objective.references`` returned.
+        parallel: the devices; ``replicate`` puts constants on all of them.
+        folder: the run's folder, for files that a resumed run needs.
+        checkpoints: the run's checkpoints. ``checkpoints.step`` is None unless the run is resumed.
+    """
+
+    graph: nnx.GraphDef[CaptionModel]
+    params: Params
+    frozen: Frozen
+    transformation: optax.GradientTransformation
+    key: Array
+    steps_per_epoch: int
+    accumulate: int
+    ema_decay: float
+    vocabulary: Vocabulary
+    max_words: int
+    references: CaptionTable | None
+    parallel: DataParallel
+    folder: Path
+    checkpoints: Checkpoints
+
+
+class Objective(Protocol):
+    """What training optimises: a frozen dataclass whose fields become the options ``--objective.FIELD``.
+
+    ``training.step.train_step`` makes a step from a loss over sums. It adds up gradients over microbatches and devices,
+    updates the parameters and keeps the moving average, so that an objective only has to define its loss.
+    """
+
+    @property
+    def title(self) -> str:
+        """What is optimised, in a few words; printed at the start and stored in ``scores_<split>.json``."""
+        ...
+
+    @property
+    def progress(self) -> Mapping[str, str]:
+        """The metrics of the progress line and their formats, as {"loss": ".3f"}."""
+        ...
+
+    def references(self, sources: Sequence[CaptionSource], vocabulary: Vocabulary) -> CaptionTable | None:
+        """The references that each batch has to contain, usually ``CaptionTable.as_references(sources, ...)``.
+
+        None: batches contain captions to be read, "tokens" int32 [B,M,T]. Otherwise they contain "references" int32
+        [B,R,S] and "reference_count" [B] instead. All batches contain "weight" [B], "row" [B] and "image" or "regions"
+        (with "region_mask" if the number of regions varies).
+        """
+        ...
+
+    def check(self, *, dataset: str, images: int, initialised: bool) -> None:
+        """Checks that a new run can be trained, before anything is computed.
+
+        Args:
+            dataset: the name of the training data.
+            images: the number of training images.
+            initialised: whether the run starts from another run's parameters.
+
+        Raises:
+            UserError: it cannot.
+        """
+        ...
+
+    def make_step(self, setup: StepSetup) -> tuple[Step, Any]:
+        """The training step, not compiled, and the constants that it reads.
+
+        Returns:
+            step: (state, constants, batch) -> (state, metrics), run on each device with its part of the batch; see
+                ``training.step.train_step``. Metrics are float32 [], the same on every device. They include "loss",
+                "gradient_norm", "captions" (the number of captions in the batch) and all of ``progress``.
+            constants: a pytree of arrays on all devices (``setup.parallel.replicate``).
+        """
+        ...

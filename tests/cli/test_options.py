@@ -1,0 +1,131 @@
+"""Options made from settings: overrides, decoding options and sweeps."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from imgcap_jax.cli.options import option_names, options_help, override
+from imgcap_jax.cli.sweeps import combinations, split_options
+from imgcap_jax.decoding.settings import Decoding
+from imgcap_jax.errors import UserError
+from imgcap_jax.experiment import Experiment
+from imgcap_jax.models.encoders.resnet import ResNet
+
+
+class Contract(Protocol):
+    """A part that the settings below are typed by."""
+
+    @property
+    def size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that only this file knows."""
+
+    size: int = 3
+    """The size of the part."""
+    loud: bool = False
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Settings with parts that are typed by a contract."""
+
+    part: Contract = field(default_factory=Part)
+    maybe: Contract | None = None
+    several: tuple[Contract, ...] = ()
+    words: tuple[str, ...] = ()
+    folder: Path | None = None
+
+
+def test_fields_typed_by_a_contract_have_the_options_of_their_value() -> None:
+    whole = Whole(maybe=Part(4), several=(Part(5), Part(6)))
+    options = ["--part.size", "7", "--maybe.loud", "true", "--several.1.size=8", "--words", "a,b c", "--folder", "x"]
+    assert override(whole, options) == Whole(Part(7), Part(4, True), (Part(5), Part(8)), ("a", "b c"), Path("x"))
+    assert override(whole, []) == whole
+    listed = options_help(whole, command="imgcap")
+    for name in option_names(whole):
+        assert name in listed
+    assert "The size of the part." in listed
+    assert "{true,false}" in listed
+    assert override(Experiment(encoder=ResNet()), ["--encoder.depth", "101"]).encoder == ResNet(depth=101)
+
+
+@pytest.mark.parametrize("text", ["true", "True", "TRUE"])
+def test_truth_is_written_alike_everywhere(text: str) -> None:
+    assert override(Part(), ["--loud", text]).loud is True
+    assert override(
+        Experiment(), ["--decoding.suppress-unk", "False", "--decoding.forbid-bad-endings", text]
+    ).decoding == (Decoding(suppress_unk=False, forbid_bad_endings=True))
+    (settings,), _ = combinations(Decoding(), [f"--decode.forbid-bad-endings={text}"])
+    assert settings.forbid_bad_endings
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--part.seize", "3"], "unknown option --part.seize; did you mean --part.size?"),
+        (["--part.size", "x"], "--part.size"),
+        (["--part.loud", "maybe"], "--part.loud"),
+    ],
+)
+def test_a_wrong_option_is_reported_in_one_line(options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+        override(Whole(), options)
+    assert message in str(error.value)
+
+
+def test_options_make_every_combination() -> None:
+    others, ours = split_options(
+        ["evaluate", "--decode.beam", "1", "3", "run", "--floor", "--decode.must", "dog|dogs,red", "-h"], sweep=True
+    )
+    assert others == ["evaluate", "run", "--floor", "-h"]
+    settings, swept = combinations(Decoding(), ours)
+    assert [(one.beam, one.must) for one in settings] == [(beam, ("dog|dogs", "red")) for beam in (1, 3)]
+    assert swept == ["beam"]
+    ours = split_options(["--decode.length-norm", "0", "0.7", "--decode.suppress-unk=false"], sweep=True)[1]
+    settings, swept = combinations(Decoding(prefix="a"), [*ours, "--decode.prefix="])
+    assert {one.prefix for one in settings} == {""}
+    assert [(one.length_norm, one.suppress_unk) for one in settings] == [(0.0, False), (0.7, False)]
+    # Values that are only valid together.
+    settings, swept = combinations(Decoding(), ["--decode.samples=2", "--decode.samples=3", "--decode.top-p=0.9"])
+    assert [(one.samples, one.top_p) for one in settings] == [(2, 0.9), (3, 0.9)]
+    # A photo after an option is not its value.
+    assert split_options(["caption", "--decode.beam", "3", "a.jpg"], sweep=False)[0] == ["caption", "a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--decode.beam", "x"], "--decode.beam"),
+        (["--decode.beams", "3"], "did you mean --decode.beam"),
+        (["--decode.beam"], "has no value"),
+        (["--decode.beam", "3", "3"], "given twice"),
+        (["--decode.suppress-unk", "maybe"], "neither true nor false"),
+        (["--decode.temperature", "0.5"], "temperature only affects samples"),
+        (["--decode.groups", "2"], "must be a multiple of groups"),
+        (["--decode.samples", "2", "--decode.must", "dog"], "three kinds"),
+        (["--decode.length-penalty", "wu"], "--decode.length-penalty"),
+        (["--decode.length-norm", "nan"], "length_norm is nan"),
+        (["--decode.diversity", "0.2"], "set groups as well"),
+        (["--decode.samples", "3", "--decode.n-best", "2"], "all samples are returned"),
+        (["--decode.n-best", "4"], "but beam is 3"),
+        (["--decode.min-words", "30"], "max_words (20)"),
+        (["--decode.top-p", "0", "--decode.samples", "1"], "top_p is 0"),
+    ],
+)
+def test_wrong_decoding_options_are_reported_in_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+        combinations(Decoding(), split_options(arguments, sweep=True)[1])
+    assert message in str(error.value)
+
+
+def test_help_lists_every_decoding_option_and_its_meaning() -> None:
+    text: Any = options_help(Decoding(), prefix="decode", command="imgcap evaluate")
+    for item in fields(Decoding):
+        if item.name != "rules":
+            assert f"--decode.{item.name.replace('_', '-')} " in text
+    assert "constrained beam search" in " ".join(text.split())

@@ -1,0 +1,289 @@
+"""Each kind of part, added from a file outside of the package: the examples of docs/adding_parts.md."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgcap_jax.captioner import Captioner
+from imgcap_jax.cli.main import main
+from imgcap_jax.errors import UserError
+from imgcap_jax.experiment import Experiment, from_json
+from imgcap_jax.run.folder import Run
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+Blocks = Callable[[Path], list[tuple[str, str, int]]]
+Forget = Callable[[], None]
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def folder(code_blocks: Blocks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of the page, and the prepared dataset."""
+    folder = tmp_path_factory.mktemp("own_parts")
+    for language, text, _ in code_blocks(REPOSITORY / "docs" / "adding_parts.md"):
+        if language == "python":
+            name = text.split("\n", 1)[0].removeprefix("# ")
+            assert name.startswith("my_")
+            (folder / name).write_text(text)
+    Image.fromarray(np.full((40, 40, 3), (210, 20, 40), np.uint8)).save(folder / "red.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch, forget_code: Forget) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder / "data"))
+
+
+@pytest.fixture(scope="module")
+def trained_own(folder: Path) -> Path:
+    """The run of my_experiment.py, stopped once and resumed."""
+    arguments = ["imgcap", "train", "my_experiment.py", "--run", "runs/squares", "--training.checkpoint-minutes", "0"]
+    program = (
+        "import imgcap_jax.train as t, signal, os, sys\n"
+        "from imgcap_jax.cli.main import main\n"
+        "save = t.Checkpoints.save\n"
+        "def stop(self, state, progress):\n"
+        "    save(self, state, progress)\n"
+        "    if progress.step == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "t.Checkpoints.save = stop\n"
+        f"main({arguments[1:]!r})\n"
+    )
+    environment = {"TFDS_DATA_DIR": str(folder / "data")}
+    _imgcap(folder, environment, "data", "prepare", "my_dataset.py", "--name", "squares")
+    killed = _python(folder, environment, program)
+    assert killed.returncode == -9, killed.stderr
+    resumed = _imgcap(folder, environment, *arguments[1:])
+    assert "resuming runs/squares at step 7 of 40" in resumed.stdout
+    return folder / "runs" / "squares"
+
+
+def _python(folder: Path, environment: dict[str, str], program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def _imgcap(folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    program = f"import sys; from imgcap_jax.cli.main import main; sys.exit(main({list(arguments)!r}))"
+    done = _python(folder, environment, program)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+CODE = ["my_decoder.py", "my_encoder.py", "my_objective.py", "my_metric.py", "my_rule.py"]
+CODE_OPTIONS = [word for name in CODE for word in ("--code", name)]
+
+
+def test_a_run_of_own_parts_trains_resumes_evaluates_and_captions(
+    trained_own: Path, refused: Refused, forget_code: Forget, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = json.loads((trained_own / "experiment.json").read_text())
+    assert names["decoder"]["type"] == "my_decoder:Elman"
+    assert names["decoding"]["rules"] == [{"type": "my_rule:Eager", "words": 4, "cost": 2.0}]
+    metrics = [json.loads(line) for line in (trained_own / "metrics.jsonl").read_text().splitlines()]
+    validations = [line for line in metrics if line["kind"] == "validation"]
+    assert all(0 <= line["Mentions"] <= 1 for line in validations)
+    assert {"loss", "activation"} <= set(next(line for line in metrics if line["kind"] == "train"))
+
+    line = refused(["evaluate", str(trained_own)])
+    assert "give --code my_encoder.py" in line
+    assert str(trained_own / "code") in line
+    line = refused(["evaluate", str(trained_own), "--code", "my_encoder.py"])
+    assert "needs my_decoder.py, which defines Elman" in line
+
+    forget_code()
+    assert main(["evaluate", str(trained_own), "--split", "test", *CODE_OPTIONS]) == 0
+    printed = capsys.readouterr().out
+    assert "Mentions 100.0" in printed
+    assert "Mentions:square" in printed
+    assert "rules Eager(words=4, cost=2.0)" in printed
+
+    forget_code()
+    assert main(["caption", "red.png", "--run", str(trained_own), *CODE_OPTIONS]) == 0
+    assert "red.png: " in capsys.readouterr().out
+    forget_code()
+    captioner = Captioner.load(trained_own, code=CODE)
+    (caption,) = captioner(["red.png"])
+    assert len(caption.words) >= 4
+
+
+def test_smoke_and_overrides_reach_the_fields_of_own_parts(
+    trained_own: Path, capsys: pytest.CaptureFixture[str], refused: Refused
+) -> None:
+    options = [
+        "--decoder.gain",
+        "0.5",
+        "--encoder.patch",
+        "8",
+        "--metrics.0.word",
+        "red",
+        "--decoding.rules.0.words",
+        "3",
+    ]
+    assert main(["train", "my_experiment.py", "--smoke", *options]) == 0
+    capsys.readouterr()
+    run = Run.load(Path("runs/my_experiment_smoke"))
+    fields = json.loads((run.folder / "experiment.json").read_text())
+    assert (fields["decoder"]["gain"], fields["encoder"]["patch"], fields["metrics"][0]["word"]) == (0.5, 8, "red")
+    assert fields["decoding"]["rules"][0]["words"] == 3
+    assert main(["train", "my_experiment.py", "--help"]) == 0
+    assert "--decoder.gain" in capsys.readouterr().out
+    assert "did you mean --decoder.gain" in refused(["train", "my_experiment.py", "--decoder.gian", "1"])
+
+
+def test_an_own_reward_refines_a_run_of_own_parts(
+    trained_own: Path, forget_code: Forget, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "my_scst.py", "--init-from", str(trained_own), "--run", "runs/scst", "--training.epochs", "1"]
+    assert main([*command, "--objective.reward.words", "4"]) == 0
+    assert "CiderOfLength(words=4, penalty=0.1)" in capsys.readouterr().out
+    forget_code()
+    more = ["--code", "my_reward.py"]
+    assert main(["evaluate", "runs/scst", "--split", "val", *CODE_OPTIONS, *more]) == 0
+    scores = json.loads(Path("runs/scst/scores_val.json").read_text())
+    assert "CiderOfLength" in scores["objective"]
+
+
+def test_code_that_changed_since_the_run_is_noted(
+    trained_own: Path, forget_code: Forget, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path("my_decoder.py")
+    before = path.read_text()
+    kept = trained_own / "code" / "my_decoder.py"
+    assert kept.read_text() == before
+    path.write_text(before + "\n# changed\n")
+    try:
+        assert main(["caption", "red.png", "--run", str(trained_own), *CODE_OPTIONS]) == 0
+        assert "my_decoder.py has changed since" in capsys.readouterr().err
+        # The copy that the run keeps is as good.
+        forget_code()
+        code = [word for name in CODE for word in ("--code", str(trained_own / "code" / name))]
+        assert main(["caption", "red.png", "--run", str(trained_own), *code]) == 0
+        assert "has changed" not in capsys.readouterr().err
+    finally:
+        path.write_text(before)
+    check = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=trained_own / "code", capture_output=True, text=True)
+    assert check.returncode == 0, check.stdout
+
+
+EVIL = """
+from dataclasses import dataclass
+from pathlib import Path
+Path("executed").write_text("")
+
+@dataclass(frozen=True)
+class Thing:
+    hidden_size: int = 8
+    def build(self, *arguments, **options):
+        raise RuntimeError
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "evil:Thing",
+        "evil_package.inner:Thing",
+        "imgcap_jax.evil:Thing",
+        "imgcap_jax.experiments.evil:Thing",
+        "imgcap_jax.cli.main:main",
+        "subprocess:Popen",
+        "os:system",
+        "this:Thing",
+        "Thing",
+    ],
+)
+def test_a_run_of_a_stranger_executes_nothing(
+    trained: Path, tmp_path: Path, name: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its own copies, nor modules that lie about, nor classes that are not settings."""
+    run = tmp_path / "run"
+    (run / "code").mkdir(parents=True)
+    (run / "evil_package").mkdir()
+    for place in (run, run / "code", tmp_path):
+        (place / "evil.py").write_text(EVIL)
+    (run / "evil_package" / "inner.py").write_text(EVIL)
+    (run / "evil_package" / "__init__.py").write_text(EVIL)
+    (run / "vocabulary.json").write_text((trained / "vocabulary.json").read_text())
+    fields = json.loads((trained / "experiment.json").read_text())
+    fields["decoder"] = {"type": name, "hidden_size": 8}
+    (run / "experiment.json").write_text(json.dumps(fields))
+    for place in (run, tmp_path):
+        monkeypatch.chdir(place)
+        monkeypatch.syspath_prepend(str(place))
+        Image.new("RGB", (8, 8)).save("photo.png")
+        line = refused(["caption", "photo.png", "--run", str(run)])
+        assert str(run) in line
+        assert not Path("executed").exists()
+    before = set(sys.modules)
+    with pytest.raises(UserError):
+        Captioner.load(run)
+    assert set(sys.modules) - before == set()
+
+
+def test_settings_that_a_run_could_not_store_are_refused_before_training(tmp_path: Path, refused: Refused) -> None:
+    source = Path("my_experiment.py").read_text()
+    (tmp_path / "my_bad.py").write_text(
+        "from dataclasses import dataclass, replace\n"
+        "from collections.abc import Callable\n"
+        "from my_decoder import Elman\n"
+        f"{source}\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class WithFunction(Elman):\n"
+        "    function: Callable = abs\n"
+        "experiment = replace(experiment, decoder=WithFunction())\n"
+    )
+    for name in ("my_decoder", "my_encoder", "my_metric", "my_objective", "my_rule"):
+        (tmp_path / f"{name}.py").write_text(Path(f"{name}.py").read_text())
+    line = refused(["train", str(tmp_path / "my_bad.py"), "--run", str(tmp_path / "run")])
+    assert "decoder.function is of type builtin_function_or_method, which a run cannot store" in line
+    with pytest.raises(UserError, match=r"decoder: \w*Path.* has no 'build'"):
+        Experiment(decoder=Path())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("json.py", "x = 1", "another Python module is called json; rename the file"),
+        ("my-code.py", "x = 1", "cannot name a Python module"),
+        ("my_broken.py", "1 / 0", "my_broken.py: ZeroDivisionError: division by zero"),
+        ("my_syntax.py", "def", "SyntaxError"),
+        ("my_code.txt", "x = 1", "is not a Python file"),
+    ],
+)
+def test_code_that_cannot_be_loaded_is_reported(
+    trained: Path, tmp_path: Path, name: str, text: str, message: str, refused: Refused
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert message in refused(["caption", "x.png", "--run", str(trained), "--code", str(tmp_path / name)])
+    missing = refused(["caption", "x.png", "--run", str(trained), "--code", str(tmp_path / "my_absent.py")])
+    assert "my_absent.py: no such file" in missing
+
+
+def test_experiments_without_module_names_are_read(trained: Path) -> None:
+    text = (trained / "experiment.json").read_text()
+    expected = from_json(text, "here")
+
+    def bare(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: item.rpartition(":")[2] if key == "type" else bare(item) for key, item in value.items()}
+        return value
+
+    old = bare(json.loads(text))
+    assert isinstance(old, dict)
+    del old["metrics"]
+    del old["decoding"]["rules"]
+    assert old["decoder"]["type"] == "ShowAttendTell"
+    assert from_json(json.dumps(old), "here") == expected
