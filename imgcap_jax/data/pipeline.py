@@ -1,7 +1,7 @@
 """The input pipeline (Grain): shuffle, choose captions, decode or look up features, shard, batch.
 
-What row r of batch k holds depends on the seed and on k and r only: not on the number of threads, worker
-processes or hosts. So the state of an iterator is the number of batches it gave.
+Row r of batch k depends only on the seed, k and r, not on the number of threads, worker processes or hosts. The state
+of an iterator is therefore the number of batches it has returned.
 """
 
 import logging
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 Batch = dict[str, npt.NDArray[Any]]
 
-# Above this share of unreadable images a dataset is broken rather than blemished.
+# Largest tolerated share of unreadable images. Above it, the dataset as a whole is broken.
 _UNREADABLE_MAX = 0.01
-# In batches; one being consumed, one ready, and slack for a slow image.
+# Number of batches: one being consumed, one ready, and slack for slow images.
 _BUFFER = 4
 
 _log = logging.getLogger(__name__)
@@ -36,42 +36,42 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CaptionData:
-    """What a run trains on, and how images and captions become batches."""
+    """The training data, and how images and captions become batches."""
 
     dataset: str = "scenes"
-    """A prepared dataset, or a mixture with weights: flickr8k*2+coco_subset."""
+    """Name of a prepared dataset, or a mixture with weights: flickr8k*2+coco_subset."""
     data_dir: Path | None = None
-    """Where datasets are prepared; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """Folder of the prepared datasets; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     image_size: int = 224
-    """Side of the images in pixels."""
+    """Side length of the images in pixels."""
     resize: Resize = "squash"
-    """squash: ignore the aspect ratio; crop: shorter side to the size, then cut the centre out."""
+    """squash: ignore the aspect ratio; crop: resize the shorter side to image_size, then cut out the centre."""
     augmentation: Augmentation = field(default_factory=Augmentation)
-    """Of training images, or of the views of a feature store."""
+    """Augmentation of the training images, or of the views of a feature store."""
     batch_size: int = 64
-    """Images a batch, over all processes and devices (B)."""
+    """Images per batch, over all processes and devices (B)."""
     captions_per_image: int = 5
-    """Captions of an image in a batch (M), drawn without replacement. (Self-critical training samples its own.)"""
+    """Captions per image in a batch (M), drawn without replacement. (Self-critical training samples its own.)"""
     max_words: int = 20
-    """Longer captions are cut; T = max_words + 2."""
+    """Longer captions are cut to this number of words; T = max_words + 2."""
     min_count: int = 5
-    """A word seen less often in the training captions is <unk>."""
+    """Words that occur less often in the training captions become <unk>."""
     views: int = 1
-    """Feature views an image, where the encoder is frozen: plain, mirrored, crops."""
+    """Feature views per image if the encoder is frozen: plain, mirrored, crops."""
     threads: int = 2
-    """Threads that decode and look up batches ahead of time (in each worker process, where there are any)."""
+    """Threads that decode images and look up features ahead of time (per worker process, if there are any)."""
     workers: int = 0
-    """Worker processes; worth it only where threads don't keep up."""
+    """Worker processes; useful only if threads are too slow."""
 
     def __post_init__(self) -> None:
         lowest = {"threads": 0, "workers": 0}
         for name in ("image_size", "batch_size", "captions_per_image", "max_words", "min_count", "views", *lowest):
             if getattr(self, name) < lowest.get(name, 1):
-                raise UserError(f"data.{name} is {getattr(self, name)}; give {lowest.get(name, 1)} or more")
+                raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least {lowest.get(name, 1)}")
 
 
 class TrainBatches:
-    """Endless iterator over batches whose position can be saved and restored. See `train_batches`."""
+    """Endless iterator over batches. Its position can be saved and restored. See `train_batches`."""
 
     def __init__(self, batches: grain.MapDataset[Batch], config: CaptionData, identity: Mapping[str, Any]) -> None:
         self._batches = batches
@@ -94,19 +94,19 @@ class TrainBatches:
         batches = self._batches[count:].to_iter_dataset(_read_options(self._config))
         if not self._config.workers:
             return batches
-        # Grain reads its flags here, which nobody parses outside absl's own main.
+        # Grain reads its absl flags here, and only absl's own main parses them.
         flags.FLAGS.mark_as_parsed()
         return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._config.workers))
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the last batch given, as JSON values."""
+        """The position after the last returned batch, as JSON values."""
         return {"batches": self._count, **self._identity}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues after the batches that had been given when `state` was got, with any number of processes.
+        """Continues at the position at which `state` was saved, with any number of processes.
 
         Raises:
-            UserError: the state is of other data, another batch size or another seed.
+            UserError: the state belongs to other data, another batch size or another seed.
         """
         saved = {name: value for name, value in state.items() if name != "batches"}
         if saved != self._identity or "batches" not in state:
@@ -116,14 +116,14 @@ class TrainBatches:
                 if saved.get(name) != self._identity.get(name)
             )
             raise UserError(
-                f"the saved position is not of this data ({changed or 'no batches'}): resume with the "
-                "settings and the prepared dataset of the run, or start a new run"
+                f"the saved position does not belong to this data ({changed or 'no batches'}): resume with the "
+                "settings and the prepared dataset of the saved run, or start a new run"
             )
         self.close()
         self._count = int(state["batches"])
 
     def close(self) -> None:
-        """Stops threads and worker processes. The iterator goes on where it was if it is used again."""
+        """Stops threads and worker processes. If the iterator is used again, it continues at the same position."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
@@ -140,51 +140,53 @@ def train_batches(
     features: RegionSource | Sequence[RegionSource] | None = None,
     references: CaptionTable | None = None,
 ) -> TrainBatches:
-    """Endless batches in random order; each epoch is a new permutation, and batches run across its end.
+    """Returns an endless iterator over batches in random order.
 
-    With several processes, row r of the global batch is row r // process_count of process r % process_count,
-    so that together they see what a single process would.
+    Each epoch is a new permutation of the images. The last batch of an epoch is completed with images of the next.
+
+    With several processes, row r of the global batch is row r // process_count of process r % process_count.
+    Together, the processes therefore see the same batches as a single process would.
 
     Args:
         config: sizes and augmentation.
-        sources: a source, or a mixture of (source, weight): a share of the rows in proportion to its weight,
-            whatever its size (Grain keeps weights to a hundredth of the smallest).
+        sources: a source, or a mixture of (source, weight) pairs. A source provides a share of the rows that is
+            proportional to its weight, whatever its size (Grain keeps weights to a hundredth of the smallest).
         vocabulary: encodes the captions, once, before the first batch.
-        seed: decides order, captions, views and augmentation.
-        process_index: which process this is.
-        process_count: how many processes share each batch.
-        features: for each source its regions, in the same order; batches then carry regions in place of images,
-            of a view drawn at random, and no image is read.
-        references: of all sources in their order; batches then carry all references of each image as well:
-            "references" int32 [B, R, T] and "reference_count" float32 [B].
+        seed: determines order, captions, views and augmentation.
+        process_index: index of this process.
+        process_count: number of processes that share each batch.
+        features: the regions of each source, in the order of the sources. Batches then contain the regions of a
+            randomly drawn view instead of the image, and no image is read.
+        references: the references of all sources, in the order of the sources. Batches then also contain all
+            references of each image: "references" int32 [B, R, T] and "reference_count" float32 [B].
 
     Returns:
-        Iterator of batches: "image" uint8 [B, h, w, 3] or "regions" [B, N, D] in the store's dtype (with
-        "region_mask" bool [B, N] where their number differs); "tokens"
-        int32 [B, M, T], rows of pad where an image has fewer than M captions; "image_id" int64 [B]; "weight"
-        float32 [B], all ones. B is config.batch_size / process_count.
+        Iterator over batches: "image" uint8 [B, h, w, 3], or "regions" [B, N, D] in the store's dtype (with
+        "region_mask" bool [B, N] if the number of regions varies); "tokens" int32 [B, M, T], with rows of pad if an
+        image has fewer than M captions; "image_id" int64 [B]; "weight" float32 [B], all ones. B is
+        config.batch_size / process_count.
 
     Raises:
-        UserError: the batch cannot be divided among the processes, or a store is not of its source. While
-            iterating: more than 1 % of a source's images cannot be decoded (fewer are named in a warning, and
-            the next image of the source stands in).
+        UserError: the batch size is not a multiple of the number of processes, or a store does not belong to its
+            source. While iterating: more than 1 % of a source's images cannot be decoded. (Up to 1 % are reported in
+            warnings, and each is replaced by the next image of the source.)
     """
     if config.batch_size % process_count:
         raise UserError(
             f"batch_size {config.batch_size} cannot be divided among {process_count} processes; "
-            f"take a multiple of {process_count}"
+            f"use a multiple of {process_count}"
         )
     mixture = list(sources) if isinstance(sources, Sequence) else [(sources, 1.0)]
     stores = features if features is None or isinstance(features, Sequence) else [features]
     rows = _TrainRows(config, [source for source, _ in mixture], vocabulary, stores, references)
     seeds = [int(value) for value in np.random.SeedSequence(seed).generate_state(len(mixture) + 1)]
-    # Every source is a range of numbers: image `number` of the mixture.
+    # Images are numbered across the mixture; each source is a range of these numbers.
     numbers = [
         grain.MapDataset.range(first, first + len(source)).shuffle(seed=source_seed).repeat()
         for (source, _), first, source_seed in zip(mixture, rows.first, seeds[1:], strict=True)
     ]
     images = grain.MapDataset.mix(numbers, [weight for _, weight in mixture])
-    # Rows are made before the slice: their random numbers come from their place in the global sequence.
+    # Rows are computed before slicing, so that their random numbers depend on the position in the global sequence.
     mine = images.random_map(rows, seed=seeds[0])[process_index::process_count]
     batches = mine.batch(config.batch_size // process_count, drop_remainder=True)
     identity = {
@@ -199,7 +201,7 @@ def train_batches(
 
 
 class EvalBatches:
-    """All images in order, without augmentation; may be gone through again and again. See `eval_batches`."""
+    """All images in order, without augmentation. Can be iterated any number of times. See `eval_batches`."""
 
     def __init__(self, batches: grain.MapDataset[Batch], config: CaptionData) -> None:
         self._batches = batches
@@ -217,29 +219,29 @@ def eval_batches(
     features: RegionSource | None = None,
     vocabulary: "Vocabulary | None" = None,
 ) -> EvalBatches:
-    """All images in order, without augmentation (view 0 of a feature store); the last batch is filled up.
+    """Returns all images in order, without augmentation (view 0 of a feature store). The last batch is padded.
 
     Args:
-        config: image size, resize, threads; with a vocabulary M and T as well.
+        config: image size, resize and threads; with a vocabulary also M and T.
         source: the images.
-        batch_size: images a batch (B).
-        features: the source's regions, in place of its images.
-        vocabulary: where given, batches carry "tokens" int32 [B, M, T]: the first M captions, for
+        batch_size: images per batch (B).
+        features: the regions of the source, used instead of its images.
+        vocabulary: if given, batches contain "tokens" int32 [B, M, T]: the first M captions, for the
             teacher-forced loss.
 
     Returns:
         Batches: "image" or "regions" (with "region_mask") as in training, "image_id" int64 [B], "weight"
-        float32 [B]. Rows that fill the last batch are zeros, with image_id -1 and weight 0.
+        float32 [B]. Padding rows of the last batch are zeros, with image_id -1 and weight 0.
 
     Raises:
-        UserError: the store is not of this source. While iterating: an image cannot be decoded.
+        UserError: the store does not belong to the source. While iterating: an image cannot be decoded.
     """
     rows = _EvalRows(config, source, vocabulary, features, batch_size)
     return EvalBatches(grain.MapDataset.range(-(-len(source) // batch_size)).map(rows), config)
 
 
 class _TrainRows(grain.transforms.RandomMap):
-    """One training row from the number of an image in the mixture."""
+    """Computes one training row from the number of an image in the mixture."""
 
     def __init__(
         self,
@@ -263,7 +265,7 @@ class _TrainRows(grain.transforms.RandomMap):
 
     @property
     def fingerprint(self) -> str:
-        """Of all captions as tokens, so that a state isn't resumed with others."""
+        """A checksum of all captions as tokens, so that a saved state is not resumed with other captions."""
         return self._captions.fingerprint
 
     def random_map(self, element: int, rng: np.random.Generator) -> Batch:
@@ -291,7 +293,7 @@ class _TrainRows(grain.transforms.RandomMap):
         return row
 
     def _readable(self, of: int, i: int, rng: np.random.Generator) -> tuple[int, npt.NDArray[np.uint8]]:
-        """The image, or the next one that can be decoded, and its number in its source."""
+        """The number in its source and the pixels of image i, or of the next image that can be decoded."""
         source, config = self._sources[of], self._config
         while True:
             example = source[i]
@@ -321,7 +323,7 @@ class _TrainRows(grain.transforms.RandomMap):
 
 
 class _EvalRows(grain.transforms.Map):
-    """One evaluation batch from its number."""
+    """Computes one evaluation batch from its number."""
 
     def __init__(
         self,
@@ -386,6 +388,6 @@ def _read_options(config: CaptionData) -> grain.ReadOptions:
 def _check_store(source: "CaptionSource", store: RegionSource) -> None:
     if len(store) != len(source):
         raise UserError(
-            f"the features are of {len(store)} images, {source.name} split {source.split} has {len(source)}: "
-            "delete the folder of features to compute them again"
+            f"the features are of {len(store)} images, but {source.name} split {source.split} has {len(source)}: "
+            "delete the folder of the features to compute them again"
         )

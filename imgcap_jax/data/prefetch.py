@@ -1,4 +1,4 @@
-"""Puts batches on the device in the background, while the device computes."""
+"""Transfers batches to the device in the background, while the device computes."""
 
 import queue
 import threading
@@ -10,7 +10,7 @@ DeviceBatch = TypeVar("DeviceBatch")
 
 
 class _End(NamedTuple):
-    """The last thing in the queue: the error that ended the iterator, or None where it simply ended."""
+    """The last item in the queue: the error that ended the iterator, or None if it ended normally."""
 
     error: BaseException | None
 
@@ -56,10 +56,11 @@ class DevicePrefetch(Generic[Batch, DeviceBatch]):
         raise StopIteration
 
     def close(self) -> None:
-        """Stops the thread, waits for it, drops what was not consumed, and closes the iterator."""
+        """Stops the thread, waits for it, drops the batches that were not consumed, and closes the iterator."""
         self._ended = True
         self._closing.set()
-        # The thread may wait for room; after this it puts at most one more item and then sees the flag.
+        # The thread may be waiting for space in the queue. After this loop it puts at most one more item, then sees
+        # the flag.
         while True:
             try:
                 self._ready.get_nowait()
@@ -78,18 +79,18 @@ class DevicePrefetch(Generic[Batch, DeviceBatch]):
 def device_prefetch(
     iterator: Iterator[Batch], put: Callable[[Batch], DeviceBatch], depth: int = 2
 ) -> DevicePrefetch[Batch, DeviceBatch]:
-    """Draws batches and puts them on the device in a background thread.
+    """Draws batches and transfers them to the device in a background thread.
 
-    Each comes with the iterator's state right after it was drawn: a checkpoint that holds the state of the
-    batch just consumed resumes with exactly the next one, however many were prefetched.
+    Each batch comes with the iterator's state right after it was drawn. A checkpoint with the state of the last
+    consumed batch therefore resumes with exactly the next one, however many were prefetched.
 
     Args:
-        iterator: gives batches; its `get_state`, where it has one, is called after each.
+        iterator: yields batches. Its `get_state`, if it has one, is called after each batch.
         put: host batch -> device batch, e.g. `jax.device_put` with a sharding.
-        depth: batches held ready; one more may be on the device, waiting for room.
+        depth: number of batches kept ready. One more may be on the device, waiting for space in the queue.
 
     Returns:
-        Iterator of (device batch, state). An error of the iterator or of `put` is raised by `__next__` after
-        the batches before it. `close()`, or leaving its `with` block, stops the thread.
+        Iterator over (device batch, state). An error in the iterator or in `put` is raised by `__next__` after
+        the batches that precede it. `close()`, or leaving the `with` block, stops the thread.
     """
     return DevicePrefetch(iterator, put, depth)

@@ -1,6 +1,6 @@
-"""Reads prepared TFDS datasets by random access, without TensorFlow.
+"""Random access to prepared TFDS datasets, without TensorFlow.
 
-A dataset lies in `<data_dir>/<name>/<version>` or, as the official `coco_captions`, in
+The folder of a dataset is `<data_dir>/<name>/<version>` or, for the official `coco_captions`,
 `<data_dir>/<name>/<config>/<version>`.
 """
 
@@ -29,7 +29,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 class CaptionExample:
     """One image, encoded (JPEG or PNG), with its captions.
 
-    `scene` is the JSON of a drawn scene, else ""; `regions` [n, D] come with datasets that have such a feature.
+    `scene` is the JSON of a drawn scene, otherwise "". `regions` [n, D] is None unless the dataset has that feature.
     """
 
     image: bytes
@@ -42,10 +42,10 @@ class CaptionExample:
 
 @dataclass(frozen=True)
 class DatasetDescription:
-    """A prepared dataset: its folder, where it comes from, images per split, and what was left out.
+    """A prepared dataset: its folder, its origin, the number of images per split, and the skipped entries.
 
-    `fingerprint` changes whenever the dataset is prepared from other data; caches of anything computed from
-    its images should be keyed by it.
+    `fingerprint` changes whenever the dataset is prepared from other data. The key of every cache of values that are
+    computed from its images should include it.
     """
 
     name: str
@@ -58,7 +58,7 @@ class DatasetDescription:
 
 
 class CaptionSource:
-    """Random access to the examples of one split; picklable, and may be read from any number of threads."""
+    """Random access to the examples of one split. Picklable; any number of threads may read it."""
 
     def __init__(self, description: DatasetDescription, split: str, data_dir: Path) -> None:
         import tensorflow_datasets as tfds
@@ -71,11 +71,11 @@ class CaptionSource:
         parts = ["train", "restval"] if split == "train" and "restval" in stored else [split]
         builder = tfds.builder_from_directory(description.folder)
         try:
-            # Images stay encoded: the pipeline decodes them at the size that it needs.
+            # Images stay encoded, because the pipeline decodes them at the size that it needs.
             self._records = builder.as_data_source("+".join(parts), decoders={"image": tfds.decode.SkipDecoding()})
         except NotImplementedError as error:
             raise UserError(
-                f"{description.folder}: not stored as array_record; move it away and run: "
+                f"{description.folder}: not stored as array_record; move the folder away and run: "
                 f"imgcap data prepare {self.name}"
             ) from error
         self._length = len(self._records)
@@ -91,7 +91,7 @@ class CaptionSource:
                 for number in range(start, start + stored[part]):
                     example = self[number]
                     index.add(example.image_id, example.filename, example.captions)
-                # Only a cache: a dataset on a read-only disk is scanned each time.
+                # The index is only a cache. A dataset on a read-only disk is scanned every time.
                 with contextlib.suppress(OSError):
                     index.save(folder, part)
             whole.image_id += index.image_id
@@ -104,7 +104,7 @@ class CaptionSource:
         return _open_first, (self.name, self.split, self._data_dir, self._length)
 
     def first(self, count: int) -> "CaptionSource":
-        """The same split, but only its first ``count`` examples (all, where it has no more)."""
+        """The same split with only its first `count` examples (all of them if it has fewer)."""
         if count >= self._length:
             return self
         part = copy.copy(self)
@@ -116,9 +116,9 @@ class CaptionSource:
         return self._length
 
     def __getitem__(self, i: int) -> CaptionExample:
-        """Example i, 0 <= i < len(self). Raises IndexError outside."""
+        """Example i, 0 <= i < len(self). Raises an IndexError otherwise."""
         if not 0 <= i < self._length:
-            raise IndexError(f"example {i} of {len(self)}")
+            raise IndexError(f"example {i} is out of range; there are {len(self)}")
         features = self._records[i]
         return CaptionExample(
             image=features["image"],
@@ -146,22 +146,23 @@ class CaptionSource:
 
 
 def default_data_dir() -> Path:
-    """TFDS's standard place: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """The default folder of TFDS: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     return Path(os.environ.get("TFDS_DATA_DIR") or Path("~/tensorflow_datasets").expanduser())
 
 
 def open_source(name: str, split: str, data_dir: Path | None = None) -> CaptionSource:
-    """Opens a split of a prepared dataset; a split `restval` belongs to `train`, as is usual for COCO.
+    """Opens a split of a prepared dataset. A split `restval` counts as part of `train`, as is usual for COCO.
 
     Raises:
-        UserError: dataset not prepared, unknown or empty split, or a COCO of the wrong size.
+        UserError: the dataset is not prepared, the split is unknown or empty, or COCO's training split has the
+            wrong size.
     """
     data_dir = data_dir or default_data_dir()
     description = describe(name, data_dir)
     if split not in description.splits:
         raise UserError(f"{description.name} has no split {split!r}; it has {', '.join(description.splits)}")
     if not description.splits[split]:
-        raise UserError(f"{description.name}: split {split!r} is empty; prepare it again")
+        raise UserError(f"{description.name}: split {split!r} is empty; prepare the dataset again")
     if description.name == coco.NAME and split == "train":
         coco.check_train_size(description.splits["train"], description.folder)
     return CaptionSource(description, split, data_dir)
@@ -172,19 +173,19 @@ def _open_first(name: str, split: str, data_dir: Path, count: int) -> CaptionSou
 
 
 def split_names(name: str, data_dir: Path | None = None) -> list[str]:
-    """The splits of a prepared dataset; `restval` counts as part of `train`.
+    """The splits of a prepared dataset. `restval` counts as part of `train`.
 
     Raises:
-        UserError: dataset not prepared.
+        UserError: the dataset is not prepared.
     """
     return list(describe(name, data_dir).splits)
 
 
 def describe(name: str, data_dir: Path | None = None) -> DatasetDescription:
-    """What is known of a prepared dataset, from the files beside its records.
+    """Describes a prepared dataset, from the files next to its records.
 
     Raises:
-        UserError: dataset not prepared, with the command that prepares it.
+        UserError: the dataset is not prepared. The message contains the command that prepares it.
     """
     data_dir = data_dir or default_data_dir()
     name = _ALIASES.get(name, name)
@@ -207,7 +208,7 @@ def describe(name: str, data_dir: Path | None = None) -> DatasetDescription:
 
 
 def read_origin(folder: Path) -> Origin:
-    """Where a prepared dataset comes from; of one prepared by TFDS itself, what its name tells."""
+    """The origin of a prepared dataset. If TFDS itself prepared it, the origin is derived from the folder names."""
     if (saved := _read_json(folder / ORIGIN_FILE)) is not None:
         return Origin(**saved)
     if coco.NAME in folder.parts:
@@ -216,39 +217,43 @@ def read_origin(folder: Path) -> Origin:
 
 
 def find_prepared(name: str, data_dir: Path) -> Path | None:
-    """The folder of a prepared dataset, of its newest version; None where it is not prepared."""
+    """The folder of the newest version of a prepared dataset, or None if it is not prepared."""
     if not _NAME.fullmatch(name):
         return None
     versions = [
         info.parent
         for pattern in ("*/dataset_info.json", "*/*/dataset_info.json")
         for info in (data_dir / name).glob(pattern)
-        # TFDS writes to incomplete.XXXXXX_<version> until all is there.
+        # TFDS writes to incomplete.XXXXXX_<version> until the dataset is complete.
         if _VERSION.fullmatch(info.parent.name)
     ]
     return max(versions, key=lambda folder: [int(part) for part in folder.name.split(".")], default=None)
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:
-    """Datasets and weights: "flickr8k*2+coco_subset" is [("flickr8k", 2.0), ("coco_subset", 1.0)].
+    """Parses datasets and weights: "flickr8k*2+coco_subset" is [("flickr8k", 2.0), ("coco_subset", 1.0)].
 
     Raises:
-        UserError: an empty name, a name given twice, or a weight that is not a positive number.
+        UserError: a name is invalid or occurs twice, or a weight is not a positive number.
     """
     mixture: dict[str, float] = {}
     for part in text.split("+"):
         name, star, weight_text = (piece.strip() for piece in part.partition("*"))
         name = _ALIASES.get(name, name)
         if not _NAME.fullmatch(name):
-            raise UserError(f"dataset {text!r}: {name!r} is no name of a dataset; write them as flickr8k*2+coco_subset")
+            raise UserError(
+                f"dataset {text!r}: {name!r} is not a dataset name; write a mixture as flickr8k*2+coco_subset"
+            )
         if name in mixture:
-            raise UserError(f"dataset {text!r}: {name!r} occurs twice; give it a weight, as {name}*2")
+            raise UserError(f"dataset {text!r}: {name!r} occurs twice; use a weight instead, e.g. {name}*2")
         try:
             weight = float(weight_text) if star else 1.0
         except ValueError:
             weight = 0.0
         if not 0 < weight < float("inf"):
-            raise UserError(f"dataset {text!r}: {weight_text!r} is no weight; write a positive number, as {name}*2")
+            raise UserError(
+                f"dataset {text!r}: the weight {weight_text!r} is not a positive number; write e.g. {name}*2"
+            )
         mixture[name] = weight
     return list(mixture.items())
 
@@ -257,7 +262,7 @@ def _not_prepared(name: str, data_dir: Path) -> NoReturn:
     command = {"scenes": "scenes", coco.NAME: "coco"}.get(name, f"FOLDER --name {name}")
     there = sorted(folder.name for folder in data_dir.glob("*/") if find_prepared(folder.name, data_dir) is not None)
     raise UserError(
-        f"dataset {name!r} is not prepared in {data_dir} (there: {', '.join(there) or 'none'}); "
+        f"dataset {name!r} is not prepared in {data_dir} (prepared datasets: {', '.join(there) or 'none'}); "
         f"run: imgcap data prepare {command}"
     )
 

@@ -1,4 +1,4 @@
-"""Preparing folders and scenes: what is written is what was given, and each mistake is named."""
+"""Preparing folders and scenes: the dataset equals its input, and every mistake is reported."""
 
 import errno
 import io
@@ -40,7 +40,7 @@ def entry(number: int, split: str = "train", captions: tuple[str, ...] = ()) -> 
         "imgid": number,
         "split": split,
         "sentences": [
-            # Tokens that have nothing to do with the sentence: reading them would show.
+            # Tokens unrelated to the sentence, so that the tests fail if they are read.
             {"raw": raw, "sentid": 10 * number + k, "tokens": ["tokens", "never", "read"]}
             for k, raw in enumerate(captions or (f"A dog, number {number}.", f"Dog {number}"))
         ],
@@ -69,7 +69,7 @@ def quietly(path: Path | str, data_dir: Path, **options: Any) -> Path:
     return prepare(path, data_dir=data_dir, progress=False, **options)
 
 
-def test_karpathy_folder_is_stored_as_it_is(folder: Path, data_dir: Path) -> None:
+def test_karpathy_folder_is_stored_unchanged(folder: Path, data_dir: Path) -> None:
     quietly(folder, data_dir, licence="CC0")
     train, val = open_source("my_photos", "train", data_dir), open_source("my_photos", "val", data_dir)
     assert (len(train), len(val)) == (130, 20)  # restval belongs to train
@@ -84,7 +84,7 @@ def test_karpathy_folder_is_stored_as_it_is(folder: Path, data_dir: Path) -> Non
     assert (dataset.source, dataset.licence) == (str(folder), "CC0")
 
 
-def test_the_features_are_those_of_coco_captions(folder: Path, data_dir: Path) -> None:
+def test_the_features_equal_those_of_coco_captions(folder: Path, data_dir: Path) -> None:
     import tensorflow_datasets as tfds
 
     prepared = quietly(folder, data_dir)
@@ -103,7 +103,7 @@ def test_coco_json_and_jsonl_give_the_same(folder: Path, tmp_path: Path, data_di
     for split, numbers in (("train2014", range(5, 9)), ("validation", range(3))):
         captions = {
             "images": [{"id": 100 + number, "file_name": f"{number}.jpg"} for number in numbers],
-            # Not in the order of the images, and two for each.
+            # In another order than the images, and two per image.
             "annotations": [
                 {"id": 2 * number + k, "image_id": 100 + number, "caption": f" Caption {number} {k}\n"}
                 for k in range(2)
@@ -144,7 +144,7 @@ def test_other_formats_become_png(tmp_path: Path, data_dir: Path) -> None:
             assert example.image == original
         else:
             assert example.image.startswith(b"\x89PNG")
-            # Compared in RGB: a GIF holds a palette.
+            # Compared in RGB, because a GIF has a palette.
             pixels, expected = (
                 np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in (example.image, original)
             )
@@ -156,7 +156,7 @@ def truncate(path: Path) -> None:
 
 
 def test_few_bad_images_and_captions_are_skipped_and_listed(folder: Path, data_dir: Path) -> None:
-    truncate(folder / "images" / "3.jpg")  # its header is in order; only decoding finds the fault
+    truncate(folder / "images" / "3.jpg")  # the header is intact; only decoding fails
     listed = json.loads((folder / "dataset_x.json").read_text())
     listed["images"][5]["sentences"][0]["raw"] = "  "
     (folder / "dataset_x.json").write_text(json.dumps(listed))
@@ -194,7 +194,7 @@ def empty_captions(folder: Path) -> None:
 MISTAKES = {
     "over 1 % of images": (break_images, ["more than 1% of its 150 images", "3.jpg", "truncated"]),
     "over 1 % of captions": (empty_captions, ["more than 1% of its 300 captions", "0.jpg caption 0"]),
-    "absent": (lambda f: (f / "images" / "7.jpg").unlink(), ["7.jpg", "absent", "1 of 150"]),
+    "absent": (lambda f: (f / "images" / "7.jpg").unlink(), ["7.jpg", "not found", "1 of 150"]),
     "no sentences": (
         lambda f: edit(f, lambda x: x["images"][2].pop("sentences")),
         ["dataset_x.json: images[2]", "'sentences'", "missing"],
@@ -205,7 +205,7 @@ MISTAKES = {
     ),
     "raw not text": (
         lambda f: edit(f, lambda x: x["images"][2]["sentences"][1].update(raw=5)),
-        ["sentences[1]", "'raw' should be str, found int"],
+        ["sentences[1]", "'raw' must be str, found int"],
     ),
     "not json": (
         lambda f: (f / "dataset_x.json").write_text('{"images": ['),
@@ -223,7 +223,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_in_one_line_and_leaves_nothing(mistake: str, folder: Path, data_dir: Path) -> None:
+def test_a_mistake_is_reported_in_one_line_and_leaves_no_files(mistake: str, folder: Path, data_dir: Path) -> None:
     make, parts = MISTAKES[mistake]
     make(folder)
     with pytest.raises(UserError) as error:
@@ -234,7 +234,7 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing(mistake: str, folder: 
     assert not data_dir.exists() or not list(data_dir.iterdir())
 
 
-def test_a_missing_folder_and_bad_names(folder: Path, data_dir: Path) -> None:
+def test_a_missing_folder_and_invalid_names_are_refused(folder: Path, data_dir: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such folder"):
         quietly(folder / "nowhere", data_dir)
     with pytest.raises(UserError, match=r"'../x' cannot name a dataset"):
@@ -251,7 +251,7 @@ def test_preparing_again_does_nothing_until_something_changes(folder: Path, data
     assert quietly(folder, data_dir, licence="CC0", say=said.append) == prepared
     assert "already prepared" in said[-1]
     assert records.stat().st_mtime_ns == before
-    assert describe("my_photos", data_dir).licence == "CC0"  # a note can be added later
+    assert describe("my_photos", data_dir).licence == "CC0"  # the licence can be added later
     fingerprint = describe("my_photos", data_dir).fingerprint
 
     edit(folder, lambda x: x["images"][149]["sentences"][0].update(raw="A new caption"))
@@ -259,7 +259,7 @@ def test_preparing_again_does_nothing_until_something_changes(folder: Path, data
     assert open_source("my_photos", "val", data_dir).captions(19)[0] == "A new caption"
     assert describe("my_photos", data_dir).fingerprint != fingerprint
 
-    # What was prepared before stays when preparing anew fails.
+    # If preparing again fails, the existing dataset stays.
     break_images(folder)
     with pytest.raises(UserError, match="more than 1%"):
         quietly(folder, data_dir)
@@ -267,7 +267,7 @@ def test_preparing_again_does_nothing_until_something_changes(folder: Path, data
     assert [path.name for path in prepared.parent.iterdir()] == [prepared.name]
 
 
-def test_a_name_is_not_taken_over_by_another_folder(folder: Path, tmp_path: Path, data_dir: Path) -> None:
+def test_another_folder_cannot_take_over_a_name(folder: Path, tmp_path: Path, data_dir: Path) -> None:
     quietly(folder, data_dir)
     other = tmp_path / "other" / folder.name
     other.mkdir(parents=True)
@@ -277,7 +277,7 @@ def test_a_name_is_not_taken_over_by_another_folder(folder: Path, tmp_path: Path
         quietly(other, data_dir)
 
 
-def test_shards_hold_all_images_in_order(folder: Path, data_dir: Path, monkeypatch: Any) -> None:
+def test_shards_contain_all_images_in_order(folder: Path, data_dir: Path, monkeypatch: Any) -> None:
     from imgcap_jax.data.builders import folder as folder_builder
 
     monkeypatch.setattr(folder_builder, "SHARD_BYTES", 20_000)
@@ -326,11 +326,13 @@ def test_a_killed_run_leaves_nothing_that_looks_prepared(folder: Path, data_dir:
     "error",
     [
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-        # As array_record says it.
+        # The wording of array_record.
         RuntimeError("write() failed: No space left on device; writing x; at byte 3145728"),
     ],
 )
-def test_a_full_disk_is_told(error: Exception, folder: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(
+    error: Exception, folder: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from array_record.python import array_record_module
 
     class Writer:
@@ -365,16 +367,16 @@ def test_scenes(data_dir: Path, tmp_path: Path) -> None:
     assert list(again) == list(open_source("scenes", "train", data_dir))
 
 
-def test_scenes_are_drawn_again_when_asked_for_differently(data_dir: Path) -> None:
+def test_scenes_are_drawn_again_with_other_settings(data_dir: Path) -> None:
     quietly("scenes", data_dir, scenes=SMALL)
     first = open_source("scenes", "train", data_dir)[0]
     quietly("scenes", data_dir, scenes=SceneSplits(12, 3, 3, 3, image_size=32, seed=1))
     assert open_source("scenes", "train", data_dir)[0] != first
-    with pytest.raises(UserError, match="'val'; give 1 or more"):
+    with pytest.raises(UserError, match="'val'; use 1 to 9,999,999"):
         SceneSplits(val=0)
 
 
-def test_no_tensorflow_and_no_noise(data_dir: Path) -> None:
+def test_preparing_and_reading_scenes_imports_no_tensorflow_and_prints_nothing(data_dir: Path) -> None:
     run = python(
         """
         import sys

@@ -1,4 +1,4 @@
-"""The official TFDS coco_captions: built by its real builder from small archives laid out as COCO's."""
+"""The official TFDS coco_captions, built by its own builder from small archives with the layout of COCO's."""
 
 import importlib.util
 import io
@@ -19,7 +19,7 @@ from imgcap_jax.data.prepare import prepare
 from imgcap_jax.data.sources import open_source
 from imgcap_jax.errors import UserError
 
-# Image ids by Karpathy's split; train lies in COCO's train2014, all others in its val2014.
+# Image ids by Karpathy's split. The images of train are in COCO's train2014, all others in its val2014.
 SPLITS = {"train": [9, 5, 7], "restval": [2, 4], "val": [1], "test": [3]}
 
 
@@ -36,7 +36,7 @@ def jpeg(image_id: int) -> bytes:
 
 @pytest.fixture
 def archives(tmp_path: Path) -> dict[str, Path]:
-    """Folders as the extracted archives of COCO and of Karpathy's splits have them, by archive name."""
+    """Folders with the layout of the extracted archives of COCO and of Karpathy's splits, by archive name."""
     root = tmp_path / "archives"
     annotations = root / "annotations" / "annotations"
     annotations.mkdir(parents=True)
@@ -47,7 +47,7 @@ def archives(tmp_path: Path) -> dict[str, Path]:
     for place, ids in places.items():
         images = root / place / place
         images.mkdir(parents=True)
-        for i in [*ids, 99]:  # one image of which Karpathy's list knows nothing
+        for i in [*ids, 99]:  # 99 is an image that is not in Karpathy's list
             (images / file_name(i, place)).write_bytes(jpeg(i))
         described = {
             "categories": [{"id": number, "name": f"thing {number}"} for number in range(1, 81)],
@@ -140,8 +140,8 @@ def test_the_official_builder(archives: dict[str, Path], tmp_path: Path, monkeyp
     assert set(read.stdout.splitlines()) == expected
 
 
-def test_a_coco_of_the_wrong_size_is_not_trained_on(archives: dict[str, Path], tmp_path: Path) -> None:
-    """Needs no TensorFlow: the same images, prepared as a folder under the official name."""
+def test_a_coco_training_split_of_the_wrong_size_is_refused(archives: dict[str, Path], tmp_path: Path) -> None:
+    """Prepares the same images as a folder under the official name, which needs no TensorFlow."""
     folder = archives["train2014.zip"].parent
     (archives["caption_datasets.zip"] / "dataset_coco.json").rename(folder / "dataset_coco.json")
     contents = scan_folder(folder / "dataset_coco.json")

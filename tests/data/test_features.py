@@ -1,4 +1,4 @@
-"""The store of features: resuming, views, limits of its dtypes, damage."""
+"""The feature store: resuming, views, limits of its dtypes, damage."""
 
 import errno
 import io
@@ -33,7 +33,7 @@ class Example:
 
 
 class Source:
-    """As CaptionSource, in memory: every third image has a caption that names a side."""
+    """An in-memory stand-in for CaptionSource. Every third image has a caption that names a side."""
 
     name, split = "tiny", "train"
 
@@ -59,7 +59,7 @@ class Source:
 
 
 class Encode:
-    """Region n is a row of pixels, so that features tell which pixels were encoded."""
+    """Region n is pixel row n, so that the features show which pixels were encoded."""
 
     def __init__(self, fail_at: int | None = None, kill_at: int | None = None) -> None:
         self.calls: list[np.ndarray] = []
@@ -104,7 +104,10 @@ def build_until_killed(root: Path, calls: int) -> None:
 
 
 def build_together(root: Path, log: Path, dies: bool) -> None:
-    """Begins when two others do, and writes down how many batches this process encoded; or dies holding a block."""
+    """Starts together with two other processes and logs the number of batches that this one encoded.
+
+    If `dies`, the process is killed while it holds a block.
+    """
     features._BLOCK_BATCHES = 1
     encode = Encode(kill_at=1 if dies else None)
 
@@ -122,13 +125,13 @@ def build_together(root: Path, log: Path, dies: bool) -> None:
 
 
 def another_interpreter(function: str, *arguments: object) -> subprocess.Popen[bytes]:
-    """Calls a function of this file in another process; a fork of one with JAX's threads in it may hang."""
+    """Calls a function of this file in a new process. Forking a process with JAX's threads may hang."""
     script = "import pathlib, runpy, sys; a = sys.argv; "
     script += "runpy.run_path(a[1])[a[2]](pathlib.Path(a[3]), *(eval(x) for x in a[4:]))"
     return subprocess.Popen([sys.executable, "-c", script, __file__, function, *map(str, arguments)])
 
 
-def test_a_failed_build_goes_on_and_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_failed_build_continues_and_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = build(tmp_path / "whole", Encode())
     interrupted = Encode(fail_at=4)
     with pytest.raises(RuntimeError, match="encoder failed"):
@@ -166,13 +169,13 @@ def test_processes_share_the_work_and_take_over_from_one_that_dies(tmp_path: Pat
     assert [process.wait(60) for process in processes] == [0, 0, -signal.SIGKILL]
     counts = [int(log.read_text()) for log in logs[:2]]
     assert min(counts) > 0
-    assert sum(counts) == 11 - 1  # nothing twice; the third did one before it died
+    assert sum(counts) == 11 - 1  # nothing is computed twice; the third process wrote one batch before it died
     np.testing.assert_array_equal(
         contents(build(tmp_path / "shared", Encode())), contents(build(tmp_path / "whole", Encode()))
     )
 
 
-def test_blocks_of_an_earlier_store_vouch_for_nothing(tmp_path: Path) -> None:
+def test_finished_blocks_of_an_earlier_store_are_ignored(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         build(tmp_path / "parts", Encode(fail_at=5))
     (folder,) = (tmp_path / "parts").iterdir()
@@ -197,7 +200,7 @@ def test_views(tmp_path: Path) -> None:
             assert (views[1] != mirrored).any()
             assert (views[1] != plain).any()
         assert (views[2] != views[3]).any()
-    # A view depends on its image and its number only, not on how many there are.
+    # A view depends on its image and its number only, not on the number of views.
     fewer = build(tmp_path, Encode(), views=3)
     assert fewer.folder != store.folder
     np.testing.assert_array_equal(contents(fewer), contents(store)[:, :3])
@@ -238,7 +241,7 @@ def test_everything_that_changes_the_features_changes_the_folder(tmp_path: Path)
     ]
     folders = {build(tmp_path, Encode(), **variant).folder for variant in variants}
     assert len(folders) == len(variants)
-    # What views look like is no matter where there is one.
+    # With a single view, the augmentation does not matter.
     one = [build(tmp_path, Encode(), views=1, augmentation=Augmentation(scale)) for scale in (0.5, 1.0)]
     assert one[0].folder == one[1].folder
 
@@ -257,12 +260,12 @@ def test_values_beyond_float16_are_refused_and_fit_bfloat16(tmp_path: Path) -> N
     assert str(store.read(1, 1)[0].dtype) == "bfloat16"
 
 
-def test_features_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_nan_features_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="NaN"):
         build(tmp_path, lambda images: np.full((BATCH, SIZE, SIZE * 3), np.nan))
 
 
-def test_a_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_finished_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     syncs = 0
 
     def fsync(descriptor: int) -> None:
@@ -273,7 +276,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as full:
         full.setattr(feature_files.os, "fsync", fsync)
-        with pytest.raises(UserError, match=r"no room .* goes on where it stopped"):
+        with pytest.raises(UserError, match=r"no disk space .* continues where it stopped"):
             build(tmp_path, Encode())
     rest = Encode()
     store = build(tmp_path, rest)
@@ -281,9 +284,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.Mon
     np.testing.assert_array_equal(contents(store), contents(build(tmp_path / "whole", Encode())))
 
 
-def test_too_small_a_disk_is_noticed_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_is_too_small_is_reported_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(feature_files.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="are needed"):
@@ -299,7 +300,7 @@ def test_a_damaged_manifest_says_what_to_do(tmp_path: Path, text: str) -> None:
             use()
 
 
-def test_a_file_shorter_than_its_manifest_is_noticed(tmp_path: Path) -> None:
+def test_a_truncated_file_is_reported(tmp_path: Path) -> None:
     folder = build(tmp_path, Encode()).folder
     with (folder / "regions.npy").open("r+b") as file:
         file.truncate(1000)
@@ -307,11 +308,11 @@ def test_a_file_shorter_than_its_manifest_is_noticed(tmp_path: Path) -> None:
         build(tmp_path, Encode())
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"done": False}))
-    with pytest.raises(UserError, match="not as large as"):
+    with pytest.raises(UserError, match="size does not match the manifest"):
         build(tmp_path, Encode())
 
 
-def test_a_bad_image_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_reported_by_name(tmp_path: Path) -> None:
     source = Source()
     source.images[7] = b"no image"
     with pytest.raises(UserError, match=r"tiny: 7\.png: .*prepare the dataset again"):

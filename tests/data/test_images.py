@@ -1,4 +1,4 @@
-"""Decoding, resizing and augmenting, on images made here."""
+"""Decoding, resizing and augmenting generated images."""
 
 import io
 
@@ -12,7 +12,7 @@ RED, GREEN, BLUE, WHITE = (250, 20, 20), (20, 250, 20), (20, 20, 250), (250, 250
 
 
 def quadrants(width: int = 96, height: int = 64) -> Image.Image:
-    """Red, green / blue, white: every flip and rotation of it is different."""
+    """Red, green / blue, white. All flips and rotations of the image differ."""
     picture = Image.new("RGB", (width, height))
     for colour, x, y in ((RED, 0, 0), (GREEN, 1, 0), (BLUE, 0, 1), (WHITE, 1, 1)):
         picture.paste(colour, (x * width // 2, y * height // 2, (x + 1) * width // 2, (y + 1) * height // 2))
@@ -39,8 +39,8 @@ def assert_quadrants(pixels: np.ndarray, tolerance: int = 12) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_an_image_is_upright_whatever_its_exif_orientation(orientation: int, kind: str) -> None:
-    # How a camera held that way stores an upright scene: the inverse of what PIL does to show it.
+def test_an_image_is_upright_for_every_exif_orientation(orientation: int, kind: str) -> None:
+    # How a camera in that orientation stores an upright scene: the inverse of what PIL does to display it.
     stored_as = {
         1: None,
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -57,7 +57,7 @@ def test_an_image_is_upright_whatever_its_exif_orientation(orientation: int, kin
     data = encode(picture, kind, exif=exif)
     assert_quadrants(decode(data, 32))
     cropped = decode(data, 32, "crop")
-    # 96 x 64 upright: the centre cut is 64 wide, so all four colours remain, each half as wide as the side.
+    # 96 x 64 upright: the centre crop is 64 wide, so all four colours remain, each half as wide as the crop.
     assert_quadrants(cropped)
 
 
@@ -75,7 +75,7 @@ def test_png_palette_alpha_grey_and_16_bits() -> None:
     assert_quadrants(decode(encode(quadrants().quantize(8), "PNG"), 32))
     transparent = quadrants().convert("RGBA")
     transparent.paste((0, 0, 0, 0), (48, 32, 96, 64))
-    # The see-through quarter is black underneath and is shown on white.
+    # The transparent quarter has black pixels and must appear white.
     assert_quadrants(decode(encode(transparent, "PNG"), 32))
     grey = np.linspace(0, 65535, 64, dtype=np.uint16)[None].repeat(64, 0)
     deep = decode(encode(Image.fromarray(grey), "PNG"), 64)
@@ -101,7 +101,7 @@ def test_pixels_in_place_of_an_encoded_image() -> None:
     ("data", "reason"),
     [
         (b"", "empty"),
-        (b"no image at all", "no known image format"),
+        (b"no image at all", "unknown image format"),
         (encode(quadrants(400, 400))[:900], "cannot be decoded"),
         (encode(quadrants(400, 400), "PNG")[:300], "cannot be decoded"),
         (b"\xff\xd8\xff" + bytes(200), "damaged|cannot be decoded"),
@@ -114,7 +114,7 @@ def test_a_damaged_image_raises_an_image_error_with_the_reason(data: bytes, reas
         augment(data, [], 32, np.random.default_rng(0), Augmentation(0.5, True, 0.2))
 
 
-def test_a_stray_byte_before_the_end_marker_is_no_damage() -> None:
+def test_a_stray_byte_before_the_end_marker_is_tolerated() -> None:
     data = encode(quadrants())
     assert data.endswith(b"\xff\xd9")
     assert_quadrants(decode(data[:-2] + b"\x00" + data[-2:], 32))
@@ -150,7 +150,7 @@ def test_images_whose_captions_name_a_side_are_never_mirrored() -> None:
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop"])
-def test_a_crop_lies_where_its_box_says_also_in_a_jpeg_decoded_at_reduced_scale(resize: str) -> None:
+def test_a_crop_has_the_right_position_in_a_jpeg_decoded_at_reduced_scale(resize: str) -> None:
     # Colour encodes the place: red grows to the right, green downwards.
     x, y = np.meshgrid(np.linspace(0, 255, 640), np.linspace(0, 255, 480))
     ramp = np.stack([x, y, np.zeros_like(x)], -1).astype(np.uint8)
@@ -159,7 +159,7 @@ def test_a_crop_lies_where_its_box_says_also_in_a_jpeg_decoded_at_reduced_scale(
         crop = Augmentation(crop_scale_min=0.1)
         scaled = augment(data, [], 24, np.random.default_rng(seed), crop, resize)
         exact = augment(ramp, [], 24, np.random.default_rng(seed), crop, resize)
-        # The same box, of the photo at full size.
+        # `exact` is the same box of the image at full size.
         np.testing.assert_allclose(scaled.astype(int), exact.astype(int), atol=7)
         assert np.abs(scaled.astype(int) - exact).mean() < 1.5
         red, green = exact[..., 0].astype(int), exact[..., 1].astype(int)
@@ -171,8 +171,8 @@ def test_a_crop_lies_where_its_box_says_also_in_a_jpeg_decoded_at_reduced_scale(
 
 
 def test_a_small_crop_of_a_large_photo_is_as_sharp_as_the_photo() -> None:
-    # Stripes ten pixels apart; in a small crop they are still there, and would not be if the whole photo had
-    # been decoded at the size that the crop ends up with.
+    # Stripes ten pixels apart. A small crop must still show them. It would not if the whole image were decoded at the
+    # output size of the crop.
     stripes = 127 + 100 * np.sin(np.arange(640) * 2 * np.pi / 10)
     pixels = stripes[None, :, None].repeat(480, 0).repeat(3, 2).astype(np.uint8)
     data = encode(Image.fromarray(pixels), quality=95)
@@ -201,12 +201,12 @@ def test_jitter_changes_colours_within_its_bounds_and_nothing_else() -> None:
     values = np.stack(
         [augment(pixels, [], 32, np.random.default_rng(seed), Augmentation(jitter=0.2))[5, 5] for seed in range(200)]
     ).astype(int)
-    # Brightness alone spans 80 to 120 %; contrast leaves a flat image alone.
+    # Brightness alone spans 80 to 120 %; contrast does not change a flat image.
     assert values[:, 1].min() < 84
     assert values[:, 1].max() > 116
     assert values[:, 1].min() >= 76
     assert values[:, 1].max() <= 124
-    # Saturation widens or narrows the distance of the channels.
+    # Saturation increases or decreases the differences between the channels.
     spread = (values[:, 0] - values[:, 2]) / values.mean(1) * 2.5
     assert spread.min() < 0.85
     assert spread.max() > 1.15
@@ -214,7 +214,7 @@ def test_jitter_changes_colours_within_its_bounds_and_nothing_else() -> None:
 
 def test_jitter_is_brightness_contrast_and_saturation_as_pil_defines_them() -> None:
     y, x = np.mgrid[0:32, 0:32]
-    # Middling colours, so that nothing is clipped in between.
+    # Mid-range colours, so that no intermediate result is clipped.
     pixels = np.stack([90 + 2 * x, 150 - y, 100 + x], -1).astype(np.uint8)
     for seed in range(5):
         expected = Image.fromarray(pixels)

@@ -1,4 +1,4 @@
-"""Numbers of a dataset against a count by hand."""
+"""Statistics of a dataset, compared with a count by hand."""
 
 import io
 import json
@@ -27,11 +27,11 @@ def test_counts_lengths_and_coverage(tmp_path: Path) -> None:
     train, val = report.splits["train"], report.splits["val"]
     assert report.vocabulary_size == 4 + 2  # a and dog
     assert (train.images, train.captions, train.captions_per_image) == (2, 3, (1, 1.5, 2))
-    assert train.word_counts == (0, 0, 2, 1)  # punctuation is no word
+    assert train.word_counts == (0, 0, 2, 1)  # punctuation does not count as a word
     assert train.mean_words == pytest.approx(7 / 3)
     assert [train.percentile_words(p) for p in (50, 66, 67, 100)] == [2, 2, 3, 3]
     assert train.share_longer(2) == pytest.approx(1 / 3)
-    assert val.known == pytest.approx(3 / 4)  # all but the zebra
+    assert val.known == pytest.approx(3 / 4)  # all except "zebra"
     text = "\n".join(report.lines())
     assert "CC0" in text
     assert str(tmp_path) in text

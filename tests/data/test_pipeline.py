@@ -1,4 +1,4 @@
-"""The input pipeline: what a batch holds, and that nothing but the seed and the place decides it."""
+"""The input pipeline: the contents of batches, which depend only on the seed and the position."""
 
 import io
 import itertools
@@ -47,7 +47,10 @@ class Example:
 
 
 class Source:
-    """As CaptionSource, in memory. Image i has 1 + i % 5 captions, "i 0", "i 1", ...; its pixels tell i."""
+    """An in-memory stand-in for CaptionSource.
+
+    Image i has 1 + i % 5 captions, "id 0", "id 1", ..., where id is its image id. Its red value encodes i.
+    """
 
     split = "train"
 
@@ -76,7 +79,7 @@ class Source:
 
 
 class Numbers:
-    """As Vocabulary, of captions that are numbers: "7 2" is [bos, 7, 2 + 4, eos, pad...]."""
+    """A stand-in for Vocabulary, for captions that are numbers: "7 2" is [bos, 7, 2 + 4, eos, pad...]."""
 
     def encode(self, caption: str, length: int) -> np.ndarray:
         image, number = map(int, caption.split())
@@ -100,7 +103,7 @@ def assert_equal(left: list[Batch], right: list[Batch]) -> None:
 
 
 def store(folder: Any, count: int, views: int = 2) -> FeatureStore:
-    """Features [1, 2] of image i in view v: its red value and the brightness of its left half's green."""
+    """A store of features [1, 4]: red and green of the leftmost and of the rightmost pixel of row 4."""
 
     def encode(images: np.ndarray) -> np.ndarray:
         return images[:, 4, [0, -1]][..., :2].reshape(len(images), 1, 4).astype(np.float32)
@@ -118,7 +121,7 @@ def store(folder: Any, count: int, views: int = 2) -> FeatureStore:
     )
 
 
-def test_a_batch_holds_what_belongs_together() -> None:
+def test_the_rows_of_a_batch_belong_together() -> None:
     batch = take(batches(), 4)[3]
     assert {name: (values.shape, values.dtype) for name, values in batch.items()} == {
         "image": ((6, SIZE, SIZE, 3), np.uint8),
@@ -130,7 +133,7 @@ def test_a_batch_holds_what_belongs_together() -> None:
     for image_id, tokens in zip(batch["image_id"], batch["tokens"], strict=True):
         there = 1 + (image_id - 1000) % 5
         count = min(3, there)
-        # Its own captions, none twice, then rows of pad.
+        # The image's own captions, none twice, then rows of pad.
         np.testing.assert_array_equal(tokens[:count, 1], image_id)
         assert len(set(tokens[:count, 2])) == count
         assert (tokens[:count, 2] < 4 + there).all()
@@ -140,7 +143,7 @@ def test_a_batch_holds_what_belongs_together() -> None:
         np.testing.assert_array_equal(image, decode(Source(20).images[image_id - 1000], SIZE))
 
 
-def test_all_captions_of_an_image_get_their_turn() -> None:
+def test_all_captions_of_an_image_are_drawn() -> None:
     seen = Counter(
         (int(image_id), int(caption))
         for batch in take(batches(), 60)
@@ -162,7 +165,7 @@ def test_each_epoch_is_a_new_permutation() -> None:
     assert (epochs[1] != epochs[2]).any()
     other = np.concatenate([batch["image_id"] for batch in take(batches(seed=2), 10)])
     assert (other != ids).any()
-    # Seed 2 is not seed 1 an epoch later.
+    # Seed 2 is not seed 1 shifted by one epoch.
     assert (other[:20] != ids[20:40]).any()
 
 
@@ -171,7 +174,7 @@ def test_threads_change_nothing(changes: dict[str, int]) -> None:
     assert_equal(take(batches(replace(AUGMENTED, **changes)), 8), take(batches(), 8))
 
 
-def test_a_restored_state_gives_the_batches_that_would_have_come() -> None:
+def test_a_restored_state_continues_with_the_same_batches() -> None:
     # 20 images in batches of 6: the first epoch ends within batch 3, the second within batch 6.
     expected = take(batches(), 12)
     running = batches()
@@ -184,7 +187,7 @@ def test_a_restored_state_gives_the_batches_that_would_have_come() -> None:
         fresh.set_state(json.loads(json.dumps(states[consumed])))
         assert fresh.get_state() == states[consumed]
         assert_equal(take(fresh, 12 - consumed), expected[consumed:])
-    # One that is under way can be set back.
+    # A running iterator can be set back.
     running.set_state(states[2])
     assert_equal(take(running, 3), expected[2:5])
     running.close()
@@ -212,7 +215,7 @@ def test_a_state_of_other_data_is_refused() -> None:
         batches(source=[(Source(20), 1.0), (Source(5, "more"), 1.0)]),
     ]
     for other in others:
-        with pytest.raises(UserError, match="the saved position is not of this data"):
+        with pytest.raises(UserError, match="the saved position does not belong to this data"):
             other.set_state(state)
     with pytest.raises(UserError, match="batch_size 6 -> 4"):
         others[0].set_state(state)
@@ -274,13 +277,13 @@ def test_a_mixture_has_a_store_for_each_source(tmp_path: Any) -> None:
     stores = [store(tmp_path, 12), store(tmp_path, 20)]
     for batch in take(batches(source=sources, features=stores), 5):
         for image_id, regions in zip(batch["image_id"], batch["regions"], strict=True):
-            # Both sources hold the same pictures under the same ids.
+            # Both sources contain the same images under the same ids.
             assert any(np.array_equal(regions, stores[1][image_id - 1000, view]) for view in range(2))
-    with pytest.raises(UserError, match="are of 20 images, tiny split train has 12"):
+    with pytest.raises(UserError, match="are of 20 images, but tiny split train has 12"):
         batches(source=sources, features=stores[::-1])
 
 
-def test_an_unreadable_image_is_named_and_replaced_by_the_next(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_image_is_reported_and_replaced_by_the_next(caplog: pytest.LogCaptureFixture) -> None:
     source = Source(200)
     source.images[7] = source.images[8] = b"damaged"
     config = replace(AUGMENTED, augmentation=Augmentation(), batch_size=20)
@@ -307,7 +310,7 @@ def test_more_than_one_percent_of_unreadable_images_stops(workers: int) -> None:
     running.close()
 
 
-def test_evaluation_is_in_order_with_the_last_batch_filled_up(tmp_path: Any) -> None:
+def test_evaluation_is_in_order_with_a_padded_last_batch(tmp_path: Any) -> None:
     source = Source(20)
     config = replace(AUGMENTED, captions_per_image=3)
     images = list(eval_batches(config, source, batch_size=8, vocabulary=Numbers()))
@@ -326,7 +329,7 @@ def test_evaluation_is_in_order_with_the_last_batch_filled_up(tmp_path: Any) -> 
     np.testing.assert_array_equal(regions[1]["regions"], [stored[i, 0] for i in range(8, 16)])
 
 
-def test_evaluation_names_an_unreadable_image() -> None:
+def test_evaluation_reports_an_unreadable_image_by_name() -> None:
     source = Source(5)
     source.images[2] = b""
     with pytest.raises(UserError, match=r"tiny, split train: 2\.png: the file is empty"):
@@ -354,7 +357,7 @@ def test_prefetching_ends_with_its_iterator_and_passes_its_errors_on() -> None:
 
     for iterator, put in ((failing(), int), (iter([1, 2, 0]), lambda value: 1 // value)):
         prefetched = device_prefetch(iterator, put, depth=1)
-        # What came before the error is still given.
+        # Batches before the error are still returned.
         next(prefetched)
         next(prefetched)
         with pytest.raises((UserError, ZeroDivisionError)):
@@ -376,8 +379,8 @@ def test_closing_prefetch_stops_its_thread_even_while_it_waits_for_room() -> Non
         next(prefetched)
 
 
-def test_references_come_whole_with_ids_for_words_that_the_model_lacks() -> None:
-    """Whatever captions a row draws; in every row those of its own image, in a mixture too."""
+def test_references_are_whole_and_have_ids_for_words_outside_the_vocabulary() -> None:
+    """Every row has all references of its own image, whichever captions it draws. This also holds for mixtures."""
     vocabulary = Vocabulary(("<pad>", "<bos>", "<eos>", "<unk>", "0", "1", "1001"), (0,) * 7)
     sources = [Source(7), Source(5, "others", 2000)]
     table = CaptionTable.as_references(sources, vocabulary, eos=True)
@@ -408,7 +411,7 @@ def test_references_come_whole_with_ids_for_words_that_the_model_lacks() -> None
     assert [[[names[n] for n in caption] for caption in image] for image in without.captions()] == [
         [caption.split() for caption in source.captions(i)] for source in sources for i in range(len(source))
     ]
-    # Captions that only differ in words which the model lacks are other references.
+    # References that differ only in words outside the vocabulary are other references.
 
     class Same(Source):
         def captions(self, i: int) -> tuple[str, ...]:

@@ -20,10 +20,10 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data_dir
 
 
-def test_threads_read_the_same_as_one(data_dir: Path) -> None:
+def test_many_threads_read_the_same_as_one(data_dir: Path) -> None:
     source = open_source("scenes", "train", data_dir)
     expected = list(source)
-    fresh = open_source("scenes", "train", data_dir)  # its readers open in the threads
+    fresh = open_source("scenes", "train", data_dir)  # its readers are opened in the threads
     order = list(range(len(fresh))) * 20
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(fresh.__getitem__, order)) == expected * 20
@@ -41,7 +41,7 @@ def test_captions_and_ids_agree_with_the_examples(data_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["absent", "broken", "short"])
-def test_the_index_of_captions_is_made_again(damage: str, data_dir: Path) -> None:
+def test_a_damaged_caption_index_is_rebuilt(damage: str, data_dir: Path) -> None:
     folder = describe("scenes", data_dir).folder
     index = folder / "captions_val.json"
     before = index.read_text()
@@ -56,11 +56,11 @@ def test_the_index_of_captions_is_made_again(damage: str, data_dir: Path) -> Non
     assert index.read_text() == before
 
 
-def test_what_cannot_be_opened_is_told_with_the_remedy(data_dir: Path) -> None:
+def test_errors_say_what_to_do(data_dir: Path) -> None:
     assert split_names("scenes", data_dir) == ["train", "val", "test", "test_compositional"]
     with pytest.raises(UserError, match=r"no split 'dev'; it has train, val, test, test_compositional"):
         open_source("scenes", "dev", data_dir)
-    with pytest.raises(UserError, match=r"there: scenes.*imgcap data prepare FOLDER --name flickr8k"):
+    with pytest.raises(UserError, match=r"prepared datasets: scenes.*imgcap data prepare FOLDER --name flickr8k"):
         open_source("flickr8k", "train", data_dir)
     with pytest.raises(UserError, match=r"imgcap data prepare coco$"):
         open_source("coco", "train", data_dir)
@@ -68,7 +68,7 @@ def test_what_cannot_be_opened_is_told_with_the_remedy(data_dir: Path) -> None:
         open_source("../scenes", "train", data_dir / "scenes")
 
 
-def test_the_standard_place_is_that_of_tfds(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_folder_is_that_of_tfds(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TFDS_DATA_DIR", os.fspath(data_dir))
     assert isinstance(open_source("scenes", "val")[0], CaptionExample)
 

@@ -1,4 +1,4 @@
-"""Flickr8k and the COCO subset through the folder builder."""
+"""Prepares Flickr8k and the COCO subset with the folder builder."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def test_flickr8k(shared: Path, tmp_path: Path) -> None:
         assert len(source) == count
         assert source.filenames() == [entry["filename"] for entry in entries]
         for i, entry in enumerate(entries):
-            # Spaces at the ends and doubled ones aside, sentences are as they were written.
+            # Sentences are unchanged except for leading, trailing and repeated spaces.
             raw = tuple(" ".join(sentence["raw"].split()) for sentence in entry["sentences"])
             assert source.captions(i) == raw
         for i in range(0, count, 97):

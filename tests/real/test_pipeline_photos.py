@@ -24,7 +24,7 @@ class Photo:
 
 
 class Flickr8k:
-    """As CaptionSource: the first photos of the training split, read from the folder."""
+    """A stand-in for CaptionSource: the first photos of the training split, read from the folder."""
 
     name, split = "flickr8k", "train"
 
@@ -48,7 +48,7 @@ class Flickr8k:
 
 
 class Lengths:
-    """As Vocabulary; every word is unknown."""
+    """A stand-in for Vocabulary in which every word is unknown."""
 
     def encode(self, caption: str, length: int) -> np.ndarray:
         words = min(len(caption.split()), length - 2)
@@ -61,18 +61,18 @@ def photos(shared: Path) -> Flickr8k:
 
 
 @pytest.mark.parametrize(("size", "difference"), [(96, 2.5), (48, 3.2), (24, 4.0)])
-def test_decoding_at_reduced_scale_is_close_to_decoding_in_full(photos: Flickr8k, size: int, difference: float) -> None:
+def test_decoding_at_reduced_scale_is_close_to_full_decoding(photos: Flickr8k, size: int, difference: float) -> None:
     errors = []
     for i in range(40):
         data = photos[i].image
         full = Image.open(io.BytesIO(data)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
         errors.append(decode(data, size).astype(float) - np.asarray(full))
-    # In grey levels of 255. A shift by one pixel would make more than 10; the bias tells of other colours.
+    # In grey levels of 255. A shift by one pixel would give more than 10. The mean detects a bias of the colours.
     assert np.abs(errors).mean() < difference
     assert np.abs(np.mean(errors, (1, 2, 3))).max() < 0.6
 
 
-def test_photos_of_the_wanted_size_are_decoded_exactly(photos: Flickr8k) -> None:
+def test_photos_of_the_requested_size_are_decoded_exactly(photos: Flickr8k) -> None:
     for i in range(25):
         data = photos[i].image
         with Image.open(io.BytesIO(data)) as picture:
@@ -103,9 +103,9 @@ def test_batches_of_augmented_photos(photos: Flickr8k) -> None:
         assert (batch["tokens"][:, :, 0] == 1).all()
         difference = np.abs(batch["image"].astype(float) - unchanged["image"]).mean((1, 2, 3))
         assert (difference > 2).mean() > 0.9
-        # A crop with jitter is still about the same photo.
+        # A crop with jitter still has about the same colours.
         colours = [given["image"].mean((1, 2)).ravel() for given in (batch, unchanged)]
         assert np.corrcoef(*colours)[0, 1] > 0.5
         sided += sum(names_side(photos.captions(i)) for i in batch["image_id"])
-    # Left and right are named in some captions of some photos, not in most.
+    # Some photos have a caption that names a side; most have none.
     assert 0 < sided < 60

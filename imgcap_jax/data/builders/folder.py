@@ -69,9 +69,7 @@ def _find_images(folder: Path, images: Sequence[ListedImage]) -> list[Path]:
                         by_name.setdefault(name, []).append(Path(parent, name))
             found = by_name.get(Path(image.filename).name, [])
             if len(found) > 1:
-                raise UserError(
-                    f"{image.filename}: found {len(found)} times below {folder}; list it with its path below that folder"
-                )
+                raise UserError(f"{image.filename}: found {len(found)} times below {folder}; list it with its path")
             path = found[0] if found else None
         if path is None:
             absent.append(image.filename)
@@ -191,5 +189,5 @@ class FolderBuilder(CaptionBuilder):
         if len(names) > MAX_SKIPPED * total:
             where = ", ".join(map(str, self._contents.annotation_files))
             raise UserError(
-                f"{where}: more than {MAX_SKIPPED:.0%} of its {total} {complaint}: {_first(names)}; repair or remove them"
+                f"{where}: more than {MAX_SKIPPED:.0%} of its {total} {complaint}: {_first(names)}; fix or remove them"
             )

@@ -1,1 +1,1 @@
-"""Drawn scenes: a world, its language, the truth of captions, and the builder of the dataset."""
+"""The built-in dataset of drawn scenes: the scenes, their caption grammar, truth scores, and the TFDS builder."""

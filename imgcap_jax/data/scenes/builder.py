@@ -1,4 +1,4 @@
-"""`scenes`: the embedded dataset of drawn scenes with five captions each; needs no download."""
+"""`scenes`: the built-in dataset of drawn scenes with five captions each. Needs no download."""
 
 import functools
 import hashlib
@@ -18,13 +18,13 @@ from imgcap_jax.data.scenes.language import scene_captions
 from imgcap_jax.data.scenes.world import draw_scene, sample_scene
 from imgcap_jax.errors import UserError
 
-# Scenes of a split are drawn from (split, index, seed); ids of different splits do not collide.
+# The image ids of split number s start at s * _ID_STEP, so that ids of different splits do not collide.
 _ID_STEP = 10_000_000
 
 
 @dataclass(frozen=True)
 class SceneSplits:
-    """How many scenes to draw for each split, how large (pixels a side), and from which seed."""
+    """Number of scenes per split, side length of the images in pixels, and seed."""
 
     train: int = 8000
     val: int = 500
@@ -36,9 +36,9 @@ class SceneSplits:
     def __post_init__(self) -> None:
         for split, count in self.counts.items():
             if not 1 <= count < _ID_STEP:
-                raise UserError(f"scenes: {count} scenes for the split {split!r}; give 1 or more")
+                raise UserError(f"scenes: {count} scenes for the split {split!r}; use 1 to {_ID_STEP - 1:,}")
         if not 16 <= self.image_size <= 1024:
-            raise UserError(f"scenes: image size {self.image_size}; give 16 to 1024 pixels")
+            raise UserError(f"scenes: the image size is {self.image_size}; it must be from 16 to 1024 pixels")
 
     @property
     def counts(self) -> dict[str, int]:
@@ -50,7 +50,7 @@ class SceneSplits:
         }
 
     def fingerprint(self) -> str:
-        """Of the sizes and the first scenes themselves: it changes when the drawing or the language does."""
+        """A hash of the settings and of the first scenes, so that it changes if the drawing or the captions change."""
         digest = hashlib.sha256(repr(asdict(self)).encode())
         for number, split in enumerate(self.counts):
             for index in range(8):
@@ -60,9 +60,9 @@ class SceneSplits:
 
 
 def scene_record(split: str, split_number: int, index: int, splits: SceneSplits) -> CaptionRecord:
-    """Draws one scene. Its truth goes along as JSON text under `scene`."""
+    """Draws one scene and writes its captions. The scene itself is stored as JSON text under `scene`."""
     scene = sample_scene(split, index, splits.seed)
-    # Captions of scene i must not depend on how many were drawn before it, nor repeat another split's.
+    # The captions of a scene must not depend on the number of scenes before it, nor repeat those of another split.
     caption_seed = int(np.random.SeedSequence([splits.seed, split_number, index]).generate_state(1)[0])
     first_id = (split_number * _ID_STEP + index) * 10
     return CaptionRecord(
@@ -75,14 +75,14 @@ def scene_record(split: str, split_number: int, index: int, splits: SceneSplits)
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """PNG of a picture, uint8 [h, w, 3]."""
+    """Encodes an image, uint8 [h, w, 3], as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
 
 
 class ScenesBuilder(CaptionBuilder):
-    """Draws the scenes and writes them."""
+    """Draws the scenes and writes them as a TFDS dataset."""
 
     def __init__(
         self,

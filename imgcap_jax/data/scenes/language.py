@@ -1,6 +1,6 @@
-"""The language of drawn scenes: writes true captions, reads captions back, and tells whether they are true.
+"""The language of drawn scenes: writes true captions, parses captions, and decides whether they are true.
 
-Grammar (optional parts in brackets, commas and letter case mean nothing):
+Grammar (optional parts in brackets; commas and letter case are ignored):
 
     caption   = [opening] list  |  [opening] bare [more]  |  clause [more | "and" clause]
     opening   = "a picture of" | "there is"
@@ -9,21 +9,21 @@ Grammar (optional parts in brackets, commas and letter case mean nothing):
     clause    = phrase "is" relation phrase
     more      = "and" relation phrase  |  "and there is" list
     phrase    = ("a" | "two" | "three" | "four") [size] [texture] [colour] shape
-    relation  = "left of" | "right of" | "above" | "below" and their other wordings
+    relation  = "left of" | "right of" | "above" | "below", or a synonym
 
-of at most four phrases in all.
+with at most four phrases in total.
 
 Meaning:
 
-- Each phrase names objects of its own: no object of the scene answers to two phrases of a caption.
-- Counts are exact, that of "a" too: "two red balls" is false where three red balls are, and so is "a red
-  ball" where two are. (Otherwise a model that cannot count could say "a".) A phrase means all objects that
-  fit it. Objects that no phrase names may be there; leaving them out costs facts.
-- A relation between groups holds between every member of the one and every member of the other. It compares
-  centres, which have to differ by `TRUTH_MARGIN` of the image's side; captions written here state it only
-  from `CLEAR_MARGIN` on, and along the clearer axis. After "and", a relation without a new subject is about
-  the subject of the one before it.
-- What the grammar does not read is false: vagueness buys nothing.
+- The phrases of a caption name different objects. A caption is false if an object fits two of its phrases.
+- Counts are exact, including "a": "two red balls" is false if there are three red balls, and "a red ball" is false if
+  there are two. (Otherwise a model that cannot count could always say "a".) A phrase means all objects that fit it.
+  A caption may leave out objects; it then states fewer facts.
+- A relation between two groups must hold between every member of one and every member of the other. It compares
+  centres, which must differ by at least `TRUTH_MARGIN`, as a share of the image side. Captions written here state a
+  relation only if the difference is at least `CLEAR_MARGIN`, and along the clearer axis. After "and", a relation
+  without a new subject refers to the subject of the previous relation.
+- A caption that the grammar does not cover is false, so vague captions gain nothing.
 """
 
 import re
@@ -40,7 +40,7 @@ CLEAR_MARGIN = 0.18
 MAX_WORDS = 20
 
 _NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
-# Every word for a thing, the usual one first, the everyday one (where there is one) second.
+# Synonyms: the usual word first, then the colloquial one, if there is one.
 _SHAPE_WORDS = {
     "circle": ("circle", "ball"),
     "square": ("square", "box"),
@@ -63,7 +63,7 @@ _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above
 
 @dataclass(frozen=True)
 class Phrase:
-    """Some equal objects: how many, of which shape, and what else was said about them (None: nothing)."""
+    """A group of equal objects: their number, their shape and the other stated attributes (None: not stated)."""
 
     count: int
     shape: str
@@ -82,7 +82,7 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Relation:
-    """Phrase number `subject` lies `kind` ("left", "right", "above", "below") of phrase number `object`."""
+    """Phrase number `subject` is `kind` ("left", "right", "above" or "below") of phrase number `object`."""
 
     subject: int
     kind: str
@@ -91,23 +91,23 @@ class Relation:
 
 @dataclass(frozen=True)
 class Statement:
-    """What a caption says."""
+    """The content of a caption."""
 
     phrases: tuple[Phrase, ...]
     relations: tuple[Relation, ...] = ()
 
 
 def facts(statement: Statement) -> int:
-    """The number of facts stated.
+    """The number of facts that a caption states.
 
-    One for each object named (with its shape; "two balls" are two), one for each attribute said of a phrase
-    (colour, size, texture; of "two red balls" red counts once), one for each relation.
+    One per named object (including its shape; "two balls" are two facts), one per stated attribute of a phrase
+    (colour, size, texture; in "two red balls", red counts once), and one per relation.
     """
     attributes = sum(value is not None for p in statement.phrases for value in (p.colour, p.size, p.texture))
     return sum(p.count for p in statement.phrases) + attributes + len(statement.relations)
 
 
-# --- reading ----------------------------------------------------------------------------------------------
+# --- parsing ----------------------------------------------------------------------------------------------
 
 _ATTRIBUTE_OF_WORD: dict[str, tuple[str, str]] = {
     **{word: ("colour", word) for word in _COLOUR_WORDS},
@@ -119,7 +119,7 @@ for _shape, _words in _SHAPE_WORDS.items():
     for _word in _words:
         _SHAPE_OF_WORD[_word] = (_shape, False)
         _SHAPE_OF_WORD[_PLURALS.get(_word, _word + "s")] = (_shape, True)
-# Fixed wordings with the letter that stands for them in _FORMS, longest first.
+# Fixed wordings with their letter in _FORMS, longest first.
 _WORDINGS: list[tuple[tuple[str, ...], str, str]] = sorted(
     [
         *((tuple(text.split()), "R", kind) for kind, texts in _RELATION_WORDS.items() for text in texts),
@@ -131,16 +131,16 @@ _WORDINGS: list[tuple[tuple[str, ...], str, str]] = sorted(
     ],
     key=lambda wording: -len(wording[0]),
 )
-# Captions as strings of N(oun phrase), R(elation), V(erb), A(nd), T(here is), P(icture of).
+# Captions as strings of the letters N(oun phrase), R(elation), V(erb), A(nd), T(here is), P(icture of).
 _LIST = "(N|N+AN)"
 _MORE = f"(ARN|AT{_LIST})"
 _FORMS = re.compile(f"[TP]?({_LIST}|NRN{_MORE}?)|NVRN({_MORE}|ANVRN)?")
 
 
 def parse_caption(text: str) -> Statement | None:
-    """Reads a caption, raw or tokenised (lower case, joined by blanks, no punctuation).
+    """Parses a caption, raw or tokenised (lower case, joined by spaces, no punctuation).
 
-    None where the grammar doesn't cover it, and then the caption counts as false.
+    Returns None if the grammar does not cover the caption. Such a caption counts as false.
     """
     words = text.lower().replace(",", " ").rstrip(". ").split()
     letters = ""
@@ -176,7 +176,10 @@ def parse_caption(text: str) -> Statement | None:
 
 
 def _read_phrase(words: Sequence[str]) -> tuple[Phrase, int] | None:
-    """The phrase that begins here and its number of words; adjectives in any order, one of a kind."""
+    """Parses the phrase at the start of `words`; adjectives may be in any order, at most one of each kind.
+
+    Returns the phrase and its number of words, or None if `words` does not start with a phrase.
+    """
     if not words or words[0] not in _NUMBERS:
         return None
     count = _NUMBERS[words[0]]
@@ -196,13 +199,13 @@ def _read_phrase(words: Sequence[str]) -> tuple[Phrase, int] | None:
 
 
 def is_true(statement: Statement | None, scene: Scene) -> bool:
-    """Whether everything a caption says holds of the scene, in the meaning given at the head of this module.
+    """Whether everything that a caption states is true of the scene, as defined in the docstring of this module.
 
-    None (a caption that could not be read) is false.
+    None (a caption that could not be parsed) is false.
     """
     if statement is None:
         return False
-    # Counts are exact, so that only one assignment of objects to phrases is possible: all that fit.
+    # Counts are exact, so the only possible assignment gives each phrase all objects that fit it.
     members = [[i for i, o in enumerate(scene.objects) if phrase.fits(o)] for phrase in statement.phrases]
     if any(len(group) != phrase.count for group, phrase in zip(members, statement.phrases, strict=True)):
         return False
@@ -214,7 +217,7 @@ def is_true(statement: Statement | None, scene: Scene) -> bool:
 
 
 def _distance(scene: Scene, kind: str, subject: Sequence[int], other: Sequence[int]) -> float:
-    """How far `subject` lies `kind` of `other` at their nearest members, in shares of the image's side."""
+    """The distance by which `subject` is `kind` of `other`, at their nearest members, as a share of the image side."""
     if kind in ("right", "below"):
         return _distance(scene, _OPPOSITE[kind], other, subject)
     axis = "x" if kind == "left" else "y"
@@ -225,16 +228,16 @@ def _distance(scene: Scene, kind: str, subject: Sequence[int], other: Sequence[i
 
 
 def scene_captions(scene: Scene, seed: int = 0) -> list[str]:
-    """Five different true captions of a scene, of at most 20 words; the same for the same scene and seed.
+    """Writes five different true captions of a scene, of at most 20 words each.
 
-    They name every object with shape and colour, and differ in which sizes, textures and relations they
-    state, in order, and in wording.
+    The same scene and seed give the same captions. The captions name every object with its shape and colour. They
+    differ in the sizes, textures and relations that they state, in order, and in wording.
 
     Raises:
-        ValueError: the scene holds no object, or more than four.
+        ValueError: the scene does not contain one to four objects, or five captions cannot be found.
     """
     if not 1 <= len(scene.objects) <= 4:
-        raise ValueError(f"captions can be written of one to four objects, not of {len(scene.objects)}")
+        raise ValueError(f"a scene must contain one to four objects; this one contains {len(scene.objects)}")
     sequence = np.random.SeedSequence([seed, zlib.crc32(scene.to_json().encode())])
     rng = np.random.Generator(np.random.Philox(sequence))
     captions: list[str] = []
@@ -245,21 +248,21 @@ def scene_captions(scene: Scene, seed: int = 0) -> list[str]:
             captions.append(caption)
         if len(captions) == 5:
             return captions
-    raise ValueError(f"found no five different true captions of the scene {scene.to_json()}")
+    raise ValueError(f"cannot find five different true captions of the scene {scene.to_json()}")
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Objects that one phrase names."""
+    """The objects that one phrase names."""
 
     phrase: Phrase
     members: tuple[int, ...]
 
 
 def _write(scene: Scene, rng: np.random.Generator) -> str:
-    """Draws one caption; it may be too long, or false where objects differ only in what it leaves unsaid."""
-    # What is said is drawn once a caption, and so are the words for it: people are consistent within a
-    # sentence, and a network learns a regular language sooner. With many groups less is said of each.
+    """Writes a random caption. It may be too long, or false if objects differ only in what it leaves out."""
+    # The kinds of attributes and the words for them are drawn once per caption: people are consistent within a
+    # sentence, and a network learns a regular language sooner. With many groups, fewer attributes are stated.
     many = len({(o.shape, o.colour) for o in scene.objects}) >= 3
     sizes, textures = pick_weighted(
         rng,
@@ -274,7 +277,7 @@ def _write(scene: Scene, rng: np.random.Generator) -> str:
     said = [_say(group.phrase, everyday=everyday) for group in groups]
 
     def relate(a: int, b: int, *, verb: bool) -> str:
-        """The words " left of a box", or " is left of a box"; none where nothing is clear."""
+        """The text " left of a box" or " is left of a box", or "" if no relation is clear."""
         kind = _clear_relation(scene, groups[a].members, groups[b].members)
         if kind is None:
             return ""
@@ -304,7 +307,7 @@ def _write(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _group(scene: Scene, *, sizes: bool, textures: bool) -> list[_Group]:
-    """The objects by what will be said of them, from left to right."""
+    """Groups the objects by the attributes that the caption states, from left to right."""
     members: dict[tuple[str, str, str | None, str | None], list[int]] = {}
     for i, o in enumerate(scene.objects):
         texture = o.texture if textures and o.texture != "plain" else None
@@ -314,7 +317,7 @@ def _group(scene: Scene, *, sizes: bool, textures: bool) -> list[_Group]:
 
 
 def _clear_relation(scene: Scene, subject: Sequence[int], other: Sequence[int]) -> str | None:
-    """The relation that is most plainly seen between two groups; None where none is beyond doubt."""
+    """The clearest relation between two groups, or None if none reaches `CLEAR_MARGIN`."""
     kind = max(_OPPOSITE, key=lambda kind: _distance(scene, kind, subject, other))
     return kind if _distance(scene, kind, subject, other) >= CLEAR_MARGIN else None
 

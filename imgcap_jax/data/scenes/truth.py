@@ -1,4 +1,4 @@
-"""How true captions of drawn scenes are: the second score of the embedded dataset, beside CIDEr-D."""
+"""Truth scores for captions of drawn scenes: the second metric of the built-in dataset, in addition to CIDEr-D."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +15,17 @@ Id = TypeVar("Id", bound=Hashable)
 
 @dataclass(frozen=True)
 class TruthScores:
-    """How true a set of captions is of its scenes; shares are 0..1.
+    """How true captions are of their scenes. Shares are 0..1.
 
     Attributes:
-        captions: number of captions judged.
-        true: share entirely true; a caption that cannot be read is not.
-        parseable: share that the grammar covers.
-        facts: mean number of facts a caption states, true or not; none where it cannot be read.
-        fact_ratio: `facts` over the mean of the references (each image's references averaged first).
-        discrimination: how well a caption picks its own scene among ten similar ones, itself and nine others
-            of the split: 1/k if it is true of its own and of k - 1 others, 0 if it is false of its own.
+        captions: number of captions.
+        true: share of captions that are entirely true. A caption that cannot be parsed is not true.
+        parseable: share of captions that the grammar covers.
+        facts: mean number of facts per caption, true or not; 0 for a caption that cannot be parsed.
+        fact_ratio: `facts` divided by the mean of the references (averaged per image first).
+        discrimination: how well a caption identifies its own scene among ten similar ones, its own and nine others
+            of the split. Mean over captions of 1/k if the caption is true of its own scene and of k - 1 others, and
+            of 0 if it is false of its own.
     """
 
     captions: int
@@ -38,12 +39,12 @@ class TruthScores:
 def judge(
     captions: Mapping[Id, str], scenes: Mapping[Id, Scene], references: Mapping[Id, Sequence[str]]
 ) -> TruthScores:
-    """Judges captions by the truth of their scenes.
+    """Computes the truth scores of captions.
 
-    `scenes` are those of the whole split: the similar scenes for `discrimination` are taken from them.
+    `scenes` must be those of the whole split, because the similar scenes for `discrimination` are taken from them.
 
     Raises:
-        ValueError: there are no captions, or one is of an image without scene or references.
+        ValueError: there are no captions, or the image of a caption has no scene or no references.
     """
     missing = [i for i in captions if i not in scenes or not references.get(i)]
     if not captions or missing:
@@ -67,15 +68,16 @@ def judge(
 def _facts_of(reference: str) -> int:
     statement = parse_caption(reference)
     if statement is None:
-        raise ValueError(f"a reference that the grammar of scenes does not cover: {reference!r}")
+        raise ValueError(f"the grammar of scenes does not cover the reference {reference!r}")
     return facts(statement)
 
 
 def similar_scenes(scenes: Mapping[Id, Scene], of: Sequence[Id], count: int = 9) -> dict[Id, list[Id]]:
-    """For each scene in `of` its `count` most similar others, most similar first (or all, where fewer).
+    """For each scene in `of`, its `count` most similar other scenes (or all, if there are fewer), most similar first.
 
-    Scenes of the same number of objects come first, among them those whose objects, matched one to one as
-    well as can be, share the most attributes (shape, colour, size, texture); ties go by the ids as text.
+    Scenes with the same number of objects come first, sorted by the number of attributes (shape, colour, size,
+    texture) that the objects share under the best one-to-one matching. Ties are broken by the ids as text. Scenes
+    with other numbers of objects follow, the closest number first.
     """
     codes: dict[str, int] = {}
     by_number: dict[int, tuple[list[Id], np.ndarray]] = {}

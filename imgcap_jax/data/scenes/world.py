@@ -1,11 +1,10 @@
-"""The world of the embedded dataset: scenes of one to four drawn objects, whose truth is known.
+"""The scenes of the built-in dataset: one to four drawn objects with known attributes and positions.
 
-A scene is sampled from (seed, split, index), so that any scene can be made again alone and in any process.
-Objects come in groups of equal objects ("two small red balls"); no two groups of a scene share both colour
-and shape, which keeps counts unambiguous. The attribute pairs in `HELD_OUT` never occur in train, val or
-test; each scene of `test_compositional` has one group with such a pair, and other pairs that training knows.
-The idea of a drawn world with held-out pairs is that of CLEVR-CoGenT (Johnson et al., 2017) and ShapeWorld
-(Kuhnle and Copestake, 2017).
+A scene is sampled from (seed, split, index), so that any scene can be reproduced on its own and in any process.
+Objects come in groups of equal objects ("two small red balls"). No two groups of a scene share both colour and shape,
+which keeps counts unambiguous. The attribute pairs in `HELD_OUT` never occur in train, val or test. Each scene of
+`test_compositional` has one group with such a pair; its other pairs also occur in training. Drawn scenes with
+held-out pairs follow CLEVR-CoGenT (Johnson et al., 2017) and ShapeWorld (Kuhnle and Copestake, 2017).
 """
 
 import functools
@@ -29,10 +28,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (22, 22, 24),
     "white": (250, 250, 250),
 }
-# Half of an object's extent as a share of the image's side; far enough apart that a size is never in doubt.
+# Half of an object's extent as a share of the image side. The ranges are far enough apart to be unambiguous.
 RADII: dict[str, tuple[float, float]] = {"small": (0.13, 0.145), "large": (0.215, 0.24)}
-_INK = (20, 20, 28)  # the outlines
-_LINE = 0.1  # their width as a share of the radius
+_INK = (20, 20, 28)  # colour of the outlines
+_LINE = 0.1  # width of the outlines as a share of the radius
 TEXTURES = ("plain", "striped", "dotted")
 HELD_OUT: tuple[tuple[str, str], ...] = (
     ("red", "star"),
@@ -44,7 +43,7 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
 )
 SPLITS = ("train", "val", "test", "test_compositional")
 
-# Sizes of the groups of a scene, with their probabilities; 2.7 objects a scene on average.
+# Sizes of the groups of a scene, with their probabilities; 2.7 objects per scene on average.
 _GROUPINGS: tuple[tuple[tuple[int, ...], float], ...] = (
     ((1,), 0.05),
     ((2,), 0.09),
@@ -56,7 +55,7 @@ _GROUPINGS: tuple[tuple[tuple[int, ...], float], ...] = (
     ((1, 1, 1), 0.10),
     ((2, 1, 1), 0.03),
 )
-# Two objects overlap a little at most: their centres are at least this share of the sum of their radii apart.
+# Objects overlap only a little: the distance of two centres is at least this share of the sum of their radii.
 _MIN_DISTANCE = 0.75
 _SUPERSAMPLING = 4
 
@@ -65,7 +64,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object. x, y (of the centre, from the top left) and radius are shares of the image's side."""
+    """One object. x, y (of the centre, from the top left) and radius are shares of the image side."""
 
     shape: str
     colour: str
@@ -78,7 +77,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Background:
-    """A linear gradient from RGB `start` to `end` (0..255) towards `angle` (radians); plain if equal."""
+    """A linear gradient from RGB `start` to `end` (0..255) towards `angle` (radians); plain if both are equal."""
 
     start: tuple[int, int, int]
     end: tuple[int, int, int]
@@ -87,23 +86,23 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; later objects lie over earlier ones."""
+    """The content of an image. Later objects are drawn over earlier ones."""
 
     objects: tuple[SceneObject, ...]
     background: Background
 
     def to_json(self) -> str:
-        """The scene as one short line of JSON; `from_json` gives the equal scene back."""
+        """The scene as one short line of JSON; `from_json` restores an equal scene."""
         objects = [[o.shape, o.colour, o.size, o.texture, o.x, o.y, o.radius] for o in self.objects]
         background = [self.background.start, self.background.end, self.background.angle]
         return json.dumps({"objects": objects, "background": background}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Scene":
-        """The scene that `to_json` wrote.
+        """Parses the output of `to_json`.
 
         Raises:
-            ValueError: the text is no scene, or names a shape, colour, size or texture unknown here.
+            ValueError: the text is not a scene, or contains an unknown shape, colour, size or texture.
         """
         try:
             fields = json.loads(text)
@@ -119,28 +118,28 @@ class Scene:
 
 
 def is_held_out(shape: str, colour: str, texture: str) -> bool:
-    """Whether training never shows this colour or this texture on this shape."""
+    """Whether this colour or this texture never occurs with this shape in training."""
     return (colour, shape) in HELD_OUT or (texture, shape) in HELD_OUT
 
 
 def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
-    """Scene number `index` of a split: one to four objects, 2.6 to 2.8 on average.
+    """Samples scene number `index` of a split: one to four objects, 2.6 to 2.8 on average.
 
-    In a test split of 1,000 scenes the average is at least 2.5, by five standard errors and more.
+    In a test split of 1,000 scenes, the average is above 2.5 by at least five standard errors.
 
-    The same arguments give the same scene in every process, and different splits share no random numbers.
+    The same arguments give the same scene in every process. Different splits share no random numbers.
 
     Raises:
-        ValueError: unknown split, or negative index or seed.
+        ValueError: the split is unknown, or the index or the seed is negative.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r} of scenes; there are {', '.join(SPLITS)}")
+        raise ValueError(f"unknown split {split!r} of scenes; the splits are {', '.join(SPLITS)}")
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, SPLITS.index(split), index])))
     objects: list[SceneObject] | None = None
     while objects is None:
         counts = pick_weighted(rng, _GROUPINGS)
         kinds = _sample_kinds(rng, len(counts), compositional=split == "test_compositional")
-        # Which group is the bigger one, and what lies over what, must not tell which pair is held out.
+        # Neither the group sizes nor the drawing order may reveal which group has the held-out pair.
         kinds = [kinds[i] for i in rng.permutation(len(kinds))]
         members = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
         objects = _place(rng, [members[i] for i in rng.permutation(len(members))])
@@ -161,7 +160,7 @@ def pick_weighted(rng: np.random.Generator, items: Sequence[tuple[T, float]]) ->
 
 
 def _sample_kinds(rng: np.random.Generator, count: int, *, compositional: bool) -> list[SceneObject]:
-    """`count` kinds of object, yet without a place, no two of the same colour and shape."""
+    """Samples `count` kinds of objects, without positions, no two with the same colour and shape."""
     kinds: list[SceneObject] = []
     while len(kinds) < count:
         shape, colour, size = pick(rng, SHAPES), pick(rng, tuple(COLOURS)), pick(rng, tuple(RADII))
@@ -180,7 +179,7 @@ def _sample_kinds(rng: np.random.Generator, count: int, *, compositional: bool) 
 
 
 def _place(rng: np.random.Generator, kinds: Sequence[SceneObject]) -> list[SceneObject] | None:
-    """Gives the objects their places at random; None where no room was found."""
+    """Gives the objects random positions. Returns None if an object finds no free position."""
     placed: list[SceneObject] = []
     for kind in kinds:
         low, high = RADII[kind.size]
@@ -196,7 +195,7 @@ def _place(rng: np.random.Generator, kinds: Sequence[SceneObject]) -> list[Scene
 
 
 def _sample_background(rng: np.random.Generator) -> Background:
-    """Greyish and lighter than the outlines, darker than white, so that every object stands out."""
+    """Samples a greyish background, lighter than the outlines and darker than white, so that all objects stand out."""
     start, end = _sample_grey(rng), _sample_grey(rng)
     if rng.random() < 0.5:
         return Background(start, start, 0.0)
@@ -210,7 +209,7 @@ def _sample_grey(rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def draw_scene(scene: Scene, size: int = 64) -> np.ndarray:
-    """The picture of a scene, anti-aliased: uint8 [size, size, 3]."""
+    """Draws a scene, anti-aliased: uint8 [size, size, 3]."""
     side = size * _SUPERSAMPLING
     canvas = _draw_background(scene.background, side)
     for o in scene.objects:
@@ -235,17 +234,17 @@ def _draw_background(background: Background, side: int) -> Image.Image:
 
 
 def _second_tone(colour: str) -> tuple[int, int, int]:
-    """The colour of stripes and dots: white, and greys on white and black."""
+    """The colour of stripes and dots: white, except for grey on white and black objects."""
     if colour == "white":
         return (70, 70, 74)
-    if colour == "black":  # white marks would make it the same as a white object with black ones
+    if colour == "black":  # with white marks it would look like a white object with black marks
         return (176, 176, 172)
-    return (250, 250, 250)  # dark marks on yellow or orange would mix with it to green or red
+    return (250, 250, 250)  # dark marks on yellow or orange would blend into green or red
 
 
 @functools.lru_cache(maxsize=2048)
 def _outline(shape: str, radius: int) -> Image.Image:
-    """The mask of a shape, L [2 radius, 2 radius]; cached, as scenes share few shapes and radii."""
+    """The mask of a shape, mode L [2 radius, 2 radius]. Cached, because scenes share few shapes and radii."""
     mask = Image.new("L", (2 * radius, 2 * radius), 0)
     draw = ImageDraw.Draw(mask)
     if shape in ("circle", "ring"):
@@ -259,7 +258,7 @@ def _outline(shape: str, radius: int) -> Image.Image:
 
 
 def _corners(shape: str) -> list[tuple[float, float]]:
-    """The corners of a shape around the origin, y downwards, within -1..1."""
+    """The corners of a shape around the origin, within -1..1; y points downwards."""
     if shape == "square":
         return [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]
     if shape == "triangle":
@@ -272,9 +271,9 @@ def _corners(shape: str) -> list[tuple[float, float]]:
 
 @functools.lru_cache(maxsize=2048)
 def _inside(shape: str, radius: int) -> Image.Image:
-    """The mask of a shape less its dark outline, L [2 radius, 2 radius]."""
+    """The mask of a shape without its dark outline, mode L [2 radius, 2 radius]."""
     width = max(1, round(_LINE * radius))
-    # What remains of the shape when its border is eaten away, the same width on every side.
+    # Erodes the shape by the same width on every side.
     padded = Image.new("L", (2 * radius + 2, 2 * radius + 2), 0)
     padded.paste(_outline(shape, radius), (1, 1))
     for _ in range(width):
@@ -284,10 +283,10 @@ def _inside(shape: str, radius: int) -> Image.Image:
 
 @functools.lru_cache(maxsize=2048)
 def _pattern(shape: str, texture: str, size: str, radius: int) -> Image.Image:
-    """The mask of the stripes or dots within a shape's outline, L [2 radius, 2 radius]; cached."""
+    """The mask of the stripes or dots within a shape's outline, mode L [2 radius, 2 radius]. Cached."""
     mask = Image.new("L", (2 * radius, 2 * radius), 0)
     draw = ImageDraw.Draw(mask)
-    # Fewer, relatively broader marks on a small object: less than two pixels would not be seen at 64 px.
+    # Small objects have fewer and relatively wider marks: marks below two pixels would be invisible at 64 px.
     period = radius * (0.62 if size == "small" else 0.46)
     steps = range(-8, 9)
     if texture == "striped":

@@ -1,4 +1,4 @@
-"""Captions of drawn scenes: every caption written is true, and the judge can't be talked round."""
+"""Captions of drawn scenes: every caption written is true, and the truth scores cannot be gamed."""
 
 import itertools
 import random
@@ -16,7 +16,7 @@ GREY = Background((128, 128, 128), (128, 128, 128), 0.0)
 
 
 def _scene(*objects: tuple[str, float, float]) -> Scene:
-    """A scene from ("large plain red circle", x, y), ..."""
+    """Makes a scene from ("large plain red circle", x, y), ..."""
     made = []
     for words, x, y in objects:
         size, texture, colour, shape = words.split()
@@ -53,7 +53,7 @@ def test_same_captions_in_every_process_and_version() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_captions_are_five_true_different_and_name_everything(split: str) -> None:
+def test_five_captions_differ_are_true_and_name_every_object(split: str) -> None:
     words: set[str] = set()
     lengths = []
     for i in range(300):
@@ -117,8 +117,8 @@ SWAPS: dict[str, list[str]] = {
 
 
 def test_one_wrong_word_makes_a_caption_false() -> None:
-    # Captions written here name every object with its colour and shape, and no two phrases agree in both, so
-    # that no change of one word can happen to be true as well.
+    # The captions name every object with its colour and shape, and no two phrases share both. A caption with one
+    # changed word therefore cannot be true as well.
     changed = 0
     for i in range(150):
         scene = sample_scene("val", i)
@@ -147,19 +147,19 @@ def test_one_wrong_word_makes_a_caption_false() -> None:
         ("a red circle is left of a blue square and below two green stars", False),
         ("there are two small green stars and a red circle", True),
         ("two small green stars are below a red circle and there is a striped blue square", True),
-        # every member counts: only one of the two stars is right of the ball
+        # a relation must hold for every member: only one of the two stars is right of the ball
         ("two green stars left of a blue square", True),
         ("two green stars right of a red circle", False),
         ("a dotted green star right of a red circle", True),
         ("a blue square right of a red circle and there are two green stars", True),
-        # counts are exact, and so is "a"
+        # counts are exact, including "a"
         ("a green star", False),
         ("a dotted green star", True),
         ("three green stars", False),
         ("two dotted green stars", False),
         ("a red circle and a red circle", False),
         ("a red circle and a circle", False),
-        # differences that nobody would see: 0.05 of the picture
+        # differences that are too small: 0.05 of the image side
         ("a blue square above a red circle", False),
         ("a red circle below a blue square", False),
     ],
@@ -217,7 +217,7 @@ def test_facts() -> None:
 
 
 def _oracle(phrases: list[tuple[int, dict[str, str]]], relation: tuple[str, str] | None, scene: Scene) -> bool:
-    """Truth by trying every assignment of objects to phrases; counts compared with all objects that fit."""
+    """Decides truth by trying every assignment of objects to phrases. Counts are compared with all fitting objects."""
     fits = [[all(getattr(o, k) == v for k, v in said.items()) for o in scene.objects] for _, said in phrases]
     slots = [p for p, (count, _) in enumerate(phrases) for _ in range(count)]
     for chosen in itertools.permutations(range(len(scene.objects)), len(slots)):
@@ -250,7 +250,7 @@ def test_truth_agrees_with_trying_every_assignment() -> None:
     }
     outcomes = [0, 0]
     for _ in range(4000):
-        # A small world, so that phrases often fit several objects and each other's.
+        # Few attributes, so that phrases often fit several objects, including those of the other phrase.
         objects = [
             (
                 f"{rng.choice(['small', 'large'])} {rng.choice(['plain', 'striped'])} "
@@ -263,7 +263,7 @@ def test_truth_agrees_with_trying_every_assignment() -> None:
         scene = _scene(*objects)
         phrases, texts = [], []
         for _ in range(rng.randint(1, 2)):
-            # Most phrases are read off an object, or hardly any would be true.
+            # Phrases describe an object of the scene; otherwise hardly any would be true.
             words = dict(zip(("size", "texture", "colour", "shape"), rng.choice(objects)[0].split(), strict=True))
             said = {k: v for k, v in words.items() if k == "shape" or (v != "plain" and rng.random() < 0.6)}
             count = rng.choice([1, 1, 1, 2, 3])
@@ -278,7 +278,7 @@ def test_truth_agrees_with_trying_every_assignment() -> None:
     assert min(outcomes) > 300
 
 
-def test_judge_of_references_and_of_the_wrong_ones() -> None:
+def test_scores_of_own_references_and_of_those_of_other_images() -> None:
     scenes = {i: sample_scene("test", i) for i in range(100)}
     references = {i: scene_captions(scene) for i, scene in scenes.items()}
     own = judge({i: texts[0] for i, texts in references.items()}, scenes, references)
@@ -291,8 +291,8 @@ def test_judge_of_references_and_of_the_wrong_ones() -> None:
     assert shifted.discrimination < 0.05
 
 
-def test_judge_punishes_vagueness() -> None:
-    # Ten scenes that differ only in where the star is: above the ring in five of them, below it in five.
+def test_vague_captions_score_lower() -> None:
+    # Ten scenes that differ only in the position of the star: above the ring in five scenes, below it in the others.
     scenes = {
         i: _scene(
             ("small plain red star", 0.05 * i + 0.2, 0.2 if i < 5 else 0.8),
@@ -313,7 +313,7 @@ def test_judge_punishes_vagueness() -> None:
     assert mixed.discrimination == pytest.approx((1 / 10 + 0 + 0 + 1 / 10) / 4)
 
 
-def test_judge_wants_scene_and_references_of_every_caption() -> None:
+def test_judge_needs_the_scene_and_references_of_every_caption() -> None:
     with pytest.raises(ValueError, match="without scene or references"):
         judge({1: "a star"}, {2: FOUR}, {1: ["a red circle"]})
 

@@ -1,4 +1,4 @@
-"""The drawn world: the same scenes everywhere, held-out pairs kept apart, pictures that show the truth."""
+"""Drawn scenes: the same in every process, held-out pairs only in their split, images that match the scene."""
 
 import itertools
 import json
@@ -64,12 +64,12 @@ def _has_held_out_pair(scene: Scene) -> bool:
     return any((a, o.shape) in HELD_OUT for o in scene.objects for a in (o.colour, o.texture))
 
 
-def test_held_out_pairs_are_never_trained_and_always_in_the_compositional_split() -> None:
+def test_held_out_pairs_occur_only_in_the_compositional_split() -> None:
     for split in ("train", "val", "test"):
         assert not any(_has_held_out_pair(sample_scene(split, i)) for i in range(3000))
     compositional = [sample_scene("test_compositional", i) for i in range(1000)]
     assert all(map(_has_held_out_pair, compositional))
-    # Every pair is tested, and every colour and texture of every shape that isn't held out can be learnt.
+    # Every held-out pair is tested. Every other pair of a colour or texture with a shape occurs in training.
     seen = {(a, o.shape) for s in compositional for o in s.objects for a in (o.colour, o.texture)}
     assert set(HELD_OUT) <= seen
     trained = {
@@ -93,7 +93,10 @@ def test_groups_differ_in_colour_or_shape() -> None:
 
 
 def _silhouette(scene: Scene, i: int, *, alone: bool = False) -> np.ndarray:
-    """How much of each pixel object i fills within its outline, 0..1 [64, 64]: what changes as it turns white."""
+    """The share of each pixel that object i fills within its outline, 0..1 [64, 64].
+
+    It is measured by the difference between the object in white and in black.
+    """
     pictures = []
     for colour in ("black", "white"):
         objects = [replace(o, colour=colour, texture="plain") if j == i else o for j, o in enumerate(scene.objects)]
@@ -102,7 +105,7 @@ def _silhouette(scene: Scene, i: int, *, alone: bool = False) -> np.ndarray:
     return (pictures[1] - pictures[0]) / (np.mean(COLOURS["white"]) - np.mean(COLOURS["black"]))
 
 
-def test_every_object_is_mostly_visible_and_within_the_picture() -> None:
+def test_every_object_is_mostly_visible_and_within_the_image() -> None:
     overlaps = 0
     for index in range(150):
         scene = sample_scene("test", index)
@@ -114,7 +117,7 @@ def test_every_object_is_mostly_visible_and_within_the_picture() -> None:
     assert overlaps > 10
 
 
-def test_objects_are_drawn_where_and_as_large_as_the_scene_says() -> None:
+def test_objects_are_drawn_with_the_position_and_size_of_the_scene() -> None:
     for shape in SHAPES:
         o = SceneObject(shape, "red", "large", "plain", x=0.3, y=0.65, radius=0.2)
         difference = np.abs(draw_scene(Scene((o,), GREY)).astype(int) - draw_scene(Scene((), GREY))).max(-1)
@@ -131,7 +134,7 @@ def test_plain_objects_have_their_colour() -> None:
         scene = sample_scene("test", index)
         picture = draw_scene(scene)
         for i, o in enumerate(scene.objects):
-            # A point inside: the middle, or for a ring the middle of its band.
+            # A point inside the object: its centre, or for a ring the middle of its band.
             x, y = o.x, o.y - (0.74 * o.radius if o.shape == "ring" else 0)
             covered = any(math.hypot(x - p.x, y - p.y) < p.radius + 0.02 for p in scene.objects[i + 1 :])
             if o.texture == "plain" and not covered:
@@ -144,7 +147,7 @@ def test_plain_objects_have_their_colour() -> None:
 
 
 @pytest.mark.parametrize("size", ["small", "large"])
-def test_attributes_can_be_told_apart_at_64_pixels(size: str) -> None:
+def test_attributes_are_distinguishable_at_64_pixels(size: str) -> None:
     radius = RADII[size][0]
     inside = slice(int(64 * (0.5 - radius)), math.ceil(64 * (0.5 + radius)))
 
@@ -165,7 +168,7 @@ def test_attributes_can_be_told_apart_at_64_pixels(size: str) -> None:
     palette = np.array([*(COLOURS[colour] for colour in chromatic), (0, 0, 0), (128, 128, 128), (255, 255, 255)], float)
     for shape, texture in itertools.product(SHAPES, ("striped", "dotted")):
         for n, colour in enumerate(chromatic):
-            # Outline and marks are black, grey or white: the hue seen most is the object's own.
+            # Outlines and marks are black, grey or white, so the most frequent hue is that of the object.
             distances = np.abs(crop(shape, colour, texture)[:, :, None] - palette).sum(-1)
             counts = np.bincount(distances.argmin(-1).ravel(), minlength=len(palette))[: len(chromatic)]
             assert counts.argmax() == n, (shape, texture, colour)
@@ -173,7 +176,7 @@ def test_attributes_can_be_told_apart_at_64_pixels(size: str) -> None:
         assert brightness["white"] > brightness["black"] + 10, (shape, texture)
 
 
-def test_size_of_the_picture() -> None:
+def test_size_of_the_image() -> None:
     scene = sample_scene("test", 0)
     large = draw_scene(scene, 128)
     assert large.shape == (128, 128, 3)
@@ -182,7 +185,7 @@ def test_size_of_the_picture() -> None:
     assert np.abs(halved - draw_scene(scene, 64)).mean() < 4
 
 
-def test_gradient_runs_the_way_it_points() -> None:
+def test_gradient_has_the_direction_of_its_angle() -> None:
     picture = draw_scene(Scene((), Background((100, 100, 100), (160, 160, 160), math.pi / 2))).astype(int)
     assert (np.diff(picture[:, 0, 0]) >= 0).all()
     assert np.ptp(picture[5, :, 0]) <= 1
