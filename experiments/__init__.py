@@ -1,1 +1,1 @@
-"""Experiments that come with the package: one file an experiment."""
+"""Experiments that come with the package, one file per experiment."""

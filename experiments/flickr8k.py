@@ -1,22 +1,14 @@
-"""Flickr8k with a frozen EfficientNet-Lite2 and soft attention (Xu et al. 2015).
+"""Flickr8k: frozen EfficientNet-Lite2 and soft attention (Xu et al. 2015).
 
     imgcap data prepare PATH/TO/flickr8k --name flickr8k
     imgcap train flickr8k
     imgcap evaluate runs/flickr8k --split val --beam 3
 
-Soft attention is the best of seven decoders in equal time (experiments/flickr8k_*.py, the table in BENCHMARKS.md).
-What follows was measured before training steps became faster and drew other dropout masks.
+Photos are resized to 256 pixels, which gives an 8 x 8 grid of regions. Soft attention was the best of seven decoders in
+equal time (experiments/flickr8k_*.py).
 
-Measured on 2 cores of an AMD EPYC, float32, Karpathy's split, photos of 224 x 224 pixels (aspect ratio not kept)
-brought to 256 for an 8 x 8 grid of regions: features of 6,000 images x 4 views in 3.9 minutes (104 images/s, 3.9 GB),
-then 15 epochs in 27 minutes (about 370 captions/s, 80 s an epoch; other jobs shared the cores for the second half).
-
-Validation, 1,000 images, beam 3, seed 0 (one run), the checkpoint after epoch 10, selected by greedy CIDEr-D (53.4,
-BLEU-4 20.1): BLEU-4 22.1, ROUGE-L 47.2, CIDEr-D 55.3. With --length-norm 0.7: 21.8, 47.4 and 55.4; with 0.9: 21.3, 47.3
-and 55.2. The length norm was chosen on these same images; the test split was not seen.
-
-Trained again after that change, seed 0, at about 570 captions/s: greedy CIDEr-D 51.9; beam 3 BLEU-4 22.2, METEOR 21.1,
-ROUGE-L 47.4, CIDEr-D 55.9. It is where `flickr8k_scst` starts.
+Scores on validation, 1,000 photos, seed 0: greedy CIDEr-D 51.9; beam 3 CIDEr-D 55.9, BLEU-4 22.2,
+METEOR 21.1, ROUGE-L 47.4. Time and hardware: BENCHMARKS.md. The length norm of 0.5 was chosen on the same photos.
 """
 
 from imgcap_jax.data.images import Augmentation

@@ -1,10 +1,10 @@
-"""Flickr8k with attention on attention (Huang et al. 2019): a row of the table in BENCHMARKS.md.
+"""Flickr8k with attention on attention (Huang et al. 2019), for the comparison of decoders in BENCHMARKS.md.
 
-Two refining layers, where the paper has six for twenty times the photos.
+Two refining layers; the paper has six, for twenty times as many photos.
 
-imgcap data prepare PATH/TO/flickr8k --name flickr8k
-imgcap train flickr8k_aoa
-imgcap evaluate runs/flickr8k_aoa --split val --beam 3
+    imgcap data prepare PATH/TO/flickr8k --name flickr8k
+    imgcap train flickr8k_aoa
+    imgcap evaluate runs/flickr8k_aoa --split val --beam 3
 """
 
 from dataclasses import replace

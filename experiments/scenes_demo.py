@@ -1,13 +1,11 @@
-"""Drawn scenes, from scratch, in a few minutes on a laptop's CPU.
+"""Drawn scenes, trained from scratch, in a few minutes on a laptop's CPU. The main job of scripts/demo.sh.
 
     imgcap data prepare scenes
     imgcap train scenes_demo
+    imgcap evaluate runs/scenes_demo --split test
 
-Measured by scripts/demo.sh on 2 cores of an AMD EPYC, float32: 228 s after installation (about 1,650 captions/s).
-Beam 3, seed 0 (one run), 500 scenes each: test 74.4 % of the captions entirely true, CIDEr-D 464.5, facts 104 % of the
-references', own scene among ten similar ones 69.5 %; test_compositional 41.8 % true, CIDEr-D 403.8, facts 103 %,
-own scene 34.3 %. The settings were chosen by scores on test scenes of earlier drawings, so these are a little
-optimistic.
+Scores on 500 test scenes, beam 3, seed 0: CIDEr-D 464.2, 74.8 % of the captions entirely true. Other splits, time and
+hardware: BENCHMARKS.md.
 """
 
 from imgcap_jax.data.pipeline import CaptionData

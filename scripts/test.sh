@@ -12,6 +12,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
 mypy
+lint-imports
 if [ "${1:-}" = --all ]; then
   shift
   pytest "$@"

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from imgcap_jax.decoding.decoded import Decoded, StepFn
+from imgcap_jax.decoding.limits import check_limits
 from imgcap_jax.decoding.rules import LOWEST, Rule
 from imgcap_jax.decoding.search import (
     Choice,
     LengthPenalty,
-    check_search,
+    check_carry,
     decoded,
     group_search,
     merged,
     top_continuations,
 )
-from imgcap_jax.errors import UserError
 
 
 def beam_search(
@@ -113,13 +113,10 @@ def diverse_beam_search(
             diversity is negative.
         ValueError: the leaves of the carry do not all start with [B,K].
     """
-    if beam < 1:
-        raise UserError(f"decoding: beam is {beam}; it must be at least 1")
-    if groups < 1 or beam % groups:
-        raise UserError(f"decoding: groups is {groups}; it must be at least 1 and divide beam ({beam})")
-    if diversity < 0:
-        raise UserError(f"decoding: diversity is {diversity}; it must be at least 0")
-    check_search(carry, beam, max_steps, length_norm, n_best)
+    check_limits(
+        beam=beam, groups=groups, diversity=diversity, max_steps=max_steps, length_norm=length_norm, n_best=n_best
+    )
+    check_carry(carry, beam)
     width = beam // groups
 
     def choose(totals: Array) -> Choice:

@@ -9,12 +9,13 @@ import numpy as np
 from jax import Array
 
 from imgcap_jax.decoding.decoded import Decoded, StepFn
+from imgcap_jax.decoding.limits import check_limits
 from imgcap_jax.decoding.rules import FORBIDDEN, LOWEST, Rule
 from imgcap_jax.decoding.search import (
     Choice,
     Hypotheses,
     LengthPenalty,
-    check_search,
+    check_carry,
     decoded,
     group_search,
     merged,
@@ -77,9 +78,8 @@ def constrained_beam_search(
             words.
         ValueError: the leaves of the carry do not all start with [B,K*2**n].
     """
-    if beam < 1:
-        raise UserError(f"decoding: beam is {beam}; it must be at least 1")
-    check_search(carry, constrained_rows(beam, words), max_steps, length_norm, n_best)
+    check_limits(beam=beam, max_steps=max_steps, length_norm=length_norm, n_best=n_best)
+    check_carry(carry, constrained_rows(beam, words))
     states = 2 ** len(words)
     complete = states - 1  # bit i of a state is set if word i has occurred
 

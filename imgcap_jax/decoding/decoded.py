@@ -7,8 +7,6 @@ from typing import Any
 import jax
 from jax import Array
 
-from imgcap_jax.errors import UserError
-
 StepFn = Callable[[Any, Array], tuple[Any, Array]]
 """(carry, tokens int32 [B,M]) -> (carry, logits [B,M,V]): takes the last words, returns the logits of the next."""
 
@@ -44,9 +42,3 @@ def parallel_shape(carry: Any) -> tuple[int, int]:
     if len(shapes) != 1 or len(shape := shapes.pop()) != 2:
         raise ValueError(f"all leaves of the carry must start with the same [B,M]; they start with {sorted(shapes)}")
     return shape[0], shape[1]
-
-
-def check_steps(max_steps: int) -> None:
-    """Raises UserError if max_steps is below 1."""
-    if max_steps < 1:
-        raise UserError(f"decoding: max_steps is {max_steps}; it must be at least 1 (it counts words and eos)")

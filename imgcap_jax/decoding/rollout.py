@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from imgcap_jax.decoding.decoded import Decoded, StepFn, check_steps, parallel_shape
+from imgcap_jax.decoding.decoded import Decoded, StepFn, parallel_shape
+from imgcap_jax.decoding.limits import check_limits
 from imgcap_jax.decoding.rules import Rule, apply_rules
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 
@@ -47,7 +48,7 @@ def rollout(
         UserError: max_steps is below 1.
         ValueError: the leaves of the carry do not all start with the same [B,M].
     """
-    check_steps(max_steps)
+    check_limits(max_steps=max_steps)
     batch, parallel = parallel_shape(carry)
 
     def unfinished(s: _State) -> Array:

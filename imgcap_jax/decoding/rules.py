@@ -53,6 +53,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from imgcap_jax.decoding.limits import check_limits
 from imgcap_jax.errors import UserError
 from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
 
@@ -144,8 +145,7 @@ class MinLength:
     words: int
 
     def __post_init__(self) -> None:
-        if self.words < 0:
-            raise UserError(f"MinLength: words is {self.words}; it must be at least 0")
+        check_limits(min_words=self.words)
 
     def __call__(self, logits: Array, tokens: Array, t: Array) -> Array:
         return logits.at[..., EOS].min(jnp.where(t < self.words, FORBIDDEN, jnp.inf))
@@ -219,8 +219,7 @@ class Temperature:
     value: float
 
     def __post_init__(self) -> None:
-        if not self.value >= 0.01:
-            raise UserError(f"Temperature: value is {self.value}; it must be at least 0.01 (or decode greedily)")
+        check_limits(temperature=self.value)
 
     def __call__(self, logits: Array, tokens: Array, t: Array) -> Array:
         return jnp.where(logits < LOWEST, FORBIDDEN, logits / self.value)
@@ -259,8 +258,7 @@ class TopP:
     p: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.p <= 1:
-            raise UserError(f"TopP: p is {self.p}; it must be above 0 and at most 1")
+        check_limits(top_p=self.p)
 
     def __call__(self, logits: Array, tokens: Array, t: Array) -> Array:
         # Bisection for the largest threshold at which the words with at least this probability add up to p. It takes

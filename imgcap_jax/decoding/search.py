@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from imgcap_jax.decoding.decoded import Decoded, StepFn, check_steps, parallel_shape
+from imgcap_jax.decoding.decoded import Decoded, StepFn, parallel_shape
 from imgcap_jax.decoding.rules import FORBIDDEN, LOWEST, Rule, apply_rules
-from imgcap_jax.errors import UserError
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 
 LengthPenalty = Literal["power", "gnmt"]
@@ -45,18 +44,8 @@ class _State(NamedTuple):
     finished: Hypotheses  # best first
 
 
-def check_search(carry: Any, rows: int, max_steps: int, length_norm: float, n_best: int | None) -> None:
-    """Checks the arguments that all searches share.
-
-    Raises:
-        UserError: max_steps or n_best is below 1, or length_norm is negative.
-        ValueError: the leaves of the carry do not all start with [B,rows]; rows is G*K.
-    """
-    check_steps(max_steps)
-    if n_best is not None and n_best < 1:
-        raise UserError(f"decoding: n_best is {n_best}; it must be at least 1")
-    if length_norm < 0:
-        raise UserError(f"decoding: length_norm is {length_norm}; it must be at least 0 (no length penalty)")
+def check_carry(carry: Any, rows: int) -> None:
+    """Raises ValueError unless the leaves of the carry all start with [B,rows]; rows is G*K."""
     _, parallel = parallel_shape(carry)
     if parallel != rows:
         raise ValueError(f"the carry has {parallel} sequences per image; the search needs {rows}")

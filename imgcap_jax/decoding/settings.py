@@ -1,9 +1,9 @@
 """Settings of a search, or of sampling."""
 
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from imgcap_jax.decoding.limits import check_limits
 from imgcap_jax.decoding.rules import Rule
 from imgcap_jax.errors import UserError
 
@@ -11,8 +11,6 @@ from imgcap_jax.errors import UserError
 @dataclass(frozen=True)
 class Decoding:
     """How captions are searched for, or drawn.
-
-    This is the place where limits are checked: the searches themselves take any values that they can compute with.
 
     Raises:
         UserError: a value is out of range, or settings do not go together.
@@ -65,23 +63,26 @@ class Decoding:
         return replace(self, beam=beam, **{name: _DEFAULTS[name] for name in others})
 
     def __post_init__(self) -> None:
-        positive = ("beam", "max_words", "groups", "n_best")
-        for name in (*positive, "length_norm", "no_repeat_ngram", "min_words", "diversity", "samples", "top_k"):
-            lowest = int(name in positive)
-            if not lowest <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
+        check_limits(
+            beam=self.beam,
+            groups=self.groups,
+            n_best=self.n_best,
+            max_words=self.max_words,
+            min_words=self.min_words,
+            length_norm=self.length_norm,
+            no_repeat_ngram=self.no_repeat_ngram,
+            diversity=self.diversity,
+            samples=self.samples,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+        )
         if self.length_penalty not in ("power", "gnmt"):
             raise UserError(f"length_penalty is {self.length_penalty!r}; it must be power or gnmt")
         if self.min_words > self.max_words:
             raise UserError(f"min_words is {self.min_words}, above max_words ({self.max_words}); use a smaller value")
         if self.n_best > self.beam and not self.samples:
             raise UserError(f"n_best is {self.n_best}, but beam is {self.beam}; use a smaller n_best or more beams")
-        if self.beam % self.groups:
-            raise UserError(f"beam is {self.beam}; it must be a multiple of groups ({self.groups})")
-        if not self.temperature >= 0.01:
-            raise UserError(f"temperature is {self.temperature}; it must be at least 0.01")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         constrained, drawn = bool(self.must), self.samples > 0
         if constrained + drawn + (self.groups > 1) > 1:
             raise UserError("must, groups above 1 and samples are three kinds of decoding; use one of them")

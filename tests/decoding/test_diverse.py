@@ -121,7 +121,7 @@ def test_early_exit_does_not_change_the_result(table: Any, monkeypatch: pytest.M
 def test_invalid_arguments_raise(table: Any) -> None:
     parameters = table.parameters(0)
     step, carry = functools.partial(table.step, parameters), table.start(parameters, 4)
-    with pytest.raises(UserError, match=r"groups is 3; it must be at least 1 and divide beam \(4\)"):
+    with pytest.raises(UserError, match=r"beam is 4; it must be a multiple of groups \(3\)"):
         diverse_beam_search(step, carry, beam=4, groups=3, diversity=0.5, max_steps=4)
     with pytest.raises(UserError, match="diversity is -1"):
         diverse_beam_search(step, carry, beam=4, groups=2, diversity=-1, max_steps=4)

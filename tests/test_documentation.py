@@ -1,0 +1,161 @@
+"""Every code block of the README and of docs/ is run.
+
+Python blocks are executed. Commands are run on a small run and small datasets that stand for those they name. Training and
+feature extraction end when the command line and the experiment are read. Packages and COCO are not downloaded.
+"""
+
+import configparser
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgcap_jax.cli.main import main
+from imgcap_jax.data.scenes.language import scene_captions
+from imgcap_jax.data.scenes.world import draw_scene, sample_scene
+from imgcap_jax.experiment import Experiment
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+Blocks = Callable[[Path], list[tuple[str, str, int]]]
+
+# What the small run and datasets cannot offer, and what stands for it.
+STANDS_FOR = {
+    "dog|dogs,frisbee": "circle|circles,red",
+    "FOLDER": "photos",
+    "~/flickr8k": "photos",
+    "HOST:PORT,COUNT,INDEX": "127.0.0.1:1234,2,0",
+}
+
+
+@pytest.fixture
+def place(
+    trained: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_code: Callable[[], None]
+) -> Path:
+    """A folder with the files that the pages name."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_data, "data")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
+    for name in ("flickr8k", "another", "my_experiment"):
+        shutil.copytree(trained, Path("runs") / name)
+    for folder in ("holiday", "test2014", "photos/images"):
+        Path(folder).mkdir(parents=True)
+    scenes = {number: sample_scene("test", number) for number in range(8)}
+    for number, scene in scenes.items():
+        picture = Image.fromarray(draw_scene(scene, 64))
+        picture.save(f"photos/images/{number}.png")
+        picture.save(f"test2014/COCO_test2014_{number:012}.jpg")
+    for name in ("photo.jpg", "dog.jpg", "beach.jpg", "holiday/one.jpg"):
+        picture.save(name)
+    texts = {number: scene_captions(scene, 0) for number, scene in scenes.items()}
+    karpathy = [
+        {
+            "filename": f"{number}.png",
+            "imgid": number,
+            "split": ("train", "val")[number % 2],
+            "sentences": [{"raw": text, "sentid": 10 * number + i} for i, text in enumerate(captions)],
+        }
+        for number, captions in texts.items()
+    ]
+    Path("photos/dataset_flickr8k.json").write_text(json.dumps({"images": karpathy, "dataset": "flickr8k"}))
+    for name, which in (("captions", 0), ("other", 1), ("val", 0), ("test", 0)):
+        results = [{"image_id": number, "caption": captions[which]} for number, captions in texts.items()]
+        Path(f"{name}.json").write_text(json.dumps(results))
+    annotations = [{"image_id": n, "id": n, "caption": text} for n, captions in texts.items() for text in captions[2:]]
+    for name in ("references", "references_train"):
+        Path(f"{name}.json").write_text(json.dumps({"annotations": annotations}))
+    sets = [
+        {"image_id": number, "captions": [{"caption": text} for text in captions]} for number, captions in texts.items()
+    ]
+    Path("n_best_val.json").write_text(json.dumps(sets))
+    return tmp_path
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
+    """The experiments that commands would have trained, or extracted features for."""
+    import imgcap_jax.data.prepare
+    import imgcap_jax.run.extraction
+    import imgcap_jax.train
+    import imgcap_jax.training.parallel
+
+    asked: list[Experiment] = []
+
+    def train(experiment: Experiment, folder: Path, **_: Any) -> Any:
+        asked.append(experiment)
+        return imgcap_jax.train.Outcome(1, 0.5, None)
+
+    prepare = imgcap_jax.data.prepare.prepare
+    monkeypatch.setattr(imgcap_jax.train, "train", train)
+    monkeypatch.setattr(imgcap_jax.run.extraction, "extract", lambda experiment, *_: asked.append(experiment))
+    monkeypatch.setattr(imgcap_jax.training.parallel, "join_processes", lambda where: None)
+    monkeypatch.setattr(
+        imgcap_jax.data.prepare,
+        "prepare",
+        lambda *arguments, **options: None if arguments == ("coco",) else prepare(*arguments, **options),
+    )
+    return asked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_blocks_run(page: Path, place: Path, trainings: list[Experiment], code_blocks: Blocks) -> None:
+    blocks = code_blocks(page)
+    assert {language for language, _, _ in blocks} <= {"python", "bash"}
+    assert blocks
+    for language, text, _ in blocks:
+        if language == "python" and (found := re.match(r"# (my_\w+\.py)\n", text)):
+            (place / found[1]).write_text(text)  # tests/test_own_parts.py runs them
+    for language, text, line in blocks:
+        if language == "python":
+            if not re.match(r"# my_\w+\.py\n", text):
+                exec(compile(text, f"{page.name}:{line}", "exec"), {"__name__": "block"})
+            continue
+        for command in filter(None, (part.split("  #")[0].strip() for part in text.splitlines())):
+            _run(command, f"{page.name}:{line}: {command}")
+
+
+def _run(command: str, where: str) -> None:
+    program, *arguments = shlex.split(command, comments=True)
+    arguments = [STANDS_FOR.get(argument, argument) for argument in arguments]
+    if program.startswith("scripts/"):
+        assert os.access(REPOSITORY / program, os.X_OK), where
+    elif program == "pip":
+        setup = configparser.ConfigParser()
+        setup.read(REPOSITORY / "setup.cfg")
+        for extra in re.findall(r"\.\[(\w+)\]", command):
+            assert extra in setup["options.extras_require"], where
+        assert (REPOSITORY / "constraints.txt").is_file()
+    else:
+        assert program == "imgcap", where
+        assert main(arguments) == 0, where
+
+
+def test_pages_link_to_what_exists() -> None:
+    for page in [*PAGES, REPOSITORY / "BENCHMARKS.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_files_and_experiments_that_pages_name_exist() -> None:
+    from imgcap_jax.cli.experiments import find
+
+    for page in [*PAGES, REPOSITORY / "BENCHMARKS.md"]:
+        text = page.read_text()
+        for name in re.findall(r"`((?:imgcap_jax|experiments|scripts|tests)/[\w/]+\.(?:py|sh))`", text):
+            assert (REPOSITORY / name).exists(), f"{page.name}: {name}"
+        for name in re.findall(r"imgcap train ((?!my)[a-z][a-z0-9_]*)\b", text):
+            assert isinstance(find(name), Experiment)
+
+
+def test_pictures_of_the_readme_are_real() -> None:
+    for name in ("scenes.png", "attention.png"):
+        with Image.open(REPOSITORY / "docs" / "images" / name) as picture:
+            assert np.asarray(picture.convert("RGB")).std() > 10
