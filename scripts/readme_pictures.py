@@ -22,7 +22,7 @@ from imgcap_jax.report.attention import attention_picture
 from imgcap_jax.report.contact_sheet import contact_sheet
 
 COUNT = 8  # scenes on the first picture
-ATTENTION = 3  # which of them is on the second
+ATTENTION = COUNT - 1  # the last of them is on the second
 
 
 def main() -> None:
