@@ -110,6 +110,10 @@ def test_a_run_of_own_parts_trains_resumes_evaluates_and_captions(
     assert "Mentions:square" in printed
     assert "rules Eager(words=4, cost=2.0)" in printed
 
+    assert main(["evaluate", str(trained_own), *CODE_OPTIONS, "--decode.rules.0.words", "3", "5"]) == 0
+    swept = json.loads((trained_own / "sweep_val.json").read_text())
+    assert [one["decoding"]["rules"] for one in swept] == [[f"Eager(words={n}, cost=2.0)"] for n in (3, 5)]
+
     forget_code()
     assert main(["caption", "red.png", "--run", str(trained_own), *CODE_OPTIONS]) == 0
     assert "red.png: " in capsys.readouterr().out
@@ -154,6 +158,22 @@ def test_an_own_reward_refines_a_run_of_own_parts(
     assert main(["evaluate", "runs/scst", "--split", "val", *CODE_OPTIONS, *more]) == 0
     scores = json.loads(Path("runs/scst/scores_val.json").read_text())
     assert "CiderOfLength" in scores["objective"]
+
+
+def test_own_regions_optimizer_and_loss_train_and_evaluate(
+    trained_own: Path, forget_code: Forget, capsys: pytest.CaptureFixture[str], refused: Refused
+) -> None:
+    command = ["train", "my_variant.py", "--run", "runs/variant", "--objective.word-loss.gamma", "1.5"]
+    assert main([*command, "--optimizer.learning-rate", "0.01"]) == 0
+    assert "steps of Focal(gamma=1.5)" in capsys.readouterr().out
+    forget_code()
+    code = ["my_decoder.py", "my_regions.py", "my_optimizer.py", "my_loss.py", "my_metric.py", "my_rule.py"]
+    options = [word for name in code for word in ("--code", name)]
+    assert main(["evaluate", "runs/variant", "--split", "test", *options]) == 0
+    scores = json.loads(Path("runs/variant/scores_test.json").read_text())
+    assert scores["scores"]["CIDEr-D"] > 1  # three colours can be told apart by their mean
+    line = refused(["caption", "red.png", "--run", "runs/variant", *options])
+    assert "trained on ready-made regions" in line
 
 
 def test_code_that_changed_since_the_run_is_noted(

@@ -1,8 +1,9 @@
 """Decoding options, ``--decode.FIELD VALUE``, and sweeps over several values of them."""
 
 import itertools
+import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields
 
 from imgcap_jax.cli.options import option_names, override, unknown_option
 from imgcap_jax.decoding.settings import Decoding
@@ -58,7 +59,8 @@ def combinations(decoding: Decoding, options: Sequence[str]) -> tuple[list[Decod
             together.
     """
     known = option_names(decoding, prefix=PREFIX)
-    values: dict[str, dict[Any, str]] = {}  # option -> value -> argument
+    unchecked = _Unchecked(**{item.name: getattr(decoding, item.name) for item in fields(decoding)})
+    values: dict[str, dict[Decoding, str]] = {}  # option -> the settings that it makes -> argument
     for argument in options:
         option, given, _ = argument.partition("=")
         option = option.replace("_", "-")
@@ -66,10 +68,10 @@ def combinations(decoding: Decoding, options: Sequence[str]) -> tuple[list[Decod
             raise unknown_option(option, known)
         if not given:
             raise UserError(f"{option} has no value; give one, or several for a sweep")
-        value = _value(option, argument)
-        if value in values.setdefault(option, {}):
+        made = override(unchecked, [argument], prefix=PREFIX)
+        if made in values.setdefault(option, {}):
             raise UserError(f"{argument.replace('=', ' ', 1)} is given twice")
-        values[option][value] = argument
+        values[option][made] = argument
     settings = [
         override(decoding, combination, prefix=PREFIX)
         for combination in itertools.product(*(given.values() for given in values.values()))
@@ -84,15 +86,12 @@ class _Unchecked(Decoding):
         pass
 
 
-def _value(option: str, argument: str) -> Any:
-    """The value that one option sets."""
-    read = override(_Unchecked(), [argument], prefix=PREFIX)
-    return getattr(read, option.removeprefix(f"--{PREFIX}.").replace("-", "_"))
-
-
 def _fits(option: str, value: str) -> bool:
+    """Whether an argument can be a value of an option."""
+    if option.replace("_", "-") not in option_names(Decoding(), prefix=PREFIX):  # a field of a rule of the run
+        return re.fullmatch(r"-?[0-9.]+(e-?[0-9]+)?|true|false", value, flags=re.IGNORECASE) is not None
     try:
-        _value(option.replace("_", "-"), f"{option}={value}")
-    except (UserError, AttributeError):
+        override(_Unchecked(), [f"{option}={value}"], prefix=PREFIX)
+    except UserError:
         return False
     return True

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -72,7 +73,7 @@ def table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
     """A sweep as a table: the swept fields, the scores x100, mean decoder steps and images/s."""
     rows = []
     for evaluation in evaluations:
-        swept = {name: str(getattr(evaluation.decoding, name.replace("-", "_"))) for name in names}
+        swept = {name: str(_field(evaluation.decoding, name)) for name in names}
         captioned = evaluation.captioned
         rows.append(
             {
@@ -83,6 +84,13 @@ def table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
             }
         )
     return aligned([list(rows[0]), *([row[name] for name in rows[0]] for row in rows)])
+
+
+def _field(settings: Any, name: str) -> Any:
+    """The value of a field, named as in an option: ``length-norm``, ``rules.0.words``."""
+    for part in name.replace("-", "_").split("."):
+        settings = settings[int(part)] if part.isdigit() else getattr(settings, part)
+    return settings
 
 
 def _truth(evaluation: Evaluation) -> list[str]:
