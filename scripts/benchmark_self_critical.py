@@ -1,4 +1,4 @@
-"""Speed of self-critical training: the whole step, the reward's part of it, and the reward computed on the host."""
+"""Speed of self-critical training: the whole step, the share of the reward, and the reward computed on the host."""
 
 import argparse
 import importlib.util
@@ -20,12 +20,12 @@ from imgcap_jax.training.parallel import DataParallel
 from imgcap_jax.training.self_critical import Constants, Reward, SelfCritical, self_critical_step
 from imgcap_jax.training.step import first_state
 
-WORDS, REFERENCES = 20, 5  # at most in a sample; references an image
-CORPUS = 20_000  # images that document frequencies come from
+WORDS, REFERENCES = 20, 5  # maximum words per sample; references per image
+CORPUS = 20_000  # images for the document frequencies
 
 
 def _corpus(images: int, vocabulary: int, seed: int) -> list[list[list[int]]]:
-    """Captions as long as COCO's, of words as frequent as words are (Zipf), with eos."""
+    """Random captions with eos, with the lengths of COCO captions and Zipf's word frequencies."""
     rng = np.random.default_rng(seed)
     rank = np.arange(1, vocabulary - 3)
     odds = 1 / rank / (1 / rank).sum()
@@ -40,7 +40,10 @@ def _padded(images: list[list[list[int]]]) -> np.ndarray:
 
 
 def _on_host(references: list[list[list[int]]]) -> Callable[[np.ndarray], np.ndarray]:
-    """Rewards of tokens [B,M,T] by pycocoevalcap: strings, its n-grams, its CIDEr-D, document frequencies given."""
+    """A function that computes the CIDEr-D of tokens [B,M,T] with pycocoevalcap, from strings.
+
+    Its document frequencies are counted at the first call and kept.
+    """
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 
     texts = [[" ".join(map(str, caption)) for caption in captions] for captions in references]
@@ -52,7 +55,7 @@ def _on_host(references: list[list[list[int]]]) -> Callable[[np.ndarray], np.nda
                 scorer += (" ".join(str(word) for word in sample if word != PAD), of_image)
         if frequencies:
             scorer.document_frequency = frequencies[0]
-        else:  # counted once, as training code has them from a file; each image stands there for each of its samples
+        else:  # counted once, because training code reads them from a file; each sample counts as one image
             scorer.compute_doc_freq()
             frequencies.append(scorer.document_frequency)
         return np.array(scorer.compute_cider(), np.float32).reshape(tokens.shape[:2])
@@ -62,7 +65,7 @@ def _on_host(references: list[list[list[int]]]) -> Callable[[np.ndarray], np.nda
 
 
 def self_critical_benchmark(options: argparse.Namespace) -> None:
-    """The whole step, with its own reward, with none and with the official tools' on the host, interleaved."""
+    """Times the step with its own reward, without a reward, and with the official tools on the host, interleaved."""
     s = decoder_sizes(options, batch=50)
     config = DECODERS[options.decoder]
     decoder = config.build(s["D"], s["V"], dtype=jnp.dtype(options.dtype), rngs=nnx.Rngs(0))
@@ -81,11 +84,12 @@ def self_critical_benchmark(options: argparse.Namespace) -> None:
         }
     )
     frequencies = parallel.replicate(document_frequencies([*images, *_corpus(CORPUS, s["V"], seed=2)], s["V"]))
+
     def step_with(reward: Reward | None) -> Thing:
         """A step with this reward.
 
         Captions of random weights have a reward of 0, and a batch without advantages has no gradient. Therefore a
-        number that is never equal is added, in all steps.
+        different number is added to the reward of each caption, in all steps.
         """
 
         def rewards(tokens: jax.Array, *rest: Any) -> jax.Array:
@@ -126,11 +130,11 @@ def self_critical_benchmark(options: argparse.Namespace) -> None:
         "matmul": product,
     }
     if importlib.util.find_spec("pycocoevalcap") is None:
-        print("pycocoevalcap is not installed: no comparison")
+        print("pycocoevalcap is not installed; the comparison is skipped")
     else:
         host = _on_host(images)
         own = reward(jnp.asarray(_padded(images)), *given, document_frequencies(images, s["V"]))
-        print(f"largest difference of the two sides' rewards: {np.abs(host(_padded(images)) - own).max():.1e}")
+        print(f"largest difference between device and host rewards: {np.abs(host(_padded(images)) - own).max():.1e}")
 
         def by_host(tokens: jax.Array, *_: Any) -> jax.Array:
             shape = jax.ShapeDtypeStruct(tokens.shape[:2], jnp.float32)

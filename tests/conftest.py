@@ -1,4 +1,4 @@
-"""Fixtures that every part uses."""
+"""Fixtures for all tests."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# Before JAX is imported: four virtual devices on any machine, and compiled programs kept between runs.
+# Must be set before JAX is imported: four virtual devices on every machine, and a persistent compilation cache.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
@@ -19,10 +19,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data; a machine without it skips the tests that read it."""
+    """The folder of real data. Tests that read it are skipped if it does not exist."""
     folder = Path(os.environ.get("IMGCAP_SHARED", REPOSITORY.parent / "shared")) / "data"
     if not folder.is_dir():
-        pytest.skip(f"real data not found at {folder} (set IMGCAP_SHARED to the folder that holds data/)")
+        pytest.skip(f"{folder} does not exist (set IMGCAP_SHARED to the folder that contains data/)")
     return folder
 
 
@@ -61,7 +61,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny experiment's file: 10 steps, a checkpoint after each."""
+    """The file of the tiny experiment: 10 steps, with a checkpoint after each."""
     path = tmp_path_factory.mktemp("experiments") / "tiny.py"
     path.write_text(TINY)
     return path
@@ -80,14 +80,17 @@ def trained(tiny_data: Path, tiny_file: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture
 def refused(request: pytest.FixtureRequest) -> Callable[..., str]:
-    """Runs a command that has to fail with one line and exit code 2; gives the line. ``capture``: capfd, for capsys."""
+    """Runs a command that must fail with one error line and exit code 2; returns the line.
+
+    ``capture`` is the fixture that captures the output, by default capsys.
+    """
     from imgcap_jax.cli.main import main
 
     def run(arguments: list[str], capture: Any = None) -> str:
         capture = capture or request.getfixturevalue("capsys")
         capture.readouterr()
         assert main(arguments) == 2
-        # A progress bar that was under way stays above the line.
+        # An interrupted progress bar remains above the line.
         lines = [line for line in capture.readouterr().err.splitlines() if line.strip() and "━" not in line]
         assert len(lines) == 1, lines
         assert lines[0].startswith("imgcap: ")
@@ -98,7 +101,7 @@ def refused(request: pytest.FixtureRequest) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def code_blocks() -> Callable[[Path], list[tuple[str, str, int]]]:
-    """Reads the code blocks of a Markdown file: (language, text, number of the first line)."""
+    """Reads the code blocks of a Markdown file: (language, text, line number of the first line)."""
 
     def read(path: Path) -> list[tuple[str, str, int]]:
         text = path.read_text()
@@ -112,7 +115,7 @@ def code_blocks() -> Callable[[Path], list[tuple[str, str, int]]]:
 
 @pytest.fixture
 def forget_code() -> Iterator[Callable[[], None]]:
-    """Makes the process forget code of users, as if it had just started; also afterwards."""
+    """A function that unloads all user code, as in a new process. It is also called after the test."""
     from imgcap_jax import user_code
 
     names, path = set(sys.modules), list(sys.path)

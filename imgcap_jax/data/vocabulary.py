@@ -1,4 +1,4 @@
-"""Words and their ids."""
+"""The vocabulary: words and their ids."""
 
 import json
 from collections import Counter
@@ -22,12 +22,12 @@ _SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words a model knows; a word's id is its index.
+    """The words of a model. The id of a word is its index.
 
     Attributes:
-        words: `<pad> <bos> <eos> <unk>`, then the words by falling count, equal counts alphabetically.
-        counts: how often each word occurs in the captions the vocabulary was built from. `<unk>` counts all
-            rarer words; the other special tokens count 0.
+        words: `<pad> <bos> <eos> <unk>`, then the words by descending count; ties are in alphabetical order.
+        counts: the number of occurrences of each word in the captions that the vocabulary was built from. The count of
+            `<unk>` is that of all rarer words; the counts of the other special tokens are 0.
     """
 
     words: tuple[str, ...]
@@ -35,20 +35,20 @@ class Vocabulary:
 
     @classmethod
     def build(cls, captions: Iterable[str], min_count: int = 5) -> "Vocabulary":
-        """The words that occur at least `min_count` times in the training captions.
+        """Builds a vocabulary of the words that occur at least `min_count` times in the captions.
 
         Raises:
-            UserError: no word is that frequent.
+            UserError: no word occurs that often.
         """
         counter = Counter(token for caption in captions for token in tokenize(caption))
-        # A caption may hold the text "<unk>", which is one token; it must not become a second unknown word.
+        # The text "<unk>" in a caption is one token. It must not become a second unknown word.
         rare = sum(counter.pop(token, 0) for token in _SPECIAL)
         ordered = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
         known = [(word, count) for word, count in ordered if count >= min_count]
         if not known:
             most = f"the most frequent one, {ordered[0][0]!r}, {ordered[0][1]} times" if ordered else "there are none"
             raise UserError(
-                f"no word occurs {min_count} times in the training captions ({most}): take a lower min-count"
+                f"no word occurs {min_count} times in the training captions ({most}): use a lower min-count"
             )
         rare += sum(count for _, count in ordered[len(known) :])
         return cls(_SPECIAL + tuple(word for word, _ in known), (0, 0, 0, rare, *(count for _, count in known)))
@@ -61,7 +61,7 @@ class Vocabulary:
         return {word: index for index, word in enumerate(self.words) if index >= len(_SPECIAL)}
 
     def ids(self, words: Iterable[str]) -> tuple[int, ...]:
-        """The id of each word, unk for those that aren't known."""
+        """The id of each word; unk for words that are not in the vocabulary."""
         return tuple(self._ids.get(word, UNK) for word in words)
 
     def known_ids(self, words: Iterable[str]) -> tuple[int, ...]:
@@ -69,13 +69,13 @@ class Vocabulary:
         return tuple(sorted(self._ids[word] for word in words if word in self._ids))
 
     def encode(self, caption: str, length: int) -> np.ndarray:
-        """Ids of a caption, int32 [length]: bos, words, eos, pad.
+        """The ids of a caption, int32 [length]: bos, words, eos, pad.
 
-        A caption of more than `length - 2` words is cut there and carries no eos, so that a model isn't
-        taught to stop in mid-sentence.
+        A caption of more than `length - 2` words is cut and has no eos, so that a model does not learn to stop in the
+        middle of a sentence.
 
         Raises:
-            ValueError: `length` leaves no room for a word.
+            ValueError: `length` is below 3.
         """
         if length < 3:
             raise ValueError(f"length {length} leaves no room for bos, a word and eos")
@@ -86,7 +86,7 @@ class Vocabulary:
         return encoded
 
     def decode(self, ids: ArrayLike) -> str:
-        """The sentence of token ids [T]: ends before the first eos, leaves out bos and pad."""
+        """The text of token ids [T] up to the first eos, without bos and pad."""
         words = []
         for index in np.asarray(ids).tolist():
             if index == EOS:
@@ -96,7 +96,7 @@ class Vocabulary:
         return " ".join(words)
 
     def coverage(self, captions: Iterable[str]) -> float:
-        """The share of the captions' tokens that are known, 0 to 1; 1 where there are no tokens."""
+        """The share of the captions' tokens that are in the vocabulary, 0 to 1; 1 if there are no tokens."""
         known = total = 0
         for caption in captions:
             tokens = tokenize(caption)
@@ -105,7 +105,7 @@ class Vocabulary:
         return known / total if total else 1.0
 
     def extended(self, other: "Vocabulary") -> "Vocabulary":
-        """These words with their ids, then those of ``other`` that are new; counts are added up."""
+        """A vocabulary of these words with their ids, then the new words of `other`. Counts are added."""
         theirs = dict(zip(other.words, other.counts, strict=True))
         known = set(self.words)
         new = [word for word in other.words if word not in known]
@@ -119,16 +119,16 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":
-        """Reads a vocabulary that `save` has written.
+        """Reads a vocabulary that `save` wrote.
 
         Raises:
-            UserError: the file is missing or holds something else.
+            UserError: the file is missing or is not a vocabulary.
         """
-        hint = "choose the folder of a finished or running training run, or train again"
+        hint = "choose the folder of a training run, or train again"
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"can't read the vocabulary {path} ({error.strerror}): {hint}") from None
+            raise UserError(f"cannot read the vocabulary {path} ({error.strerror}): {hint}") from None
         except ValueError:
             raise UserError(f"the vocabulary {path} is not a JSON file: {hint}") from None
         fields = document if isinstance(document, dict) else {}
@@ -142,7 +142,7 @@ class Vocabulary:
             and len(words) == len(counts) == len(set(words))
         ):
             raise UserError(
-                f"{path} is not a vocabulary (different 'words', {' '.join(_SPECIAL)} first, and as many "
-                f"'counts'): {hint}"
+                f"{path} is not a vocabulary ('words' must be distinct and begin with {' '.join(_SPECIAL)}; 'counts' "
+                f"must have one number per word): {hint}"
             )
         return cls(tuple(words), tuple(counts))

@@ -1,9 +1,9 @@
-"""BLEU-4 of single captions as a function of token ids on the device: a reward of self-critical training.
+"""BLEU-4 of single captions from token ids on the device: a reward of self-critical training.
 
-It equals a caption's score by ``imgcap_jax.metrics.bleu`` on the same words (Papineni et al., 2002; closest reference
-length; the official COCO tools' smoothing), in float32 and int32 alone.
+The result equals the per-caption score of ``imgcap_jax.metrics.bleu`` on the same words (Papineni et al., 2002; closest
+reference length; smoothing of the official COCO tools). All arrays are float32 or int32.
 
-Letters: B images, M captions an image, R references an image, T places.
+Letters: B images per batch, M captions per image, R references per image, T caption length.
 """
 
 import jax.numpy as jnp
@@ -15,34 +15,32 @@ from imgcap_jax.metrics.corpus import ORDERS
 from imgcap_jax.metrics.device_grams import Grams
 
 
-def bleu_4(
-    candidates: Array, references: DeviceReferences, frequencies: DocumentFrequencies | None = None
-) -> Array:
-    """BLEU-4 of each caption, 0 to 1.
+def bleu_4(candidates: Array, references: DeviceReferences, frequencies: DocumentFrequencies | None = None) -> Array:
+    """Computes the BLEU-4 of each caption, 0 to 1.
 
     Args:
-        candidates: ids int32 [B,M,T], pad after the last word; with eos if it counts as a word.
-        references: of the same images.
-        frequencies: not used; all rewards are called with the same arguments.
+        candidates: ids int32 [B,M,T], pad after the last word, with eos if it counts as a word.
+        references: the references of the same images.
+        frequencies: unused; all rewards have the same arguments.
 
     Returns:
-        float32 [B,M].
+        Scores float32 [B,M].
     """
     ours, theirs = Grams(candidates[:, :, None]), Grams(references.tokens[:, None])  # [B,M,1,T] and [B,1,R,T]
     log_precision = jnp.zeros(())
     for order in range(ORDERS):
         own = ours.counts(ours, order)[:, :, 0]  # [B,M,T]
-        most = ours.counts(theirs, order).max(2)  # [B,M,T]; references that aren't real have no n-grams
-        # Each place of an n-gram brings its share of what all its places are to bring.
+        most = ours.counts(theirs, order).max(2)  # [B,M,T]; padding references have no n-grams
+        # The sum runs over positions, so the term of an n-gram is divided by the number of its positions.
         correct = (jnp.minimum(own, most) / jnp.maximum(own, 1)).sum(-1)  # [B,M]
         guessed = jnp.maximum(ours.length[:, :, 0] - order, 0)
-        # Logarithms, for the product of four tiny numbers would be 0 in float32.
+        # Logarithms are summed, because the product of four tiny numbers would be 0 in float32.
         log_precision += (jnp.log(correct + TINY) - jnp.log(guessed + SMALL)) / ORDERS
 
     length = ours.length  # [B,M,1]
     real = jnp.arange(references.tokens.shape[1]) < references.per_image[:, None, None]  # [B,1,R]
     distance = jnp.where(real, jnp.abs(theirs.length - length), jnp.iinfo(jnp.int32).max)  # [B,M,R]
     nearest = distance.min(-1, keepdims=True)
-    closest = jnp.where(distance == nearest, theirs.length, jnp.iinfo(jnp.int32).max).min(-1)  # the shorter of two
+    closest = jnp.where(distance == nearest, theirs.length, jnp.iinfo(jnp.int32).max).min(-1)  # the shorter on a tie
     ratio = (length[:, :, 0] + TINY) / (closest + SMALL)
     return jnp.exp(log_precision + jnp.minimum(0, 1 - 1 / ratio))

@@ -1,13 +1,15 @@
-"""CIDEr-D as a function of token ids on the device: the reward of self-critical training (Rennie et al., 2017).
+"""CIDEr-D of token ids on the device: the reward of self-critical training (Rennie et al., 2017).
 
-It equals ``imgcap_jax.metrics.cider`` on the same words, in float32 and int32 alone. N-grams are compared word by word,
-and their document frequencies looked up in the prefix tree of the corpus's n-grams: exactly, without hashing.
+The result equals that of ``imgcap_jax.metrics.cider`` on the same words. All arrays are float32 or int32. N-grams are
+compared word by word, and their document frequencies are looked up in a prefix tree of the corpus's n-grams. Both are
+exact, without hashing.
 
-Ids below the vocabulary's size are the model's words; words of the references that it lacks have ids of their own from
-there on, so that they count in a reference's length and norm and nothing that the model says can match them. ``unk`` is
-a word like any other that no reference has.
+Ids below the vocabulary size are the words of the vocabulary. Words of the references that are not in the vocabulary
+have further ids. They count in the length and the norm of a reference, but no candidate can match them. ``unk`` is
+treated as a word that no reference contains.
 
-Letters: B images, M captions an image, R references an image, T places, K_n n-grams of order n, W ids.
+Letters: B images per batch, M captions per image, R references per image, T caption length, K_n n-grams of order n,
+W ids.
 """
 
 from collections.abc import Sequence
@@ -27,15 +29,16 @@ from imgcap_jax.metrics.device_grams import Grams
 
 
 class DocumentFrequencies(NamedTuple):
-    """The n-grams of a corpus and their idf.
+    """The n-grams of a corpus and their inverse document frequencies (idf).
 
-    An n-gram's number is its place among those of its order, sorted by the number of its first n-1 words and then by
-    its last word; a single word's is its id.
+    The n-grams of an order are sorted by the number of their first n-1 words, then by their last word. The number of an
+    n-gram is its index in this order. The number of a single word is its id.
 
     Attributes:
-        start: of each order from 2 on, where the n-grams that begin with each (n-1)-gram begin, int32 [K_(n-1) + 1].
-        last: of each order from 2 on, the last word of each n-gram, int32 [K_n].
-        idf: of each order, float32 [K_n] (order 1: [W]).
+        start: for each order from 2 on, the number of the first n-gram that begins with each (n-1)-gram,
+            int32 [K_(n-1) + 1].
+        last: for each order from 2 on, the last word of each n-gram, int32 [K_n].
+        idf: for each order, the idf of each n-gram, float32 [K_n] (order 1: [W]).
         unseen: the idf of an n-gram that is not in the corpus, float32 [].
     """
 
@@ -45,14 +48,22 @@ class DocumentFrequencies(NamedTuple):
     unseen: Array
 
     def save(self, path: Path, of: str) -> None:
-        """Writes them as an .npz file; `of` says what they were counted on. Raises UserError where the disk is full."""
+        """Writes an .npz file. ``of`` identifies the corpus.
+
+        Raises:
+            UserError: the disk is full.
+        """
         named = {f"{name}{i}": leaf for name in ("start", "last", "idf") for i, leaf in enumerate(getattr(self, name))}
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, of=of, unseen=self.unseen, **named)
 
     @classmethod
     def load(cls, path: Path, of: str) -> "DocumentFrequencies":
-        """Reads what ``save`` wrote. Raises UserError where it is no such file, or was counted on something else."""
+        """Reads a file that ``save`` wrote.
+
+        Raises:
+            UserError: the file is damaged, or its ``of`` differs.
+        """
         try:
             with np.load(path) as file:
                 start, last, idf = (
@@ -63,22 +74,22 @@ class DocumentFrequencies(NamedTuple):
                 if str(file["of"]) == of:
                     return found
         except (OSError, EOFError, TypeError, ValueError, KeyError, BadZipFile) as error:
-            raise UserError(f"{path} is damaged; delete it, and it is made again") from error
-        raise UserError(f"{path} was counted on other captions; delete it, and it is made again")
+            raise UserError(f"{path} is damaged; delete it and run the command again to recompute it") from error
+        raise UserError(f"{path} belongs to other captions; delete it and run the command again to recompute it")
 
 
 def document_frequencies(corpus: Sequence[Sequence[Sequence[int]]], words: int) -> DocumentFrequencies:
-    """Counts, on the host, in how many images of a corpus each n-gram occurs.
+    """Computes, on the host, the document frequency of each n-gram: the number of images whose captions contain it.
 
     Args:
-        corpus: of each image, the ids of its captions' words; eos among them where the reward is to count it.
-        words: W, more than the largest id.
+        corpus: the word ids of each caption of each image, with eos if the reward counts it.
+        words: W, larger than every id.
 
     Raises:
-        ValueError: fewer than two images, whose n-grams would all have an idf of 0.
+        ValueError: the corpus has fewer than two images, so that every idf would be 0.
     """
     if len(corpus) < 2:
-        raise ValueError(f"a corpus of {len(corpus)} images has no document frequencies: give two or more")
+        raise ValueError(f"document frequencies need at least two images; the corpus has {len(corpus)}")
     captions = [caption for texts in corpus for caption in texts]
     lengths = np.array([len(caption) for caption in captions], np.int64)
     image = np.repeat(np.repeat(np.arange(len(corpus)), [len(texts) for texts in corpus]), lengths)
@@ -100,8 +111,12 @@ def document_frequencies(corpus: Sequence[Sequence[Sequence[int]]], words: int) 
 
 
 class DeviceReferences(NamedTuple):
-    """DeviceReferences on the device: ids int32 [B,R,T], norms of their vectors float32 [B,R,ORDERS], how many an image
-    really has, float32 [B]."""
+    """Reference captions on the device.
+
+    tokens: ids int32 [B,R,T], padded.
+    norm: norms of their tf-idf vectors, float32 [B,R,ORDERS].
+    per_image: the number of real references of each image, float32 [B].
+    """
 
     tokens: Array
     norm: Array
@@ -109,24 +124,24 @@ class DeviceReferences(NamedTuple):
 
 
 def prepare_references(tokens: Array, per_image: Array, frequencies: DocumentFrequencies) -> DeviceReferences:
-    """Weights references, int32 [B,R,T], filled up with pad; `per_image` [B] of each image's R are real."""
+    """Computes the tf-idf norms of references int32 [B,R,T]. The first ``per_image`` [B] of each image are real."""
     grams, idf = Grams(tokens), _idf(tokens, frequencies)
-    # Each place of an n-gram brings count x idf^2 to the squared norm.
+    # An n-gram occurs at ``count`` positions. Each adds count * idf^2 to the squared norm.
     norm = jnp.sqrt(jnp.stack([(grams.counts(grams, n) * idf[n] ** 2).sum(-1) for n in range(ORDERS)], -1))
-    # Rows that only fill a batch have none.
+    # Padding rows of a batch have no references; 1 avoids a division by 0.
     return DeviceReferences(tokens, norm, jnp.maximum(per_image, 1).astype(jnp.float32))
 
 
 def cider_d(candidates: Array, references: DeviceReferences, frequencies: DocumentFrequencies) -> Array:
-    """CIDEr-D of each caption, 0 to 10.
+    """Computes the CIDEr-D of each caption, 0 to 10.
 
     Args:
-        candidates: ids int32 [B,M,T], pad after the last word; eos where it is to count.
-        references: of the same images.
-        frequencies: of the training corpus.
+        candidates: ids int32 [B,M,T], pad after the last word, with eos if it counts as a word.
+        references: the references of the same images.
+        frequencies: the document frequencies of the training captions.
 
     Returns:
-        float32 [B,M].
+        Scores float32 [B,M].
     """
     ours, theirs = Grams(candidates[:, :, None]), Grams(references.tokens[:, None])  # [B,M,1,T] and [B,1,R,T]
     idf = [values[:, :, None] for values in _idf(candidates, frequencies)]  # [B,M,1,T]
@@ -134,19 +149,19 @@ def cider_d(candidates: Array, references: DeviceReferences, frequencies: Docume
     for order in range(ORDERS):
         own, common = ours.counts(ours, order), ours.counts(theirs, order)  # [B,M,1,T], [B,M,R,T]
         weight = idf[order] ** 2  # [B,M,1,T]
-        # Each place of an n-gram brings its share of what all its places are to bring.
+        # The sum runs over positions, so the term of an n-gram is divided by the number of its positions.
         product = jnp.minimum(own, common) * common * weight / jnp.maximum(own, 1)
         norm = jnp.sqrt((own * weight).sum(-1))  # [B,M,1]
         scale = norm * references.norm[:, None, :, order]  # [B,M,R]
         similarity += product.sum(-1) / jnp.where(scale > 0, scale, 1)
-    # The official code counts bigrams as the length.
+    # The official code uses the number of bigrams as the length.
     difference = jnp.maximum(ours.length - 1, 0) - jnp.maximum(theirs.length - 1, 0)
     similarity *= jnp.exp(-(difference.astype(jnp.float32) ** 2) / (2 * SIGMA**2)) / ORDERS
     return 10 * similarity.sum(-1) / references.per_image[:, None]
 
 
 def _idf(tokens: Array, frequencies: DocumentFrequencies) -> list[Array]:
-    """The idf of the n-gram that begins at each place, [...,T] for each order; beyond a caption's end anything."""
+    """The idf of the n-gram that begins at each position, [...,T] for each order; arbitrary after the end."""
     known = (tokens >= 0) & (tokens < len(frequencies.idf[0]))
     number = jnp.where(known, tokens, 0)
     found = [jnp.where(known, frequencies.idf[0][number], frequencies.unseen)]
@@ -159,7 +174,18 @@ def _idf(tokens: Array, frequencies: DocumentFrequencies) -> list[Array]:
 
 
 def _look_up(prefix: Array, known: Array, word: Array, start: Array, last: Array) -> tuple[Array, Array]:
-    """Numbers of n-grams by the number of their first n-1 words and their last word, and whether there are such."""
+    """Finds n-grams by binary search.
+
+    Args:
+        prefix: int32 [...,T], the number of the first n-1 words.
+        known: bool [...,T], whether the first n-1 words are in the corpus.
+        word: int32 [...,T], the last word.
+        start: see ``DocumentFrequencies``.
+        last: see ``DocumentFrequencies``.
+
+    Returns:
+        The numbers of the n-grams int32 [...,T], and whether they are in the corpus, bool [...,T].
+    """
     if not len(last):
         return jnp.zeros_like(prefix), jnp.zeros_like(known)
     low, high = start[prefix], start[prefix + 1]

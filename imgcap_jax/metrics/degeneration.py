@@ -1,9 +1,9 @@
-"""What goes wrong with captions that were trained for a score, measured on the captions alone.
+"""Degeneration of captions: bad endings, repetitions, missing ends and short captions.
 
-A reward that counts n-grams pays for captions that break off ("a man riding a wave on a"), say a phrase twice, never
-end, or shrink to what is certain (bad endings: Guo et al., EMNLP 2018; why: Hu et al. 2023,
-https://arxiv.org/abs/2305.12254). No score of the table shows it, so it is measured beside them, and beside what the
-people who wrote the references do: they, too, end a caption on "on" now and then.
+Training on a reward that counts n-grams can produce captions that break off ("a man riding a wave on a"), repeat a
+phrase, never end, or are too short (bad endings: Guo et al., EMNLP 2018; their cause: Hu et al. 2023,
+https://arxiv.org/abs/2305.12254). The usual metrics do not show this, so it is measured separately. The values are
+compared with those of the references, because people also end a caption on a word like "on" from time to time.
 """
 
 import math
@@ -17,20 +17,20 @@ BAD_ENDINGS = frozenset(
         *("and", "or", "but", "while", "as", "is", "are", "was", "were", "very"),
     }
 )
-"""Words on which no English caption ends well: articles, possessives, prepositions, conjunctions, auxiliaries."""
+"""Words that should not end an English caption: articles, possessives, prepositions, conjunctions, auxiliaries."""
 
 
 @dataclass(frozen=True)
 class Degeneration:
-    """Of a set of captions: their mean length, and shares of captions, 0 to 1.
+    """The mean length of a set of captions, and the shares of degenerate captions, 0 to 1.
 
     Attributes:
-        captions: how many there are.
-        length: words a caption.
-        bad_endings: captions that end on one of ``BAD_ENDINGS``.
-        repetitions: captions that say something twice: a phrase directly after itself ("a man in a man in", "the
-            the"), or the same four words at two places.
-        unfinished: captions cut at the most words there may be, for they had no end; None: not known.
+        captions: the number of captions.
+        length: words per caption.
+        bad_endings: share of captions that end with one of ``BAD_ENDINGS``.
+        repetitions: share of captions with a repetition: a phrase directly after itself ("a man in a man in", "the
+            the"), or the same four words at two positions.
+        unfinished: share of captions that reached the maximum number of words without an end; None: unknown.
     """
 
     captions: int
@@ -41,7 +41,7 @@ class Degeneration:
 
     @classmethod
     def of(cls, captions: Iterable[Sequence[str]], unfinished: float | None = None) -> "Degeneration":
-        """Measures tokenised captions, at least one."""
+        """Measures tokenised captions. There must be at least one."""
         lengths, endings, repetitions = [], [], []
         for words in captions:
             lengths.append(len(words))
@@ -51,12 +51,12 @@ class Degeneration:
         return cls(count, sum(lengths) / count, sum(endings) / count, sum(repetitions) / count, unfinished)
 
     def warnings(self, references: "Degeneration") -> tuple[str, ...]:
-        """A line for each way in which captions are worse than their references by more than chance."""
+        """One line for each value that is worse than that of the references by more than chance."""
         said = []
         if self._above(self.bad_endings, references.bad_endings):
             said.append(
-                f"{_percent(self.bad_endings)} of the captions break off on a word such as 'a' or 'with' (references "
-                f"{_percent(references.bad_endings)}): imgcap evaluate --decode.forbid-bad-endings true forbids it"
+                f"{_percent(self.bad_endings)} of the captions end with a word such as 'a' or 'with' (references "
+                f"{_percent(references.bad_endings)}); imgcap evaluate --decode.forbid-bad-endings true prevents this"
             )
         if self._above(self.repetitions, references.repetitions):
             said.append(
@@ -64,26 +64,26 @@ class Degeneration:
                 f"{_percent(references.repetitions)})"
             )
         if self.unfinished is not None and self._above(self.unfinished, 0.0):
-            said.append(f"{_percent(self.unfinished)} of the captions have no end and were cut at the most words")
+            said.append(f"{_percent(self.unfinished)} of the captions have no end and were cut at the maximum length")
         if self.length < _SHORTEST * references.length:
             said.append(
-                f"the captions have {self.length:.1f} words on average, the references {references.length:.1f}: they "
-                f"say less than people do"
+                f"the captions are shorter than the references: {self.length:.1f} words on average, references "
+                f"{references.length:.1f}"
             )
         return tuple(said)
 
     def _above(self, share: float, usual: float) -> bool:
-        """Whether a share of these captions is above what is usual by more than chance."""
+        """Whether a share of these captions exceeds the usual share by more than chance."""
         return share - usual > max(_MARGIN, 3 * math.sqrt(share * (1 - share) / self.captions))
 
 
-_MARGIN = 0.02  # above the references' share, whatever the number of captions
-_SHORTEST = 0.8  # of the references' length; models trained by cross-entropy have 0.9 or more
-_FAR = 4  # words that are a repetition wherever they come again; three are often said twice in good captions
+_MARGIN = 0.02  # the smallest excess over the references' share, for any number of captions
+_SHORTEST = 0.8  # the smallest ratio to the references' length; models trained by cross-entropy reach at least 0.9
+_FAR = 4  # words that count as a repetition at any distance; good captions often repeat three words
 
 
 def repeats(words: Sequence[str]) -> bool:
-    """Whether a caption says a phrase twice in a row, or four words at two places."""
+    """Whether a caption contains a phrase twice in a row, or the same four words at two positions."""
     for size in range(1, len(words) // 2 + 1):
         run = 0
         for place in range(size, len(words)):

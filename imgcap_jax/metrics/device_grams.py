@@ -1,7 +1,7 @@
-"""N-grams of token ids on the device, compared word by word: what the rewards of self-critical training count.
+"""Counts of n-grams of token ids on the device, for the rewards of self-critical training.
 
-Never hashed, so that none is taken for another: captions have some twenty words, and comparing all pairs of places
-costs less than sorting.
+N-grams are compared word by word instead of hashed, so that different n-grams never collide. Captions have about twenty
+words, and comparing all pairs of positions costs less than sorting.
 """
 
 import jax.numpy as jnp
@@ -11,23 +11,23 @@ from imgcap_jax.special_tokens import PAD
 
 
 class Grams:
-    """Captions int32 [...,T], filled up with pad, as places where n-grams begin."""
+    """The n-grams of captions int32 [...,T], padded with pad. Each n-gram is identified by its first position."""
 
     def __init__(self, tokens: Array) -> None:
         self.tokens = tokens
         self.length = (tokens != PAD).sum(-1)  # [...]
 
     def begins(self, order: int) -> Array:
-        """Where an n-gram of `order` + 1 words begins, bool [...,T]."""
+        """Whether an n-gram of ``order`` + 1 words begins at each position, bool [...,T]."""
         place = jnp.arange(self.tokens.shape[-1])
         return place < (self.length - order)[..., None]
 
     def counts(self, other: "Grams", order: int) -> Array:
-        """How often the n-gram that begins at each place of these captions occurs in others, float32 [...,T].
+        """Counts how often the n-gram at each position of these captions occurs in ``other``, float32 [...,T].
 
-        Leading axes are broadcast; where nothing begins, the count is 0.
+        An n-gram has ``order`` + 1 words. Leading axes are broadcast. The count is 0 where no n-gram begins.
         """
-        same = self.tokens[..., :, None] == other.tokens[..., None, :]  # [...,T,T of the others]
+        same = self.tokens[..., :, None] == other.tokens[..., None, :]  # [...,T,T of other]
         equal = same
         for further in range(1, order + 1):
             equal = equal & jnp.roll(same, (-further, -further), (-2, -1))

@@ -1,4 +1,7 @@
-"""Layers that several decoders share: per-row dropout, the LSTM cell, attention, word logits."""
+"""Layers that several decoders share: per-row dropout, the LSTM cell, attention, word logits.
+
+Shape letters are those of ``decoders/contract.py``. A is the attention size, H the hidden size, E the embedding size.
+"""
 
 import math
 from functools import partial
@@ -15,20 +18,23 @@ from imgcap_jax.models.unrolling import constant_product
 
 
 def dropout(x: Array, rate: float, dropout_keys: Array | None) -> Array:
-    """Inverted dropout whose masks belong to the rows of the batch, not to the device that holds them.
+    """Inverted dropout with one PRNG key per row of the batch.
 
-    Every row draws from its own key, so 1, 2 and 4 devices drop the same units (``nnx.Dropout`` draws one
-    mask for whatever part of the batch it sees).
+    The mask of a row depends on its key only, so that 1, 2 and 4 devices drop the same units. ``nnx.Dropout`` draws one
+    mask for the part of the batch on a device, so its masks depend on the number of devices.
 
     Args:
-        x: [B, ...].
-        rate: share of units dropped, 0 to 1.
-        dropout_keys: [B] PRNG keys; None: no dropout (evaluation).
+        x: [B,...].
+        rate: probability of dropping a unit, 0 to 1.
+        dropout_keys: PRNG keys [B]; None: no dropout (evaluation).
+
+    Returns:
+        An array of the shape and type of x.
     """
     if dropout_keys is None or rate == 0.0:
         return x
-    # 16 random bits a unit: the share kept is exact to 1/65536, and half as many numbers are drawn as by
-    # jax.random.bernoulli, which on a CPU is a twentieth of a training step.
+    # With 16 random bits per unit, the probability is exact to 1/65536. This draws half as many numbers as
+    # jax.random.bernoulli; on a CPU the difference is a twentieth of a training step.
     kept = max(1, round((1.0 - rate) * 65536))
     if kept == 65536:
         return x
@@ -40,26 +46,34 @@ def dropout(x: Array, rate: float, dropout_keys: Array | None) -> Array:
 
 
 def draw_words(probs: Array, uniform: Array) -> Array:
-    """Words drawn from probabilities [...,V] by uniform numbers [...], 0 to 1: indices [...].
+    """Draws words by inverting the cumulative distribution.
 
-    A single number a word, looked up in the cumulative distribution: on a CPU six times as fast as
-    ``jax.random.categorical``, which draws V of them. The entries of words with probability 0 are cleared, for a
-    parallel cumsum may round two equal sums apart; the maximum is taken after that, so some word always is hit.
+    One random number per word is enough. ``jax.random.categorical`` draws V numbers per word and takes six times as
+    long on a CPU.
+
+    Args:
+        probs: probabilities [...,V].
+        uniform: uniform random numbers [...], 0 to 1.
+
+    Returns:
+        Word ids [...].
     """
+    # A parallel cumsum can round two equal sums differently, so words with probability 0 are cleared. The maximum is
+    # taken afterwards, so that some word always passes the target.
     reached = jnp.where(probs > 0, jnp.cumsum(probs, axis=-1), 0.0)  # [...,V]
     target = uniform * jnp.max(reached, axis=-1)  # [...]
-    return jnp.argmax(reached > target[..., None], axis=-1)  # the first that passes the target
+    return jnp.argmax(reached > target[..., None], axis=-1)  # the first word that passes the target
 
 
 def row_keys(keys: Array | None, number: int | Array) -> Array | None:
-    """Derives one further key a row: ``fold_in`` of ``number`` into each of ``keys`` [B]."""
+    """Derives a new key per row: ``jax.random.fold_in`` of ``number`` into each of ``keys`` [B]. None stays None."""
     if keys is None:
         return None
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
 def masked_mean(regions: Array, region_mask: Array | None) -> Array:
-    """Mean of regions [B,N,D] over those that exist (region_mask [B,N], None: all) -> [B,D]."""
+    """Mean of regions [B,N,D] over those that exist (``region_mask`` [B,N]; None: all of them) -> [B,D]."""
     if region_mask is None:
         return regions.mean(axis=1)
     weight = region_mask.astype(regions.dtype)[..., None]  # [B,N,1]
@@ -67,7 +81,7 @@ def masked_mean(regions: Array, region_mask: Array | None) -> Array:
 
 
 class Linear(nnx.Linear):
-    """x W + b, for use inside a decoder's step: W's gradient is taken once for all steps."""
+    """x W + b for a decoder's step. The gradient of W is computed once for all steps (see ``unrolling``)."""
 
     def __call__(self, x: Array, out_sharding: Any = None) -> Array:
         """x [...,I] -> [...,O]."""
@@ -76,7 +90,7 @@ class Linear(nnx.Linear):
 
 
 class Embed(nnx.Embed):
-    """Word vectors, for use inside a decoder's step: their gradient is taken once for all steps."""
+    """Word embedding for a decoder's step. Its gradient is computed once for all steps (see ``unrolling``)."""
 
     def __call__(self, tokens: Array, out_sharding: Any = None) -> Array:
         """tokens int32 [...] -> [...,E]."""
@@ -88,7 +102,7 @@ def _rows(tokens: Array, table: Array) -> Array:
 
 
 def _product(dtype: Any, x: Array, kernel: Array) -> Array:
-    # With all axes but the last made one, for XLA would copy both sides of the kernel's gradient to do so itself.
+    # The leading axes are merged here, because XLA would copy both operands of the kernel's gradient to merge them.
     flat = x.astype(dtype).reshape(-1, x.shape[-1]) @ kernel.astype(dtype)
     return flat.reshape(*x.shape[:-1], kernel.shape[-1])
 
@@ -97,9 +111,9 @@ _products = {jnp.dtype(dtype): partial(_product, dtype) for dtype in (jnp.float3
 
 
 class LSTMCell(nnx.Module):
-    """The LSTM of Hochreiter & Schmidhuber (1997) with forget gates (Gers et al. 2000), gates in one product.
+    """The LSTM of Hochreiter & Schmidhuber (1997) with forget gates (Gers et al. 2000).
 
-    The forget gate's bias starts at 1 (Jozefowicz et al. 2015).
+    One product computes all gates. The bias of the forget gate starts at 1 (Jozefowicz et al. 2015).
     """
 
     def __init__(self, input_size: int, hidden_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -109,19 +123,25 @@ class LSTMCell(nnx.Module):
         self.gates.bias = nnx.Param(bias)
 
     def __call__(self, carry: tuple[Array, Array], inputs: Array, constant: Array | None = None) -> tuple[Array, Array]:
-        """One step: carry (h, c), each [...,H] float32, and inputs [...,I] -> the next (h, c).
+        """Runs one step.
 
-        ``constant`` [...,4H] is added to the gates: the part of an input that is the same at all steps.
+        Args:
+            carry: (h, c), each float32 [...,H].
+            inputs: [...,I].
+            constant: [...,4H], added to the gates: the part of the input that is the same at all steps. Or None.
+
+        Returns:
+            The next (h, c), each float32 [...,H].
         """
         hidden, cell = carry
         gates = self.gates(jnp.concatenate([inputs, hidden.astype(inputs.dtype)], axis=-1))  # [...,4H]
         if constant is not None:
             gates = gates + constant
-        # The cell accumulates over the caption, so it stays in float32 whatever the products use.
+        # The cell state accumulates over the caption, so it stays in float32, whatever type the products have.
         return _lstm_cell(gates.astype(jnp.float32), cell)
 
 
-@partial(jax.checkpoint, prevent_cse=False)  # the gates are kept, rather than all that follows from them
+@partial(jax.checkpoint, prevent_cse=False)  # the backward pass recomputes everything from the gates
 def _lstm_cell(gates: Array, cell: Array) -> tuple[Array, Array]:
     gate_in, forget, candidate, out = jnp.split(gates, 4, axis=-1)
     cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(gate_in) * jnp.tanh(candidate)
@@ -138,8 +158,8 @@ class AdditiveAttention(nnx.Module):
         self.query = Linear(query_size, attention_size, use_bias=False, dtype=dtype, rngs=rngs)
         self.score = nnx.Linear(attention_size, 1, use_bias=False, dtype=dtype, rngs=rngs)
 
-    def keys(self, regions: Array) -> Array:
-        """The part of the score that doesn't change over time: regions [B,N,D] -> [B,N,A]."""
+    def project_keys(self, regions: Array) -> Array:
+        """The part of the score that is the same at all steps: regions [B,N,D] -> keys [B,N,A]."""
         return self.key(regions)
 
     def __call__(
@@ -150,10 +170,18 @@ class AdditiveAttention(nnx.Module):
         region_mask: Array | None,
         sentinel: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Array]:
-        """Attends: query [B,M,Q], keys [B,N,A], regions [B,N,D] -> context [B,M,D], weights float32 [B,M,N].
+        """Attends to the regions.
 
-        ``sentinel``, the key [B,M,A] and value [B,M,D] of one more place to attend, which each sequence has for
-        itself (Lu et al. 2017); the weights of the regions then sum to less than 1.
+        Args:
+            query: [B,M,Q].
+            keys: [B,N,A], from ``project_keys``.
+            regions: [B,N,D].
+            region_mask: bool [B,N], the regions that exist; None: all of them.
+            sentinel: the key [B,M,A] and value [B,M,D] of one more position to attend to, different for each sequence
+                (Lu et al. 2017). The weights of the regions then sum to less than 1.
+
+        Returns:
+            The context [B,M,D] and the weights of the regions, float32 [B,M,N].
         """
         query = self.query(query)
         score = self.score.kernel[..., 0]  # [A]
@@ -179,17 +207,17 @@ def _weighted_sum(weights: Array, regions: Array) -> Array:
 def multi_head_attention(
     query: Array, keys: Array, values: Array, heads: int, mask: Array | None = None
 ) -> tuple[Array, Array]:
-    """Scaled dot-product attention of several heads (Vaswani et al. 2017, section 3.2), without its projections.
+    """Multi-head scaled dot-product attention (Vaswani et al. 2017, section 3.2), without the projections.
 
     Args:
         query: [...,Q,H].
         keys: [...,S,H].
         values: [...,S,H].
-        heads: into how many slices H is cut; it has to be divisible.
-        mask: bool, broadcastable to [...,Q,S]: what may be attended; None: everything.
+        heads: the number of heads; it must divide H.
+        mask: bool, broadcastable to [...,Q,S], the positions that each query can attend to; None: all of them.
 
     Returns:
-        The heads' results one behind the other [...,Q,H], and the mean of their weights, float32 [...,Q,S].
+        The concatenated results of the heads [...,Q,H], and the mean of their weights, float32 [...,Q,S].
     """
     query, keys, values = (x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads) for x in (query, keys, values))
     scores = jnp.einsum("...qhc,...shc->...hqs", query, keys, preferred_element_type=jnp.float32)
@@ -202,9 +230,9 @@ def multi_head_attention(
 
 
 class WordLogits(nnx.Module):
-    """The layer from a hidden vector to the vocabulary, with its own matrix or the embedding's (tied).
+    """The output layer, from a hidden vector to the vocabulary.
 
-    Tying: Press & Wolf (2017), Inan et al. (2017).
+    It has its own matrix or shares the embedding's (tied; Press & Wolf 2017, Inan et al. 2017).
     """
 
     def __init__(self, hidden_size: int, vocabulary_size: int, *, tied: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -215,8 +243,8 @@ class WordLogits(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((vocabulary_size,)))
 
     def __call__(self, hidden: Array, embedding: nnx.Embed) -> Array:
-        """hidden [...,H] -> logits [...,V]; a tied layer reads ``embedding``."""
+        """hidden [...,H] -> logits float32 [...,V]. ``embedding`` is used only if the layer is tied."""
         kernel: Any = embedding.embedding[...].T if self.kernel is None else self.kernel[...]
-        # Products in bfloat16 are summed and given in float32: 8 bits would make ties of near-equal words.
+        # A bfloat16 product is accumulated and returned in float32. With 8 bits, words of similar score would tie.
         product = jnp.matmul(hidden.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
         return product + self.bias[...]

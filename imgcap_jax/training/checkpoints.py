@@ -20,8 +20,9 @@ from imgcap_jax.files import disk_errors
 class Progress:
     """What a resumed run needs in addition to the state.
 
-    step: steps done. data: state of the data iterator after the batch of that step.
-    best: highest validation CIDEr-D so far (None: not validated yet). best_step: its step. misses: validations since.
+    step: the number of steps done. data: the state of the data iterator after the batch of that step.
+    best: the highest validation CIDEr-D so far; None before the first validation. best_step: its step.
+    misses: the number of validations since then.
     """
 
     step: int
@@ -32,14 +33,17 @@ class Progress:
 
 
 class Checkpoints:
-    """``<run>/checkpoints/newest`` and ``best``, and ``start``, the initial parameters for a KL penalty.
+    """``newest``, ``best`` and ``start`` in ``<run>/checkpoints``. ``start`` contains the initial parameters, for a KL
+    penalty.
 
-    Orbax writes into a temporary folder and renames it, so that a kill at any moment leaves the previous checkpoint.
+    Orbax writes into a temporary folder and renames it. If the process is killed, the previous checkpoint remains.
     """
 
     def __init__(self, run: Path, *, writing: bool = False) -> None:
-        """Opens the checkpoints of a run. Only the process that trains it can be ``writing``; others could disturb a
-        save."""
+        """Opens the checkpoints of a run.
+
+        ``writing`` is for the process that trains the run. Another writing process could disturb a save.
+        """
         self.folder = run.absolute() / "checkpoints"
         self._newest = _manager(self.folder / "newest", writing)
         self._best = _manager(self.folder / "best", writing)
@@ -87,11 +91,15 @@ class Checkpoints:
         manager.close()
 
     def restore_start(self, template: Any) -> Any:
-        """What ``keep_start`` saved, placed as ``template`` is. Raises UserError if it is missing or does not fit."""
+        """The parameters that ``keep_start`` saved, placed as ``template`` is.
+
+        Raises:
+            UserError: they are missing or do not fit the experiment.
+        """
         manager = _manager(self.folder / "start", self._writing)
         if manager.latest_step() is None:
             raise UserError(
-                f"{self.folder / 'start'}, the parameters that training started from, is missing; "
+                f"{self.folder / 'start'} (the parameters that training started from) is missing; "
                 f"train again in another --run"
             )
         with _shape_errors(self.folder / "start"):
@@ -132,7 +140,11 @@ class Checkpoints:
 
 
 def restore_best(run: Path, template: Any) -> tuple[Any, int]:
-    """The best parameters of a run, placed as ``template`` is, and their step. Raises as `Checkpoints.restore_best`."""
+    """The best parameters of a run, placed as ``template`` is, and their step.
+
+    Raises:
+        UserError: see ``Checkpoints.restore_best``.
+    """
     checkpoints = Checkpoints(run)
     try:
         params = checkpoints.restore_best(template)
@@ -187,7 +199,7 @@ def _abstract(tree: Any) -> Any:
 
 @contextmanager
 def _saving(folder: Path) -> Iterator[None]:
-    # Orbax's threads also log the whole traceback of what they raise.
+    # Orbax's threads also log the traceback of every error that they raise.
     with (
         disk_errors(f"saving a checkpoint to {folder} (earlier checkpoints are intact)"),
         _quiet_orbax(logging.CRITICAL),

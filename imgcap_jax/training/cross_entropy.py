@@ -52,6 +52,8 @@ class CrossEntropy:
                 raise UserError(f"objective.{name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"objective.label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
+        if self.word_loss is not None and not callable(self.word_loss):
+            raise UserError(f"objective.word_loss is {self.word_loss!r}; it must have __call__(logits, targets)")
         if self.word_loss is not None and self.label_smoothing:
             raise UserError("objective.label_smoothing belongs to cross-entropy; set it to 0 with a word_loss")
 

@@ -14,11 +14,11 @@ class MetricsLog:
     """Appends metrics to ``metrics.jsonl`` (one JSON object per line) and to TensorBoard.
 
     Lines after ``resumed_step`` come from a run that was killed after its last checkpoint. They are dropped, because
-    these steps are repeated.
+    their steps are repeated.
     """
 
     def __init__(self, folder: Path, resumed_step: int, *, writing: bool = True) -> None:
-        """Opens both. With ``writing`` False, as in all processes except the first, nothing is written."""
+        """Opens both. If ``writing`` is False, nothing is written. Only the first process writes."""
         self._writing = writing
         if not writing:
             return
@@ -38,7 +38,7 @@ class MetricsLog:
         with disk_errors(f"{self._file.name} (the last checkpoint is intact)"):
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # TensorBoard warns of others
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # TensorBoard warns otherwise
         for name, value in finite.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
@@ -54,4 +54,4 @@ def _step(line: str) -> float:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return math.inf  # an incomplete line, after a kill
+        return math.inf  # an incomplete line of a killed run

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from imgcap_jax.special_tokens import PAD
+from imgcap_jax.errors import UserError
+from imgcap_jax.special_tokens import EOS, PAD
 
 CHUNK = 768
 """The largest number of words that are scored at a time."""
@@ -22,7 +23,10 @@ class WordLoss(Protocol):
     """
 
     def __call__(self, logits: Array, targets: Array) -> Array:
-        """Logits float32 [n,V] and true words int32 [n] -> losses float32 [n]."""
+        """Logits float32 [n,V] and true words int32 [n] -> losses float32 [n].
+
+        Losses must be finite for all finite logits. The targets are words, unk or eos.
+        """
         ...
 
 
@@ -214,7 +218,9 @@ def _over_chunks(
     def body(loop: tuple[Array, Any]) -> tuple[Array, Any]:
         start, state = loop
         places = jax.lax.dynamic_slice_in_dim(order, start, chunk)
-        part = tuple(leaf.at[places].get(mode="fill", fill_value=0) for leaf in (hidden, targets, counted))
+        # The rows that fill the last chunk have weight 0. Their target is a word that occurs, which a loss can handle.
+        filling = ((hidden, 0), (targets, EOS), (counted, 0))
+        part = tuple(leaf.at[places].get(mode="fill", fill_value=value) for leaf, value in filling)
         return start + chunk, add(state, part, start)  # type: ignore[arg-type]
 
     _, state = jax.lax.while_loop(lambda loop: loop[0] < count, body, (jnp.zeros_like(count), state))
@@ -226,4 +232,10 @@ def _chunk_sums(logits: Array, targets: Array, weight: Array, word_loss: WordLos
     logits = logits.astype(jnp.float32)
     true = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     log_likelihood = jax.lax.stop_gradient(true - log_normaliser(logits))  # [n]
-    return (word_loss(logits, targets) * weight).sum(), (log_likelihood * weight).sum()
+    losses = word_loss(logits, targets)
+    if losses.shape != targets.shape:
+        raise UserError(
+            f"the word loss {word_loss!r} returned shape {list(losses.shape)} for {list(targets.shape)} words; it must "
+            f"return one number per word"
+        )
+    return (losses * weight).sum(), (log_likelihood * weight).sum()

@@ -1,4 +1,4 @@
-"""The progress line, and the check that the loss is a number."""
+"""The progress line, and the check that the loss is finite."""
 
 import math
 import time
@@ -14,10 +14,9 @@ LINE_SECONDS = 10.0
 
 
 class Meter:
-    """Logs training metrics and shows some of them, captions/s and the time left.
+    """Logs the training metrics, and shows a progress line with some of them, the speed and the time left.
 
-    Metrics are read one step late: the device is then already busy with the next step, so that reading them
-    keeps nobody waiting.
+    Metrics are read one step late. The device is then already computing the next step and does not wait for the host.
     """
 
     def __init__(
@@ -30,7 +29,17 @@ class Meter:
         show: Callable[[str], None],
         line: Mapping[str, str],
     ) -> None:
-        """``line``: the metrics that the progress line shows, and their formats."""
+        """Starts the measurement.
+
+        Args:
+            total_steps: the number of steps of the whole run.
+            steps_per_epoch: the number of steps per epoch.
+            log_steps: metrics are logged every ``log_steps`` steps.
+            first_step: the number of steps done before this process started.
+            log: where metrics are written.
+            show: receives each progress line.
+            line: the metrics that the progress line shows, and their formats.
+        """
         self._total, self._epoch = total_steps, steps_per_epoch
         self._log_steps, self._log, self._show, self._line = log_steps, log, show, line
         self._pending: tuple[int, Mapping[str, Array]] | None = None
@@ -39,35 +48,39 @@ class Meter:
         self.restart(first_step)
 
     def restart(self, step: int) -> None:
-        """Begins the measurement of speed anew, after a pause that is not training (or a compilation)."""
+        """Restarts the measurement of speed, after a compilation or a pause in training."""
         self._since, self._since_step, self._captions = time.perf_counter(), step, 0.0
 
     def add(self, step: int, metrics: Mapping[str, Array]) -> None:
-        """Takes the metrics of a step that was just started, and reads those of the one before.
+        """Stores the metrics of a step that was just started, and reads those of the previous step.
 
         Raises:
-            UserError: the loss of the step before is not finite.
+            UserError: the loss or the gradient norm of the previous step is not finite.
         """
         self.flush()
         if step == self._first + 1:
-            np.asarray(metrics["loss"])  # the first step compiles, which is not its speed
+            np.asarray(metrics["loss"])  # wait for the first step, whose time includes compilation
             self.restart(step)
         self._pending = (step, metrics)
 
     def flush(self) -> None:
-        """Reads what is pending. Raises UserError as ``add``."""
+        """Reads the pending metrics.
+
+        Raises:
+            UserError: see ``add``.
+        """
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
         values = {name: float(np.asarray(value)) for name, value in metrics.items()}
-        # The loss is of the parameters before the update, which a gradient that is not finite has spoilt.
+        # The loss belongs to the parameters before the update. A gradient that is not finite spoils the update.
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             self._log.write("train", step, values)
             raise UserError(
-                f"the loss is {values['loss']} at step {step} (gradient norm {values['gradient_norm']}): try a "
-                f"lower --optimizer.learning-rate, a longer --optimizer.warmup-epochs, or --training.dtype float32, "
-                f"in another --run; the checkpoint before it is intact (--init-from starts from the best)"
+                f"the loss is {values['loss']} at step {step} (gradient norm {values['gradient_norm']}): train in "
+                f"another --run with a lower --optimizer.learning-rate, a longer --optimizer.warmup-epochs or "
+                f"--training.dtype float32; earlier checkpoints are intact (--init-from starts from the best one)"
             )
         seconds = time.perf_counter() - self._since
         captions = values.pop("captions")

@@ -1,4 +1,4 @@
-"""Running one per-device step on all devices: ``jax.pmap``, or the same step under ``jax.shard_map``."""
+"""Data parallelism: runs a per-device step on all devices, with ``jax.pmap`` or ``jax.shard_map``."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -16,14 +16,14 @@ Step = Callable[[Any, Any, Mapping[str, Array]], tuple[Any, Any]]
 
 
 def join_processes(where: str) -> None:
-    """Makes this process one of several that train together; before anything else is computed.
+    """Joins the processes that train together. Must be called before any other computation.
 
     Args:
-        where: "auto" where JAX knows the cluster (Cloud TPU, Slurm, Open MPI, Kubernetes), else
-            "HOST:PORT,COUNT,INDEX": where process 0 listens, how many processes, which one this is.
+        where: "auto" if JAX can detect the cluster (Cloud TPU, Slurm, Open MPI, Kubernetes). Otherwise
+            "HOST:PORT,COUNT,INDEX": the address of process 0, the number of processes, the index of this one.
 
     Raises:
-        UserError: `where` is malformed, or the processes don't find each other.
+        UserError: ``where`` is malformed, or the processes cannot connect to each other.
     """
     match where.split(","):
         case ["auto"]:
@@ -31,23 +31,26 @@ def join_processes(where: str) -> None:
         case [address, count, index] if count.isdigit() and index.isdigit() and int(index) < int(count):
             options = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
         case _:
-            raise UserError(f"--distributed {where!r}: give HOST:PORT,COUNT,INDEX as in 10.0.0.1:8476,4,0, or nothing")
+            raise UserError(
+                f"--distributed {where!r} is malformed; use HOST:PORT,COUNT,INDEX, for example 10.0.0.1:8476,4,0, "
+                f"or no value"
+            )
     try:
         jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--distributed {where}: {reason}; give HOST:PORT,COUNT,INDEX on each host") from error
+        raise UserError(f"--distributed {where}: {reason}; use HOST:PORT,COUNT,INDEX on each host") from error
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for all."""
+    """Whether this is process 0, the one that prints and writes files."""
     return jax.process_index() == 0
 
 
 class DataParallel:
-    """Data parallelism over every device of every process.
+    """Data parallelism over all devices of all processes.
 
-    The state is replicated and has no device axis; batches are cut along their first axis, and each process gives
+    The state is replicated and has no device axis. Batches are split along their first axis, and each process provides
     its own part of the batch.
     """
 
@@ -62,29 +65,29 @@ class DataParallel:
         self._cut = NamedSharding(mesh, PartitionSpec(AXIS))
 
     def check_batch_size(self, batch_size: int, accumulate: int) -> None:
-        """Raises UserError unless the global batch divides into devices x microbatches."""
+        """Raises UserError unless the global batch size is a multiple of devices x microbatches."""
         parts = len(self.devices) * accumulate
         if batch_size % parts:
             raise UserError(
-                f"data.batch_size {batch_size} does not divide into {len(self.devices)} devices x "
+                f"data.batch_size is {batch_size}, which cannot be divided among {len(self.devices)} devices x "
                 f"{accumulate} microbatches; choose a multiple of {parts}"
             )
 
     def replicate(self, tree: Any) -> Any:
-        """Puts a tree, the same on every process, on all devices.
+        """Puts a tree, which is the same on every process, on all devices.
 
-        The state has to start there: placed otherwise, the second call of the step would compile again.
+        The initial state must be placed like this. Otherwise the second call of the step compiles again.
         """
 
         def put(leaf: Any) -> Array:
-            # What one process holds can't be put on another's devices but by way of the host.
+            # An array of one process can reach the devices of another process only through the host.
             local = jax.process_count() > 1 and isinstance(leaf, Array) and leaf.is_fully_addressable
             return jax.device_put(np.asarray(leaf) if local else leaf, self._replicated)
 
         return jax.tree.map(put, tree)
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """Puts this process's rows of a batch on its devices."""
+        """Puts the rows that this process has of a batch on its devices."""
         return {name: self._put_leaf(np.asarray(leaf)) for name, leaf in batch.items()}
 
     def _put_leaf(self, leaf: np.ndarray) -> Array:
@@ -94,7 +97,7 @@ class DataParallel:
         return jax.make_array_from_process_local_data(self._cut, leaf)
 
     def put_rows(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """Cuts a batch that every process holds whole over all devices; for functions under ``jax.jit``."""
+        """Splits a batch, of which every process has all rows, over all devices. For functions under ``jax.jit``."""
 
         def put(leaf: np.ndarray) -> Array:
             return jax.make_array_from_callback(leaf.shape, self._cut, lambda index: leaf[index])
@@ -102,32 +105,35 @@ class DataParallel:
         return {name: put(np.asarray(leaf)) for name, leaf in batch.items()}
 
     def _of_all_processes(self, leaf: Array) -> Array:
-        """What pmap gives is each process's own; the same buffers, seen as one array on all devices."""
+        """Makes the local result of ``pmap`` a global array on all devices, with the same buffers."""
         buffers = [shard.data for shard in leaf.addressable_shards]
         return jax.make_array_from_single_device_arrays(leaf.shape, self._replicated, buffers)
 
     def fetch(self, leaf: Array) -> np.ndarray:
-        """A whole array on the host, also where other processes hold parts of it."""
+        """The whole array on the host, even if other processes hold parts of it."""
         if leaf.is_fully_addressable:
             return np.asarray(leaf)
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
     def broadcast(self, number: int) -> int:
-        """The first process's number, on all of them."""
+        """The number that process 0 passes, on all processes."""
         return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
     def agree(self, *wishes: int) -> tuple[int, ...]:
-        """The largest of each number over all processes, which so decide alike; waits for all of them."""
+        """The elementwise maximum over all processes, so that all of them make the same decision.
+
+        Waits for all processes.
+        """
         if jax.process_count() == 1:
             return wishes
         gathered = multihost_utils.process_allgather(np.array(wishes, np.int32))
         return tuple(int(wish) for wish in gathered.max(axis=0))
 
     def compile(self, step: Step) -> Step:
-        """Compiles ``step(state, constants, batch part) -> (state, metrics)``, run once on each device.
+        """Compiles ``step(state, constants, part of the batch) -> (state, metrics)``, which runs on each device.
 
-        The step must reduce whatever it returns over ``AXIS``: what comes back is one device's value.
-        The state's buffers are donated.
+        The step must reduce everything that it returns over ``AXIS``, because the result is the value of one device.
+        The buffers of the state are donated.
         """
         if self.mode == "pmap":
             mapped = jax.pmap(
@@ -147,6 +153,6 @@ class DataParallel:
             mesh=self._mesh,
             in_specs=(whole, whole, cut),
             out_specs=(whole, whole),
-            check_vma=False,  # else a psum of gradients counts every device once more
+            check_vma=False,  # otherwise gradients are summed over the devices twice
         )
         return jax.jit(mapped, donate_argnums=(0,))

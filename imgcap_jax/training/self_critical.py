@@ -1,6 +1,6 @@
 """Self-critical sequence training (Rennie et al. 2017, https://arxiv.org/abs/1612.00563).
 
-Captions are sampled and scored, and the policy gradient is computed, in one compiled step that never leaves the device.
+One compiled step samples captions, scores them and computes the policy gradient. It never leaves the device.
 """
 
 import math
@@ -51,50 +51,51 @@ class Reward(Protocol):
         """Rewards of captions.
 
         Args:
-            tokens: int32 [B,M,T]: words, then eos if ``objective.reward_eos`` (a caption that was cut has none), then
-                pad.
-            references: of the same images; ``references.tokens`` int32 [B,R,S] in the same form.
+            tokens: int32 [B,M,T]: words, then eos if ``objective.reward_eos`` is set (a caption that was cut has none),
+                then pad.
+            references: the references of the same images; ``references.tokens`` int32 [B,R,S] has the same form.
             frequencies: the document frequencies of the training captions.
 
         Returns:
-            float32 [B,M].
+            Rewards float32 [B,M].
         """
         ...
 
 
 @dataclass(frozen=True)
 class SelfCritical:
-    """REINFORCE with a baseline maximises the expected reward, starting from a run trained by cross-entropy.
+    """REINFORCE with a baseline: maximises the expected reward, starting from a run trained with cross-entropy.
 
-    Checkpoints are selected by captions of ``training.validation_beam`` beams, which should be the number of beams that
-    captions will be decoded with. The policy can draw unk, which matches no reference, so that it learns to avoid it.
+    Checkpoints are selected by the CIDEr-D of captions decoded with ``training.validation_beam`` beams. Use the beam
+    that captions will be decoded with. The policy can sample unk. It matches no reference, so the policy learns to
+    avoid it.
     """
 
     progress: ClassVar[Mapping[str, str]] = {"reward": ".3f", "baseline": ".3f", "length": ".1f"}
 
     samples: int = 5
-    """Captions drawn per image (M), of at most decoding.max_words."""
+    """Captions sampled per image (M), each of at most decoding.max_words words."""
     baseline: Literal["mean", "greedy"] = "mean"
-    """What the reward of a sample is compared with. mean: the mean of the image's other samples (Luo 2020,
-    https://arxiv.org/abs/2003.09971). greedy: the reward of the greedy caption (Rennie et al. 2017)."""
+    """The value that is subtracted from the reward of a sample. mean: the mean reward of the image's other samples (Luo
+    2020, https://arxiv.org/abs/2003.09971). greedy: the reward of the greedy caption (Rennie et al. 2017)."""
     cider: float = 1.0
     """Weight of CIDEr-D (0 to 10, with document frequencies of the training captions) in the reward."""
     bleu: float = 0.0
-    """Weight of the caption's BLEU-4 (0 to 1)."""
+    """Weight of BLEU-4 (0 to 1) in the reward."""
     reward: Reward | None = None
-    """Your own reward, which is added to those."""
+    """A custom reward that is added to these, with weight 1."""
     reward_eos: bool = True
-    """Whether the end of a caption counts as a word in candidates, references and document frequencies. True is
-    SacreEOS's STANDARD (Hu et al. 2023, https://arxiv.org/abs/2305.12254, who show that captions break off without it),
-    False is NO<EOS>."""
+    """Whether the end of a caption counts as a word in candidates, references and document frequencies. Without it,
+    captions break off (Hu et al. 2023, https://arxiv.org/abs/2305.12254). SacreEOS calls True STANDARD and False
+    NO<EOS>."""
     temperature: float = 1.0
-    """The logits of the policy that is sampled and trained are divided by it. If the start was trained with label
-    smoothing, samples at 1 are mostly noise; 0.6 gave better scores."""
+    """The logits of the policy are divided by it, for sampling and for the loss. If the initial run was trained with
+    label smoothing, samples at temperature 1 are mostly noise; 0.6 gave better scores."""
     entropy: float = 0.0
-    """Bonus per nat of a caption's surprisal, -log p: the entropy of the policy."""
+    """Weight of the entropy bonus: added per nat of a caption's surprisal, -log p."""
     kl: float = 0.0
-    """Penalty per nat by which a caption is more likely than under the initial parameters and the same dropout: the KL
-    divergence (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593)."""
+    """Weight of the KL penalty: subtracted per nat by which a caption is more likely than under the initial parameters
+    with the same dropout (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593)."""
 
     def __post_init__(self) -> None:
         if self.baseline not in ("mean", "greedy"):
@@ -113,8 +114,10 @@ class SelfCritical:
 
     @property
     def title(self) -> str:
-        """What is optimised, as SacreEOS 1.0.0 writes it. Weights other than 1 and 0, and settings that SacreEOS does
-        not know, are added."""
+        """What is optimised, as a SacreEOS 1.0.0 signature.
+
+        Weights other than 0 and 1, and settings that SacreEOS has no notation for, are added.
+        """
         rewards = [(self.cider, f"Cider-D[n4,s{SIGMA}]"), (self.bleu, "BLEU[n4]")]
         names = [name if weight == 1 else f"{weight:g}*{name}" for weight, name in rewards if weight]
         named = ",".join(names + ([repr(self.reward)] if self.reward is not None else []))
@@ -141,8 +144,7 @@ class SelfCritical:
             )
 
     def make_step(self, setup: StepSetup) -> tuple[Step, "Constants"]:
-        """See ``Objective``. Document frequencies and, for the KL penalty, the initial parameters are kept in the
-        run."""
+        """See ``Objective``. The run keeps the document frequencies and, for a KL penalty, the initial parameters."""
         assert setup.references is not None
         frequencies = _document_frequencies(setup, setup.references)
         start = _start(setup.params, setup.checkpoints) if self.kl else None
@@ -159,9 +161,9 @@ class SelfCritical:
         return step, Constants(setup.frozen, *setup.parallel.replicate((frequencies, start)))
 
     def rewards(self, tokens: Array, references: DeviceReferences, frequencies: DocumentFrequencies) -> Array:
-        """The weighted sum of all rewards of captions int32 [B,M,T] (words, eos, pad): float32 [B,M].
+        """The weighted sum of all rewards, float32 [B,M], of captions int32 [B,M,T] (words, eos, pad).
 
-        References and frequencies must contain eos exactly if ``reward_eos`` is set.
+        References and frequencies must contain eos if and only if ``reward_eos`` is set.
         """
         counted = tokens if self.reward_eos else jnp.where(tokens == EOS, PAD, tokens)
         terms: list[tuple[float, Reward | None]] = [(self.cider, cider_d), (self.bleu, bleu_4), (1.0, self.reward)]
@@ -198,8 +200,11 @@ def _start(params: Params, checkpoints: Checkpoints) -> Params:
 
 
 class Constants(NamedTuple):
-    """What a step reads and does not change: the frozen part of the model, the document frequencies and, for the KL
-    penalty, the initial parameters."""
+    """What a step reads and does not change.
+
+    frozen: the frozen part of the model. frequencies: the document frequencies of the training captions.
+    start: the initial parameters, for a KL penalty; else None.
+    """
 
     frozen: Frozen
     frequencies: DocumentFrequencies
@@ -207,7 +212,7 @@ class Constants(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Over all samples [B,M]; see the metrics of ``self_critical_step``."""
+    """Sums over all samples [B,M]; see the metrics of ``self_critical_step``."""
 
     objective: Array
     captions: Array
@@ -235,44 +240,44 @@ def self_critical_step(
 ) -> Step:
     """Makes ``step(state, constants, batch) -> (state, metrics)`` for ``DataParallel.compile``; see ``train_step``.
 
-    The batch contains "references" int32 [B,R,S] and "reference_count" [B], which the document frequencies were counted
-    on too, "weight" [B], "row" [B] (the index in the global batch, which determines the image's samples and dropout)
-    and "image" or "regions". Constants are ``Constants``.
+    The batch contains "references" int32 [B,R,S], "reference_count" [B], "weight" [B], "row" [B] and "image" or
+    "regions". The document frequencies must come from references of the same form. "row" is the index in the global
+    batch; it determines the samples and the dropout of an image. The constants are ``Constants``.
 
     The step minimises -sum_m A(y_m) log p(y_m) over the M sampled captions y of each image, divided by the number of
-    captions in the global batch. A is the reward minus the baseline, p the policy that was sampled, dropout included.
-    The gradient is an unbiased estimate of that of the mean reward. Entropy and KL divergence are those of whole
-    captions. They are added to the reward and compared with the other samples, so that their gradients are unbiased
-    too.
+    captions in the global batch. A is the reward minus the baseline. p is the sampled policy, dropout included. The
+    gradient is an unbiased estimate of that of the mean reward. Entropy and KL divergence are those of whole captions.
+    They are added to the reward and compared with those of the other samples, so that their gradients are unbiased too.
 
     Args:
-        graph: of the model.
+        graph: the model without its arrays.
         objective: the settings.
         transformation: the optimizer.
-        key: of samples and dropout.
-        max_words: T, the longest caption with its eos. A caption that reaches it is cut and scored as it is.
+        key: PRNG key of samples and dropout.
+        max_words: T, the maximum length of a caption with its eos. A longer caption is cut and scored without eos.
         bad_endings: ids of the words that count as a bad ending.
         rewards: the reward; None: ``objective.rewards``.
-        accumulate: microbatches.
+        accumulate: microbatches per step.
         ema_decay: see ``train_step``.
 
-    Metrics, all float32 [] and the same on every device, means over the sampled captions: "loss" (the objective),
-    "reward", "reward_deviation" (standard deviation), "baseline", "length" (words without eos), "ended" and
-    "bad_endings" (shares of captions), "surprisal" (-log p in nats), "kl" (in nats; only with a KL penalty),
-    "gradient_norm"; and "captions", their number.
+    Returns:
+        The step. Its metrics are float32 [], the same on every device, and means over the sampled captions: "loss" (the
+        objective), "reward", "reward_deviation" (standard deviation), "baseline", "length" (words without eos), "ended"
+        and "bad_endings" (shares of captions), "surprisal" (-log p in nats) and "kl" (in nats; only with a KL penalty).
+        Further metrics are "gradient_norm" and "captions", the number of sampled captions.
     """
     rewards = rewards or objective.rewards
 
     def explore(
         params: Params, constants: Constants, batch: Mapping[str, Array], regions: Array, keys: Array
     ) -> tuple[Array, Array, _Sums]:
-        """Tokens [B,M,T] of the samples, their advantages [B,M] and sums over them."""
+        """Samples captions: their tokens [B,M,T], their advantages [B,M] and sums over them."""
         model = nnx.merge(graph, params, constants.frozen)
         mask, weight = batch.get("region_mask"), batch["weight"][:, None]
         references = prepare_references(batch["references"], batch["reference_count"], constants.frequencies)
 
         def begun(count: int, keys: Array | None) -> tuple[Any, Any]:
-            """The decoder's step and first carry; with keys, under the dropout masks that ``teacher_forced`` draws."""
+            """The decoder's step and first carry. With keys, the dropout masks are those of ``teacher_forced``."""
             memory, first = model.decoder.start(
                 regions, count, steps=max_words, region_mask=mask, dropout_keys=row_keys(keys, START_KEYS)
             )
@@ -358,12 +363,12 @@ def self_critical_step(
 
 
 def _above_others(values: Array) -> Array:
-    """The difference of each value [B,M] to the mean of the image's other values; exactly 0 if all are equal."""
+    """Each value [B,M] minus the mean of the image's other values. Exactly 0 if all values are equal."""
     return (values[:, :, None] - values[:, None, :]).sum(-1) / (values.shape[1] - 1)
 
 
 def _after_bos(tokens: Array) -> Array:
-    """[B,M,T] -> [B,M,T+1]."""
+    """Prepends bos to captions: [B,M,T] -> [B,M,T+1]."""
     return jnp.concatenate([jnp.full_like(tokens[..., :1], BOS), tokens], axis=-1)
 
 
@@ -376,11 +381,11 @@ def _policy(logits: Array, temperature: float) -> Array:
 def _log_probs(
     model: CaptionModel, batch: Mapping[str, Array], tokens: Array, keys: Array, temperature: float
 ) -> Array:
-    """Log-probabilities [B,M] of captions [B,M,T] under a model and the dropout of ``keys`` [B]."""
+    """Log-probabilities [B,M] of captions [B,M,T] under a model with the dropout of ``keys`` [B]."""
     hidden = model.teacher_forced({**batch, "tokens": _after_bos(tokens)}, keys).hidden  # [B,M,T,F]
 
     def score(step: tuple[Array, Array]) -> Array:
-        hidden, token = step  # one place at a time, because the logits of all places take gigabytes
+        hidden, token = step  # one position at a time, because the logits of all positions take gigabytes
         log_probs = jax.nn.log_softmax(_policy(model.score_words(hidden), temperature))  # [B,M,V]
         return jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
 

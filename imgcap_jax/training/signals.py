@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop after the present step."""
+"""Ctrl-C and SIGTERM as a request to stop after the current step."""
 
 import signal
 from types import FrameType
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM only set ``signal``; a second Ctrl-C stops at once."""
+    """A context manager in which SIGINT and SIGTERM only set ``signal``. A second Ctrl-C stops immediately."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

@@ -1,4 +1,4 @@
-"""What the training steps of all objectives share: gradients summed over devices, the update, the moving average."""
+"""The training step that all objectives share: gradients summed over devices, the update, the moving average."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,14 +13,18 @@ from imgcap_jax.models.model import Params
 from imgcap_jax.training.parallel import AXIS, Step
 
 Loss = Callable[[Params, Any, Mapping[str, Array], Array], tuple[Array, Any]]
-"""(params, constants, part of a batch, step []) -> (a sum to be minimised [], a pytree of other sums [])."""
+"""(params, constants, part of a batch, step []) -> (the sum to minimise [], a pytree of other sums [])."""
 Measure = Callable[[Any], tuple[Array, dict[str, Array]]]
-"""The sums of the whole batch -> (what the minimised sum is divided by [], metrics [])."""
+"""The sums over the whole batch -> (the divisor of the minimised sum [], metrics [])."""
 
 
 @struct.dataclass
 class TrainState:
-    """Everything a step changes: step [] int32, params, optimizer state, EMA of params (None: not kept)."""
+    """Everything that a step changes.
+
+    step: int32 [], the number of steps done. params: the trained parameters. optimizer: the optimizer state.
+    ema: the exponential moving average of the parameters; None if there is none.
+    """
 
     step: Array
     params: Params
@@ -29,19 +33,22 @@ class TrainState:
 
     @property
     def best_guess(self) -> Params:
-        """The parameters to caption with: the average where one is kept."""
+        """The parameters to caption with: the average if there is one, else ``params``."""
         return self.params if self.ema is None else self.ema
 
 
 def first_state(params: Params, transformation: optax.GradientTransformation, *, ema: bool) -> TrainState:
     """The state before the first step."""
-    # A real copy: donating one buffer under two names fails.
+    # A copy, because the same buffer cannot be donated twice.
     average = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, transformation.init(params), average)
 
 
 def keys_of_rows(key: Array, step: Array, row: Array) -> Array:
-    """A key for each image of a step, [B], from its index in the global batch, ``row`` [B]: the same on any devices."""
+    """One PRNG key [B] per image of a step, from its index in the global batch, ``row`` [B].
+
+    The keys do not depend on the number of devices.
+    """
     step_key = jax.random.fold_in(key, step)
     return jax.vmap(lambda index: jax.random.fold_in(step_key, index))(row)
 
@@ -56,15 +63,15 @@ def train_step(
 ) -> Step:
     """Makes ``step(state, constants, batch) -> (state, metrics)`` for ``DataParallel.compile``.
 
-    The local *sums* are differentiated, and gradients and sums are added up over microbatches and devices before they
-    are divided: a mean of means would weigh captions of different lengths unevenly.
+    Each device differentiates a *sum*. Gradients and sums are added over microbatches and devices, and only then
+    divided. A mean of means would give captions of different lengths different weights.
 
     Args:
-        loss: differentiated by its first argument.
-        measure: says what the gradient is divided by; "gradient_norm" is added to its metrics.
+        loss: the function to differentiate, by its first argument.
+        measure: returns the divisor of the gradient and the metrics. "gradient_norm" is added to the metrics.
         transformation: the optimizer.
-        accumulate: microbatches.
-        ema_decay: decay a step of the averaged parameters, where the state keeps them.
+        accumulate: microbatches per step.
+        ema_decay: decay per step of the averaged parameters, if the state has them.
     """
     gradient = jax.grad(loss, has_aux=True)
 
@@ -91,7 +98,7 @@ def train_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
-            # Early on, the average follows quickly instead of remembering the random start.
+            # The decay is smaller at the beginning, so that the average soon forgets the random initial parameters.
             count = state.step.astype(jnp.float32)
             decay = jnp.minimum(ema_decay, (1.0 + count) / (10.0 + count))
             ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, and that mistakes cost one line and exit code 2."""
+"""The command line: its output, and that every user error gives one line and exit code 2."""
 
 import contextlib
 import errno
@@ -44,7 +44,7 @@ def write(folder: Path, content: object) -> None:
     (folder / "annotations" / "captions_train.json").write_text(json.dumps(content))
 
 
-def test_usage_mistake_costs_one_line(capsys: pytest.CaptureFixture[str], refused: Refused) -> None:
+def test_usage_error_is_one_line(capsys: pytest.CaptureFixture[str], refused: Refused) -> None:
     for arguments, said in (
         (["caption", "photo.jpg"], "--run"),
         (["evaluate", "run", "--beam", "many"], "many"),
@@ -65,7 +65,7 @@ def test_missing_folder(refused: Refused) -> None:
     assert "nowhere/at_all" in line
 
 
-def test_corrupt_jpeg_is_listed_and_above_one_percent_stops(tmp_path: Path, refused: Refused) -> None:
+def test_too_many_corrupt_images_are_an_error_that_names_them(tmp_path: Path, refused: Refused) -> None:
     folder = photo_folder(tmp_path / "photos")
     (folder / "images" / "1.jpg").write_bytes(b"\xff\xd8 not a picture")
     assert "1.jpg" in refused(["data", "prepare", str(folder), "--name", "broken", "--data-dir", "d"])
@@ -79,32 +79,32 @@ def test_json_with_a_missing_key(tmp_path: Path, refused: Refused) -> None:
     assert "captions_train.json" in line
 
 
-def test_listed_image_that_is_absent(tmp_path: Path, refused: Refused) -> None:
+def test_missing_image_file(tmp_path: Path, refused: Refused) -> None:
     folder = photo_folder(tmp_path / "photos")
     (folder / "images" / "2.jpg").unlink()
     assert "2.jpg" in refused(["data", "prepare", str(folder), "--name", "absent", "--data-dir", "d"])
 
 
-def test_split_that_is_empty(tmp_path: Path, refused: Refused) -> None:
+def test_empty_split(tmp_path: Path, refused: Refused) -> None:
     folder = photo_folder(tmp_path / "photos")
     write(folder, {"images": [], "annotations": []})
     line = refused(["data", "prepare", str(folder), "--name", "empty", "--data-dir", "d"])
     assert "captions_train.json" in line
 
 
-def test_split_that_does_not_exist(trained: Path, refused: Refused) -> None:
+def test_unknown_split(trained: Path, refused: Refused) -> None:
     line = refused(["evaluate", str(trained), "--split", "dev"])
     assert "dev" in line
     assert "val" in line
 
 
-def test_unknown_override_names_the_nearest(tiny_file: Path, refused: Refused) -> None:
+def test_unknown_override_suggests_the_nearest(tiny_file: Path, refused: Refused) -> None:
     line = refused(["train", str(tiny_file), "--decoder.hiden-size", "9"])
     assert "--decoder.hiden-size" in line
     assert "did you mean --decoder.hidden-size?" in line
 
 
-def test_unknown_option_of_another_command_names_the_nearest(trained: Path, refused: Refused) -> None:
+def test_unknown_option_suggests_the_nearest(trained: Path, refused: Refused) -> None:
     assert "did you mean --length-norm?" in refused(["evaluate", str(trained), "--lenght-norm", "1"])
 
 
@@ -118,12 +118,12 @@ def test_unknown_option_of_another_command_names_the_nearest(trained: Path, refu
         ["--objective.label-smoothing", "1"],
     ],
 )
-def test_number_that_makes_no_sense(tiny_file: Path, refused: Refused, option: list[str]) -> None:
+def test_number_out_of_range(tiny_file: Path, refused: Refused, option: list[str]) -> None:
     name = option[0].removeprefix("--").split(".")[1].replace("-", "_")
     assert name in refused(["train", str(tiny_file), *option])
 
 
-def test_small_folder_is_inspected_with_a_lower_count(
+def test_small_folder_is_inspected_with_a_lower_min_count(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
 ) -> None:
     folder = photo_folder(tmp_path / "photos")
@@ -150,7 +150,7 @@ def test_override_of_the_wrong_type(tiny_file: Path, refused: Refused) -> None:
     assert "'many'" in line
 
 
-def test_unknown_experiment_names_those_there_are(refused: Refused) -> None:
+def test_unknown_experiment_lists_the_known_ones(refused: Refused) -> None:
     assert "scenes_demo" in refused(["train", "scene"])
 
 
@@ -159,7 +159,7 @@ def test_run_of_another_experiment(trained: Path, tiny_file: Path, refused: Refu
     assert "decoder.dropout: 0.3 -> 0.2" in line
 
 
-def test_run_may_be_resumed_with_another_number_of_threads(trained: Path, tiny_file: Path) -> None:
+def test_run_can_be_resumed_with_another_number_of_threads(trained: Path, tiny_file: Path) -> None:
     assert main(["train", str(tiny_file), "--run", str(trained), "--data.threads", "1"]) == 0
 
 
@@ -172,11 +172,11 @@ def test_checkpoint_of_another_experiment(trained: Path, tmp_path: Path, refused
     assert "does not fit" in line
 
 
-def test_not_a_run(tmp_path: Path, refused: Refused) -> None:
+def test_folder_that_is_not_a_run(tmp_path: Path, refused: Refused) -> None:
     assert "experiment.json" in refused(["evaluate", str(tmp_path)])
 
 
-def test_disk_full_while_saving_leaves_the_checkpoint_before(
+def test_full_disk_while_saving_keeps_the_previous_checkpoint(
     tiny_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -204,21 +204,21 @@ def test_disk_full_while_saving_leaves_the_checkpoint_before(
 
 
 @pytest.mark.slow
-def test_disk_that_is_really_full(
+def test_full_file_system(
     tiny_file: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     refused: Refused,
 ) -> None:
-    """The same on a small file system, which fills up after the third checkpoint: Orbax's own noise as well."""
+    """The same with a small file system that is full after the third checkpoint. Orbax prints nothing."""
     from imgcap_jax.training.checkpoints import Checkpoints
 
     small = tmp_path / "small"
     small.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)], capture_output=True)
     if mount.returncode:
-        pytest.skip("no right to mount a small file system")
+        pytest.skip("no permission to mount a file system")
     original, saves = Checkpoints.save, []
 
     def save(self: Checkpoints, *arguments: Any) -> None:
@@ -242,14 +242,14 @@ def test_disk_that_is_really_full(
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
-def test_loss_that_is_not_finite_stops_with_the_step(tiny_file: Path, tmp_path: Path, refused: Refused) -> None:
+def test_error_of_a_loss_that_is_not_finite_names_the_step(tiny_file: Path, tmp_path: Path, refused: Refused) -> None:
     options = ["--optimizer.learning-rate", "1e30", "--optimizer.warmup-epochs", "0"]
     line = refused(["train", str(tiny_file), "--run", str(tmp_path / "run"), *options])
     assert "at step" in line
     assert "--optimizer.learning-rate" in line
 
 
-def test_evaluate_writes_coco_files_and_the_truth(
+def test_evaluate_writes_coco_results_and_truth_scores(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "page.html"
@@ -266,7 +266,7 @@ def test_evaluate_writes_coco_files_and_the_truth(
     assert page.read_text().count("<figure") == 10
 
 
-def test_caption_tells_of_the_bad_file_and_captions_the_others(
+def test_caption_reports_unreadable_files_and_captions_the_others(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = tmp_path / "good.png"
@@ -283,7 +283,7 @@ def test_caption_tells_of_the_bad_file_and_captions_the_others(
     assert "gone.jpg" in printed.err
 
 
-def test_captions_of_a_folder_as_coco_s_results(
+def test_captions_of_a_folder_in_coco_results_format(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos = tmp_path / "test2014"
@@ -294,7 +294,7 @@ def test_captions_of_a_folder_as_coco_s_results(
     (photos / "COCO_test2014_000000000099.jpg").write_bytes(b"no picture")
     output = tmp_path / "results.json"
     command = ["caption", str(photos), "--run", str(trained), "--results"]
-    assert main([*command, str(output)]) == 2  # for the one that can't be read
+    assert main([*command, str(output)]) == 2  # because one image is unreadable
     printed = capsys.readouterr()
     lines = dict(line.split(": ", 1) for line in printed.out.splitlines())
     assert json.loads(output.read_text()) == [
@@ -310,7 +310,7 @@ def test_captions_of_a_folder_as_coco_s_results(
     (photos / "beach_7.png").unlink()
     assert main([*command, str(tmp_path / "nowhere" / "results.json")]) == 2
     assert "choose a folder that exists" in capsys.readouterr().err
-    assert len(json.loads(output.read_text())) == 2  # what was there is as it was
+    assert len(json.loads(output.read_text())) == 2  # the existing file is unchanged
 
 
 def test_captioner_takes_paths_bytes_arrays_and_images(trained: Path, tmp_path: Path) -> None:
@@ -325,10 +325,10 @@ def test_captioner_takes_paths_bytes_arrays_and_images(trained: Path, tmp_path: 
     assert len(texts) == 1
 
 
-def test_init_from_maps_words_and_starts_where_the_other_ended(
+def test_init_from_copies_parameters_and_maps_words(
     trained: Path, tiny_file: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A vocabulary of other words in another order: words both know keep their rows."""
+    """The vocabularies differ in words and order. Words in both keep their parameters."""
     import jax
     from flax import nnx
 

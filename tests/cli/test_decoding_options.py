@@ -1,4 +1,4 @@
-"""Decoding on the command line: sweeps, the floor, ensembles, rivals and pictures."""
+"""Decoding on the command line: sweeps, the floor, ensembles, n-best lists and attention maps."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def _quiet_environment(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
 
 
-def test_sweep_scores_every_combination_without_touching_the_run_s_own_scores(
+def test_sweep_scores_every_combination_and_keeps_the_scores_of_the_run(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("scores_val.json", "sweep_val.json"):
@@ -37,11 +37,11 @@ def test_sweep_scores_every_combination_without_touching_the_run_s_own_scores(
         (2, 0.0),
         (2, 1.0),
     ]
-    assert swept[0]["scores"] == swept[1]["scores"]  # greedy knows no length norm
+    assert swept[0]["scores"] == swept[1]["scores"]  # greedy decoding has no length norm
     assert 1 <= swept[0]["mean_steps"] <= swept[0]["max_steps"] == 20
     assert "CIDEr-D" in swept[0]["scores_of_other_photos_captions"]
     assert not (trained / "scores_val.json").exists()
-    # Another sweep adds what is new.
+    # Another sweep adds new combinations.
     assert main(["evaluate", str(trained), "--decode.beam", "2", "3", "--length-norm", "1.0"]) == 0
     again = json.loads((trained / "sweep_val.json").read_text())
     assert [one["decoding"]["beam"] for one in again] == [1, 1, 2, 2, 3]
@@ -51,7 +51,7 @@ def test_sweep_scores_every_combination_without_touching_the_run_s_own_scores(
     assert [row.split()[:2] for row in rows] == [["1", "0.0"], ["1", "1.0"], ["2", "0.0"], ["2", "1.0"]]
 
 
-def test_floor_gives_no_image_its_own_caption(trained: Path) -> None:
+def test_floor_scores_captions_of_other_images(trained: Path) -> None:
     from imgcap_jax.data.sources import open_source
     from imgcap_jax.data.vocabulary import Vocabulary
     from imgcap_jax.run.evaluation import SplitEvaluator
@@ -68,7 +68,7 @@ def test_floor_gives_no_image_its_own_caption(trained: Path) -> None:
     assert all(str(image_id) != other for image_id, other in dealt.items())
 
 
-def test_captions_come_with_rivals_scores_and_pictures(
+def test_captions_have_n_best_scores_and_attention_maps(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
 ) -> None:
     for folder in ("one", "two"):
@@ -92,7 +92,7 @@ def test_captions_come_with_rivals_scores_and_pictures(
     assert "n_best is 3, but beam is 2" in line
 
 
-def test_an_ensemble_of_a_run_with_itself_changes_nothing(
+def test_ensemble_of_a_run_with_itself_gives_the_same_captions(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
 ) -> None:
     assert main(["evaluate", str(trained), "--split", "test"]) == 0
@@ -116,5 +116,5 @@ def test_an_ensemble_of_a_run_with_itself_changes_nothing(
         (["--decode.must", "a,red,blue,green,large"], "at most 4"),
     ],
 )
-def test_decoding_that_makes_no_sense(trained: Path, refused: Refused, option: list[str], message: str) -> None:
+def test_invalid_decoding_settings(trained: Path, refused: Refused, option: list[str], message: str) -> None:
     assert message in refused(["evaluate", str(trained), *option])

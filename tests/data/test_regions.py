@@ -1,4 +1,4 @@
-"""Ready-made regions: found, filled up, masked, and training and captioning with them."""
+"""Ready-made regions: finding the files, padding and masks, training and captioning."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def source(tiny_data: Path) -> CaptionSource:
 
 @pytest.fixture(scope="module")
 def folder(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1 to 5 regions an image, laid out in every way, named by image id."""
+    """1 to 5 regions per image in all supported layouts, in files named by image id."""
     folder = tmp_path_factory.mktemp("regions")
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
@@ -48,9 +48,9 @@ def folder(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_files_are_named_in_one_way_only(source: CaptionSource, tmp_path: Path) -> None:
+def test_files_must_be_named_in_one_way(source: CaptionSource, tmp_path: Path) -> None:
     class Photos:
-        """1.jpg, 2.jpg, 3.jpg, which lines 0, 1, 2 of a list name."""
+        """Images 1.jpg, 2.jpg and 3.jpg with the ids 0, 1 and 2."""
 
         name, split = "photos", "train"
 
@@ -76,7 +76,7 @@ def test_files_are_named_in_one_way_only(source: CaptionSource, tmp_path: Path) 
         ReadyRegions(RegionFiles(tmp_path, region_size=D), photos)
 
 
-def test_regions_are_filled_up_and_masked(source: CaptionSource, folder: Path) -> None:
+def test_regions_are_padded_and_masked(source: CaptionSource, folder: Path) -> None:
     ready = ReadyRegions(RegionFiles(folder, region_size=D, max_regions=4), source)
     assert len(ready) == len(source)
     for i in range(8):
@@ -91,7 +91,7 @@ def test_regions_are_filled_up_and_masked(source: CaptionSource, folder: Path) -
     np.testing.assert_array_equal(ready.read(2, 0)[0][:3], exact)
 
 
-def test_what_is_wrong_is_named(source: CaptionSource, folder: Path, tmp_path: Path) -> None:
+def test_errors_name_the_problem(source: CaptionSource, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a folder"):
         ReadyRegions(RegionFiles(tmp_path / "nowhere"), source)
     with pytest.raises(UserError, match="40 of 40 images have no region file"):
@@ -117,7 +117,7 @@ def test_what_is_wrong_is_named(source: CaptionSource, folder: Path, tmp_path: P
 
 @pytest.fixture(scope="module")
 def trained(tiny_data: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
-    """The same training with room for 5 and for 9 regions."""
+    """Two runs that differ only in ``max_regions``, 5 and 9."""
     home = tmp_path_factory.mktemp("ready")
     runs = {}
     for room in (5, 9):
@@ -134,7 +134,7 @@ def trained(tiny_data: Path, folder: Path, tmp_path_factory: pytest.TempPathFact
     return runs
 
 
-def test_what_fills_up_changes_nothing(trained: dict[int, Run], tmp_path: Path) -> None:
+def test_padding_regions_have_no_effect(trained: dict[int, Run], tmp_path: Path) -> None:
     evaluations = [evaluate(run, "val", cache=tmp_path) for run in trained.values()]
     assert evaluations[0].captioned.captions == evaluations[1].captioned.captions
     lines = [(run.folder / "metrics.jsonl").read_text().splitlines() for run in trained.values()]
@@ -142,7 +142,7 @@ def test_what_fills_up_changes_nothing(trained: dict[int, Run], tmp_path: Path) 
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-def test_run_on_ready_made_regions_cannot_look_at_photos(trained: dict[int, Run]) -> None:
+def test_run_on_ready_made_regions_cannot_caption_photos(trained: dict[int, Run]) -> None:
     experiment = trained[5].experiment
     assert from_json(to_json(experiment), "x") == experiment
     with pytest.raises(UserError, match="ready-made regions"):

@@ -1,4 +1,4 @@
-"""Vocabulary: which words get ids, in which order, and the way there and back."""
+"""The vocabulary: which words have ids, their order, encoding and decoding, saving and loading."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_save_and_load(vocabulary: Vocabulary, tmp_path: Path) -> None:
         json.dumps({"words": ["<pad>", "<bos>", "<eos>", "<unk>", ["a"]], "counts": [0] * 5}),
     ],
 )
-def test_bad_file_is_one_line(tmp_path: Path, content: str | None) -> None:
+def test_error_of_a_bad_file_names_it_on_one_line(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "vocabulary.json"
     if content is not None:
         path.write_text(content)
@@ -83,7 +83,7 @@ def test_bad_file_is_one_line(tmp_path: Path, content: str | None) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_no_frequent_word_says_what_to_do() -> None:
+def test_error_without_frequent_words_names_min_count() -> None:
     with pytest.raises(UserError, match=r"no word occurs 9 times.*'a', 4 times.*min-count"):
         Vocabulary.build(CAPTIONS, min_count=9)
     with pytest.raises(UserError, match="there are none"):

@@ -1,4 +1,4 @@
-"""The rewards of self-critical training, CIDEr-D and BLEU-4 on the device, against the host's scorer."""
+"""The rewards of self-critical training, CIDEr-D and BLEU-4 on the device, against the scorer on the host."""
 
 import json
 import random
@@ -27,7 +27,7 @@ def padded(captions: list[list[int]], length: int) -> np.ndarray:
 
 
 def texts(captions: list[list[int]]) -> list[str]:
-    """The same words for the host: ``w5`` and so on are single tokens."""
+    """The same captions as text for the host; the tokeniser keeps words such as ``w5`` whole."""
     return [" ".join(f"w{word}" for word in caption) for caption in captions]
 
 
@@ -38,7 +38,7 @@ def both(
     words: int,
     metric: str = "CIDEr-D",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A score [B,M] by the device and by the host, CIDEr-D with document frequencies from `corpus`."""
+    """Scores [B,M] of the device and of the host. CIDEr-D uses document frequencies of ``corpus``."""
     frequencies = document_frequencies(corpus, words)
     most, longest = max(map(len, references)), 1 + max(len(c) for group in (*references, *candidates) for c in group)
     tokens = np.stack([padded(group + [[]] * (most - len(group)), longest) for group in references])
@@ -65,8 +65,8 @@ def both(
 
 
 @pytest.mark.parametrize(("metric", "high"), [("CIDEr-D", 5), ("BLEU-4", 0.99)])
-def test_equals_the_host(metric: str, high: float) -> None:
-    """Few words, so that n-grams repeat; empty captions, identical ones, words and n-grams that the corpus lacks."""
+def test_device_and_host_scores_are_equal(metric: str, high: float) -> None:
+    """Includes repeated n-grams, empty and identical captions, and words and n-grams that are not in the corpus."""
     rng = random.Random(0)
 
     def caption(words: int = 12, longest: int = 14) -> list[int]:
@@ -81,7 +81,7 @@ def test_equals_the_host(metric: str, high: float) -> None:
     assert (expected < 1e-6).any()
 
 
-def test_document_frequencies_are_the_host_s() -> None:
+def test_document_frequencies_equal_a_plain_count() -> None:
     rng = random.Random(1)
     corpus = [[[rng.randrange(4, 10) for _ in range(rng.randint(0, 8))] for _ in range(3)] for _ in range(20)]
     frequencies = document_frequencies(corpus, words=10)
@@ -96,11 +96,11 @@ def test_document_frequencies_are_the_host_s() -> None:
         if order == 1:
             held = held[sorted(word for (word,) in images)]
         np.testing.assert_allclose(held, expected, rtol=1e-6)
-    with pytest.raises(ValueError, match="two or more"):
+    with pytest.raises(ValueError, match="at least two images"):
         document_frequencies(corpus[:1], 10)
 
 
-def test_identical_and_one_of_two() -> None:
+def test_candidate_that_equals_a_reference() -> None:
     corpus = [[[4, 5, 6, 7]], [[8, 9]], [[10, 11, 12]]]
     references = [[[4, 5, 6, 7]], [[4, 5, 6, 7], [20, 21, 22, 23]], [[10, 11, 12]]]
     candidates = [[[4, 5, 6, 7]], [[4, 5, 6, 7]], [[10, 11, 12]]]
@@ -108,15 +108,15 @@ def test_identical_and_one_of_two() -> None:
     np.testing.assert_allclose(found[:, 0], [10, 5, 7.5], rtol=1e-6)
 
 
-def test_end_of_sentence_counts_where_it_stands() -> None:
-    """A caption that ends shares n-grams with eos; one that doesn't loses them."""
+def test_eos_counts_as_a_word() -> None:
+    """A candidate with eos matches the n-grams of the reference that contain eos; one without eos does not."""
     corpus = [[[4, 5, 6, 2]], [[7, 8, 2]], [[9, 10]]]
     found, expected = both([[[4, 5, 6, 2]]], [[[4, 5, 6, 2], [4, 5, 6]]], corpus, words=11)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert found[0, 0] > found[0, 1]
 
 
-def test_document_frequencies_are_kept(tmp_path: Path) -> None:
+def test_save_and_load_document_frequencies(tmp_path: Path) -> None:
     frequencies = document_frequencies([[[4, 5, 6, 7], [4, 5]], [[8, 9]]], 10)
     frequencies.save(tmp_path / "kept.npz", "these")
     kept = DocumentFrequencies.load(tmp_path / "kept.npz", "these")
@@ -133,7 +133,7 @@ def test_document_frequencies_are_kept(tmp_path: Path) -> None:
             DocumentFrequencies.load(tmp_path / "kept.npz", "these")
 
 
-def test_nothing_but_32_bits_and_no_callback() -> None:
+def test_arrays_have_32_bits_and_there_is_no_callback() -> None:
     frequencies = document_frequencies([[[4, 5, 6, 7]], [[8, 9]]], 10)
     tokens = jnp.array([[[4, 5, 6, 7, 0]]])
     references = prepare_references(tokens, jnp.ones(1), frequencies)
@@ -143,8 +143,8 @@ def test_nothing_but_32_bits_and_no_callback() -> None:
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
-def test_equals_the_host_on_real_captions(count: int, shared: Path) -> None:
-    """Up to 10,000 sets: people's captions of the same and of other photos, cut, repeated, with unknown words."""
+def test_device_and_host_scores_of_real_captions_are_equal(count: int, shared: Path) -> None:
+    """Up to 10,000 candidates: captions of the same or another photo, cut, repeated or with unknown words."""
     karpathy = json.loads((shared / "flickr8k" / "dataset_flickr8k.json").read_text())
     rng = random.Random(0)
     number: dict[str, int] = {}

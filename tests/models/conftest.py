@@ -1,4 +1,4 @@
-"""The same networks in PyTorch (scripts/torch_networks.py), with weights that would show a mistake; small decoders."""
+"""Fixtures: small decoders, and the networks in PyTorch (scripts/torch_networks.py) with weights that reveal errors."""
 
 import importlib.util
 from pathlib import Path
@@ -23,9 +23,10 @@ SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
 
 
 class Oracle:
-    """PyTorch's side of a comparison, and the comparison.
+    """Runs the PyTorch networks and compares encoders with them.
 
     Attributes:
+        torch: the module ``torch``.
         networks: the module scripts/torch_networks.py.
     """
 
@@ -34,15 +35,18 @@ class Oracle:
         self.networks = networks
 
     def images(self, batch: int, size: int) -> np.ndarray:
-        """Pixels uint8 [B,h,w,3], always the same ones."""
+        """Pixels uint8 [B,h,w,3], the same for each call."""
         return np.random.default_rng(size).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
 
     def pixels(self, network: Any, images: np.ndarray) -> Any:
-        """What the network is given."""
+        """The input of the network: normalised pixels."""
         return self.networks.normalised(self.torch.from_numpy(images), network.mean, network.std)
 
     def randomised(self, network: Any) -> Any:
-        """Random weights that keep the signal alive, and batch-norm statistics that differ from the images' own."""
+        """Sets random weights under which activations neither vanish nor explode.
+
+        The batch-norm statistics differ from those of the images.
+        """
         nn = self.torch.nn
         self.torch.manual_seed(0)
         modules = list(network.modules())
@@ -64,16 +68,16 @@ class Oracle:
         return network.eval()
 
     def saved(self, network: Any, folder: Path) -> str:
-        """The network's state dict as a file."""
+        """Saves the state dict of the network; returns the path."""
         self.torch.save(network.state_dict(), folder / "network.pth")
         return str(folder / "network.pth")
 
     def regions(self, network: Any, images: np.ndarray) -> Any:
-        """The last map as [B,N,C]."""
+        """The last feature map as [B,N,C]."""
         return network.features(self.pixels(network, images)).flatten(2).transpose(1, 2)
 
     def check(self, network: Any, encoder: Any, images: np.ndarray) -> None:
-        """The encoder's regions, and its logits if it has a classifier, equal the network's."""
+        """Checks that the encoder's regions, and its logits if it has a classifier, equal those of the network."""
         regions, logits = self.run(encoder, images)
         assert regions.shape == (len(images), encoder.region_count, encoder.region_size)
         with self.torch.no_grad():
@@ -88,10 +92,10 @@ class Oracle:
         return np.asarray(regions), None if logits is None else np.asarray(logits)
 
     def close(self, values: np.ndarray, expected: Any, tolerance: float = 1e-4) -> None:
-        """Equal to `tolerance`, relative to the whole and, for each number, to the largest."""
+        """Checks the relative error of the norm, and each absolute error relative to the largest value."""
         expected = expected.detach().numpy()
         assert values.shape == expected.shape
-        # A dead network would equal anything, and so would one that gives every image the same.
+        # The comparison would prove nothing if all values were 0 or all images had the same values.
         assert (expected > 0).mean() > 0.02
         assert np.linalg.norm(expected - expected.mean(0)) > 0.01 * np.linalg.norm(expected)
         error = np.linalg.norm(values - expected) / np.linalg.norm(expected)
@@ -99,16 +103,16 @@ class Oracle:
         assert np.abs(values - expected).max() < tolerance * np.abs(expected).max()
 
     def close_gradient(self, found: np.ndarray, expected: np.ndarray) -> None:
-        """Equal but for what a few flipped ReLUs make of it.
+        """Checks that the relative error of a gradient is below 2 %.
 
-        Behind many layers a rounding flips some, and how sums are rounded depends on the machine and on its number
-        of threads. The gradients of single convolutions are compared strictly, in test_convolution.py.
+        After many layers, rounding changes the sign of a few ReLU inputs. It depends on the machine and the number of
+        threads. test_convolution.py compares the gradients of single convolutions strictly.
         """
         assert found.shape == expected.shape
         assert np.linalg.norm(found - expected) < 2e-2 * np.linalg.norm(expected)
 
     def gradients(self, network: Any, images: np.ndarray, direction: np.ndarray) -> dict[str, np.ndarray]:
-        """Of sum(regions * direction) by the weights and biases, by their names in the state dict."""
+        """Gradients of sum(regions * direction) by weights and biases, keyed by their names in the state dict."""
         network.zero_grad()
         (self.regions(network, images) * self.torch.from_numpy(direction)).sum().backward()
         return {
@@ -117,7 +121,7 @@ class Oracle:
 
 
 def own_gradients(encoder: Any, images: np.ndarray, direction: np.ndarray) -> dict[str, np.ndarray]:
-    """The same of an encoder, by path ("stages/1/blocks/0/filter/kernel"): of all that is trained and nothing else."""
+    """The same gradients of an encoder, of its trained parameters only, by path ("stages/1/blocks/0/filter/kernel")."""
 
     def loss(encoder: Any, x: jax.Array) -> jax.Array:
         return (encoder(x) * direction).sum()
@@ -129,14 +133,14 @@ def own_gradients(encoder: Any, images: np.ndarray, direction: np.ndarray) -> di
 
 @pytest.fixture(scope="session")
 def gradients_of() -> Any:
-    """``own_gradients``, for test modules can't import from here."""
+    """``own_gradients``, because test modules cannot import from here."""
     return own_gradients
 
 
 @pytest.fixture(scope="session")
 def oracle() -> Oracle:
-    """PyTorch's networks; skips where there is no PyTorch."""
-    torch: Any = pytest.importorskip("torch", reason="PyTorch is the oracle; install imgcap_jax[torch]")
+    """The PyTorch networks; skips the test if PyTorch is not installed."""
+    torch: Any = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
     spec = importlib.util.spec_from_file_location("torch_networks", SCRIPTS / "torch_networks.py")
     assert spec is not None
     assert spec.loader is not None
@@ -145,7 +149,7 @@ def oracle() -> Oracle:
     return Oracle(torch, module)
 
 
-# Sizes that all differ, so that an axis taken for another shows.
+# All sizes differ, so that a mistaken axis is detected.
 DECODERS: dict[str, Any] = {
     "show_tell": ShowTell(hidden_size=8, embedding_size=8, dropout=0.5),
     "show_tell_tied": ShowTell(hidden_size=8, embedding_size=8, tied_embedding=True),
@@ -168,15 +172,15 @@ DECODERS: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def build_decoder() -> Any:
-    """(name, dtype) -> a decoder as in ``decoder_case``, freshly initialised."""
+    """(name, dtype) -> a decoder as in ``decoder_case``, with its initial parameters."""
     return lambda name, dtype: DECODERS[name].build(6, 11, dtype=dtype, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="session", params=DECODERS)
 def decoder_case(request: pytest.FixtureRequest) -> tuple[str, Decoder]:
-    """(name, decoder) of each kind for regions of 6 and 11 words, with random biases."""
+    """(name, decoder) of each kind, for regions of size 6 and 11 words, with random biases."""
     decoder = DECODERS[request.param].build(6, 11, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    # Fresh biases are 0 and would hide a forgotten one.
+    # Initial biases are 0, so a missing bias would go unnoticed.
     keys = iter(jax.random.split(jax.random.key(1), 200))
     state = nnx.state(decoder, nnx.Param)
     nnx.update(decoder, jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), state))
@@ -185,6 +189,6 @@ def decoder_case(request: pytest.FixtureRequest) -> tuple[str, Decoder]:
 
 @pytest.fixture(scope="session")
 def decoder_inputs() -> tuple[np.ndarray, np.ndarray]:
-    """Regions float32 [3,5,6] and tokens int32 [3,2,7] of 11 words."""
+    """Regions float32 [3,5,6], and tokens int32 [3,2,7] below 11."""
     rng = np.random.default_rng(0)
     return rng.normal(size=(3, 5, 6)).astype(np.float32), rng.integers(1, 11, (3, 2, 7)).astype(np.int32)

@@ -1,7 +1,6 @@
 """Decoders against transcriptions of their papers' equations, one word at a time, with the same weights.
 
-Show-and-Tell and soft attention are transcribed in PyTorch (an optional oracle), the others in NumPy in double
-precision.
+Show and Tell and soft attention are transcribed in PyTorch (optional), the others in NumPy in double precision.
 """
 
 from typing import Any
@@ -23,7 +22,7 @@ def test_teacher_forced_log_probabilities_follow_the_papers_equations(
     name, decoder = decoder_case
     regions, tokens = decoder_inputs
     if name.startswith(("show", "attend")):
-        torch = pytest.importorskip("torch", reason="PyTorch is an optional oracle (extra: torch)")
+        torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
         expected, weights = (_show_tell if name.startswith("show") else _attend)(torch, decoder, regions, tokens)
     else:
         w = _arrays(decoder)
@@ -81,7 +80,7 @@ def lstm(w: dict[str, np.ndarray], name: str, x: np.ndarray, h: np.ndarray, c: n
 
 
 def additive_scores(w: dict[str, np.ndarray], v: np.ndarray, h: np.ndarray) -> np.ndarray:
-    """w^T tanh(W_v v_i + W_h h), one number a region."""
+    """w^T tanh(W_v v_i + W_h h), one number per region."""
     hidden = np.tanh(linear(w, "attention.key", v) + h @ w["attention.query.kernel"])
     return (hidden @ w["attention.score.kernel"])[:, 0]
 
@@ -129,7 +128,7 @@ def _adaptive(w: dict[str, np.ndarray], regions: np.ndarray, tokens: np.ndarray)
 
 
 def _up_down(w: dict[str, np.ndarray], regions: np.ndarray, tokens: np.ndarray) -> Any:
-    """Anderson et al. (2018), equations 1 to 7 (the mean region's columns of the first LSTM are a matrix apart)."""
+    """Anderson et al. (2018), equations 1 to 7. The mean region has a separate matrix in the first LSTM."""
     v = relu(linear(w, "project", regions)) if "project.kernel" in w else regions
     h1 = c1 = h2 = c2 = np.zeros(8)
     for token in tokens:
@@ -170,7 +169,7 @@ def _aoa(w: dict[str, np.ndarray], regions: np.ndarray, tokens: np.ndarray) -> A
 
 
 def _transformer(w: dict[str, np.ndarray], regions: np.ndarray, tokens: np.ndarray) -> Any:
-    """Vaswani et al. (2017), section 3, normalisation first; each word reads its predecessors anew, without a cache."""
+    """Vaswani et al. (2017), section 3, with pre-layer normalisation, and without a cache of keys and values."""
     memory = layer_norm(w, "project_norm", relu(linear(w, "project", regions)))
     for length in range(1, len(tokens) + 1):
         positions, i = np.arange(length)[:, None], np.arange(4)
@@ -198,7 +197,7 @@ def _weights(torch: Any, decoder: Decoder) -> dict[str, Any]:
 
 
 def _lstm(torch: Any, w: dict[str, Any], x: Any, h: Any, c: Any) -> tuple[Any, Any]:
-    """torch's own cell; its gates come in the order i, f, g, o, as ours."""
+    """``torch.nn.LSTMCell``, whose gates have the same order i, f, g, o."""
     kernel, size = w["lstm.gates.kernel"], h.shape[-1]
     cell = torch.nn.LSTMCell(x.shape[-1], size)
     with torch.no_grad():

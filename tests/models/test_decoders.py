@@ -1,4 +1,4 @@
-"""What every decoder keeps: stepping is teacher forcing, masks, independence, dropout by row, its carry's shape."""
+"""Properties of every decoder: stepping equals teacher forcing, masks, independent sequences, dropout, the carry."""
 
 from typing import Any
 
@@ -37,10 +37,13 @@ def test_stepping_equals_teacher_forcing(
 
 
 @pytest.mark.parametrize("variational", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_gradients_of_teacher_forcing_are_those_of_stepping(
+def test_teacher_forcing_and_stepping_have_equal_gradients(
     decoder_case: tuple[str, Decoder], decoder_inputs: tuple[np.ndarray, np.ndarray], variational: bool
 ) -> None:
-    """With dropout, by all parameters and by the regions: the unrolled gradient is put together by hand."""
+    """Gradients by all parameters and by the regions, with dropout.
+
+    ``scan_steps`` has its own backward pass.
+    """
     name, decoder = decoder_case
     if name == "transformer" and variational:
         pytest.skip("variational dropout is for recurrent decoders")
@@ -70,7 +73,7 @@ def test_gradients_of_teacher_forcing_are_those_of_stepping(
         np.testing.assert_allclose(ours, theirs, atol=1e-4 * max(1, np.abs(theirs).max()))
 
 
-def test_a_rate_too_small_to_drop_anything_drops_nothing() -> None:
+def test_tiny_dropout_rate_drops_nothing() -> None:
     keys = jax.random.split(jax.random.key(0), 2)
     for rate in (1e-7, 1e-6):
         np.testing.assert_array_equal(dropout(jnp.ones((2, 50)), rate, keys), 1)
@@ -89,14 +92,14 @@ def test_variational_dropout_is_the_same_at_all_steps(decoder_inputs: tuple[np.n
         dropped = np.asarray(decoder.unroll(jnp.asarray(tokens), memory, carry, dropout_keys=keys).hidden) == 0
         same[variational] = (dropped == dropped[:, :, :1]).mean()
         assert 0.4 < dropped.mean() < 0.6
-        # Two captions of an image, and two images, have masks of their own.
+        # Masks differ between the captions of an image and between images.
         assert (dropped[:, 0] != dropped[:, 1]).any()
         assert (dropped[0] != dropped[1]).any()
     assert same[True] == 1
     assert same[False] < 0.65
 
 
-def test_masked_regions_change_nothing(
+def test_masked_regions_have_no_effect(
     decoder_case: tuple[str, Decoder], decoder_inputs: tuple[np.ndarray, np.ndarray]
 ) -> None:
     _, decoder = decoder_case
@@ -107,7 +110,7 @@ def test_masked_regions_change_nothing(
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_sequences_of_an_image_do_not_touch_each_other(
+def test_sequences_of_an_image_are_independent(
     decoder_case: tuple[str, Decoder], decoder_inputs: tuple[np.ndarray, np.ndarray]
 ) -> None:
     _, decoder = decoder_case
@@ -124,7 +127,7 @@ def test_carry_leads_with_image_and_sequence(decoder_case: tuple[str, Decoder]) 
     assert {leaf.shape[0] for leaf in jax.tree.leaves(memory)} <= {B}
 
 
-def test_dropout_belongs_to_the_row_and_has_the_stated_rate(
+def test_dropout_depends_on_the_row_key_and_has_the_given_rate(
     decoder_inputs: tuple[np.ndarray, np.ndarray],
 ) -> None:
     decoder = ShowTell(hidden_size=8, embedding_size=8, dropout=0.5).build(D, V, dtype=jnp.float32, rngs=nnx.Rngs(0))
@@ -138,22 +141,22 @@ def test_dropout_belongs_to_the_row_and_has_the_stated_rate(
     whole = hidden(slice(None))
     np.testing.assert_allclose(whole[2:], hidden(slice(2, None)), atol=1e-6)
     dropped = np.mean(np.asarray(whole) == 0)
-    assert 0.35 < dropped < 0.65  # 336 units at rate 0.5: more than five standard deviations on either side
+    assert 0.35 < dropped < 0.65  # 336 units at rate 0.5: a margin of more than five standard deviations
     assert not np.array_equal(np.asarray(whole[:, :, 0] == 0), np.asarray(whole[:, :, 1] == 0))
 
 
-def test_tied_show_tell_of_unequal_sizes_is_told() -> None:
+def test_tied_embedding_of_another_size_is_an_error() -> None:
     with pytest.raises(UserError, match="tied_embedding needs hidden_size"):
         ShowTell(hidden_size=8, embedding_size=4, tied_embedding=True).build(D, V, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
 
-def test_scheduled_sampling_reads_its_own_words_as_often_as_it_is_told(
+def test_scheduled_sampling_replaces_tokens_with_the_given_probability(
     decoder_case: tuple[str, Decoder], decoder_inputs: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    """Share 0 is teacher forcing; at share 1 the words read are a sample, whose frequencies are the model's."""
+    """Probability 0 equals teacher forcing. At probability 1, the tokens read follow the model's distribution."""
     name, decoder = decoder_case
     if name not in ("show_tell", "up_down", "transformer"):
-        pytest.skip("one with a plain carry, one with a nested one and one with a cache are enough")
+        pytest.skip("a plain carry, a nested carry and a cache are enough")
     regions, tokens = decoder_inputs
     many = 600
     regions, tokens = np.repeat(regions[:1], many, 0), np.tile(tokens[:1, :1, :3], (many, M, 1))
@@ -165,7 +168,7 @@ def test_scheduled_sampling_reads_its_own_words_as_often_as_it_is_told(
 
     forced = np.asarray(decoder.unroll(jnp.asarray(tokens), memory, carry).hidden)
     np.testing.assert_allclose(hidden(0.0), forced, atol=1e-5)
-    # The state after the second token tells which word it read.
+    # The output after the second token shows which word was read.
     states = []
     for word in range(V):
         _, after = decoder.step(carry, jnp.asarray(tokens[:, :, 0]), memory)
@@ -188,7 +191,7 @@ def test_scheduled_sampling_reads_its_own_words_as_often_as_it_is_told(
 def test_bfloat16_products_train_and_decode(
     decoder_case: tuple[str, Decoder], decoder_inputs: tuple[np.ndarray, np.ndarray], build_decoder: Any
 ) -> None:
-    """Carries keep their types from step to step, gradients are float32, and values are near those of float32."""
+    """The types of a carry stay the same, gradients are float32, and values are close to those of float32."""
     name, exact = decoder_case
     decoder = build_decoder(name, jnp.bfloat16)
     nnx.update(decoder, nnx.state(exact))

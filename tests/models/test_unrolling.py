@@ -1,4 +1,4 @@
-"""The scan whose weights get their gradient afterwards, against jax.lax.scan."""
+"""``scan_steps`` against ``jax.lax.scan``."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def rows(x: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def step(constants: Any, carry: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
-    """Reads a table, multiplies by one weight twice, by its transpose once, and masks."""
+    """Reads a table, multiplies by a weight twice and by its transpose once, and applies a mask."""
     token, mask = inputs
     word = constant_product(rows, token, constants["table"])
     hidden = jnp.tanh(constant_product(matmul, carry, constants["weight"]) + word + constants["bias"])
@@ -44,7 +44,7 @@ def inputs() -> tuple[Any, jax.Array, Any]:
 @pytest.mark.parametrize(
     "wrap", [lambda f: f, jax.checkpoint, lambda f: jax.jit(f)], ids=["plain", "checkpoint", "jit"]
 )
-def test_values_and_gradients_are_those_of_a_scan(wrap: Any) -> None:
+def test_values_and_gradients_equal_those_of_lax_scan(wrap: Any) -> None:
     constants, carry, xs = inputs()
     direction = jax.random.normal(jax.random.key(0), (T, B, V))
 
@@ -61,13 +61,13 @@ def test_values_and_gradients_are_those_of_a_scan(wrap: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_every_kernel_of_a_decoder_s_step_waits_for_the_end(
+def test_gradient_of_every_kernel_is_computed_after_the_scan(
     decoder_case: tuple[str, Decoder], decoder_inputs: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Were a layer to hand over a copy of its weight, gradients would stay right and be slow again."""
+    """If a layer passes a copy of its weight to ``constant_product``, gradients are correct but slow."""
     name, decoder = decoder_case
     if name == "transformer":
-        pytest.skip("it has no scan")
+        pytest.skip("the Transformer has no scan")
     seen: list[bool] = []
     record = unrolling._Recorder.record
 
@@ -86,6 +86,6 @@ def test_every_kernel_of_a_decoder_s_step_waits_for_the_end(
 
     jax.jit(jax.grad(total)).lower(params)
     assert all(seen)
-    # Traced twice, once for the shapes; the word, the cells, and what attends.
+    # The step is traced twice, once for the shapes. Counted are the embedding, the cells and the attention.
     least = {"show": 2, "attend": 4, "att2in": 5, "adaptive": 5, "up": 5, "aoa": 4}[name.split("_")[0]]
     assert len(seen) >= 2 * least

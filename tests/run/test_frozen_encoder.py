@@ -1,4 +1,4 @@
-"""The path of a frozen pretrained encoder: a store of features in training, images when captioning."""
+"""A frozen pretrained encoder: training reads a feature store, captioning reads images."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def test_captions_from_images_equal_those_from_the_store(trained: tuple[Run, Pat
 
 
 @pytest.mark.slow
-def test_store_holds_what_the_encoder_says_of_each_image(trained: tuple[Run, Path]) -> None:
+def test_feature_store_contains_the_regions_of_each_image(trained: tuple[Run, Path]) -> None:
     run, cache = trained
     source = open_source("scenes", "train", run.experiment.data.data_dir)
     store = Extraction(run.experiment, cache, progress=False).regions(source, views=2)
@@ -63,7 +63,7 @@ def test_store_holds_what_the_encoder_says_of_each_image(trained: tuple[Run, Pat
     assert not np.allclose(store.read(0, 1)[0], store.read(0, 0)[0], atol=0.01)
 
 
-def test_checkpoint_is_the_decoder_s_alone(trained: tuple[Run, Path]) -> None:
+def test_checkpoint_contains_the_decoder_only(trained: tuple[Run, Path]) -> None:
     run, _ = trained
     size = sum(path.stat().st_size for path in (run.folder / "checkpoints").rglob("*") if path.is_file())
     assert size < 3e6  # the encoder has 3.4 million parameters

@@ -1,4 +1,4 @@
-"""Every search with every decoder, ensembles, attention maps, and the settings that choose among them."""
+"""Every search with every decoder, ensembles, attention maps and decoding settings."""
 
 import dataclasses
 from typing import Any
@@ -47,7 +47,7 @@ SEARCHES = {
 
 
 def parts(kind: str, seed: int = 0, scale: float = 2.0) -> tuple[Any, Any, Any]:
-    """A small model as (graph, params, frozen), with weights large enough that its words depend on what was read."""
+    """A small model as (graph, params, frozen). Its large weights make the words depend on the input."""
     decoder = SMALL[kind].build(D, len(VOCABULARY), dtype=jnp.float32, rngs=nnx.Rngs(seed))
     graph, params, frozen = split_trained(CaptionModel(None, decoder))
     return graph, jax.tree.map(lambda leaf: scale * leaf, params), frozen
@@ -58,7 +58,7 @@ def regions(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def own_log_probs(parts: tuple[Any, Any, Any], batch: Any, tokens: np.ndarray) -> np.ndarray:
-    """[B,M,T,V]: what the model, teacher-forced, gives each next word of captions without bos."""
+    """Log-probabilities [B,M,T,V] of the next words under teacher forcing, for captions without bos."""
     graph, params, frozen = parts
     model = nnx.merge(graph, params, frozen)
     read = np.concatenate([np.full_like(tokens[:, :, :1], BOS), tokens], axis=-1)
@@ -75,23 +75,23 @@ def check_log_probs(decoded: Any, expected: np.ndarray) -> None:
     "name", ["beam", "constrained", *(pytest.param(name, marks=slow) for name in ("greedy", "diverse", "samples"))]
 )
 @pytest.mark.parametrize("kind", SMALL)
-def test_what_a_search_reports_is_what_the_model_gives_its_captions(kind: str, name: str) -> None:
-    """A carry that isn't reordered with its hypotheses would tell other log-probabilities than teacher forcing."""
+def test_reported_log_probabilities_equal_those_of_teacher_forcing(kind: str, name: str) -> None:
+    """They differ if the carry is not reordered together with the hypotheses."""
     graph, params, frozen = parts(kind)
     search = caption_function([graph], SEARCHES[name], VOCABULARY)
     decoded = jax.device_get(search([params], [frozen], [regions()]))
     check_log_probs(decoded, own_log_probs((graph, params, frozen), regions(), decoded.tokens))
     captions = [[VOCABULARY.decode(row).split() for row in image] for image in decoded.tokens]
-    assert len({tuple(map(tuple, image)) for image in captions}) > 1, "the images are not looked at"
+    assert len({tuple(map(tuple, image)) for image in captions}) > 1, "captions do not depend on the image"
     if name == "constrained":
         for best, *_ in captions:
             assert "frisbee" in best
             assert {"dog", "dogs"} & set(best)
 
 
-def test_an_ensemble_takes_the_mean_of_its_members_probabilities() -> None:
+def test_ensemble_averages_the_probabilities_of_its_members() -> None:
     members = [parts("up_down", seed=1), parts("transformer", seed=2), parts("show_tell", seed=3)]
-    batches = [regions(seed) for seed in (1, 2, 3)]  # each looks through an encoder of its own
+    batches = [regions(seed) for seed in (1, 2, 3)]  # each member has its own encoder
     graphs, params, frozen = (list(column) for column in zip(*members, strict=True))
     for decoding in (SEARCHES["beam"], SEARCHES["greedy"]):
         search = caption_function(graphs, decoding, VOCABULARY)
@@ -102,7 +102,7 @@ def test_an_ensemble_takes_the_mean_of_its_members_probabilities() -> None:
         check_log_probs(decoded, np.log(np.mean(probs, axis=0)))
 
 
-def test_the_greedy_ensemble_takes_the_likeliest_mean() -> None:
+def test_greedy_ensemble_takes_the_word_of_highest_mean_probability() -> None:
     members = [parts("up_down", seed=1), parts("attend", seed=2)]
     graphs, params, frozen = (list(column) for column in zip(*members, strict=True))
     search = caption_function(graphs, Decoding(beam=1, max_words=4, suppress_unk=False), VOCABULARY)
@@ -113,7 +113,7 @@ def test_the_greedy_ensemble_takes_the_likeliest_mean() -> None:
     np.testing.assert_array_equal(probs.argmax(-1)[spoken], decoded.tokens[spoken])
 
 
-def test_attention_is_that_of_the_step_which_gave_the_word() -> None:
+def test_attention_of_a_word_is_that_of_its_step() -> None:
     graph, params, frozen = parts("up_down")
     decoded = caption_function([graph], SEARCHES["greedy"], VOCABULARY)([params], [frozen], [regions()])
     maps = attention_function(graph)(params, frozen, regions(), decoded.tokens)
@@ -127,7 +127,7 @@ def test_attention_is_that_of_the_step_which_gave_the_word() -> None:
     assert attention_function(parts("show_tell")[0])(*parts("show_tell")[1:], regions(), decoded.tokens) is None
 
 
-def test_samples_belong_to_an_image_s_place_and_the_seed() -> None:
+def test_samples_depend_on_the_row_of_an_image_and_the_seed() -> None:
     graph, params, frozen = parts("show_tell", scale=0.5)
     search = caption_function([graph], Decoding(samples=4, max_words=5), VOCABULARY)
     batch = {**regions(), "row": np.arange(B, dtype=np.int32)}
@@ -138,7 +138,7 @@ def test_samples_belong_to_an_image_s_place_and_the_seed() -> None:
     assert np.any(np.asarray(other([params], [frozen], [batch]).tokens) != whole)
 
 
-def test_settings_become_rules() -> None:
+def test_decoding_settings_take_effect() -> None:
     graph, params, frozen = parts("attend")
 
     def captions(**settings: Any) -> list[list[str]]:
@@ -160,7 +160,7 @@ def test_settings_become_rules() -> None:
         captions(prefix="a a a a a a")
 
 
-def test_a_limit_on_tokens_is_checked_before_anything_is_computed() -> None:
+def test_max_length_is_checked_before_decoding() -> None:
     settings = SMALL["transformer"]
     check_decoding(Decoding(max_words=8), VOCABULARY, settings)
     with pytest.raises(UserError, match=r"decoder.max_length is 8, but decoding.max_words needs 9 tokens"):
@@ -174,7 +174,7 @@ def test_a_limit_on_tokens_is_checked_before_anything_is_computed() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class OnlyDogs:
-    """A rule of a user: only one word, then the end."""
+    """A custom rule: a caption of one given word."""
 
     word: int
 
@@ -183,7 +183,7 @@ class OnlyDogs:
         return jnp.where(jnp.arange(logits.shape[-1]) == wanted, logits, -1e30)
 
 
-def test_rules_of_a_user_hold_in_every_search() -> None:
+def test_custom_rules_apply_in_every_search() -> None:
     graph, params, frozen = parts("attend")
     (dog,) = VOCABULARY.ids(["dog"])
     for name in ("greedy", "beam", "samples"):

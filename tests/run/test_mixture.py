@@ -1,4 +1,4 @@
-"""Training on a mixture, and from another run's weights, through the command line."""
+"""Training on a mixture and from the parameters of another run, on the command line."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from imgcap_jax.data.scenes.world import draw_scene, sample_scene
 
 
 @pytest.mark.slow
-def test_mixture_then_fine_tuning_on_a_folder_of_one_s_own(
+def test_mixture_then_fine_tuning_on_a_custom_folder(
     tiny_data: Path,
     tiny_file: Path,
     tmp_path: Path,

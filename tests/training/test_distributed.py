@@ -1,4 +1,4 @@
-"""Two processes, each with its own device, against one process with two devices."""
+"""Two processes with one device each, compared with one process with two devices."""
 
 import os
 import signal
@@ -47,14 +47,14 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
 def state(run: Path) -> dict[str, np.ndarray]:
     folder = run.absolute() / "checkpoints" / "newest" / str(STEPS) / "state"
     reader = ocp.StandardCheckpointer()
-    # As numpy arrays: the devices that they were on are not here.
+    # Restored as NumPy arrays, because the devices of the other processes do not exist here.
     template = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in reader.metadata(folder).item_metadata.items()}
     return reader.restore(folder, template)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
-def test_two_processes_train_as_one_with_two_devices_and_stop_together(
+def test_two_processes_equal_one_with_two_devices_and_stop_together(
     tiny_data: Path, tiny_file: Path, tmp_path: Path, mode: str
 ) -> None:
     options = ("--training.parallel", mode)
@@ -64,14 +64,14 @@ def test_two_processes_train_as_one_with_two_devices_and_stop_together(
     while not list((run / "checkpoints" / "newest").glob("[1-9]")):
         assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
         time.sleep(0.005)
-    processes[1].send_signal(signal.SIGTERM)  # one is told, both stop
+    processes[1].send_signal(signal.SIGTERM)  # only one receives the signal, but both stop
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, "\n".join(outputs)
     assert not (run / "checkpoints" / "newest" / str(STEPS)).exists()
 
     outputs = finish(pair(tiny_file, run, tiny_data, *options))
     assert "resuming" in outputs[0]
-    assert "step" not in outputs[1]  # the first speaks for all
+    assert "step" not in outputs[1]  # only the first process prints
     assert "done" not in outputs[1]
     expected, got = state(tmp_path / "one"), state(run)
     assert expected.keys() == got.keys()
@@ -82,7 +82,9 @@ def test_two_processes_train_as_one_with_two_devices_and_stop_together(
 
 
 @pytest.mark.slow
-def test_what_differs_between_processes_is_told_by_all(tiny_data: Path, tiny_file: Path, tmp_path: Path) -> None:
+def test_different_settings_or_folders_are_an_error_in_all_processes(
+    tiny_data: Path, tiny_file: Path, tmp_path: Path
+) -> None:
     port = free_port()
     same = ["--distributed", f"127.0.0.1:{port},2,"]
     processes = [
@@ -109,9 +111,7 @@ def test_two_processes_start_from_another_run(tiny_data: Path, tiny_file: Path, 
 
 
 @pytest.mark.slow
-def test_two_processes_learn_from_the_samples_that_one_would_draw(
-    tiny_data: Path, tiny_file: Path, tmp_path: Path
-) -> None:
+def test_two_processes_draw_the_same_samples_as_one(tiny_data: Path, tiny_file: Path, tmp_path: Path) -> None:
     finish([start(tiny_file, tmp_path / "first", tiny_data, 1)])
     critical = tmp_path / "critical.py"
     critical.write_text(

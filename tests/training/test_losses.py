@@ -1,4 +1,4 @@
-"""The loss against PyTorch's and against the paper's formula."""
+"""The loss, compared with PyTorch's and with the formula of the paper."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_equals_torch_cross_entropy(batch: tuple[np.ndarray, np.ndarray], smoothing: float) -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch is an optional oracle (extra: torch)")
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
     logits, tokens = batch
     weight = np.array([1, 1, 0], np.float32)
     sums = caption_loss(
@@ -52,7 +52,7 @@ def test_equals_torch_cross_entropy(batch: tuple[np.ndarray, np.ndarray], smooth
         np.testing.assert_allclose(sums.log_likelihood, -expected, rtol=1e-5)
 
 
-def test_attention_penalty_is_xu_equation_14_over_the_caption_s_own_steps(
+def test_attention_penalty_is_equation_14_of_xu_over_steps_without_padding(
     batch: tuple[np.ndarray, np.ndarray],
 ) -> None:
     logits, tokens = batch
@@ -72,7 +72,7 @@ def test_attention_penalty_is_xu_equation_14_over_the_caption_s_own_steps(
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 1000])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_gradients_of_packed_words_are_those_of_all_of_them(
+def test_packed_and_unpacked_words_have_equal_gradients(
     batch: tuple[np.ndarray, np.ndarray], smoothing: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "CHUNK", chunk)
@@ -100,7 +100,7 @@ def test_gradients_of_packed_words_are_those_of_all_of_them(
 
 @dataclass(frozen=True)
 class Focal:
-    """The focal loss of Lin et al. (2017), -(1 - p)^gamma log p, as a user would write it."""
+    """The focal loss of Lin et al. (2017), -(1 - p)^gamma log p, as a custom loss."""
 
     gamma: float = 2.0
 
@@ -111,7 +111,7 @@ class Focal:
 
 @dataclass(frozen=True)
 class Unlikelihood:
-    """Cross-entropy plus -log(1 - p) of one word that must not come (Welleck et al. 2020)."""
+    """Cross-entropy plus -log(1 - p) of one word that must not occur (Welleck et al. 2020)."""
 
     word: int = 4
 
@@ -122,7 +122,7 @@ class Unlikelihood:
 
 
 @pytest.mark.parametrize("word_loss", [Focal(), Unlikelihood()])
-def test_a_loss_of_a_user_has_the_gradient_of_all_words_at_once(
+def test_custom_loss_on_chunks_has_the_gradient_of_the_whole(
     batch: tuple[np.ndarray, np.ndarray], word_loss: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "CHUNK", 4)
@@ -143,19 +143,19 @@ def test_a_loss_of_a_user_has_the_gradient_of_all_words_at_once(
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-def test_log_normaliser_is_differentiated_as_logsumexp() -> None:
+def test_log_normaliser_has_the_derivatives_of_logsumexp() -> None:
     logits = jnp.asarray(np.random.default_rng(5).normal(size=(7, V)) * 20, jnp.float32)
     np.testing.assert_allclose(log_normaliser(logits), jax.nn.logsumexp(logits, axis=-1))
     check_grads(log_normaliser, (logits / 20,), order=2, modes=("fwd", "rev"), atol=1e-2, rtol=1e-2)
 
 
-def test_a_loss_of_a_user_replaces_smoothed_cross_entropy() -> None:
+def test_custom_loss_replaces_smoothed_cross_entropy() -> None:
     assert CrossEntropy(label_smoothing=0.0, word_loss=Focal(1.0)).title == "Focal(gamma=1.0)"
     with pytest.raises(UserError, match="label_smoothing belongs to cross-entropy"):
         CrossEntropy(word_loss=Focal())
 
 
-def test_a_batch_of_pad_alone_costs_nothing_and_has_no_gradient() -> None:
+def test_batch_of_padding_only_has_zero_loss_and_gradient() -> None:
     tokens = jnp.zeros((B, M, T), jnp.int32)
 
     def objective(hidden: jax.Array) -> jax.Array:
@@ -166,7 +166,7 @@ def test_a_batch_of_pad_alone_costs_nothing_and_has_no_gradient() -> None:
     assert not np.any(gradient)
 
 
-def test_scheduled_sampling_rises_linearly_from_its_start() -> None:
+def test_scheduled_sampling_probability_rises_linearly() -> None:
     objective = CrossEntropy(sampling=0.4, sampling_start_epochs=2.0, sampling_ramp_epochs=4.0)
     shares = [float(objective.sampling_share(jnp.int32(10 * epoch), 10)) for epoch in (0, 2, 3, 4, 6, 9)]
     np.testing.assert_allclose(shares, [0, 0, 0.1, 0.2, 0.4, 0.4], rtol=1e-6)
@@ -175,8 +175,8 @@ def test_scheduled_sampling_rises_linearly_from_its_start() -> None:
     assert [float(at_once.sampling_share(jnp.int32(step), 10)) for step in (9, 10)] == [0, pytest.approx(0.3)]
 
 
-def test_bfloat16_states_and_a_tied_layer_in_a_sum_of_parts() -> None:
-    """As in training: a layer shared with the reading side, gradients added up over parts in a scan."""
+def test_bfloat16_with_a_tied_layer_and_accumulated_gradients() -> None:
+    """The output layer shares the embedding's matrix, and a scan accumulates gradients over microbatches."""
     rng = np.random.default_rng(3)
     table = jnp.asarray(rng.normal(size=(V, 5)), jnp.float32)
     tokens = jnp.asarray(rng.integers(1, V, (4, B, M, T)))

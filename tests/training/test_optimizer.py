@@ -1,4 +1,4 @@
-"""Schedules and recipes against hand-worked values and PyTorch."""
+"""Schedules and optimizers, compared with values computed by hand and with PyTorch."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ def test_warmup_then_cosine() -> None:
     rate = Optimizer(learning_rate=1.0, warmup_epochs=1.0, final_fraction=0.1).rate(4, 12)
     values = [float(rate(step)) for step in range(13)]
     np.testing.assert_allclose(values[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(values[8], 0.1 + 0.9 * 0.5, rtol=1e-6)  # half of the cosine
+    np.testing.assert_allclose(values[8], 0.1 + 0.9 * 0.5, rtol=1e-6)  # half-way through the cosine
     np.testing.assert_allclose(values[12], 0.1, rtol=1e-6)
 
 
@@ -23,7 +23,7 @@ def test_step_decay_counts_epochs() -> None:
     np.testing.assert_allclose([rate(0), rate(29), rate(30), rate(60)], [1, 1, 0.8, 0.64], rtol=1e-6)
 
 
-def test_weight_decay_spares_biases_and_norms() -> None:
+def test_weight_decay_excludes_biases_and_norms() -> None:
     chain = Optimizer(learning_rate=0.1, warmup_epochs=0, weight_decay=0.5, schedule="constant").build(1, 1)
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((2,))}
     updates, _ = chain.update({"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros((2,))}, chain.init(params), params)
@@ -31,9 +31,9 @@ def test_weight_decay_spares_biases_and_norms() -> None:
     np.testing.assert_allclose(updates["bias"], 0.0)
 
 
-def test_encoder_moves_at_its_own_rate() -> None:
+def test_encoder_factor_scales_the_updates_of_the_encoder() -> None:
     params = {"encoder": {"kernel": jnp.ones((2, 2))}, "decoder": {"kernel": jnp.ones((2, 2))}}
-    for algorithm in ("sgd", "adamw"):  # Adam would undo a factor on the gradient
+    for algorithm in ("sgd", "adamw"):  # Adam would cancel a factor on the gradient
         optimizer = Optimizer(algorithm, 0.1, warmup_epochs=0, schedule="constant", clip_norm=None, encoder_factor=0.25)
         chain = optimizer.build(1, 1)
         updates, _ = chain.update(params, chain.init(params), params)
@@ -41,7 +41,7 @@ def test_encoder_moves_at_its_own_rate() -> None:
         assert (updates["decoder"]["kernel"] < 0).all()
 
 
-def test_encoder_starts_later() -> None:
+def test_encoder_start_epochs_delays_the_encoder() -> None:
     params = {"encoder": {"kernel": jnp.ones((2, 2))}, "decoder": {"kernel": jnp.ones((2, 2))}}
     chain = Optimizer(warmup_epochs=0, encoder_factor=0.5, encoder_start_epochs=1.5).build(2, 10)
     state, moved = chain.init(params), []
@@ -52,8 +52,8 @@ def test_encoder_starts_later() -> None:
     assert moved == [False, False, False, True, True]
 
 
-def test_classic_recipe_equals_torch_adam_with_clipped_values() -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch is an optional oracle (extra: torch)")
+def test_step_schedule_equals_torch_adam_with_clipped_values() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
     classic = Optimizer(
         "adam", 4e-4, schedule="step", warmup_epochs=0, clip_norm=None, clip_value=0.1, decay_every_epochs=1
     )

@@ -1,4 +1,4 @@
-"""One device against many, microbatches, and both ways of mapping, against a loss written without them."""
+"""Several devices, microbatches, ``pmap`` and ``shard_map``, compared with one device and with a plain loss."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from imgcap_jax.training.parallel import DataParallel
 from imgcap_jax.training.step import first_state
 
 B, M, T, V, SIDE, STEPS = 8, 2, 9, 12, 16, 10
-# Adam would hide a wrong factor of the gradient, and so would clipping.
+# Adam and clipping would hide a wrong factor of the gradient.
 SGD = Optimizer("sgd", 0.5, schedule="constant", warmup_epochs=0, clip_norm=None)
 OBJECTIVE = CrossEntropy(label_smoothing=0.1, attention_penalty=0.3)
 
@@ -36,7 +36,7 @@ def model() -> CaptionModel:
 
 @pytest.fixture(scope="module")
 def batches() -> list[dict[str, np.ndarray]]:
-    """Lengths that differ a lot between the halves of the batch, and a row that only fills it."""
+    """Batches with long captions in the first half, short ones in the second half, and a padding row."""
     rng = np.random.default_rng(0)
     result = []
     for _ in range(STEPS):
@@ -80,7 +80,7 @@ def alone(batches: list[dict[str, np.ndarray]]) -> Any:
     ("mode", "devices", "accumulate"),
     [("pmap", 2, 1), ("pmap", 4, 1), ("pmap", 2, 2), ("shard_map", 1, 1), ("shard_map", 4, 1), ("shard_map", 2, 4)],
 )
-def test_any_number_of_devices_gives_the_same_parameters(
+def test_parameters_do_not_depend_on_the_number_of_devices(
     batches: list[dict[str, np.ndarray]], alone: Any, mode: str, devices: int, accumulate: int
 ) -> None:
     expected, expected_losses = alone
@@ -91,8 +91,8 @@ def test_any_number_of_devices_gives_the_same_parameters(
             np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_first_step_is_the_gradient_of_the_mean_over_all_words(batches: list[dict[str, np.ndarray]]) -> None:
-    """The mean over words, written out without sums over devices; finite differences check its direction."""
+def test_first_step_follows_the_gradient_of_the_mean_over_all_words(batches: list[dict[str, np.ndarray]]) -> None:
+    """The mean is computed here without sums over devices. Finite differences check its gradient."""
     graph, params, frozen = split_trained(model())
     batch = batches[0]
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 0), row))(
@@ -134,7 +134,7 @@ def test_first_step_is_the_gradient_of_the_mean_over_all_words(batches: list[dic
 
 
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
-def test_step_is_compiled_once_and_leaves_the_host_alone(
+def test_step_is_compiled_once_without_transfers_or_callbacks(
     batches: list[dict[str, np.ndarray]], mode: Any, compilations: list[str]
 ) -> None:
     graph, params, frozen = split_trained(model())
@@ -142,14 +142,14 @@ def test_step_is_compiled_once_and_leaves_the_host_alone(
     one = cross_entropy_step(graph, OBJECTIVE, chain, key=jax.random.key(0), ema_decay=0.9)
     parallel = DataParallel(mode, jax.devices()[:2])
     step = parallel.compile(one)
-    # The transfer guard misses callbacks on a CPU.
+    # The transfer guard does not detect callbacks on a CPU.
     whole = DataParallel("shard_map", jax.devices()[:2]).compile(one)
     assert "callback" not in str(jax.make_jaxpr(whole)(first_state(params, chain, ema=True), frozen, batches[0]))
     state, frozen = parallel.replicate(first_state(params, chain, ema=True)), parallel.replicate(frozen)
     on_devices = [parallel.put(batch) for batch in batches[:3]]
     compilations.clear()
     state, _ = step(state, frozen, on_devices[0])
-    assert compilations  # they are heard
+    assert compilations  # the listener works
     compilations.clear()
     with jax.transfer_guard("disallow"):
         for batch in on_devices[1:]:
@@ -157,14 +157,14 @@ def test_step_is_compiled_once_and_leaves_the_host_alone(
     assert not compilations
 
 
-def test_batch_that_does_not_divide_is_told() -> None:
+def test_indivisible_batch_size_is_an_error() -> None:
     with pytest.raises(UserError, match="choose a multiple of 8"):
         DataParallel("pmap", jax.devices()[:4]).check_batch_size(12, 2)
 
 
 @pytest.mark.slow
-def test_scheduled_sampling_draws_the_same_words_on_any_number_of_devices(batches: list[dict[str, np.ndarray]]) -> None:
-    """And trains on: shares of words that are drawn, none, half of them, give other parameters."""
+def test_scheduled_sampling_does_not_depend_on_the_number_of_devices(batches: list[dict[str, np.ndarray]]) -> None:
+    """Losses differ from those of teacher forcing, except at probability 0."""
     sampled = replace(OBJECTIVE, sampling=0.5, sampling_ramp_epochs=0.0)
     alone, losses = run(batches[:3], "pmap", 1, objective=sampled)
     for mode, devices, accumulate in (("pmap", 4, 1), ("shard_map", 2, 2)):

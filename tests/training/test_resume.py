@@ -1,4 +1,4 @@
-"""A run that is killed goes on as if nothing had happened."""
+"""A killed and resumed run ends with the same result as an uninterrupted one."""
 
 import json
 import os
@@ -17,7 +17,7 @@ STEPS = 10
 
 
 class Command:
-    """`imgcap train` on the tiny experiment, in processes that may be killed."""
+    """Runs `imgcap train` on the tiny experiment in processes that a test can kill."""
 
     def __init__(self, experiment: Path, data: Path, folder: Path) -> None:
         self.run = folder / "run"
@@ -58,11 +58,11 @@ def uninterrupted(tiny_data: Path, tiny_file: Path, tmp_path_factory: pytest.Tem
     return command
 
 
-def test_killed_three_times_ends_bit_identical(
+def test_run_killed_three_times_ends_bit_identical(
     uninterrupted: Command, tiny_data: Path, tiny_file: Path, tmp_path: Path
 ) -> None:
     command = Command(tiny_file, tiny_data, tmp_path)
-    chance = random.Random()  # really random: every run of the tests tries other moments
+    chance = random.Random()  # not seeded: each run of the tests kills at other moments
     for earliest in (1, 4, 7):
         process = command.start()
         while command.checkpointed() < earliest and process.poll() is None:
@@ -70,14 +70,14 @@ def test_killed_three_times_ends_bit_identical(
         time.sleep(chance.uniform(0.0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert process.returncode == -signal.SIGKILL  # it had not finished before
+        assert process.returncode == -signal.SIGKILL  # it was killed before it finished
     output = command.finish()
     assert "resuming" in output
     expected, got = uninterrupted.state(), command.state()
     assert expected.keys() == got.keys()
     for name, leaf in expected.items():
         np.testing.assert_array_equal(got[name], leaf, err_msg=name)
-    assert command.lines() == uninterrupted.lines()  # none lost, none twice
+    assert command.lines() == uninterrupted.lines()  # no line is missing or repeated
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_sigterm_saves_and_the_same_command_resumes(
         np.testing.assert_array_equal(command.state()[name], leaf, err_msg=name)
 
 
-def test_finished_run_is_left_as_it_is(uninterrupted: Command) -> None:
+def test_training_a_finished_run_changes_nothing(uninterrupted: Command) -> None:
     before = (uninterrupted.run / "metrics.jsonl").read_bytes()
     uninterrupted.finish()
     assert (uninterrupted.run / "metrics.jsonl").read_bytes() == before

@@ -1,4 +1,4 @@
-"""Self-critical training against the gradient of the expected reward over every caption there is."""
+"""Self-critical training, compared with the exact gradient of the expected reward over all possible captions."""
 
 import itertools
 import json
@@ -31,12 +31,12 @@ from imgcap_jax.training.parallel import DataParallel
 from imgcap_jax.training.self_critical import Constants, SelfCritical, self_critical_step
 from imgcap_jax.training.step import TrainState, first_state
 
-# Adam would hide a wrong factor of the gradient, and so would clipping.
+# Adam and clipping would hide a wrong factor of the gradient.
 SGD = Optimizer("sgd", 1.0, schedule="constant", warmup_epochs=0, clip_norm=None).build(1, 1)
 V, N, D, T = 6, 3, 5, 3  # words: unk, 4 and 5
 CORPUS = [[[4, 5, EOS], [5, 5, 4, EOS]], [[4, 4, EOS]], [[3, 7, EOS], [8, EOS]]]
 FREQUENCIES = document_frequencies(CORPUS, words=9)
-REFERENCES = np.array([[4, 5, EOS, 0], [5, 5, 4, EOS]], np.int32)  # those of the first image: [R,S]
+REFERENCES = np.array([[4, 5, EOS, 0], [5, 5, 4, EOS]], np.int32)  # of the first image, [R,S]
 
 
 def reading(decoder: Any, *, sharper: float = 1.0) -> Any:
@@ -52,7 +52,7 @@ def small(dropout: float = 0.0, **options: Any) -> ShowAttendTell:
 
 
 def batch_of(images: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """The same image so many times, each with its own samples."""
+    """A batch that repeats the same image. Each row has its own samples."""
     regions = np.random.default_rng(seed).normal(size=(1, N, D)).astype(np.float32)
     return {
         "regions": np.repeat(regions, images, 0),
@@ -70,7 +70,7 @@ def compiled(graph: Any, objective: SelfCritical, mode: Any = "pmap", devices: i
 
 
 def every_caption() -> np.ndarray:
-    """All token sequences [C,T] that can be drawn."""
+    """All token sequences that can be sampled, [C,T]."""
     found = set()
     for tokens in itertools.product(range(2, V), repeat=T):
         end = tokens.index(EOS) + 1 if EOS in tokens else T
@@ -79,7 +79,7 @@ def every_caption() -> np.ndarray:
 
 
 def log_probs(graph: Any, params: Any, frozen: Any, regions: np.ndarray, captions: np.ndarray, tau: float) -> Any:
-    """log p of each caption, written out: pad and bos are never drawn."""
+    """log p of each caption, by a plain computation. pad and bos are never sampled."""
     model = nnx.merge(graph, params, frozen)
     before = np.concatenate([np.full((len(captions), 1), BOS), captions], axis=1)[None]
     logits = model.score_words(model.teacher_forced({"regions": regions[:1], "tokens": before}).hidden)[0] / tau
@@ -90,7 +90,7 @@ def log_probs(graph: Any, params: Any, frozen: Any, regions: np.ndarray, caption
 
 @dataclass(frozen=True)
 class ByNumber:
-    """A reward of a user: one for single captions, such as the greedy one, and another for several."""
+    """A custom reward: ``single`` for one caption per image (such as the greedy one), else ``several``."""
 
     single: float
     several: float
@@ -115,8 +115,8 @@ _SLOW = pytest.mark.slow
         pytest.param(SelfCritical(samples=3, temperature=0.7, entropy=0.8, kl=0.9), id="penalties"),
     ],
 )
-def test_gradient_is_that_of_the_expected_reward(objective: SelfCritical) -> None:
-    """Within the standard error of many samples, leaf by leaf, and along the exact gradient to some percent."""
+def test_mean_gradient_equals_the_gradient_of_the_expected_reward(objective: SelfCritical) -> None:
+    """Each component agrees within its standard error, and the projection on the exact gradient within 6 %."""
     graph, params, frozen = reading(small())
     _, start, _ = reading(small(), sharper=2.0)
     batch, captions = batch_of(512), every_caption()
@@ -138,7 +138,7 @@ def test_gradient_is_that_of_the_expected_reward(objective: SelfCritical) -> Non
     exact, probabilities = jax.grad(expected, has_aux=True)(params)
     assert len(captions) == 40
     np.testing.assert_allclose(probabilities.sum(), 1.0, rtol=1e-5)
-    assert float((probabilities * (reward > 0)).sum()) > 0.1  # there is something to be learnt
+    assert float((probabilities * (reward > 0)).sum()) > 0.1  # the reward is not 0 everywhere
 
     parallel, step = compiled(graph, objective)
     constants = Constants(frozen, frequencies, start if objective.kl else None)
@@ -177,7 +177,7 @@ def test_gradient_is_that_of_the_expected_reward(objective: SelfCritical) -> Non
 
 
 @pytest.mark.parametrize("baseline", ["mean", pytest.param("greedy", marks=_SLOW)])
-def test_constant_reward_teaches_nothing(baseline: Any) -> None:
+def test_constant_reward_has_no_gradient(baseline: Any) -> None:
     graph, params, frozen = reading(small(dropout=0.5))
     objective = SelfCritical(samples=3, baseline=baseline, cider=0.0, reward=ByNumber(0.7, 0.7))
     parallel, step = compiled(graph, objective)
@@ -207,10 +207,10 @@ def test_constant_reward_teaches_nothing(baseline: Any) -> None:
         ),
     ],
 )
-def test_what_is_trained_is_what_was_sampled(decoder: Any) -> None:
-    """Step by step and all at once, captions have the same probability, dropout and temperature included."""
+def test_loss_equals_the_log_probability_under_which_captions_were_sampled(decoder: Any) -> None:
+    """Stepping and teacher forcing give a caption the same probability, dropout and temperature included."""
     graph, params, frozen = reading(decoder, sharper=1.5)
-    # Every sample has an advantage of 1, so that its surprisal is what is differentiated.
+    # Every sample has an advantage of 1, so that the loss is the mean surprisal.
     objective = SelfCritical(samples=3, baseline="greedy", temperature=0.8, cider=0.0, reward=ByNumber(0.0, 1.0))
     parallel, step = compiled(graph, objective)
     state = parallel.replicate(first_state(params, SGD, ema=False))
@@ -220,7 +220,7 @@ def test_what_is_trained_is_what_was_sampled(decoder: Any) -> None:
 
 
 def seeing() -> Any:
-    """A model that looks at images, its encoder trained too."""
+    """A model with a trained encoder, which reads images."""
     rngs = nnx.Rngs(0)
     encoder = SmallCNN(widths=(8, 8), blocks=(0, 0)).build(16, dtype=jnp.float32, rngs=rngs)
     decoder = small(dropout=0.5).build(encoder.region_size, V, dtype=jnp.float32, rngs=rngs)
@@ -258,7 +258,7 @@ def stepped() -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("mode", "devices", "accumulate"), [("pmap", 4, 1), pytest.param("shard_map", 2, 2, marks=_SLOW)]
 )
-def test_any_number_of_devices_gives_the_same_parameters(
+def test_parameters_do_not_depend_on_the_number_of_devices(
     stepped: Callable[..., Any], mode: str, devices: int, accumulate: int
 ) -> None:
     (expected, alone), (got, metrics) = stepped("pmap", 1), stepped(mode, devices, accumulate)
@@ -266,7 +266,7 @@ def test_any_number_of_devices_gives_the_same_parameters(
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
     for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
-    assert alone["captions"] == 21  # the row that only fills the batch has none
+    assert alone["captions"] == 21  # the padding row does not count
     _, params, _ = seeing()
     moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (expected.params, params)), strict=True)]
     assert min(moved) > 0  # the encoder too
@@ -287,7 +287,7 @@ def test_step_is_compiled_once_and_never_leaves_the_device(mode: Any, compilatio
     on_devices = [parallel.put(images(8)) for _ in range(3)]
     compilations.clear()
     state, _ = step(state, constants, on_devices[0])
-    assert compilations  # they are heard
+    assert compilations  # the listener works
     compilations.clear()
     with jax.transfer_guard("disallow"):
         for batch in on_devices[1:]:
@@ -296,7 +296,7 @@ def test_step_is_compiled_once_and_never_leaves_the_device(mode: Any, compilatio
     assert isinstance(state, TrainState)
 
 
-def test_settings_that_do_not_go_together_are_told() -> None:
+def test_invalid_settings_are_an_error() -> None:
     for wrong, said in (
         ({"samples": 1}, "at least 2"),
         ({"samples": 1, "baseline": "greedy", "kl": 0.1}, "at least 2"),
@@ -310,8 +310,8 @@ def test_settings_that_do_not_go_together_are_told() -> None:
             SelfCritical(**wrong)  # type: ignore[arg-type]
 
 
-def test_title_is_the_signature_of_sacreeos() -> None:
-    """The two that https://github.com/jchenghu/sacreeos calls the most common, its greedy one, and a mixture."""
+def test_title_is_a_sacreeos_signature() -> None:
+    """The two most common ones of https://github.com/jchenghu/sacreeos, one with a greedy baseline, and others."""
     assert SelfCritical().title == "self-critical, STANDARD_wInit+Cider-D[n4,s6.0]+average[nspi5]+1.0.0"
     assert SelfCritical(reward_eos=False).title.endswith("NO<EOS>_wInit+Cider-D[n4,s6.0]+average[nspi5]+1.0.0")
     assert "greedy[nspi1]" in SelfCritical(samples=1, baseline="greedy").title
@@ -320,7 +320,7 @@ def test_title_is_the_signature_of_sacreeos() -> None:
 
 
 class RealCaptions:
-    """As CaptionSource, of Flickr8k's captions."""
+    """A ``CaptionSource`` of Flickr8k's captions."""
 
     def __init__(self, images: list[list[str]]) -> None:
         self.images = images
@@ -333,14 +333,14 @@ class RealCaptions:
 
 
 @pytest.mark.parametrize("eos", [True, False])
-def test_reward_of_real_captions_is_the_official_score_of_their_text(eos: bool, shared: Path) -> None:
-    """From text to reward: what people wrote, as a model that lacks rare words would have said it."""
+def test_reward_of_real_captions_equals_the_official_score_of_their_text(eos: bool, shared: Path) -> None:
+    """From text to reward, with candidates in which rare words are unk."""
     karpathy = json.loads((shared / "flickr8k" / "dataset_flickr8k.json").read_text())
     images = [[text["raw"] for text in image["sentences"]] for image in karpathy["images"][:300]]
     vocabulary = Vocabulary.build((text for texts in images for text in texts), min_count=3)
     table = CaptionTable.as_references([RealCaptions(images)], vocabulary, eos=eos)  # type: ignore[list-item]
     assert table.words > len(vocabulary) + 100
-    # Each image gets a caption of the next one, an own one cut short, and nothing.
+    # The candidates of an image: a caption of the next image, one of its own captions cut short, and an empty one.
     others = images[1:] + images[:1]
     said = np.zeros((len(images), 3, 16), np.int32)
     for row, (own, other) in enumerate(zip(images, others, strict=True)):

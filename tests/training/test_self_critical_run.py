@@ -1,4 +1,4 @@
-"""A run of self-critical training: where it starts, what it keeps and logs, and that interruptions change nothing."""
+"""Runs of self-critical training: the initial parameters, files and logs, and resuming after an interruption."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from imgcap_jax.training.self_critical import SelfCritical
 
 @pytest.fixture
 def experiment(tiny: Experiment) -> Experiment:
-    """Six steps, a validation after every third."""
+    """Six steps, with a validation after every third step."""
     return replace(
         tiny,
         objective=SelfCritical(samples=2, kl=0.1),
@@ -51,7 +51,7 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name != "captions_per_second"} for line in read]
 
 
-def test_interrupted_it_ends_the_same_without_the_run_it_started_from(
+def test_interrupted_run_ends_the_same_without_its_initial_run(
     experiment: Experiment, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(experiment, tmp_path / "whole", trained)
@@ -61,10 +61,10 @@ def test_interrupted_it_ends_the_same_without_the_run_it_started_from(
     steps = [line for line in logged if line["kind"] == "train"]
     assert len(steps) == 6
     assert all(reported < line.keys() for line in steps)
-    assert abs(steps[0]["kl"]) < 1e-5 < abs(steps[-1]["kl"])  # nothing has moved yet, then something has
+    assert abs(steps[0]["kl"]) < 1e-5 < abs(steps[-1]["kl"])  # the parameters are the initial ones, then they differ
     assert {"length", "bad_endings", "repetitions", "unfinished"} < logged[0].keys()
 
-    # The document frequencies are those of the training captions, as the reward counts them.
+    # The document frequencies are those of the training captions with eos.
     source = open_source("scenes", "train", experiment.data.data_dir)
     vocabulary = Run.load(tmp_path / "whole").vocabulary
     of = CaptionTable.as_references([source], vocabulary, eos=True).fingerprint
@@ -72,7 +72,7 @@ def test_interrupted_it_ends_the_same_without_the_run_it_started_from(
     for word in vocabulary.words[4:]:
         images = sum(any(word in tokenize(text) for text in source.captions(i)) for i in range(len(source)))
         np.testing.assert_allclose(idf[vocabulary.ids([word])[0]], np.log(len(source) / images), atol=1e-6)
-    np.testing.assert_allclose(idf[2], 0.0, atol=1e-6)  # eos is in every image
+    np.testing.assert_allclose(idf[2], 0.0, atol=1e-6)  # every image has eos
 
     shutil.copytree(trained, tmp_path / "gone")
     said: list[str] = []
@@ -80,7 +80,7 @@ def test_interrupted_it_ends_the_same_without_the_run_it_started_from(
     def stop(self: SplitEvaluator, *given: object) -> dict[str, float]:
         said.append("validation")
         if len(said) == 2:
-            raise KeyboardInterrupt  # in the one after step 3, which no checkpoint holds yet
+            raise KeyboardInterrupt  # in the validation after step 3, before its checkpoint
         return forced(self, *given)  # type: ignore[arg-type]
 
     forced = SplitEvaluator.teacher_forced
@@ -99,10 +99,10 @@ def test_interrupted_it_ends_the_same_without_the_run_it_started_from(
 
 
 @pytest.mark.parametrize("moment", ["caption", pytest.param("teacher_forced", marks=pytest.mark.slow)])
-def test_killed_before_its_first_checkpoint_it_starts_again(
+def test_run_killed_before_its_first_checkpoint_starts_again(
     experiment: Experiment, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """In the validation of the start, which comes after much was written; with other settings, too."""
+    """The run is killed in the first validation, when several files exist. Its settings can then still change."""
 
     def stop(self: SplitEvaluator, *given: object) -> None:
         raise KeyboardInterrupt
@@ -112,7 +112,7 @@ def test_killed_before_its_first_checkpoint_it_starts_again(
         with pytest.raises(KeyboardInterrupt):
             run(experiment, tmp_path / "run", trained)
         with pytest.raises(KeyboardInterrupt):
-            run(experiment, tmp_path / "run", None)  # the start need not be named again
+            run(experiment, tmp_path / "run", None)  # --init-from is not needed again
         with pytest.raises(UserError, match="give --init-from"):
             run(replace(experiment, objective=SelfCritical(samples=3)), tmp_path / "run", None)
     changed = replace(experiment, training=replace(experiment.training, epochs=0.1))
@@ -120,10 +120,10 @@ def test_killed_before_its_first_checkpoint_it_starts_again(
 
 
 @pytest.mark.slow
-def test_without_a_better_validation_the_start_is_what_is_kept(
+def test_best_checkpoint_is_the_initial_one_without_a_better_validation(
     experiment: Experiment, trained: Path, tmp_path: Path
 ) -> None:
-    """A learning rate that destroys everything, and patience 1."""
+    """A learning rate that spoils the parameters, and patience 1."""
     spoilt = replace(
         experiment,
         objective=SelfCritical(samples=2, baseline="greedy"),
@@ -146,9 +146,7 @@ def test_without_a_better_validation_the_start_is_what_is_kept(
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_fresh_weights_are_refused_and_the_objective_is_part_of_the_experiment(
-    experiment: Experiment, tmp_path: Path
-) -> None:
+def test_objective_needs_init_from_and_is_stored_in_the_experiment(experiment: Experiment, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give --init-from RUN"):
         run(experiment, tmp_path / "run", None)
     assert from_json(to_json(experiment), "here") == experiment

@@ -1,4 +1,4 @@
-"""The loop's bookkeeping: early stopping, the best parameters, who may train in a folder, and where a run started."""
+"""The training loop: early stopping, the best parameters, the lock of a run, and initial parameters of another run."""
 
 import json
 import shutil
@@ -25,13 +25,13 @@ from imgcap_jax.training.checkpoints import Checkpoints
 
 @pytest.fixture
 def experiment(tiny: Experiment) -> Experiment:
-    """Ten steps, five an epoch, a validation after every second step."""
+    """Ten steps, five per epoch, with a validation after every second step."""
     return replace(tiny, training=replace(tiny.training, evaluate_epochs=0.4))
 
 
 @pytest.fixture
 def scores(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Takes the place of the validation's CIDEr-D, one after the other."""
+    """A list of numbers that validations return as their CIDEr-D, one after the other."""
     values: list[float] = []
 
     def score(self: SplitEvaluator, captions: Mapping[int, str]) -> Scores:
@@ -62,7 +62,7 @@ def test_patience_survives_a_restart(
 
     def stop(self: SplitEvaluator, *_: object) -> dict[str, float]:
         if not scores:
-            raise KeyboardInterrupt  # in the validation after step 4, whose miss is not saved yet
+            raise KeyboardInterrupt  # in the validation after step 4, before its result is saved
         return {"teacher_forced_perplexity": 1.0}
 
     monkeypatch.setattr(SplitEvaluator, "teacher_forced", stop)
@@ -73,17 +73,17 @@ def test_patience_survives_a_restart(
     assert (outcome.step, outcome.best) == (6, 0.3)
     assert best(tmp_path / "run")[0] == 2
     assert scores == [0.9, 0.9]
-    assert run(patient, tmp_path / "run").step == 6  # and it stays stopped
+    assert run(patient, tmp_path / "run").step == 6  # it does not continue
 
 
-def test_best_is_of_the_best_validation_not_of_the_last(
+def test_best_checkpoint_is_that_of_the_best_validation(
     experiment: Experiment, scores: list[float], tmp_path: Path
 ) -> None:
     scores[:] = [0.1, 0.5, 0.4, 0.5, 0.2]
     outcome = run(experiment, tmp_path / "run")
     assert (outcome.step, outcome.best) == (10, 0.5)
     step, params = best(tmp_path / "run")
-    assert step == 4  # the first of two equals
+    assert step == 4  # the first of two equal scores
     shorter = replace(experiment.training, epochs=2.0, patience=1)
     scores[:] = [0.1, 0.5, 0.4]
     run(replace(experiment, training=shorter), tmp_path / "other")
@@ -91,8 +91,8 @@ def test_best_is_of_the_best_validation_not_of_the_last(
         np.testing.assert_array_equal(ours, other)
 
 
-def test_validation_with_a_beam_selects_on_its_captions(experiment: Experiment, tmp_path: Path) -> None:
-    """The logged CIDEr-D is that of the beam search, not of greedy decoding."""
+def test_validation_beam_selects_checkpoints_by_beam_search(experiment: Experiment, tmp_path: Path) -> None:
+    """The logged CIDEr-D is that of beam search, not of greedy decoding."""
     from imgcap_jax.run.evaluation import evaluate
 
     wide = replace(experiment, training=replace(experiment.training, validation_beam=2, validation_images=None))
@@ -108,7 +108,7 @@ def test_validation_with_a_beam_selects_on_its_captions(experiment: Experiment, 
     np.testing.assert_allclose(again.scores.values["CIDEr-D"], logged[step], rtol=1e-9)
 
 
-def test_two_trainings_of_one_run_are_refused(experiment: Experiment, tmp_path: Path) -> None:
+def test_run_cannot_be_trained_twice_at_the_same_time(experiment: Experiment, tmp_path: Path) -> None:
     with owning(tmp_path / "run", "training"), pytest.raises(UserError, match="another process is training"):
         run(experiment, tmp_path / "run")
 
@@ -121,19 +121,19 @@ def finished(tiny: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.slow
-def test_run_remembers_where_it_started(experiment: Experiment, finished: Path, tmp_path: Path) -> None:
+def test_run_stores_its_init_from(experiment: Experiment, finished: Path, tmp_path: Path) -> None:
     run(experiment, tmp_path / "run", init_from=finished)
     assert Run.load(tmp_path / "run").init_from == finished
-    assert run(experiment, tmp_path / "run").step == 10  # need not be named again
+    assert run(experiment, tmp_path / "run").step == 10  # --init-from is not needed again
     assert run(experiment, tmp_path / "run", init_from=finished).step == 10
     with pytest.raises(UserError, match="not from"):
         run(experiment, tmp_path / "run", init_from=tmp_path / "another")
-    # Finished, it no longer needs the other run.
+    # A finished run does not need the other run.
     shutil.copytree(finished, tmp_path / "gone")
     run(experiment, tmp_path / "of_gone", init_from=tmp_path / "gone")
     shutil.rmtree(tmp_path / "gone")
     assert run(experiment, tmp_path / "of_gone").step == 10
-    # Killed between its first validation and its first checkpoint: the start is still the other run.
+    # A run killed between its first validation and its first checkpoint starts from the other run again.
     shutil.copytree(tmp_path / "run", tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / "newest" / "10")
     said: list[str] = []

@@ -18,21 +18,26 @@ class Adaptive(CommonSettings):
     """Settings of an adaptive-attention decoder; the defaults are the paper's sizes."""
 
     attention_size: int = 49
-    """The paper's k, its number of regions."""
+    """A. The paper calls it k; it equals the paper's number of regions."""
 
     def build(self, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "AdaptiveDecoder":
         """Makes the decoder for regions [B,N,region_size], which are projected to the hidden size.
 
         Raises:
-            UserError: the embedding is tied but its size is not the hidden size.
+            UserError: the embedding is tied, but its size is not the hidden size.
         """
         self.check_tied(self.hidden_size)
         return AdaptiveDecoder(self, region_size, vocabulary_size, dtype=dtype, rngs=rngs)
 
 
 class AdaptiveMemory(NamedTuple):
-    """regions [B,N,H], their part of the attention score [B,N,A], the global image feature [B,1,E], region_mask
-    [B,N] or None."""
+    """What every step reads.
+
+    regions: [B,N,H], projected.
+    keys: [B,N,A], their part of the attention score.
+    image: [B,1,E], the global image feature.
+    region_mask: [B,N] or None.
+    """
 
     regions: Array
     keys: Array
@@ -41,14 +46,14 @@ class AdaptiveMemory(NamedTuple):
 
 
 class AdaptiveDecoder(Decoder):
-    """Lu et al. (2017), equations 6 to 16:
+    """Adaptive attention (Lu et al. 2017, equations 6 to 16).
 
     v_i = relu(W_a a_i), v_g = relu(W_b mean a), x_t = [w_t; v_g]; h_t, m_t = LSTM(x_t, h_{t-1}, m_{t-1});
     s_t = sigmoid(W_x x_t + W_h h_{t-1}) tanh(m_t); z_t = w_h^T tanh(W_v V + W_g h_t),
     alpha_t = softmax([z_t; w_h^T tanh(W_s s_t + W_g h_t)]), whose last entry is beta_t;
     c_t = sum_i alpha_ti v_i + beta_t s_t; p = softmax(W_p (c_t + h_t)). h_0 = m_0 = 0.
 
-    ``output.attention`` holds the weights of the regions, which sum to 1 - beta_t.
+    ``output.attention`` contains the weights of the regions, which sum to 1 - beta_t.
     """
 
     def __init__(
@@ -73,7 +78,7 @@ class AdaptiveDecoder(Decoder):
         image = self.drop(jax.nn.relu(self.project_mean(mean)), dropout_keys, 0)[:, None]  # [B,1,E]
         regions = dropout(jax.nn.relu(self.project(regions)), self.rate, dropout_keys)  # [B,N,H]
         zeros = jnp.zeros((regions.shape[0], M, self.hidden_size), jnp.float32)
-        return AdaptiveMemory(regions, self.attention.keys(regions), image, region_mask), (zeros, zeros)
+        return AdaptiveMemory(regions, self.attention.project_keys(regions), image, region_mask), (zeros, zeros)
 
     def step(
         self,

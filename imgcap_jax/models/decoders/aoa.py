@@ -1,4 +1,4 @@
-"""Attention on Attention (Huang et al. 2019, https://arxiv.org/abs/1908.06954): AoANet's refiner and LSTM decoder."""
+"""Attention on Attention: refiner and LSTM decoder of AoANet (Huang et al. 2019, https://arxiv.org/abs/1908.06954)."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,15 +31,17 @@ class AttentionOnAttention(CommonSettings):
     embedding_size: int = 1024
     heads: int = 8
     refining: int = 6
-    """Layers of self-attention by which the regions are refined, once an image (section 3.2); 0: as they come."""
+    """The number of self-attention layers that refine the regions, once per image (section 3.2). 0: no refinement."""
     dropout: float = 0.3
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.refining < 0:
-            raise UserError(f"decoder.refining is {self.refining}; give 0 or more")
+            raise UserError(f"decoder.refining is {self.refining}; it must not be negative")
         if self.hidden_size % self.heads:
-            raise UserError(f"decoder.hidden_size is {self.hidden_size}; give a multiple of heads ({self.heads})")
+            raise UserError(
+                f"decoder.hidden_size is {self.hidden_size}; it must be a multiple of decoder.heads ({self.heads})"
+            )
 
     def build(
         self, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs
@@ -47,20 +49,23 @@ class AttentionOnAttention(CommonSettings):
         """Makes the decoder for regions [B,N,region_size], which are projected to the hidden size.
 
         Raises:
-            UserError: the embedding is tied but its size is not the hidden size.
+            UserError: the embedding is tied, but its size is not the hidden size.
         """
         self.check_tied(self.hidden_size)
         return AttentionOnAttentionDecoder(self, region_size, vocabulary_size, dtype=dtype, rngs=rngs)
 
 
 class Attended(nnx.Module):
-    """AoA(Q, v) = sigmoid(W_q^g Q + W_v^g v + b^g) * (W_q^i Q + W_v^i v + b^i), for v attended by Q (equation 3)."""
+    """AoA(Q, v) = sigmoid(W_q^g Q + W_v^g v + b^g) * (W_q^i Q + W_v^i v + b^i) (equation 3).
+
+    v is the result of the attention of the query Q.
+    """
 
     def __init__(self, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.both = Linear(2 * size, 2 * size, dtype=dtype, rngs=rngs)
 
     def __call__(self, query: Array, attended: Array) -> Array:
-        """query and attended, [...,H] both -> [...,H]."""
+        """query [...,H], attended [...,H] -> [...,H]."""
         gate, information = jnp.split(self.both(jnp.concatenate([query, attended], axis=-1)), 2, axis=-1)
         return jax.nn.sigmoid(gate) * information
 
@@ -83,7 +88,12 @@ class RefiningLayer(nnx.Module):
 
 
 class AttentionOnAttentionMemory(NamedTuple):
-    """keys and values of the attention [B,N,H], the mean of the refined regions [B,1,H], region_mask [B,N] or None."""
+    """What every step reads.
+
+    keys, values: [B,N,H], of the attention.
+    mean: [B,1,H], the mean of the refined regions.
+    region_mask: [B,N] or None.
+    """
 
     keys: Array
     values: Array
@@ -92,19 +102,19 @@ class AttentionOnAttentionMemory(NamedTuple):
 
 
 class AttentionOnAttentionCarry(NamedTuple):
-    """The LSTM's (h, m) and the context c, each [B,M,H]."""
+    """The LSTM's (h, m) and the context c, each float32 [B,M,H]."""
 
     lstm: tuple[Array, Array]
     context: Array
 
 
 class AttentionOnAttentionDecoder(Decoder):
-    """Huang et al. (2019), equations 10 to 12, over regions A refined by ``RefiningLayer``:
+    """Attention on Attention (Huang et al. 2019, equations 10 to 12) over regions A refined by ``RefiningLayer``.
 
     x_t = [W_e y_{t-1}; mean A + c_{t-1}]; h_t, m_t = LSTM(x_t, h_{t-1}, m_{t-1});
     c_t = AoA(multi-head attention of W_Q h_t, W_K A, W_V A); p(y_t) = softmax(W_p c_t). h_0 = m_0 = c_0 = 0.
 
-    ``output.attention`` is the mean over heads.
+    ``output.attention`` is the mean over the heads.
     """
 
     def __init__(

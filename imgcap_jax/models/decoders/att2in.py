@@ -1,4 +1,4 @@
-"""Att2in (Rennie et al. 2017, https://arxiv.org/abs/1612.00563): what is attended enters the LSTM's cell alone."""
+"""Att2in (Rennie et al. 2017, https://arxiv.org/abs/1612.00563): the context enters the LSTM's cell input only."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,20 +19,25 @@ class Att2in(CommonSettings):
 
     attention_size: int = 512
     region_size: int | None = 512
-    """Regions are first projected to this size (linear, ReLU, dropout), once an image; None: as they come."""
+    """Regions are projected to this size (linear, ReLU, dropout), once per image. None: no projection."""
 
     def build(self, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "Att2inDecoder":
         """Makes the decoder for regions [B,N,region_size].
 
         Raises:
-            UserError: the embedding is tied but its size is not the hidden size.
+            UserError: the embedding is tied, but its size is not the hidden size.
         """
         self.check_tied(self.hidden_size)
         return Att2inDecoder(self, region_size, vocabulary_size, dtype=dtype, rngs=rngs)
 
 
 class Att2inMemory(NamedTuple):
-    """regions [B,N,D], their part of the attention score [B,N,A], region_mask [B,N] or None."""
+    """What every step reads.
+
+    regions: [B,N,D].
+    keys: [B,N,A], their part of the attention score.
+    region_mask: [B,N] or None.
+    """
 
     regions: Array
     keys: Array
@@ -40,7 +45,7 @@ class Att2inMemory(NamedTuple):
 
 
 class Att2inDecoder(Decoder):
-    """Rennie et al. (2017), section 2.2:
+    """Att2in (Rennie et al. 2017, section 2.2).
 
     alpha_t = softmax(W tanh(W_aI I + W_ah h_{t-1} + b_a)); I_t = sum_i alpha_ti I_i;
     i, f, o = sigmoid(W x_t + W h_{t-1} + b); z = maxout(W_zx x_t + W_zI I_t + W_zh h_{t-1} + b_z);
@@ -56,7 +61,7 @@ class Att2inDecoder(Decoder):
         self.project = None if config.region_size is None else nnx.Linear(region_size, size, dtype=dtype, rngs=rngs)
         self.embedding = Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.attention = AdditiveAttention(size, hidden, config.attention_size, dtype=dtype, rngs=rngs)
-        # One product gives the gates i, f, o and the two pieces of the maxout; the forget gate's bias starts at 1.
+        # One product computes the gates i, f, o and both parts of the maxout. The bias of the forget gate starts at 1.
         self.gates = Linear(config.embedding_size + hidden, 5 * hidden, dtype=dtype, rngs=rngs)
         self.gates.bias = nnx.Param(jnp.zeros((5 * hidden,)).at[hidden : 2 * hidden].set(1.0))
         self.attended = Linear(size, 2 * hidden, use_bias=False, dtype=dtype, rngs=rngs)
@@ -68,7 +73,7 @@ class Att2inDecoder(Decoder):
         if self.project is not None:
             regions = dropout(jax.nn.relu(self.project(regions)), self.rate, dropout_keys)
         zeros = jnp.zeros((regions.shape[0], M, self.hidden_size), jnp.float32)
-        return Att2inMemory(regions, self.attention.keys(regions), region_mask), (zeros, zeros)
+        return Att2inMemory(regions, self.attention.project_keys(regions), region_mask), (zeros, zeros)
 
     def step(
         self,

@@ -1,4 +1,4 @@
-"""Show, Attend and Tell, soft attention (Xu et al. 2015, https://arxiv.org/abs/1502.03044)."""
+"""Show, Attend and Tell with soft attention (Xu et al. 2015, https://arxiv.org/abs/1502.03044)."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,13 +15,14 @@ from imgcap_jax.models.layers import AdditiveAttention, Embed, Linear, LSTMCell,
 
 @dataclass(frozen=True, kw_only=True)
 class ShowAttendTell(CommonSettings):
-    """Settings of a soft-attention decoder."""
+    """Settings of a Show, Attend and Tell decoder."""
 
     attention_size: int = 512
     region_size: int | None = 512
-    """Regions are first projected to this size (linear, ReLU, dropout), once an image; None: as the paper, not."""
+    """Regions are projected to this size (linear, ReLU, dropout), once per image. None: no projection, as in the
+    paper."""
     gate: bool = True
-    """The gating scalar beta_t = sigmoid(f_beta(h_{t-1})) on the context (section 4.2.1)."""
+    """Whether the context is multiplied by the scalar beta_t = sigmoid(f_beta(h_{t-1})) (section 4.2.1)."""
 
     def build(
         self, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs
@@ -31,7 +32,12 @@ class ShowAttendTell(CommonSettings):
 
 
 class AttendMemory(NamedTuple):
-    """regions [B,N,D], their part of the attention score [B,N,A], region_mask [B,N] or None."""
+    """What every step reads.
+
+    regions: [B,N,D].
+    keys: [B,N,A], their part of the attention score.
+    region_mask: [B,N] or None.
+    """
 
     regions: Array
     keys: Array
@@ -39,7 +45,7 @@ class AttendMemory(NamedTuple):
 
 
 class ShowAttendTellDecoder(Decoder):
-    """Xu et al. (2015), equations 1 to 13 with the deep output of equation 7:
+    """Soft attention (Xu et al. 2015, equations 1 to 13, with the deep output of equation 7).
 
     h_0, c_0 = tanh(f_init(mean a)); alpha_t = softmax(f_att(a, h_{t-1})); z_t = beta_t sum_i alpha_ti a_i;
     h_t = LSTM([E y_{t-1}; z_t], h_{t-1}); p(y_t) = softmax(L_o(E y_{t-1} + L_h h_t + L_z z_t)).
@@ -74,7 +80,7 @@ class ShowAttendTellDecoder(Decoder):
             regions = dropout(jax.nn.relu(self.project(regions)), self.rate, dropout_keys)
         first = jnp.tanh(self.first(masked_mean(regions, region_mask))).astype(jnp.float32)  # [B,2H]
         hidden, cell = jnp.split(first, 2, axis=-1)
-        memory = AttendMemory(regions, self.attention.keys(regions), region_mask)
+        memory = AttendMemory(regions, self.attention.project_keys(regions), region_mask)
         return memory, (spread(hidden, M), spread(cell, M))
 
     def step(

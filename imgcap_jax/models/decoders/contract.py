@@ -79,6 +79,8 @@ def check_length(settings: DecoderSettings, tokens: int, setting: str) -> None:
 class CommonSettings:
     """The settings that all decoders of ``imgcap_jax`` have. Sizes are numbers of units.
 
+    The Transformer refuses ``variational_dropout``.
+
     Fields whose names end in ``_size``, ``heads`` or ``layers`` must be positive or None; this is checked for the
     fields of subclasses too.
 

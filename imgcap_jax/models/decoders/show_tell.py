@@ -1,4 +1,4 @@
-"""Show and Tell (Vinyals et al. 2015, https://arxiv.org/abs/1411.4555): the image is the LSTM's first word."""
+"""Show and Tell (Vinyals et al. 2015, https://arxiv.org/abs/1411.4555): the image is the LSTM's first input."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from imgcap_jax.models.layers import Embed, LSTMCell, WordLogits, dropout, maske
 
 @dataclass(frozen=True, kw_only=True)
 class ShowTell(CommonSettings):
-    """Settings of a Show-and-Tell decoder; the defaults are the paper's sizes."""
+    """Settings of a Show and Tell decoder; the defaults are the paper's sizes."""
 
     dropout: float = 0.3
 
@@ -21,14 +21,17 @@ class ShowTell(CommonSettings):
         """Makes the decoder for regions [B,N,region_size].
 
         Raises:
-            UserError: the embedding is tied but its size is not the hidden size.
+            UserError: the embedding is tied, but its size is not the hidden size.
         """
         self.check_tied(self.hidden_size)
         return ShowTellDecoder(self, region_size, vocabulary_size, dtype=dtype, rngs=rngs)
 
 
 class ShowTellDecoder(Decoder):
-    """x_{-1} = W_I mean(regions); x_t = E y_t; h_t = LSTM(x_t, h_{t-1}); p_{t+1} = softmax(W h_t)."""
+    """Show and Tell (Vinyals et al. 2015).
+
+    x_{-1} = W_I mean(regions); x_t = E y_t; h_t = LSTM(x_t, h_{t-1}); p_{t+1} = softmax(W h_t).
+    """
 
     def __init__(
         self,

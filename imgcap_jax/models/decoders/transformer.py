@@ -1,4 +1,4 @@
-"""A small Transformer decoder (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762), the reference of ablations."""
+"""A small Transformer decoder (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762), the baseline for ablations."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from imgcap_jax.models.layers import WordLogits, dropout, multi_head_attention
 
 @dataclass(frozen=True, kw_only=True)
 class Transformer(CommonSettings):
-    """Settings of a Transformer decoder; the defaults are the sizes common in captioning (Cornia et al. 2020)."""
+    """Settings of a Transformer decoder; the defaults are common sizes in captioning (Cornia et al. 2020)."""
 
     layers: int = 3
     heads: int = 8
@@ -31,14 +31,17 @@ class Transformer(CommonSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.hidden_size % self.heads or self.hidden_size % 2:
-            raise UserError(f"decoder.hidden_size is {self.hidden_size}; give an even multiple of heads ({self.heads})")
+            raise UserError(
+                f"decoder.hidden_size is {self.hidden_size}; it must be even and a multiple of decoder.heads "
+                f"({self.heads})"
+            )
         if self.embedding_size != self.hidden_size:
             raise UserError(
-                f"decoder.embedding_size is {self.embedding_size}; a Transformer's is its hidden_size "
-                f"({self.hidden_size})"
+                f"decoder.embedding_size is {self.embedding_size}; a Transformer needs it equal to "
+                f"decoder.hidden_size ({self.hidden_size})"
             )
         if self.variational_dropout:
-            raise UserError("decoder.variational_dropout is for recurrent decoders; leave it off")
+            raise UserError("decoder.variational_dropout is for recurrent decoders only; set it to false")
         if self.max_length < 1:
             raise UserError(f"decoder.max_length is {self.max_length}; it must be at least 1")
 
@@ -50,10 +53,9 @@ class Transformer(CommonSettings):
 
 
 class TransformerLayer(nnx.Module):
-    """Self-attention, attention to the regions and a feed-forward part, each x + f(LayerNorm(x)).
+    """Self-attention, cross-attention to the regions and a feed-forward network, each x + f(LayerNorm(x)).
 
-    The normalisation comes first (Xiong et al. 2020, https://arxiv.org/abs/2002.04745), which trains without a long
-    warm-up.
+    With pre-layer normalisation, training needs no long warm-up (Xiong et al. 2020, https://arxiv.org/abs/2002.04745).
     """
 
     def __init__(self, config: Transformer, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -71,12 +73,12 @@ class TransformerLayer(nnx.Module):
         self.forward_out = nnx.Linear(inner, size, dtype=dtype, rngs=rngs)
 
     def keys_values(self, regions: Array) -> tuple[Array, Array]:
-        """What the regions [B,N,H] are attended by, once an image: keys and values [B,N,H]."""
+        """Keys and values [B,N,H] of the regions [B,N,H] for cross-attention, computed once per image."""
         key, value = jnp.split(self.cross_keys_values(regions), 2, axis=-1)
         return key, value
 
     def queries_keys_values(self, x: Array) -> list[Array]:
-        """x [...,H] -> query, key and value of self-attention, [...,H] each."""
+        """x [...,H] -> query, key and value of self-attention, each [...,H]."""
         return jnp.split(self.self_projections(self.self_norm(x)), 3, axis=-1)
 
     def rest(
@@ -87,7 +89,18 @@ class TransformerLayer(nnx.Module):
         region_mask: Array | None,
         drop: Callable[[Array, int], Array],
     ) -> tuple[Array, Array]:
-        """What follows self-attention: x and what it attended to, [B,M,...,H] -> [B,M,...,H], weights [B,M,...,N]."""
+        """The part of the layer after self-attention.
+
+        Args:
+            x: the input of the layer [B,M,...,H].
+            attended: the result of self-attention [B,M,...,H].
+            memory: keys and values of the regions, each [B,N,H].
+            region_mask: [B,N] or None.
+            drop: (x, place in the layer) -> x after dropout.
+
+        Returns:
+            The output of the layer [B,M,...,H], and the cross-attention weights [B,M,...,N].
+        """
         x = x + drop(self.self_out(attended), 0)
         query = self.cross_query(self.cross_norm(x))
         flat = query.reshape(query.shape[0], -1, query.shape[-1])  # [B,M*...,H]
@@ -100,24 +113,32 @@ class TransformerLayer(nnx.Module):
 
 
 class TransformerMemory(NamedTuple):
-    """Keys and values [B,N,H] of each layer, region_mask [B,N] or None."""
+    """What every step reads.
+
+    layers: the keys and values of the regions in each layer, each [B,N,H].
+    region_mask: [B,N] or None.
+    """
 
     layers: tuple[tuple[Array, Array], ...]
     region_mask: Array | None
 
 
 class TransformerCarry(NamedTuple):
-    """t int32 [B,M]: tokens read; their keys and values in each layer, [B,M,L,H], with room for L."""
+    """The cache of self-attention.
+
+    t: int32 [B,M], the number of tokens read.
+    layers: the keys and values of the tokens in each layer, each [B,M,L,H], for at most L tokens.
+    """
 
     t: Array
     layers: tuple[tuple[Array, Array], ...]
 
 
 class TransformerDecoder(Decoder):
-    """Vaswani et al. (2017), section 3, with sinusoidal positions and normalisation first.
+    """Transformer decoder (Vaswani et al. 2017, section 3) with sinusoidal positions and pre-layer normalisation.
 
-    A step keeps keys and values in the carry; teacher forcing reads all tokens at once under a causal mask.
-    ``output.attention`` is the last layer's to the regions, mean over heads.
+    A step caches keys and values in the carry. Teacher forcing reads all tokens at once under a causal mask.
+    ``output.attention`` is the cross-attention of the last layer, the mean over its heads.
     """
 
     def __init__(
@@ -140,7 +161,7 @@ class TransformerDecoder(Decoder):
         memory = TransformerMemory(tuple(layer.keys_values(regions) for layer in self.layers), region_mask)
         batch, size = regions.shape[0], regions.shape[-1]
         if steps > self.max_length:
-            raise ValueError(f"{steps} steps, but max_length is {self.max_length}")
+            raise ValueError(f"cannot read {steps} tokens: max_length is {self.max_length}")
         empty = jnp.zeros((batch, M, steps, size), regions.dtype)
         return memory, TransformerCarry(jnp.zeros((batch, M), jnp.int32), ((empty, empty),) * len(self.layers))
 
@@ -175,13 +196,16 @@ class TransformerDecoder(Decoder):
     def unroll(
         self, tokens: Array, memory: TransformerMemory, carry: TransformerCarry, *, dropout_keys: Array | None = None
     ) -> StepOutput:
-        """As the scan over steps would give it, dropout included, for the carry that ``start`` gave."""
+        """Teacher forcing in one pass over all tokens. ``carry`` must come from ``start``.
+
+        The result equals that of stepping, dropout included.
+        """
         length = tokens.shape[-1]
         causal = jnp.tril(jnp.ones((length, length), bool))  # [T,T]
         step_keys = self._keys_of_steps(dropout_keys, length)  # [T,B]
 
         def drop(x: Array, number: int) -> Array:
-            """Of x [B,M,T,H], at each place the units that the step there would drop."""
+            """Drops, at each position of x [B,M,T,H], the units that stepping would drop there."""
             if step_keys is None:
                 return x
             return jax.vmap(self.drop, in_axes=(2, 0, None), out_axes=2)(x, step_keys, number)
@@ -197,14 +221,14 @@ class TransformerDecoder(Decoder):
         return self.words(output.hidden, self.embedding)
 
     def _embedded(self, tokens: Array, positions: Array) -> Array:
-        """Embeddings of tokens [...] at positions, with the positions' sinusoids: [...,H]."""
+        """Embeddings of tokens [...] plus the position codes: [...,H]."""
         size = self.embedding.features
         table = jnp.asarray(sinusoids(self.max_length, size), self.dtype)
         return self.embedding(tokens) * math.sqrt(size) + table[positions]
 
 
 def _of_layer(drop: Callable[[Array, int], Array], layer: int) -> Callable[[Array, int], Array]:
-    """The function (x, place in the layer) -> x with units dropped."""
+    """The function (x, place in the layer) -> x after dropout, with different masks for each layer."""
     return lambda x, place: drop(x, 1 + 3 * layer + place)
 
 

@@ -21,21 +21,27 @@ class UpDown(CommonSettings):
     embedding_size: int = 1000
     attention_size: int = 512
     region_size: int | None = None
-    """Regions are first projected to this size (linear, ReLU, dropout), once an image; None: as the paper, not."""
+    """Regions are projected to this size (linear, ReLU, dropout), once per image. None: no projection, as in the
+    paper."""
 
     def build(self, region_size: int, vocabulary_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "UpDownDecoder":
         """Makes the decoder for regions [B,N,region_size].
 
         Raises:
-            UserError: the embedding is tied but its size is not the hidden size.
+            UserError: the embedding is tied, but its size is not the hidden size.
         """
         self.check_tied(self.hidden_size)
         return UpDownDecoder(self, region_size, vocabulary_size, dtype=dtype, rngs=rngs)
 
 
 class UpDownMemory(NamedTuple):
-    """regions [B,N,D], their part of the attention score [B,N,A], their mean's part of the first LSTM's gates
-    [B,1,4H], region_mask [B,N] or None."""
+    """What every step reads.
+
+    regions: [B,N,D].
+    keys: [B,N,A], their part of the attention score.
+    mean_gates: [B,1,4H], the part of the first LSTM's gates that depends on the mean region.
+    region_mask: [B,N] or None.
+    """
 
     regions: Array
     keys: Array
@@ -44,14 +50,14 @@ class UpDownMemory(NamedTuple):
 
 
 class UpDownCarry(NamedTuple):
-    """(h, c) of the attention LSTM and of the language LSTM, each [B,M,H]."""
+    """(h, c) of the attention LSTM and of the language LSTM, each float32 [B,M,H]."""
 
     attention: tuple[Array, Array]
     language: tuple[Array, Array]
 
 
 class UpDownDecoder(Decoder):
-    """Anderson et al. (2018), equations 1 to 7:
+    """Up-Down (Anderson et al. 2018, equations 1 to 7).
 
     h1_t = LSTM([h2_{t-1}; mean v; W_e y_{t-1}], h1_{t-1}); alpha_t = softmax(w_a^T tanh(W_va v + W_ha h1_t));
     v_t = sum_i alpha_ti v_i; h2_t = LSTM([v_t; h1_t], h2_{t-1}); p(y_t) = softmax(W_p h2_t + b_p). All h_0 = c_0 = 0.
@@ -65,7 +71,8 @@ class UpDownDecoder(Decoder):
         size = config.region_size or region_size
         self.project = None if config.region_size is None else nnx.Linear(region_size, size, dtype=dtype, rngs=rngs)
         self.embedding = Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
-        # The columns of the first LSTM's matrix that read the mean region, which is the same at all steps.
+        # The part of the first LSTM's matrix that multiplies the mean region. It is separate because its product is the
+        # same at all steps.
         self.mean_gates = nnx.Linear(size, 4 * hidden, use_bias=False, dtype=dtype, rngs=rngs)
         self.attention_lstm = LSTMCell(config.embedding_size + hidden, hidden, dtype=dtype, rngs=rngs)
         self.attention = AdditiveAttention(size, hidden, config.attention_size, dtype=dtype, rngs=rngs)
@@ -79,7 +86,7 @@ class UpDownDecoder(Decoder):
             regions = dropout(jax.nn.relu(self.project(regions)), self.rate, dropout_keys)
         mean = self.mean_gates(masked_mean(regions, region_mask))[:, None]  # [B,1,4H]
         zeros = jnp.zeros((regions.shape[0], M, self.hidden_size), jnp.float32)
-        memory = UpDownMemory(regions, self.attention.keys(regions), mean, region_mask)
+        memory = UpDownMemory(regions, self.attention.project_keys(regions), mean, region_mask)
         return memory, UpDownCarry((zeros, zeros), (zeros, zeros))
 
     def step(
