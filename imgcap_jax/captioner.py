@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from imgcap_jax.models.model import split_trained
 from imgcap_jax.report.attention import attention_picture
 from imgcap_jax.run.evaluation import check_ensemble
 from imgcap_jax.run.folder import Run
-from imgcap_jax.run.generation import attention_function, caption_function, caption_rows
+from imgcap_jax.run.generation import attention_function, caption_function, caption_rows, check_decoding
 from imgcap_jax.training.checkpoints import restore_best
 from imgcap_jax.user_code import load_all_code
 
@@ -84,6 +85,8 @@ class Captioner:
             self._graphs.append(graph)
             self._frozen.append(frozen)
         self.decoding = decoding or runs[0].experiment.decoding
+        for run in runs:
+            check_decoding(self.decoding, run.vocabulary, run.experiment.decoder)
         self._captions = caption_function(self._graphs, self.decoding, runs[0].vocabulary)
         self._attention = [attention_function(graph) for graph in self._graphs] if attention else []
         self._check_attention()
@@ -109,7 +112,10 @@ class Captioner:
             UserError: a run needs code that was not given; see also ``Captioner``.
         """
         load_all_code([code] if isinstance(code, str | Path) else code)
-        return cls([Run.load(Path(folder)) for folder in folders], decoding, attention=attention)
+        runs = [Run.load(Path(folder)) for folder in folders]
+        for note in (note for run in runs for note in run.code_changes()):
+            warnings.warn(note, stacklevel=2)
+        return cls(runs, decoding, attention=attention)
 
     def __call__(self, photos: Sequence[Photo]) -> list[Caption]:
         """The best caption of each photo: paths, encoded bytes, arrays uint8 [h,w,3] or PIL images.

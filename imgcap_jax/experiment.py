@@ -35,7 +35,7 @@ from imgcap_jax.models.encoders.small_cnn import SmallCNN
 from imgcap_jax.training.cross_entropy import CrossEntropy
 from imgcap_jax.training.objective import Objective
 from imgcap_jax.training.optimizer import Optimizer, OptimizerSettings
-from imgcap_jax.user_code import UnknownClassError, class_name, find_class
+from imgcap_jax.user_code import NAME, UnknownClassError, check_name, class_name, find_class
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,9 @@ class Experiment:
     """Your own metrics, reported next to BLEU, METEOR, ROUGE-L and CIDEr-D."""
 
     def __post_init__(self) -> None:
+        for name, kind in (("data", CaptionData), ("training", Training), ("decoding", Decoding)):
+            if not isinstance(getattr(self, name), kind):
+                raise UserError(f"{name} is of type {type(getattr(self, name)).__name__}; it must be a {kind.__name__}")
         regions = ("read_regions",) if has_ready_regions(self.encoder) else ("build",)
         _check_offers("encoder", self.encoder, ("region_size", "frozen", *regions))
         _check_offers("decoder", self.decoder, ("build",))
@@ -149,8 +152,8 @@ def to_json(experiment: Experiment) -> str:
     return json.dumps(_encode(experiment, ""), indent=2)
 
 
-def from_json(text: str, where: str, hint: str = "") -> Experiment:
-    """Reads what ``to_json`` wrote. No code is imported but that of ``imgcap_jax`` (see ``user_code``).
+def from_json(text: str | bytes, where: str, hint: str = "") -> Experiment:
+    """Reads what ``to_json`` wrote. No code is imported except that of ``imgcap_jax`` (see ``user_code``).
 
     Args:
         text: the JSON.
@@ -158,25 +161,46 @@ def from_json(text: str, where: str, hint: str = "") -> Experiment:
         hint: added to the error if a class is missing, to say where its code can be found.
 
     Raises:
-        UserError: the text is not JSON, does not describe an experiment of this version, or needs a class of which the
-            module is not imported.
+        UserError: the text is not JSON, does not describe an experiment of this version, or needs classes of which the
+            modules are not imported.
     """
     try:
-        experiment = _decode(json.loads(text), Experiment)
-        if not isinstance(experiment, Experiment):
+        value = json.loads(text)
+        missing = _missing(value)
+        experiment = None if missing else _decode(value, Experiment)
+        if not missing and not isinstance(experiment, Experiment):
             raise ValueError("it contains no experiment")
-    except UnknownClassError as error:
-        file = f"{error.module.rpartition('.')[2]}.py"
+    except (ValueError, TypeError, KeyError, AttributeError, NameError, RecursionError, UserError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"{where} needs {file}, which defines {error.name} and is not part of imgcap_jax: give --code {file} "
-            f"(in Python: code={file!r}){hint}"
-        ) from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{where} is not an experiment that this version of imgcap_jax can read ({error}); "
+            f"{where} is not an experiment that this version of imgcap_jax can read ({reason}); "
             f"train again, or use the version that wrote it"
         ) from error
+    if experiment is None:
+        needed = ", ".join(f"{file} (which defines {', '.join(names)})" for file, names in missing.items())
+        options = " ".join(f"--code {file}" for file in missing)
+        raise UserError(
+            f"{where} needs {needed}, not part of imgcap_jax: give {options} (in Python: code={[*missing]}){hint}"
+        )
     return experiment
+
+
+def _missing(value: Any) -> dict[str, list[str]]:
+    """The files of classes that are not imported, and the classes that each defines."""
+    missing: dict[str, list[str]] = {}
+    if isinstance(value, dict):
+        name = value.get("type")
+        if isinstance(name, str) and NAME.fullmatch(name):
+            try:
+                find_class(name)
+            except UnknownClassError as error:
+                missing.setdefault(f"{error.module.rpartition('.')[2]}.py", []).append(error.name)
+            except ValueError:
+                pass  # reported when it is read
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        for file, names in _missing(item).items():
+            missing[file] = list(dict.fromkeys([*missing.get(file, []), *names]))
+    return missing
 
 
 def classes(experiment: Experiment) -> set[type]:
@@ -196,6 +220,7 @@ def _settings(value: Any) -> Iterator[Any]:
 
 # A run can be resumed with other values of these fields: they do not change what is computed.
 _FREE = {
+    "metrics",
     "data.data_dir",
     "encoder.folder",
     "encoder.checkpoint_stages",
@@ -247,6 +272,9 @@ def for_smoke(experiment: Experiment) -> Experiment:
 
 def _encode(value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        check_name(type(value))
+        if any(item.name == "type" for item in dataclasses.fields(value)):
+            raise UserError(f"{name}.type: a field of settings cannot be called type; rename it")
         fields = {
             item.name: _encode(getattr(value, item.name), f"{name}.{item.name}" if name else item.name)
             for item in dataclasses.fields(value)
@@ -268,8 +296,10 @@ def _decode(value: Any, hint: Any) -> Any:
     if isinstance(value, dict):
         name = value["type"]
         kind = find_class(name if ":" in name else f"{_UNQUALIFIED[name]}:{name}")
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)
         return kind(**{name: _decode(item, hints.get(name)) for name, item in value.items() if name != "type"})
+    if hint in _SCALARS and (not isinstance(value, _SCALARS[hint]) or (isinstance(value, bool) and hint is not bool)):
+        raise TypeError(f"{value!r} in place of a value of type {hint.__name__}")
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if isinstance(value, list):
         items: tuple[Any, ...] = next((typing.get_args(o) for o in options if typing.get_origin(o) is tuple), ())
@@ -279,6 +309,16 @@ def _decode(value: Any, hint: Any) -> Any:
     if isinstance(value, str) and Path in options:
         return Path(value)
     return value
+
+
+_SCALARS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(kind)
+    except NameError:  # a name that is only imported under TYPE_CHECKING
+        return {}
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, Any]:

@@ -7,18 +7,22 @@ A class is named ``module:Class``. Reading a name never imports code that the re
 
 import hashlib
 import importlib
+import importlib.abc
 import importlib.util
 import re
 import sys
 from collections.abc import Iterable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from imgcap_jax.errors import UserError
 
-_OURS = re.compile(r"imgcap_jax(\.[A-Za-z_][A-Za-z0-9_]*)*")
-_loaded: dict[str, tuple[Path, str]] = {}  # module -> its file and the digest of what was run
+NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+"""What the name of a class looks like."""
+_OURS = re.compile(r"imgcap_jax(\.[A-Za-z_]\w*)*", re.ASCII)
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
 class UnknownClassError(LookupError):
@@ -29,75 +33,121 @@ class UnknownClassError(LookupError):
         self.module, self.name = module, name
 
 
-def load_code(code: str | Path) -> ModuleType:
+class _NamedFiles(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports the files that users named, and no other file of their folders.
+
+    The source is compiled here. Python's own loader would prefer a compiled file next to it, which a reader of the
+    source does not see.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, Path] = {}
+        self.digests: dict[str, str] = {}  # of the source that was run
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname not in self.files:
+            return None
+        return importlib.util.spec_from_file_location(fullname, self.files[fullname], loader=self)
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        path = self.files[module.__name__]
+        source = path.read_bytes()
+        self.digests[module.__name__] = hashlib.sha256(source).hexdigest()
+        exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
+
+
+_named = _NamedFiles()
+
+
+def load_code(code: str | Path, *, with_folder: bool = False) -> ModuleType:
     """Imports the Python file or the module that a user named.
 
-    A file is imported under its name without ``.py``, with its folder on the module search path, as ``python FILE``
-    does. A file that has changed since it was last imported is imported again.
+    A file is imported under its name without ``.py``. A file that has changed since it was last imported is imported
+    again.
+
+    Args:
+        code: a file that ends in ``.py``, or the name of a module.
+        with_folder: also search the file's folder for modules that the file imports, after all other folders.
 
     Raises:
         UserError: there is no such file or module, its name is taken by another module, or running it fails.
     """
-    path = Path(code)
-    if path.suffix != ".py":
-        name = str(code)
-        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
-            raise UserError(f"{code} is not a Python file; give a file that ends in .py, or the name of a module")
-        try:
-            return importlib.import_module(name)
-        except Exception as error:
-            raise _failure(name, error) from error
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    name, path = path.stem, path.resolve()
-    if not name.isidentifier():
-        raise UserError(f"{path}: {name!r} cannot name a Python module; rename the file, for instance to my_code.py")
-    if name not in _loaded and (name in sys.modules or name in sys.stdlib_module_names):
-        present = getattr(sys.modules.get(name), "__file__", None)
-        if present is None or Path(present).resolve() != path:
-            raise UserError(f"{path}: another Python module is called {name}; rename the file")
-    digest = file_digest(path)
-    if name in sys.modules and _loaded.get(name) == (path, digest):
-        return sys.modules[name]
-    specification = importlib.util.spec_from_file_location(name, path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-    before = sys.modules.get(name)
-    sys.modules[name] = module  # dataclasses and pickle look their module up there
-    try:
-        specification.loader.exec_module(module)
-    except BaseException as error:
-        if before is None:
-            del sys.modules[name]
-        else:
-            sys.modules[name] = before
-        if isinstance(error, Exception):
-            raise _failure(str(code), error) from error
-        raise
-    _loaded[name] = path, digest
-    return module
+    return load_all_code([code], with_folder=with_folder)[0]
 
 
-def load_all_code(codes: Iterable[str | Path]) -> None:
-    """Imports several files or modules.
+def load_all_code(codes: Iterable[str | Path], *, with_folder: bool = False) -> list[ModuleType]:
+    """Imports several files or modules, which can import each other. See ``load_code``.
 
     Raises:
         UserError: two files have the same name; see also ``load_code``.
     """
+    codes = list(codes)
     files: dict[str, Path] = {}
     for code in codes:
-        path = Path(code).resolve()
-        if path.suffix == ".py" and files.setdefault(path.stem, path) != path:
-            raise UserError(f"{files[path.stem]} and {path} have the same name; rename one of them")
-        load_code(code)
+        path = Path(code)
+        if path.suffix == ".py":
+            _check_file(path)
+            if files.setdefault(path.stem, path.resolve()) != path.resolve():
+                raise UserError(f"{files[path.stem]} and {path} have the same name; rename one of them")
+        elif not _MODULE.fullmatch(str(code)):
+            raise UserError(f"{code} is not a Python file; give a file that ends in .py, or the name of a module")
+    if _named not in sys.meta_path:
+        sys.meta_path.insert(0, _named)
+    for name, path in files.items():
+        if with_folder and str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))
+        _forget_if_changed(name, path)
+    return [_import(code) for code in codes]
+
+
+def _check_file(path: Path) -> None:
+    """Raises UserError unless the file can be imported under its name."""
+    name = path.stem
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if not name.isidentifier():
+        raise UserError(f"{path}: {name!r} cannot name a Python module; rename the file, for instance to my_code.py")
+    if name in _named.files:
+        return
+    present = sys.modules.get(name)
+    file = getattr(present, "__file__", None)
+    same = file is not None and Path(file).resolve() == path.resolve()
+    if not same and (present is not None or name in sys.stdlib_module_names):
+        raise UserError(f"{path}: another Python module is called {name}; rename the file")
+
+
+def _forget_if_changed(name: str, path: Path) -> None:
+    """Makes the next import of a module run the file, unless the module is this file as it is now."""
+    before, _named.files[name] = _named.files.get(name), path
+    if name not in sys.modules:
+        return
+    digest = file_digest(path)
+    if before is None and name not in _named.digests:
+        _named.digests[name] = digest  # imported by the program itself, under its usual name
+    elif before != path or _named.digests.get(name) != digest:
+        del sys.modules[name]
+
+
+def _import(code: str | Path) -> ModuleType:
+    path = Path(code)
+    name = path.stem if path.suffix == ".py" else str(code)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise _failure(str(code), error) from error
 
 
 def _failure(code: str, error: Exception) -> UserError:
     if isinstance(error, UserError):
         return error
+    if isinstance(error, ModuleNotFoundError) and error.name != code:
+        name = error.name
+        return UserError(
+            f"{code} imports {name}, which is not installed; if it is a file, give --code {name}.py as well"
+        )
     return UserError(f"{code}: {type(error).__name__}: {error}; correct it")
 
 
@@ -109,6 +159,19 @@ def file_digest(path: Path) -> str:
 def class_name(kind: type) -> str:
     """The name ``module:Class`` of a class. A script that is run as ``__main__`` goes by its file's name."""
     return f"{_module_name(kind)}:{kind.__qualname__}"
+
+
+def check_name(kind: type) -> None:
+    """Raises UserError if a class could not be found again by its name."""
+    module, name = _module_name(kind), kind.__qualname__
+    if module == "__main__":
+        raise UserError(f"{name} is defined in a session, so a run cannot store it; move it to a Python file")
+    if "<locals>" in name:
+        raise UserError(f"{name} of {module} is defined in a function, so a run cannot store it; move it out")
+    if not NAME.fullmatch(f"{module}:{name}"):
+        raise UserError(
+            f"{module}.py, which defines {name}, cannot be imported by its name; rename it, as in my_code.py"
+        )
 
 
 def _module_name(kind: type) -> str:
@@ -125,8 +188,10 @@ def find_class(name: str) -> type[Any]:
 
     Raises:
         UnknownClassError: the class is in no module that may be imported.
-        ValueError: the module has no such settings class.
+        ValueError: the name is malformed, or the module has no such settings class.
     """
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is not the name of a class")
     module_name, _, qualified = name.partition(":")
     if _OURS.fullmatch(module_name):
         try:
@@ -155,14 +220,17 @@ def _imported(module_name: str, qualified: str) -> ModuleType | None:
     if module_name in sys.modules:
         return sys.modules[module_name]
     last = module_name.rpartition(".")[2]
-    return sys.modules[last] if last in _loaded else None
+    return sys.modules.get(last) if last in _named.files else None
 
 
 def source_files(kinds: Iterable[type]) -> dict[str, Path]:
-    """Module names and files of those classes that are not part of ``imgcap_jax`` and have a file."""
+    """The files that define those classes that are not part of ``imgcap_jax``, by the file names that a copy gets."""
     files: dict[str, Path] = {}
-    for kind in kinds:
+    for kind in sorted(kinds, key=class_name):
         file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-        if not _OURS.fullmatch(kind.__module__) and file is not None and Path(file).is_file():
-            files[_module_name(kind)] = Path(file)
+        if _OURS.fullmatch(kind.__module__) or file is None or not Path(file).is_file():
+            continue
+        name = f"{_module_name(kind).rpartition('.')[2]}.py"
+        if files.setdefault(name, Path(file)) != Path(file):  # two modules of packages that end alike
+            files[f"{_module_name(kind)}.py"] = Path(file)
     return files

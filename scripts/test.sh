@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the package and runs all checks: ruff, mypy, pytest.
+# Installs the package and runs all checks: ruff, mypy, lint-imports, pytest.
 #   scripts/test.sh            all except the slow tests, up to 10 minutes on 2 cores
 #   scripts/test.sh --all      includes the slow tests
 # EXTRAS installs optional reference implementations, for example EXTRAS=java,torch scripts/test.sh. Tests that need a

@@ -123,7 +123,8 @@ def forget_code() -> Iterator[Callable[[], None]]:
     def forget() -> None:
         for name in [name for name in sys.modules if name.startswith(("my_", "evil"))]:
             del sys.modules[name]
-        user_code._loaded.clear()
+        user_code._named.files.clear()
+        user_code._named.digests.clear()
         sys.path[:] = path
 
     yield forget

@@ -19,7 +19,7 @@ def find(name: str) -> Experiment:
     if path.suffix == ".py" or path.exists():
         if not path.is_file():
             raise UserError(f"{path}: no such experiment file")
-        module = load_code(path)
+        module = load_code(path, with_folder=True)
     else:
         shipped = importlib.resources.files("imgcap_jax.experiments")
         names = sorted(entry.name.removesuffix(".py") for entry in shipped.iterdir() if entry.name.endswith(".py"))

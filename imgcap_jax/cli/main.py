@@ -87,13 +87,13 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     if options.experiment is None:
         raise UserError("no experiment; give a Python file, or a name such as flickr8k")
+    from imgcap_jax.user_code import load_all_code
+
+    load_all_code(options.code)
     experiment = override(find(options.experiment), options.rest)
     from imgcap_jax.experiment import for_smoke
     from imgcap_jax.train import train
     from imgcap_jax.training.parallel import is_first_process, join_processes
-    from imgcap_jax.user_code import load_all_code
-
-    load_all_code(options.code)
 
     name = Path(options.experiment).stem + ("_smoke" if options.smoke else "")
     if options.smoke and options.run:
@@ -195,7 +195,7 @@ def _decodings(options: argparse.Namespace, run: Any) -> tuple[list[Any], list[s
     short = {name: getattr(options, name.replace("-", "_")) for name in ("beam", "length-norm", "max-words", "n-best")}
     given = [f"--decode.{name}={value}" for name, value in short.items() if value is not None]
     for option in options.decoding:
-        name = option.partition("=")[0].removeprefix("--decode.")
+        name = option.partition("=")[0].removeprefix("--decode.").replace("_", "-")
         if short.get(name) is not None:
             raise UserError(f"--{name} and --decode.{name} are the same option; give one of them")
     return combinations(run.experiment.decoding, [*given, *options.decoding])

@@ -15,7 +15,7 @@ from imgcap_jax.errors import UserError
 
 Settings = TypeVar("Settings")
 
-_CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+_CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed)
 _registry = ConstructorRegistry()
 
 

@@ -125,7 +125,8 @@ def _add_evaluate(commands: Commands) -> None:
         help="caption a split and score it, in COCO's format",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Several values of a decoding option make a sweep: every combination is decoded and scored, as in\n"
-        "  imgcap evaluate RUN --decode.beam 1 3 5 --decode.length-norm 0 0.7",
+        "  imgcap evaluate RUN --decode.beam 1 3 5 --decode.length-norm 0 0.7\n"
+        "A text (prefix, must) is swept by repeating its option.",
     )
     evaluate.add_argument("run", type=Path, help="the run's folder")
     evaluate.add_argument("--split", default="val", help="train, val, test, ... (default: val)")

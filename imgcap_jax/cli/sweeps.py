@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import get_type_hints
 
 from imgcap_jax.cli.options import option_names, override, unknown_option
 from imgcap_jax.decoding.settings import Decoding
@@ -15,8 +16,8 @@ PREFIX = "decode"
 def split_options(arguments: Sequence[str], *, sweep: bool) -> tuple[list[str], list[str]]:
     """Splits a command line into decoding options, as ``--decode.FIELD=VALUE``, and the other arguments.
 
-    In a sweep, an option takes the next argument and all further ones that are values of its type. Otherwise it takes
-    the next argument only.
+    An option takes the next argument. In a sweep, an option other than a text also takes all further arguments that are
+    values of its type; a text is swept by repeating its option.
 
     Returns:
         (other arguments, decoding options).
@@ -25,7 +26,7 @@ def split_options(arguments: Sequence[str], *, sweep: bool) -> tuple[list[str], 
     ours: list[str] = []
     option, taken = "", 0
     for argument in arguments:
-        if argument.startswith("-") and not argument[1:2].isdigit():
+        if argument.startswith("-") and not re.match(r"-\.?[0-9]", argument):
             option, taken = "", 0
             if not argument.startswith(f"--{PREFIX}."):
                 others.append(argument)
@@ -90,6 +91,8 @@ def _fits(option: str, value: str) -> bool:
     """Whether an argument can be a value of an option."""
     if option.replace("_", "-") not in option_names(Decoding(), prefix=PREFIX):  # a field of a rule of the run
         return re.fullmatch(r"-?[0-9.]+(e-?[0-9]+)?|true|false", value, flags=re.IGNORECASE) is not None
+    if get_type_hints(Decoding)[option.removeprefix(f"--{PREFIX}.").replace("-", "_")] in (str, tuple[str, ...]):
+        return False
     try:
         override(_Unchecked(), [f"{option}={value}"], prefix=PREFIX)
     except UserError:

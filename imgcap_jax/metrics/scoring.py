@@ -161,6 +161,20 @@ class Scores:
     metrics: Mapping[str, MetricScore] = field(default_factory=dict, repr=False, compare=False)
 
 
+def with_custom(metrics: Mapping[str, Metric], custom: Sequence[CustomMetric]) -> dict[str, Metric]:
+    """Adds custom metrics to others.
+
+    Raises:
+        UserError: a label is taken, or contains a character that separates the parts of signatures.
+    """
+    together = dict(metrics)
+    for metric in custom:
+        if metric.label in together or set(metric.label) & set("|,"):
+            raise UserError(f"metrics: the label {metric.label!r} must be unique and must not contain | or a comma")
+        together[metric.label] = metric
+    return together
+
+
 class CaptionScorer:
     """Scores candidates against references that are tokenised and counted once.
 
@@ -221,6 +235,8 @@ class CaptionScorer:
         signatures: dict[str, str] = {}
         for label, metric in self._metrics.items():
             for name, score in metric(prepared).items():
+                if name in found:
+                    raise UserError(f"two metrics report {name!r} (one is {label!r}); give each its own name")
                 found[name], signatures[name] = score, self._sign([label])
         return Scores(
             {name: score.value for name, score in found.items()},

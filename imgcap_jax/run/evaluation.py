@@ -25,7 +25,7 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.files import write_text
 from imgcap_jax.metrics.coco_format import write_references, write_results
 from imgcap_jax.metrics.degeneration import Degeneration
-from imgcap_jax.metrics.scoring import CaptionScorer, CustomMetric, Scores, available_metrics
+from imgcap_jax.metrics.scoring import CaptionScorer, CustomMetric, Scores, available_metrics, with_custom
 from imgcap_jax.models.model import CaptionModel, Frozen, Params, split_trained
 from imgcap_jax.run.extraction import Extraction, uses_store
 from imgcap_jax.run.folder import Run
@@ -96,9 +96,7 @@ class SplitEvaluator:
         self._members, self._vocabulary, self._parallel = members, vocabulary, parallel
         self._ids = [int(image_id) for image_id in source.image_ids()]
         self.references = {image_id: source.captions(i) for i, image_id in enumerate(self._ids)}
-        self._scorer = CaptionScorer(
-            self.references, available_metrics() | {metric.label: metric for metric in metrics}
-        )
+        self._scorer = CaptionScorer(self.references, with_custom(available_metrics(), metrics))
         self._functions: dict[Decoding, Any] = {}
         devices = len(parallel.devices)
         self._size = -(-min(BATCH, len(source)) // devices) * devices

@@ -17,7 +17,9 @@ from imgcap_jax.data.regions import RegionSource, has_ready_regions
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
+from imgcap_jax.models.encoders.contract import build_encoder
 from imgcap_jax.models.encoders.pretrained.weights import fingerprint
+from imgcap_jax.user_code import file_digest, source_files
 
 BATCH = 32  # images per encoder pass; one shape, so one compilation
 
@@ -58,7 +60,8 @@ def extract(experiment: Experiment, splits: Sequence[str], cache: Path) -> None:
 def _identity(settings: Any) -> str:
     """The settings of an encoder that determine its features."""
     same = {"checkpoint_stages": False} if hasattr(settings, "checkpoint_stages") else {}
-    return repr(replace(settings, **same))
+    files = source_files([type(settings)])  # of a user's own encoder, whose code determines its features too
+    return " ".join([repr(replace(settings, **same)), *map(file_digest, files.values())])
 
 
 class Extraction:
@@ -116,7 +119,7 @@ class Extraction:
         dtype = jnp.dtype(self.experiment.training.dtype)
         # As in `Run.model`, so that random weights are the same.
         rngs = nnx.Rngs(self.experiment.training.seed)
-        encoder = settings.build(self.experiment.data.image_size, dtype=dtype, rngs=rngs)
+        encoder = build_encoder(settings, self.experiment.data.image_size, dtype=dtype, rngs=rngs)
         graph, state = nnx.split(encoder)
 
         @jax.jit

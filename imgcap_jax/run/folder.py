@@ -1,6 +1,7 @@
 """A run's folder: the experiment, the vocabulary, and the code of users that the experiment needs."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from imgcap_jax.data.regions import has_ready_regions
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, classes, differences, from_json, to_json
-from imgcap_jax.files import write_text
+from imgcap_jax.files import replacing, write_text
+from imgcap_jax.models.encoders.contract import build_encoder
 from imgcap_jax.models.model import CaptionModel
 from imgcap_jax.user_code import file_digest, source_files
 
@@ -45,10 +47,8 @@ class Run:
             raise UserError(f"{folder} is not a run (it has no {EXPERIMENT}); give a folder that training wrote")
         kept = folder / CODE
         hint = f". The run keeps a copy in {kept}; read it before you use it" if kept.is_dir() else ""
-        experiment = from_json((folder / EXPERIMENT).read_text(), str(folder), hint)
-        start = folder / INIT_FROM
-        init_from = Path(json.loads(start.read_text())["run"]) if start.is_file() else None
-        return cls(folder, experiment, Vocabulary.load(folder / VOCABULARY), init_from)
+        experiment = from_json((folder / EXPERIMENT).read_bytes(), str(folder), hint)
+        return cls(folder, experiment, Vocabulary.load(folder / VOCABULARY), _read_init_from(folder / INIT_FROM))
 
     @classmethod
     def exists(cls, folder: Path) -> bool:
@@ -80,9 +80,10 @@ class Run:
         if not sources:
             return
         (self.folder / CODE).mkdir(exist_ok=True)
-        for module, path in sources.items():
-            write_text(self.folder / CODE / f"{module}.py", path.read_text(encoding="utf-8"))
-        lines = [f"{file_digest(self.folder / CODE / f'{module}.py')}  {module}.py\n" for module in sources]
+        for name, path in sources.items():
+            with replacing(self.folder / CODE / name) as temporary:
+                temporary.write_bytes(path.read_bytes())
+        lines = [f"{file_digest(self.folder / CODE / name)}  {name}\n" for name in sources]
         write_text(self.folder / CODE / DIGESTS, "".join(lines))
 
     def code_changes(self) -> list[str]:
@@ -90,12 +91,12 @@ class Run:
         digests = self.folder / CODE / DIGESTS
         if not digests.is_file():
             return []
-        lines = [line.split(maxsplit=1) for line in digests.read_text().splitlines() if line.strip()]
-        before = {name: digest for digest, name in lines}
+        found = re.findall(r"^([0-9a-f]{64}) [ *](.+)$", digests.read_text(errors="replace"), flags=re.MULTILINE)
+        before = {name: digest for digest, name in found}
         return [
-            f"{path} has changed since {self.folder} was started, which used {self.folder / CODE / f'{module}.py'}"
-            for module, path in source_files(classes(self.experiment)).items()
-            if before.get(f"{module}.py", "") != file_digest(path)
+            f"{path} has changed since {self.folder} was started, which used {self.folder / CODE / name}"
+            for name, path in source_files(classes(self.experiment)).items()
+            if before.get(name, "") != file_digest(path)
         ]
 
     def check_same(self, experiment: Experiment, init_from: Path | None) -> None:
@@ -133,6 +134,16 @@ class Run:
         if with_encoder:
             if has_ready_regions(settings):
                 raise UserError(f"{self.folder} was trained on ready-made regions, so it has no encoder for photos")
-            encoder = settings.build(experiment.data.image_size, dtype=dtype, rngs=rngs)
+            encoder = build_encoder(settings, experiment.data.image_size, dtype=dtype, rngs=rngs)
         decoder = experiment.decoder.build(settings.region_size, len(self.vocabulary), dtype=dtype, rngs=rngs)
         return CaptionModel(encoder, decoder)
+
+
+def _read_init_from(path: Path) -> Path | None:
+    """The run that a run started from. Raises UserError if the file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return Path(json.loads(path.read_bytes())["run"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path} is damaged; it must name the run that this one started from") from error

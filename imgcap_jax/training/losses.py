@@ -218,9 +218,7 @@ def _over_chunks(
     def body(loop: tuple[Array, Any]) -> tuple[Array, Any]:
         start, state = loop
         places = jax.lax.dynamic_slice_in_dim(order, start, chunk)
-        # The rows that fill the last chunk have weight 0. Their target is a word that occurs, which a loss can handle.
-        filling = ((hidden, 0), (targets, EOS), (counted, 0))
-        part = tuple(leaf.at[places].get(mode="fill", fill_value=value) for leaf, value in filling)
+        part = tuple(leaf.at[places].get(mode="fill", fill_value=0) for leaf in (hidden, targets, counted))
         return start + chunk, add(state, part, start)  # type: ignore[arg-type]
 
     _, state = jax.lax.while_loop(lambda loop: loop[0] < count, body, (jnp.zeros_like(count), state))
@@ -232,7 +230,8 @@ def _chunk_sums(logits: Array, targets: Array, weight: Array, word_loss: WordLos
     logits = logits.astype(jnp.float32)
     true = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     log_likelihood = jax.lax.stop_gradient(true - log_normaliser(logits))  # [n]
-    losses = word_loss(logits, targets)
+    # Rows of weight 0 fill the last chunk. They get a target that occurs, because a loss may be infinite for pad.
+    losses = word_loss(logits, jnp.where(weight != 0, targets, EOS))
     if losses.shape != targets.shape:
         raise UserError(
             f"the word loss {word_loss!r} returned shape {list(losses.shape)} for {list(targets.shape)} words; it must "

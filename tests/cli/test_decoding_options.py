@@ -112,6 +112,7 @@ def test_ensemble_of_a_run_with_itself_gives_the_same_captions(
     ("option", "message"),
     [
         (["--decode.beem", "3"], "did you mean --decode.beam"),
+        (["--max-words", "8", "--decode.max_words", "9"], "are the same option"),
         (["--decode.prefix", "a zebra"], "lacks the word 'zebra'"),
         (["--decode.must", "a,red,blue,green,large"], "at most 4"),
     ],

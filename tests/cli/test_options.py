@@ -46,6 +46,7 @@ def test_fields_typed_by_a_contract_have_the_options_of_their_value() -> None:
     options = ["--part.size", "7", "--maybe.loud", "true", "--several.1.size=8", "--words", "a,b c", "--folder", "x"]
     assert override(whole, options) == Whole(Part(7), Part(4, True), (Part(5), Part(8)), ("a", "b c"), Path("x"))
     assert override(whole, []) == whole
+    assert "fixed" not in options_help(Experiment(), command="imgcap")
     listed = options_help(whole, command="imgcap")
     for name in option_names(whole):
         assert name in listed
@@ -93,6 +94,8 @@ def test_options_make_every_combination() -> None:
     # Values that are only valid together.
     settings, swept = combinations(Decoding(), ["--decode.samples=2", "--decode.samples=3", "--decode.top-p=0.9"])
     assert [(one.samples, one.top_p) for one in settings] == [(2, 0.9), (3, 0.9)]
+    _, ours = split_options(["--decode.length-norm", "-.5", "0", "--decode.prefix", "a man", "run"], sweep=True)
+    assert ours == ["--decode.length-norm=-.5", "--decode.length-norm=0", "--decode.prefix=a man"]
     # A photo after an option is not its value.
     assert split_options(["caption", "--decode.beam", "3", "a.jpg"], sweep=False)[0] == ["caption", "a.jpg"]
 

@@ -143,6 +143,32 @@ def test_custom_loss_on_chunks_has_the_gradient_of_the_whole(
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+@pytest.mark.parametrize("wrong", [lambda logits, targets: logits[:, :1], lambda logits, targets: logits.sum()])
+def test_a_loss_of_the_wrong_shape_is_refused(batch: tuple[np.ndarray, np.ndarray], wrong: Any) -> None:
+    hidden, tokens = (jnp.asarray(x) for x in batch)
+    with pytest.raises(UserError, match="one number per word"):
+        caption_loss(lambda x: x, hidden, tokens, jnp.ones(B), word_loss=wrong)
+
+
+def test_rows_that_fill_the_last_chunk_have_a_real_word(
+    batch: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss that cannot handle pad stays finite."""
+    monkeypatch.setattr(losses, "CHUNK", 4)
+    hidden, tokens = (jnp.asarray(x) for x in batch)
+
+    def without_pad(logits: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = logits.at[:, PAD].set(-jnp.inf)
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=-1)[:, 0]
+
+    def objective(hidden: jax.Array) -> jax.Array:
+        return caption_loss(lambda x: x, hidden, tokens, jnp.ones(B), word_loss=without_pad).objective
+
+    value, gradient = jax.value_and_grad(objective)(hidden)
+    assert np.isfinite(value)
+    assert np.all(np.isfinite(gradient))
+
+
 def test_log_normaliser_has_the_derivatives_of_logsumexp() -> None:
     logits = jnp.asarray(np.random.default_rng(5).normal(size=(7, V)) * 20, jnp.float32)
     np.testing.assert_allclose(log_normaliser(logits), jax.nn.logsumexp(logits, axis=-1))

@@ -24,6 +24,7 @@ from imgcap_jax.data.builders.layout import (
     Skipped,
     write_json,
 )
+from imgcap_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,16 @@ class CaptionBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
         return ""
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Callable[[], Iterator[Any]]]]:
+        seen: set[int] = set()
+
         def examples(shard: RecordShard, index: CaptionIndex) -> Iterator[tuple[int, dict[str, Any]]]:
             for record in shard():
+                where = f"{type(self).__name__}: image {record.image_id} ({record.filename})"
+                if record.image_id in seen:
+                    raise UserError(f"{where} occurs twice; give each image its own image_id")
+                if not record.captions:
+                    raise UserError(f"{where} has no caption; leave it out")
+                seen.add(record.image_id)
                 index.add(record.image_id, record.filename, [text for _, text in record.captions])
                 yield (
                     record.image_id,
@@ -121,6 +130,8 @@ class CaptionBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
         self._indices: dict[str, CaptionIndex] = {}
         iterators: dict[str, list[Callable[[], Iterator[Any]]]] = {}
         for split, shards in self.record_shards().items():
+            if not all(callable(shard) for shard in shards):
+                raise UserError(f"{type(self).__name__}.record_shards: the shards of {split!r} must be callables")
             index = self._indices[split] = CaptionIndex()
             iterators[split] = [functools.partial(examples, shard, index) for shard in shards]
         return iterators

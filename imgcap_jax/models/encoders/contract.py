@@ -2,15 +2,19 @@
 
 from typing import Any, Protocol
 
+import jax
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+
+from imgcap_jax.errors import UserError
 
 
 class Encoder(Protocol):
     """Images in, regions out: an ``nnx.Module``.
 
-    Every ``nnx.Param`` of the module is trained. Variables of any other type are frozen. The module must be a function
+    Every ``nnx.Param`` of the module is trained. Variables of any other type are frozen, such as the ``FrozenVariable``
+    of ``models/encoders/pretrained/weights.py``. The module must be a function
     of single images (no batch statistics), so that results do not depend on the number of devices.
 
     Attributes:
@@ -24,14 +28,17 @@ class Encoder(Protocol):
     def __call__(self, images: Array) -> Array:
         """Images uint8 [B,h,w,3] with h = w = image_size -> regions float32 [B,N,D].
 
-        The normalisation of pixels is part of the encoder. Where regions form a square grid they come row by row, so
-        that attention pictures are drawn correctly.
+        The normalisation of pixels is part of the encoder. Regions of a square grid must come row by row, so that
+        attention pictures are correct.
         """
         ...
 
 
 class EncoderSettings(Protocol):
     """Settings of an encoder: a frozen dataclass whose fields become the options ``--encoder.FIELD``.
+
+    The features of a frozen encoder are stored under a key of the settings, the weights, the attributes ``mean`` and
+    ``std`` of the encoder if it has them, and, for a class of your own, the file that defines it.
 
     ``--init-from`` requires that all fields except ``trainable_stages``, ``checkpoint_stages`` and ``folder`` are equal
     in both runs, because a decoder only understands the features it was trained with.
@@ -44,7 +51,11 @@ class EncoderSettings(Protocol):
 
     @property
     def frozen(self) -> bool:
-        """Whether no parameter is trained. The features of a frozen encoder are computed once and stored."""
+        """Whether no parameter is trained. The encoder must then have no ``nnx.Param``.
+
+        Its features are stored, unless each epoch draws new augmentations (``data.views`` is 1 and
+        ``data.augmentation`` is set).
+        """
         ...
 
     def build(self, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Any:
@@ -59,3 +70,18 @@ class EncoderSettings(Protocol):
             UserError: the settings do not fit, or weights cannot be read.
         """
         ...
+
+
+def build_encoder(settings: EncoderSettings, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Any:
+    """``settings.build``, with a check that a frozen encoder has nothing to train.
+
+    Raises:
+        UserError: it has; see also ``EncoderSettings.build``.
+    """
+    encoder = settings.build(image_size, dtype=dtype, rngs=rngs)
+    if settings.frozen and jax.tree.leaves(nnx.state(encoder, nnx.Param)):
+        raise UserError(
+            f"encoder: {type(settings).__name__} is frozen but has variables of type nnx.Param, which are trained; use "
+            f"FrozenVariable, or set frozen to False"
+        )
+    return encoder
