@@ -1,8 +1,8 @@
 """Flickr8k with Att2in (Rennie et al. 2017), for the comparison of decoders in BENCHMARKS.md.
 
-    imgcap data prepare PATH/TO/flickr8k --name flickr8k
-    imgcap train flickr8k_att2in
-    imgcap evaluate runs/flickr8k_att2in --split val --beam 3
+imgcap data prepare PATH/TO/flickr8k --name flickr8k
+imgcap train flickr8k_att2in
+imgcap evaluate runs/flickr8k_att2in --split val --beam 3
 """
 
 from dataclasses import replace

@@ -1,8 +1,8 @@
 """Flickr8k with Up-Down (Anderson et al. 2018), for the comparison of decoders in BENCHMARKS.md.
 
-    imgcap data prepare PATH/TO/flickr8k --name flickr8k
-    imgcap train flickr8k_up_down
-    imgcap evaluate runs/flickr8k_up_down --split val --beam 3
+imgcap data prepare PATH/TO/flickr8k --name flickr8k
+imgcap train flickr8k_up_down
+imgcap evaluate runs/flickr8k_up_down --split val --beam 3
 """
 
 from dataclasses import replace
