@@ -1,7 +1,7 @@
 """Flickr8k with adaptive attention (Lu et al. 2017), for the comparison of decoders in BENCHMARKS.md.
 
 imgcap data prepare PATH/TO/flickr8k --name flickr8k
-imgcap train flickr8k_adaptive
+imgcap train flickr8k_adaptive --training.epochs 6.0
 imgcap evaluate runs/flickr8k_adaptive --split val --beam 3
 """
 

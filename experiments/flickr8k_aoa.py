@@ -1,9 +1,9 @@
 """Flickr8k with attention on attention (Huang et al. 2019), for the comparison of decoders in BENCHMARKS.md.
 
-Two refining layers; the paper has six, for twenty times as many photos.
+Two refining layers; the paper uses six, on a training set twenty times as large.
 
     imgcap data prepare PATH/TO/flickr8k --name flickr8k
-    imgcap train flickr8k_aoa
+    imgcap train flickr8k_aoa --training.epochs 3.4
     imgcap evaluate runs/flickr8k_aoa --split val --beam 3
 """
 

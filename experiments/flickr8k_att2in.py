@@ -1,7 +1,7 @@
 """Flickr8k with Att2in (Rennie et al. 2017), for the comparison of decoders in BENCHMARKS.md.
 
 imgcap data prepare PATH/TO/flickr8k --name flickr8k
-imgcap train flickr8k_att2in
+imgcap train flickr8k_att2in --training.epochs 6.5
 imgcap evaluate runs/flickr8k_att2in --split val --beam 3
 """
 

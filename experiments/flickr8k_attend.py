@@ -1,7 +1,7 @@
 """Flickr8k with soft attention (Xu et al. 2015), for the comparison of decoders in BENCHMARKS.md.
 
 imgcap data prepare PATH/TO/flickr8k --name flickr8k
-imgcap train flickr8k_attend
+imgcap train flickr8k_attend --training.epochs 6.5
 imgcap evaluate runs/flickr8k_attend --split val --beam 3
 """
 

@@ -5,8 +5,8 @@
     imgcap train flickr8k_scst --init-from runs/flickr8k
     imgcap evaluate runs/flickr8k_scst --split val --beam 3
 
-Samples are drawn at a temperature of 0.6. At 1, samples of a model that was trained with label smoothing are too noisy:
-scores fall first and stay below the start for several epochs.
+Samples are drawn at a temperature of 0.6. At 1, samples of a model trained with label smoothing are too noisy: scores
+drop and stay below the starting point for several epochs.
 
 Scores on validation, 1,000 photos, beam 3, seeds 0, 1, 2: CIDEr-D 60.5, 59.3, 59.4 (55.9 before). Details, other
 settings and hardware: BENCHMARKS.md.

@@ -1,7 +1,7 @@
 """Flickr8k with Show-and-Tell (Vinyals et al. 2015), for the comparison of decoders in BENCHMARKS.md.
 
 imgcap data prepare PATH/TO/flickr8k --name flickr8k
-imgcap train flickr8k_show_tell
+imgcap train flickr8k_show_tell --training.epochs 10.5
 imgcap evaluate runs/flickr8k_show_tell --split val --beam 3
 """
 

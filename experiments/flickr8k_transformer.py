@@ -1,7 +1,7 @@
 """Flickr8k with a Transformer decoder of three layers, for the comparison of decoders in BENCHMARKS.md.
 
 imgcap data prepare PATH/TO/flickr8k --name flickr8k
-imgcap train flickr8k_transformer
+imgcap train flickr8k_transformer --training.epochs 2.2
 imgcap evaluate runs/flickr8k_transformer --split val --beam 3
 """
 

@@ -1,7 +1,7 @@
 """Flickr8k with Up-Down (Anderson et al. 2018), for the comparison of decoders in BENCHMARKS.md.
 
 imgcap data prepare PATH/TO/flickr8k --name flickr8k
-imgcap train flickr8k_up_down
+imgcap train flickr8k_up_down --training.epochs 4.2
 imgcap evaluate runs/flickr8k_up_down --split val --beam 3
 """
 

@@ -1,4 +1,4 @@
-"""Drawn scenes, trained from scratch, in a few minutes on a laptop's CPU. The main job of scripts/demo.sh.
+"""Drawn scenes, trained from scratch, in a few minutes on a laptop's CPU. scripts/demo.sh runs it.
 
     imgcap data prepare scenes
     imgcap train scenes_demo

@@ -6,6 +6,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -98,16 +99,17 @@ def _train(
     # The data, and the run: its folder and vocabulary.
     data = _open_data(experiment, smoke)
     run = _open_run(experiment, folder, data, init_from)
-    parallel.agree(0)  # the first process may have cleared the folder
+    parallel.wait()  # the first process may have cleared the folder
     check_decoding(experiment.decoding, run.vocabulary, experiment.decoder)
     check_length(experiment.decoder, experiment.data.max_words + 1, "data.max_words")
-    _store_features(experiment, data, cache)
+    data = _with_features(data, experiment, cache)
 
-    # The model, on all devices.
+    # The model (encoder and decoder, see run/folder.py), on all devices.
     model = run.model(with_encoder=data.stores is None)
     checkpoints = Checkpoints(folder, writing=True)
+    resumed = checkpoints.step is not None
     _check_processes(run, checkpoints.step, parallel)
-    if run.init_from is not None and checkpoints.step is None:
+    if run.init_from is not None and not resumed:
         show(transfer(run.init_from, model, run.vocabulary))
     graph, params, frozen = split_trained(model)
     steps_per_epoch = max(1, math.ceil(data.images / experiment.data.batch_size))
@@ -118,7 +120,7 @@ def _train(
 
     # The objective's compiled step, and the batches that it needs.
     references = experiment.objective.references(data.sources, run.vocabulary)
-    step, constants = experiment.objective.make_step(
+    per_device_step, constants = experiment.objective.make_step(
         StepSetup(
             graph=graph,
             params=state.params,
@@ -136,7 +138,7 @@ def _train(
             checkpoints=checkpoints,
         )
     )
-    step = parallel.compile(step)
+    train_step = parallel.compile(per_device_step)
     batches = train_batches(
         experiment.data,
         list(zip(data.sources, data.weights, strict=True)),
@@ -150,7 +152,6 @@ def _train(
 
     # The state and position of the newest checkpoint, if there is one.
     progress = Progress(step=0, data=batches.get_state())
-    resumed = checkpoints.step is not None
     if resumed:
         state, progress = checkpoints.restore(state)
         batches.set_state(progress.data)
@@ -168,7 +169,7 @@ def _train(
         total_steps, steps_per_epoch, training.log_steps, progress.step, log, show, experiment.objective.progress
     )
     member = Member(graph, experiment.data, data.validation_store)
-    validation = Validation(experiment, member, frozen, data, run.vocabulary, parallel, checkpoints, log, show)
+    validate = Validation(experiment, member, frozen, data, run.vocabulary, parallel, checkpoints, log, show)
 
     # The loop.
     evaluate_steps = max(1, round(training.evaluate_epochs * steps_per_epoch))
@@ -176,21 +177,23 @@ def _train(
     interrupted = 0
     done = _finished(experiment, progress, total_steps)
     prefetched = device_prefetch(batches, lambda batch: parallel.put(_device_part(batch)))
-    with StopRequest() as stop, prefetched:
+    # Within StopRequest, Ctrl-C and SIGTERM set stop.signal, and the loop ends after the present step. A second Ctrl-C
+    # raises KeyboardInterrupt.
+    with closing(checkpoints), closing(log), StopRequest() as stop, prefetched:
         if run.init_from is not None and progress.step == 0 and progress.best is None:
             # The start is a candidate for the best parameters too: a run never ends worse than it began.
-            progress = validation(state, progress)
+            progress = validate(state, progress)
             checkpoints.save(state, progress)
         while not done:
             batch, data_state = next(prefetched)
-            state, metrics = step(state, constants, batch)
+            state, metrics = train_step(state, constants, batch)
             progress = replace(progress, step=progress.step + 1, data=data_state)
             meter.add(progress.step, metrics)
 
             validates = progress.step % evaluate_steps == 0
             if validates or progress.step == total_steps:
                 meter.flush()
-                progress = validation(state, progress)
+                progress = validate(state, progress)  # also saves the best parameters
             done = _finished(experiment, progress, total_steps)
 
             overdue = int(time.monotonic() - saved > 60 * training.checkpoint_minutes)
@@ -206,12 +209,10 @@ def _train(
                 meter.restart(progress.step)
             if interrupted:
                 break
-    checkpoints.close()
-    log.close()
     return Outcome(progress.step, progress.best, interrupted or None)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Data:
     """What a run trains and validates on.
 
@@ -244,12 +245,16 @@ def _open_data(experiment: Experiment, smoke: bool) -> Data:
     return Data(sources, [weight for _, weight in mixture], validation)
 
 
-def _store_features(experiment: Experiment, data: Data, cache: Path) -> None:
-    """Computes the features of an encoder that training does not change, once."""
-    if uses_store(experiment):
-        extraction = Extraction(experiment, cache, progress=jax.process_index() == 0)
-        data.stores = [extraction.regions(source, views=experiment.data.views) for source in data.sources]
-        data.validation_store = extraction.regions(data.validation, views=1)
+def _with_features(data: Data, experiment: Experiment, cache: Path) -> Data:
+    """The data with stored regions, which are computed if they are missing, unless the encoder runs in each step."""
+    if not uses_store(experiment):
+        return data
+    extraction = Extraction(experiment, cache, progress=jax.process_index() == 0)
+    return replace(
+        data,
+        stores=[extraction.regions(source, views=experiment.data.views) for source in data.sources],
+        validation_store=extraction.regions(data.validation, views=1),
+    )
 
 
 def _open_run(experiment: Experiment, folder: Path, data: Data, init_from: Path | None) -> Run:
@@ -291,7 +296,7 @@ def _check_processes(run: Run, step: int | None, parallel: DataParallel) -> None
     nonce = parallel.broadcast(secrets.randbits(31))
     if jax.process_index() == 0:
         write_text(note, str(nonce))
-    parallel.agree(0)  # wait until it is written
+    parallel.wait()  # until it is written
     shared = note.is_file() and note.read_text() == str(nonce)
     start = signature(run.experiment), run.vocabulary.words, str(run.init_from), step
     digest = int.from_bytes(hashlib.sha256(repr(start).encode()).digest()[:4], "big") >> 1
@@ -348,13 +353,9 @@ class Validation:
 
 
 def _device_part(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the step reads of a batch: everything except the ids, and the index of each row in the global batch.
-
-    If there are references, captions are sampled, and those of the batch are not read.
-    """
+    """What the step reads of a batch: everything except the ids, and the index of each row in the global batch."""
     rows = len(batch["weight"])
-    unread = {"image_id", "tokens"} if "references" in batch else {"image_id"}
-    part = {name: leaf for name, leaf in batch.items() if name not in unread}
+    part = {name: leaf for name, leaf in batch.items() if name != "image_id"}
     # Rows are numbered as the pipeline deals them to processes, so that dropout does not depend on their number.
     part["row"] = np.arange(rows, dtype=np.int32) * jax.process_count() + jax.process_index()
     return part

@@ -100,7 +100,7 @@ def test_a_run_of_own_parts_trains_resumes_evaluates_and_captions(
 ) -> None:
     names = json.loads((trained_own / "experiment.json").read_text())
     assert names["decoder"]["type"] == "my_decoder:Elman"
-    assert names["decoding"]["rules"] == [{"type": "my_rule:Eager", "words": 4, "cost": 2.0}]
+    assert names["decoding"]["rules"] == [{"type": "my_rule:Wordy", "words": 4, "cost": 2.0}]
     metrics = [json.loads(line) for line in (trained_own / "metrics.jsonl").read_text().splitlines()]
     validations = [line for line in metrics if line["kind"] == "validation"]
     assert all(0 <= line["Mentions"] <= 1 for line in validations)
@@ -119,11 +119,11 @@ def test_a_run_of_own_parts_trains_resumes_evaluates_and_captions(
     printed = capsys.readouterr().out
     assert "Mentions 100.0" in printed
     assert "Mentions:square" in printed
-    assert "rules Eager(words=4, cost=2.0)" in printed
+    assert "rules Wordy(words=4, cost=2.0)" in printed
 
     assert main(["evaluate", str(trained_own), *CODE_OPTIONS, "--decode.rules.0.words", "3", "5"]) == 0
     swept = json.loads((trained_own / "sweep_val.json").read_text())
-    assert [one["decoding"]["rules"] for one in swept] == [[f"Eager(words={n}, cost=2.0)"] for n in (3, 5)]
+    assert [one["decoding"]["rules"] for one in swept] == [[f"Wordy(words={n}, cost=2.0)"] for n in (3, 5)]
 
     forget_code()
     assert main(["caption", "red.png", "--run", str(trained_own), *CODE_OPTIONS]) == 0

@@ -95,7 +95,8 @@ def options_help(settings: Any, *, prefix: str = "", command: str) -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         _parse(settings, ["--help"], prefix, command)
-    return text.getvalue()
+    # The command prints its own usage and --help. What follows them are the options.
+    return re.sub(r"\A.*?show this help message and exit\s*\n(?:[ │╰─╯]*\n)*", "", text.getvalue(), flags=re.DOTALL)
 
 
 def _parse(settings: Settings, arguments: Sequence[str], prefix: str, command: str | None = None) -> Settings:

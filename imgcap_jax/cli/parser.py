@@ -95,8 +95,8 @@ def _add_train(commands: Commands) -> None:
         nargs="?",
         const="auto",
         metavar="HOST:PORT,COUNT,INDEX",
-        help="train on several hosts, with the same command on each and --run on a shared disk; without a value on "
-        "Cloud TPU and Slurm. A stop signal takes effect at the next training.log_steps",
+        help="train on several hosts, with the same command on each and --run on a shared disk; give no value on Cloud "
+        "TPU and Slurm. A stop signal takes effect at the next training.log_steps",
     )
     _add_code(train)
     _add_cache(train)
@@ -123,6 +123,7 @@ def _add_evaluate(commands: Commands) -> None:
         "evaluate",
         add_help=False,
         help="caption a split and score it, in COCO's format",
+        description="Caption a split with the best parameters of a run, or of an ensemble, and score the captions.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Several values of a decoding option make a sweep: every combination is decoded and scored, as in\n"
         "  imgcap evaluate RUN --decode.beam 1 3 5 --decode.length-norm 0 0.7\n"
@@ -137,14 +138,14 @@ def _add_evaluate(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="RUN",
-        help="average the word probabilities with those of this run",
+        help="average the word probabilities with those of this run; can be repeated",
     )
     evaluate.add_argument(
         "--floor",
         action="store_true",
-        help="also score each caption as that of another image: the score that needs no look at the image",
+        help="also score each caption against the references of another image: the score without seeing the image",
     )
-    evaluate.add_argument("--page", type=Path, metavar="HTML", help="also write a page of images and captions")
+    evaluate.add_argument("--page", type=Path, metavar="HTML", help="also write a page of ten images and captions")
     _add_decoding(evaluate)
     _add_code(evaluate)
     _add_cache(evaluate)
@@ -156,6 +157,7 @@ def _add_caption(commands: Commands) -> None:
         "caption",
         add_help=False,
         help="caption photos",
+        description="Caption photos with the best parameters of a run, or of an ensemble.",
     )
     caption.add_argument("photos", nargs="+", type=Path, help="image files, or folders of them")
     caption.add_argument(
@@ -223,20 +225,32 @@ def _add_submission(commands: Commands) -> None:
 
 
 def _add_prepare(actions: Commands) -> None:
-    prepare = _add_command(actions, "prepare", help="write a dataset in TFDS's format")
+    prepare = _add_command(
+        actions,
+        "prepare",
+        help="write a dataset in TFDS's format",
+        description="Write a dataset in TFDS's format. Nothing is done if it is up to date.",
+    )
     prepare.add_argument(
         "source", help="scenes, coco, a folder of images with a caption file, or a Python file with a dataset builder"
     )
     prepare.add_argument("--name", help="the dataset's name (default: the name of the folder or file, or scenes)")
     prepare.add_argument("--licence", default="", help="a note on the licence of the images, stored with the dataset")
-    prepare.add_argument("--source-note", default="", help="a note on where the images come from, stored as well")
+    prepare.add_argument(
+        "--source-note", default="", help="a note on the origin of the images, stored with the dataset"
+    )
     prepare.add_argument("--download-dir", type=Path, help="coco: folder of the downloaded archives")
-    prepare.add_argument("--train-scenes", type=int, metavar="N", help="scenes: number of training scenes")
+    prepare.add_argument("--train-scenes", type=int, metavar="N", help="scenes: number of training scenes (8000)")
     _add_data_dir(prepare)
 
 
 def _add_inspect(actions: Commands) -> None:
-    inspect = _add_command(actions, "inspect", help="counts, lengths, words and a contact sheet")
+    inspect = _add_command(
+        actions,
+        "inspect",
+        help="counts, lengths, words and a contact sheet",
+        description="Print counts, lengths and vocabulary coverage of a dataset, and draw a contact sheet.",
+    )
     inspect.add_argument("name", help="a prepared dataset")
     inspect.add_argument("--min-count", type=int, default=5, help="smallest count of a vocabulary word (default: 5)")
     inspect.add_argument("--sheet", type=Path, help="file of the contact sheet (default: <name>.png)")

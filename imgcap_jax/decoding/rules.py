@@ -11,7 +11,7 @@ is a frozen dataclass::
         def __call__(self, logits: Array, tokens: Array, t: Array) -> Array:
             return logits.at[..., self.word].set(FORBIDDEN)
 
-Arguments of ``__call__``, with B images per batch, M parallel sequences per image, T = max_steps and vocabulary size V:
+Arguments of ``__call__``, with B images per batch, M parallel sequences per image, T = decoding.max_words and V words:
 
 - ``logits``: float32 [B,M,V], the model's log-probabilities of the next word, as changed by the rules before this one.
   Pad, bos and the words that earlier rules forbid have values below ``LOWEST``: ``FORBIDDEN``, or also -inf.

@@ -24,7 +24,7 @@ class Decoding:
     length_penalty: Literal["power", "gnmt"] = "power"
     """power: the length; gnmt: (5 + length) / 6 (Wu et al. 2016)."""
     n_best: int = 1
-    """Captions returned per image. A search for fewer ends sooner."""
+    """Captions returned per image. A search for fewer captions finishes sooner."""
     max_words: int = 20
     """The longest caption; an unfinished one is cut there."""
     min_words: int = 0

@@ -27,13 +27,14 @@ class CrossEntropy:
     progress: ClassVar[Mapping[str, str]] = {"loss": ".3f", "perplexity": ".2f"}
 
     label_smoothing: float = 0.1
+    """The share of the target's mass that is spread evenly over the vocabulary."""
     attention_penalty: float = 0.0
     """lambda of the doubly stochastic penalty of Xu et al. 2015; 1.0 in the paper."""
     sampling: float = 0.0
-    """Scheduled sampling (Bengio et al. 2015): the final probability that a word which the decoder reads is drawn from
+    """Scheduled sampling (Bengio et al. 2015): the final probability that an input word is replaced by one drawn from
     the model; 0: off."""
     sampling_start_epochs: float = 0.0
-    """Epoch from which on that probability rises from 0."""
+    """Epoch at which this probability starts to rise from 0."""
     sampling_ramp_epochs: float = 5.0
     """Epochs of its linear rise."""
     word_loss: WordLoss | None = None

@@ -23,8 +23,8 @@ class StepSetup:
 
     Attributes:
         graph: the model without its arrays; ``nnx.merge(graph, params, frozen)`` is the model.
-        params: the trained parameters as training starts or resumes, on all devices. The first step takes their
-            buffers, so a copy has to be made of what is kept.
+        params: the trained parameters as training starts or resumes, on all devices. The first step donates these
+            buffers; copy what you keep.
         frozen: the other variables of the model, on all devices.
         transformation: the optimizer.
         key: of dropout and samples; fold in the step and the row (``step.keys_of_rows``).
@@ -32,7 +32,7 @@ class StepSetup:
         accumulate: microbatches per step.
         ema_decay: decay of the averaged parameters; 0: no average.
         vocabulary: the words of the model.
-        max_words: the longest caption that is decoded.
+        max_words: ``decoding.max_words``, the longest caption that is decoded.
         references: what ``Objective.references`` returned.
         parallel: the devices; ``replicate`` puts constants on all of them.
         folder: the run's folder, for files that a resumed run needs.
@@ -75,9 +75,15 @@ class Objective(Protocol):
     def references(self, sources: Sequence[CaptionSource], vocabulary: Vocabulary) -> CaptionTable | None:
         """The references that each batch has to contain, usually ``CaptionTable.as_references(sources, ...)``.
 
-        None: batches contain captions to be read, "tokens" int32 [B,M,T]. Otherwise they contain "references" int32
-        [B,R,S] and "reference_count" [B] instead. All batches contain "weight" [B], "row" [B] and "image" or "regions"
-        (with "region_mask" if the number of regions varies).
+        All batches contain
+
+        - "tokens" int32 [B,M,T]: captions as bos, words, eos, pad, with T = data.max_words + 2. Images with fewer than M
+          captions have rows of pad.
+        - "weight" float32 [B]: 0 for rows that only fill the batch,
+        - "row" int32 [B]: the index in the global batch,
+        - "image" uint8 [B,h,w,3] or "regions" [B,N,D] (with "region_mask" [B,N] if their number varies).
+
+        Unless this returns None, they also contain "references" int32 [B,R,S] and "reference_count" float32 [B].
         """
         ...
 
@@ -90,7 +96,7 @@ class Objective(Protocol):
             initialised: whether the run starts from another run's parameters.
 
         Raises:
-            UserError: it cannot.
+            UserError: training is impossible.
         """
         ...
 
@@ -99,8 +105,11 @@ class Objective(Protocol):
 
         Returns:
             step: (state, constants, batch) -> (state, metrics), run on each device with its part of the batch; see
-                ``training.step.train_step``. Metrics are float32 [], the same on every device. They include "loss",
-                "gradient_norm", "captions" (the number of captions in the batch) and all of ``progress``.
-            constants: a pytree of arrays on all devices (``setup.parallel.replicate``).
+                ``training.step.train_step``, which makes it. The state is a ``training.step.TrainState``. A step that
+                is made in another way must reduce over ``training.parallel.AXIS``. Metrics are float32 [], the same on
+                every device. They include "loss", "captions" (the number of captions in the batch), all of
+                ``progress``, and "gradient_norm", which ``train_step`` adds.
+            constants: a pytree of arrays on all devices (``setup.parallel.replicate``), in the simplest case
+                ``setup.frozen``.
         """
         ...

@@ -33,18 +33,19 @@ class Optimizer:
 
     algorithm: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: float = 1e-3
+    """The peak learning rate."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     warmup_epochs: float = 0.5
     """Epochs of linear warm-up from 0."""
     decay_every_epochs: float = 3.0
-    """schedule "step": epochs after which the rate is multiplied by decay_factor, again and again."""
+    """schedule "step": every this many epochs, the rate is multiplied by decay_factor."""
     decay_factor: float = 0.8
     final_fraction: float = 0.01
     """schedule "cosine": the final rate as a fraction of the peak."""
     clip_norm: float | None = 1.0
-    """Gradients are scaled down to this global norm; None: not."""
+    """Gradients are scaled down to this global norm; None: no clipping."""
     clip_value: float | None = None
-    """Each entry of the gradient is clipped to +-this; None: not."""
+    """Each entry of the gradient is clipped to +-this; None: no clipping."""
     weight_decay: float = 0.01
     """adamw only; biases and norms are not decayed."""
     b1: float = 0.9

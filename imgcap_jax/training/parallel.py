@@ -129,6 +129,10 @@ class DataParallel:
         gathered = multihost_utils.process_allgather(np.array(wishes, np.int32))
         return tuple(int(wish) for wish in gathered.max(axis=0))
 
+    def wait(self) -> None:
+        """Waits until all processes are here."""
+        self.agree(0)
+
     def compile(self, step: Step) -> Step:
         """Compiles ``step(state, constants, part of the batch) -> (state, metrics)``, which runs on each device.
 

@@ -1,7 +1,8 @@
-"""The contract of a decoder: settings that build it, and the methods start, step, logits and unroll.
+"""The contract of a decoder: settings that build it, and the methods start, step and logits.
 
 Training, greedy search, sampling, all beam searches, ensembles and self-critical training drive the same methods. A new
-decoder is one file with a settings class (see ``DecoderSettings``) and a subclass of ``Decoder``.
+decoder is one file with a settings class (see ``DecoderSettings``) and a subclass of ``Decoder``; docs/adding_parts.md
+has an example. ``imgcap_jax.models.layers`` has LSTM cells, attention, dropout and output layers.
 
 Letters: B images per batch, M parallel sequences per image (captions in training, beams in search), T tokens, N regions
 per image, D region feature size, F size of ``output.hidden``, V vocabulary size.
@@ -32,8 +33,8 @@ class StepOutput(NamedTuple):
     """The output of one step.
 
     hidden: [B,M,F], the input of ``logits``.
-    attention: float32 [B,M,N], weights over the regions, or None. They can sum to less than 1 (the rest goes to a
-        sentinel).
+    attention: float32 [B,M,N], weights over the regions (of several heads, their mean), or None. They can sum to less
+        than 1 (the rest goes to a sentinel).
     """
 
     hidden: Array
@@ -89,8 +90,11 @@ class CommonSettings:
     """
 
     hidden_size: int = 512
+    """Units of the recurrent state, or of a layer."""
     embedding_size: int = 512
+    """Size of the word vectors."""
     dropout: float = 0.5
+    """Probability of dropping a unit."""
     variational_dropout: bool = False
     """One dropout mask per caption instead of one per step, also on the recurrent state (Gal & Ghahramani 2016)."""
     tied_embedding: bool = False
@@ -116,7 +120,8 @@ class CommonSettings:
 class Decoder(nnx.Module):
     """A caption decoder. A subclass implements ``start``, ``step`` and ``logits``.
 
-    All methods are traced by ``jax.jit``: they must be pure and depend on shapes only, not on values.
+    All methods are traced by ``jax.jit``: they must be pure, and Python control flow must depend on shapes only. Every
+    parameter is an ``nnx.Param``; other variables are not saved.
 
     **Dropout.** ``dropout_keys`` [B] are PRNG keys, one per row of the batch; None means no dropout. A subclass sets
     ``rate`` and ``variational`` from its settings and calls ``drop`` (and ``drop_recurrent`` for an LSTM's state).
@@ -136,8 +141,8 @@ class Decoder(nnx.Module):
             ``self.embedding = Embed(...)`` and an output layer ``self.words = WordLogits(...)``.
     """
 
-    rate: float
-    variational: bool
+    rate: float = 0.0
+    variational: bool = False
     word_axes: ClassVar[Mapping[str, int]] = {
         "['embedding']['embedding']": 0,
         "['words']['kernel']": 1,
@@ -159,12 +164,14 @@ class Decoder(nnx.Module):
         Args:
             regions: float32 [B,N,D].
             M: sequences per image.
-            steps: T, the number of tokens that will be read. A decoder with a cache gives it this length.
+            steps: T, the number of tokens that will be read. A cache needs this length, which differs between training
+                and decoding.
             region_mask: bool [B,N], the regions that exist; None: all of them.
             dropout_keys: [B], or None.
 
         Returns:
-            memory: what every step reads, computed once. Every leaf leads with [B] and is never repeated M times.
+            memory: what every step reads, computed once. The first axis of every leaf is B; nothing is repeated M
+                times.
             carry: the state before the first token. Every leaf, a step counter included, leads with [B,M], so that a
                 search can reorder it.
         """
@@ -173,13 +180,17 @@ class Decoder(nnx.Module):
     def step(
         self, carry: Carry, token: Array, memory: Memory, *, dropout_keys: Array | None = None
     ) -> tuple[Carry, StepOutput]:
-        """Reads one token int32 [B,M] of each sequence; returns the next carry, of the same shapes, and the output."""
+        """Reads one token int32 [B,M] of each sequence; returns the next carry and the output.
+
+        The next carry has the shapes and dtypes of the first one. After eos, a search feeds pad; its output is ignored.
+        """
 
     @abstractmethod
     def logits(self, output: StepOutput) -> Array:
         """The scores of the next word: ``output.hidden`` [...,F] -> float32 [...,V].
 
-        It must read ``output.hidden`` only. Training calls it once for all steps, in chunks of words.
+        It must read ``output.hidden`` only, and need not mask pad and bos. Training calls it once for all steps, in
+        chunks of words.
         """
 
     def unroll(self, tokens: Array, memory: Memory, carry: Carry, *, dropout_keys: Array | None = None) -> StepOutput:

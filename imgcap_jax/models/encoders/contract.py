@@ -14,8 +14,11 @@ class Encoder(Protocol):
     """Images in, regions out: an ``nnx.Module``.
 
     Every ``nnx.Param`` of the module is trained. Variables of any other type are frozen, such as the ``FrozenVariable``
-    of ``models/encoders/pretrained/weights.py``. The module must be a function
-    of single images (no batch statistics), so that results do not depend on the number of devices.
+    of ``models/encoders/pretrained/weights.py``. The module must treat each image independently (no batch statistics),
+    so that results do not depend on the number of devices. Random encoders (dropout) are not supported. All images have
+    N regions.
+
+    Checkpoints contain trained parameters only: ``EncoderSettings.build`` must make the same frozen values each time.
 
     Attributes:
         region_count: N, regions per image.
