@@ -77,7 +77,7 @@ class Objective(Protocol):
 
         All batches contain
 
-        - "tokens" int32 [B,M,T]: captions as bos, words, eos, pad, with T = data.max_words + 2. Images with fewer than M
+        - "tokens" int32 [B,M,T]: captions as bos, words, eos, pad, T = data.max_words + 2. Images with fewer than M
           captions have rows of pad.
         - "weight" float32 [B]: 0 for rows that only fill the batch,
         - "row" int32 [B]: the index in the global batch,
