@@ -176,6 +176,23 @@ def build_decoder() -> Any:
     return lambda name, dtype: DECODERS[name].build(6, 11, dtype=dtype, rngs=nnx.Rngs(0))
 
 
+# Tests that compile much. The default run takes four decoders, which differ most: one without attention, one with soft
+# attention, one with several heads, one with a cache.
+COMPILING = {
+    "test_teacher_forcing_and_stepping_have_equal_gradients",
+    "test_bfloat16_products_train_and_decode",
+    "test_scheduled_sampling_replaces_tokens_with_the_given_probability",
+}
+REPRESENTATIVE = {"show_tell", "attend", "aoa", "transformer"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    for item in items:
+        if item.originalname in COMPILING and item.callspec.params["decoder_case"] not in REPRESENTATIVE:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", params=DECODERS)
 def decoder_case(request: pytest.FixtureRequest) -> tuple[str, Decoder]:
     """(name, decoder) of each kind, for regions of size 6 and 11 words, with random biases."""

@@ -115,7 +115,7 @@ def test_scores_equal_pycocoevalcap(corpora: dict[str, Corpus], name: str) -> No
         assert list(ours.per_image[metric].values()) == pytest.approx(list(images), abs=1e-9), metric
 
 
-@pytest.mark.parametrize("name", ["human_1", "people"])
+@pytest.mark.parametrize("name", ["human_1", pytest.param("people", marks=pytest.mark.slow)])
 def test_meteor_equals_the_jar(corpora: dict[str, Corpus], name: str) -> None:
     references, candidates = corpora[name]
     corpus, images = jar_meteor([(candidates[i], references[i]) for i in references])

@@ -106,7 +106,7 @@ _SLOW = pytest.mark.slow
     "objective",
     [
         pytest.param(SelfCritical(samples=4), id="mean", marks=_SLOW),
-        pytest.param(SelfCritical(samples=1, baseline="greedy"), id="greedy"),
+        pytest.param(SelfCritical(samples=1, baseline="greedy"), id="greedy", marks=_SLOW),
         pytest.param(
             SelfCritical(samples=3, baseline="greedy", cider=0.5, bleu=2.0, reward_eos=False, temperature=1.7),
             id="mixture",

@@ -51,6 +51,7 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name != "captions_per_second"} for line in read]
 
 
+@pytest.mark.slow
 def test_interrupted_run_ends_the_same_without_its_initial_run(
     experiment: Experiment, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
