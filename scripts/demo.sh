@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The demo on the built-in dataset of drawn scenes: installs, draws the scenes, trains from scratch, evaluates, and writes
 # a page with captions.
-#   scripts/demo.sh        5 to 8 minutes on 2 CPU cores after installation; a second run continues an interrupted one
+#   scripts/demo.sh        4 to 10 minutes on 2 CPU cores after installation; a second run continues an interrupted one
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
