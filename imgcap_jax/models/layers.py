@@ -34,7 +34,7 @@ def dropout(x: Array, rate: float, dropout_keys: Array | None) -> Array:
     if dropout_keys is None or rate == 0.0:
         return x
     # With 16 random bits per unit, the probability is exact to 1/65536. This draws half as many numbers as
-    # jax.random.bernoulli; on a CPU the difference is a twentieth of a training step.
+    # jax.random.bernoulli, which takes a noticeable share of a training step on a CPU.
     kept = max(1, round((1.0 - rate) * 65536))
     if kept == 65536:
         return x
