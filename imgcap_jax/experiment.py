@@ -111,6 +111,8 @@ class Experiment:
 
 
 def _check_offers(part: str, value: Any, names: tuple[str, ...]) -> None:
+    if isinstance(value, type):
+        raise UserError(f"{part} is the class {value.__name__}; give an instance, {value.__name__}()")
     for name in names:
         if not hasattr(value, name):
             raise UserError(
@@ -180,7 +182,7 @@ def from_json(text: str | bytes, where: str, hint: str = "") -> Experiment:
         needed = ", ".join(f"{file} (which defines {', '.join(names)})" for file, names in missing.items())
         options = " ".join(f"--code {file}" for file in missing)
         raise UserError(
-            f"{where} needs {needed}, not part of imgcap_jax: give {options} (in Python: code={[*missing]}){hint}"
+            f"{where} needs {needed}, not part of imgcap_jax: add {options} (in Python: code={[*missing]}){hint}"
         )
     return experiment
 

@@ -11,6 +11,7 @@ import importlib.abc
 import importlib.util
 import re
 import sys
+import traceback
 from collections.abc import Iterable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -148,7 +149,12 @@ def _failure(code: str, error: Exception) -> UserError:
         return UserError(
             f"{code} imports {name}, which is not installed; if it is a file, give --code {name}.py as well"
         )
-    return UserError(f"{code}: {type(error).__name__}: {error}; correct it")
+    if isinstance(error, SyntaxError):
+        place, reason = f"{error.filename}, line {error.lineno}", error.msg
+    else:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place, reason = f"{last.filename}, line {last.lineno}", str(error)
+    return UserError(f"{code}: {type(error).__name__}: {reason} ({place}); correct it")
 
 
 def file_digest(path: Path) -> str:
