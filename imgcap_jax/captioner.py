@@ -78,15 +78,15 @@ class Captioner:
         runs = [runs] if isinstance(runs, Run) else list(runs)
         check_ensemble(runs)
         self.runs = runs
+        self.decoding = decoding or runs[0].experiment.decoding
+        for run in runs:
+            check_decoding(self.decoding, run.vocabulary, run.experiment.decoder)
         self._graphs, self._params, self._frozen = [], [], []
         for run in runs:
             graph, params, frozen = split_trained(run.model(with_encoder=True))
             self._params.append(restore_best(run.folder, params)[0])
             self._graphs.append(graph)
             self._frozen.append(frozen)
-        self.decoding = decoding or runs[0].experiment.decoding
-        for run in runs:
-            check_decoding(self.decoding, run.vocabulary, run.experiment.decoder)
         self._captions = caption_function(self._graphs, self.decoding, runs[0].vocabulary)
         self._attention = [attention_function(graph) for graph in self._graphs] if attention else []
         self._check_attention()

@@ -151,8 +151,6 @@ def _prepare_own(
         names = ", ".join(builder.__name__ for builder in found) or "none"
         raise UserError(f"{path} must define one subclass of CaptionBuilder; it defines {names}")
     (kind,) = found
-    if kind.record_shards is CaptionBuilder.record_shards:
-        raise UserError(f"{path}: {kind.__name__} has no record_shards, which gives the records of each split")
     name = name or _default_name(path.with_suffix(""))
     _check_name(name)
     path = path.resolve()

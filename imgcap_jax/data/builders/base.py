@@ -97,7 +97,7 @@ class CaptionBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
 
         Training needs the splits "train" and "val". Each call of a shard must yield the same records.
         """
-        raise NotImplementedError
+        raise UserError(f"{type(self).__name__} has no record_shards, which gives the records of each split")
 
     @classmethod
     def source_fingerprint(cls) -> str:
