@@ -70,6 +70,8 @@ class Training:
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise UserError(f"training.{name} is {value}; it must be at least {lowest}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"training.seed is {self.seed}; it must be between 0 and {2**32 - 1}")
         for name in ("epochs", "evaluate_epochs"):
             if not getattr(self, name) > 0:
                 raise UserError(f"training.{name} is {getattr(self, name)}; it must be positive")

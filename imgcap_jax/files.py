@@ -1,15 +1,30 @@
-"""Writes files atomically, so that a kill leaves the old or the new file, and locks folders."""
+"""Reads and writes files: atomic replacement, digests, errors of damaged files in one line, locks of folders."""
 
 import errno
 import fcntl
+import hashlib
+import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 from imgcap_jax.errors import UserError
 
 OWNER = ".lock"  # file in a locked folder
+DIGESTS = "SHA256SUMS"  # digests of the files in a folder, as `sha256sum` writes them
+
+
+def local_path(text: str) -> Path:
+    """The path that a user gave. Raises UserError for the URL of a bucket, which would become a local folder."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise UserError(f"{text} is a URL; only paths of local or mounted file systems are supported")
+    return Path(text)
 
 
 def cache_folder(name: str) -> Path:
@@ -35,52 +50,185 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path} is a folder: give the name of a file")
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is a device or a pipe, which can't be replaced: give the name of a file")
-    if not os.access(path.resolve().parent, os.W_OK):
+    if not os.access(path.absolute().parent, os.W_OK):
         raise UserError(f"{path} can't be written: choose a folder that exists and can be written")
 
 
 @contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Turns an error that says that the disk is full into a UserError; ``what`` names the file or folder."""
+    """Turns an error of the disk (full, failing, read-only) into a UserError; ``what`` names the file or folder."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         if disk_full(error):
             raise UserError(f"{what}: the disk is full; free some space and give the same command again") from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(
+                f"{what}: {os.strerror(error.errno)}; check the disk and give the same command again"
+            ) from error
         raise
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path next to ``path`` to write to, and renames it after success.
+    """Yields a temporary path to write to, in the same folder, and renames it to ``path`` after success.
 
-    If ``path`` is a symbolic link, the file that it points to is replaced.
+    A symbolic link at ``path`` is replaced, never followed: in a folder of somebody else it could point anywhere.
 
     Raises:
         UserError: the disk is full, or the path cannot be written.
     """
     if path.exists() and not path.is_file():
         check_writable(path)
-    target = path.resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with disk_errors(str(path)):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            os.replace(temporary, target)
-    except OSError as error:
-        if error.filename is not None and Path(error.filename) in (temporary, *target.parents):
-            raise UserError(f"{path} can't be written ({error.strerror}): choose another place") from error
-        raise
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # A new folder with a random name: nobody can have put a link in the place of the temporary file.
+            folder = Path(tempfile.mkdtemp(prefix=".new_", dir=path.absolute().parent))
+    except UserError as error:
+        raise UserError(f"{path} can't be written ({_reason(error)}): choose another place") from error
+    try:
+        with disk_errors(str(path)):
+            yield folder / path.name
+            os.replace(folder / path.name, path)
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file (UTF-8) with ``replacing``. Raises UserError if the disk is full."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def reading(path: Path, advice: str) -> Iterator[None]:
+    """Turns every error while a file is read into one line that names the file.
+
+    Readers of foreign formats raise almost any type of exception on damaged files.
+
+    Args:
+        path: the file.
+        advice: what the user can do, without a full stop.
+
+    Raises:
+        UserError: the file is missing, cannot be read or is damaged.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: {advice}") from error
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror or _reason(error)}): {advice}") from error
+    except Exception as error:
+        raise UserError(f"{path} is damaged ({_reason(error)}): {advice}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error's message, cut to a readable length."""
+    cause = error.__cause__
+    if isinstance(error, UserError) and isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not {error.encoding}"
+    if isinstance(error, RecursionError):
+        return "too deeply nested"
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def read_json(path: Path, advice: str) -> Any:
+    """Reads a JSON file (UTF-8). NaN, Infinity and half surrogate pairs, which are not JSON, are refused.
+
+    Raises:
+        UserError: see ``reading``.
+    """
+    with reading(path, advice):
+        return parse_json(path.read_text(encoding="utf-8-sig"))
+
+
+def parse_json(text: str) -> Any:
+    """Parses JSON as ``read_json`` does. Raises ValueError or RecursionError."""
+    value = json.loads(text, parse_constant=_not_json)
+    if "\\u" in text:
+        _check_text(value)
+    return value
+
+
+def _not_json(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _check_text(value: Any) -> None:
+    """Raises UnicodeEncodeError if a text contains half of a surrogate pair, which no file can store."""
+    json.dumps(value, ensure_ascii=False).encode()
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 digest of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_digests(folder: Path, names: Sequence[str] | None = None) -> None:
+    """Writes the digests of files in ``folder`` to its SHA256SUMS, for ``damages`` and for ``sha256sum -c``.
+
+    Args:
+        folder: the folder.
+        names: relative paths; None: all files below the folder.
+    """
+    if names is None:
+        names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    lines = [f"{file_digest(folder / name)}  {name}\n" for name in names if name != DIGESTS]
+    write_text(folder / DIGESTS, "".join(lines))
+
+
+def read_digests(folder: Path) -> dict[str, str] | None:
+    """The digests that ``write_digests`` wrote: relative path -> digest. None: there is no SHA256SUMS.
+
+    Lines in another form are ignored; ``damages`` reports files that have no digest.
+    """
+    try:
+        text = (folder / DIGESTS).read_text(encoding="utf-8", errors="surrogateescape")
+    except FileNotFoundError:
+        return None
+    found = re.findall(r"^([0-9a-f]{64}) [ *](.+)$", text, flags=re.MULTILINE)
+    return {name: digest for digest, name in found}
+
+
+def damages(folder: Path) -> list[str]:
+    """What has changed in a folder since ``write_digests``, one line per file; empty if nothing, or without digests."""
+    digests = read_digests(folder)
+    if digests is None:
+        return []
+    found = []
+    for name, digest in digests.items():
+        if not (folder / name).is_file():
+            found.append(f"{name} is missing")
+        elif file_digest(folder / name) != digest:
+            found.append(f"{name} has changed")
+    names = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file())
+    return found + [f"{name} has no digest" for name in names if name not in digests and name != DIGESTS]
+
+
+def appending(path: Path) -> TextIO:
+    """Opens a text file (UTF-8) to append to it. Raises OSError (ELOOP) if it is a symbolic link."""
+    return os.fdopen(
+        os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a", encoding="utf-8"
+    )
+
+
+def is_private(folder: Path) -> bool:
+    """Whether the folder belongs to this user and nobody else can write to it. It is made if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = folder.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 @contextmanager
@@ -92,10 +240,16 @@ def owning(folder: Path, doing: str) -> Iterator[None]:
         doing: what the owner of the lock is doing, for the error of other processes.
 
     Raises:
-        UserError: another process has locked the folder.
+        UserError: another process has locked the folder, or its lock is a symbolic link.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / OWNER).open("w") as lock:
+    try:
+        lock = appending(folder / OWNER)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{folder / OWNER} is a symbolic link; delete it") from error
+        raise
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

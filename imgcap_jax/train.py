@@ -3,7 +3,6 @@
 import hashlib
 import math
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -20,12 +19,12 @@ from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, differences, signature
-from imgcap_jax.files import OWNER, owning, write_text
+from imgcap_jax.files import owning, write_text
 from imgcap_jax.models.decoders.contract import check_length
 from imgcap_jax.models.model import Frozen, parameter_count, split_trained
 from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator
 from imgcap_jax.run.extraction import Extraction, uses_store
-from imgcap_jax.run.folder import Run
+from imgcap_jax.run.folder import Run, empty_smoke, find_run
 from imgcap_jax.run.generation import check_decoding
 from imgcap_jax.run.transfer import check_encoder, transfer
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
@@ -81,11 +80,7 @@ def train(
         return _train(experiment, folder, cache, init_from, smoke, lambda line: None)
     with owning(folder, "training"):
         if smoke:  # resuming a finished smoke run would check nothing
-            for path in folder.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != OWNER:
-                    path.unlink()
+            empty_smoke(folder)
         return _train(experiment, folder, cache, init_from, smoke, show)
 
 
@@ -99,7 +94,7 @@ def _train(
     # The data, and the run: its folder and vocabulary.
     data = _open_data(experiment, smoke)
     run = _open_run(experiment, folder, data, init_from)
-    parallel.wait()  # the first process may have cleared the folder
+    parallel.wait()  # the first process may have written the folder
     check_decoding(experiment.decoding, run.vocabulary, experiment.decoder)
     check_length(experiment.decoder, experiment.data.max_words + 1, "data.max_words")
     data = _with_features(data, experiment, cache)
@@ -164,6 +159,8 @@ def _train(
             f"{parameter_count(params):,} trained parameters, {len(parallel.devices)} "
             f"{parallel.devices[0].platform} device(s), {total_steps} steps of {experiment.objective.title}"
         )
+        # From here on, a folder without newest checkpoint has lost it (see find_run).
+        checkpoints.save(state, progress)
     log = MetricsLog(folder, progress.step if resumed else -1, writing=jax.process_index() == 0)
     meter = Meter(
         total_steps, steps_per_epoch, training.log_steps, progress.step, log, show, experiment.objective.progress
@@ -260,26 +257,26 @@ def _with_features(data: Data, experiment: Experiment, cache: Path) -> Data:
 def _open_run(experiment: Experiment, folder: Path, data: Data, init_from: Path | None) -> Run:
     """The run in the folder. If nothing was trained there yet, it is made; another experiment's run is refused.
 
+    Nothing is deleted (see ``find_run``).
+
     The vocabulary is that of the run it starts from, followed by new words of the training captions.
     """
-    if Run.exists(folder):
-        run = Run.load(folder)
-        if any((folder / "checkpoints" / "newest").glob("[0-9]*")):
-            run.check_same(experiment, init_from)
-            return run
-        if init_from is None and not differences(run.experiment, experiment):
-            init_from = run.init_from  # killed before its first checkpoint; the start need not be given again
+    found = find_run(folder)
+    if found is not None:
+        if found.resumable:
+            found.check_same(experiment, init_from)
+            return found.with_free_fields(experiment, save=jax.process_index() == 0)
+        if init_from is None and not differences(found.experiment, experiment):
+            init_from = found.init_from  # killed before its first checkpoint; the start need not be given again
     experiment.objective.check(dataset=experiment.data.dataset, images=data.images, initialised=init_from is not None)
     if init_from is not None:
         check_encoder(init_from, experiment)  # before hours of feature extraction; a resumed run has passed it
     captions = (caption for source in data.sources for i in range(len(source)) for caption in source.captions(i))
-    vocabulary = Vocabulary.build(captions, experiment.data.min_count)
+    vocabulary = Vocabulary.build(captions, experiment.data.min_count, experiment.data.tokenizer)
     if init_from is not None:
         vocabulary = Run.load(init_from).vocabulary.extended(vocabulary)
     run = Run(folder, experiment, vocabulary, init_from)
     if jax.process_index() == 0:
-        # Left by a run that was killed before its first checkpoint.
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         run.save()
     return run
 
@@ -309,10 +306,7 @@ def _check_processes(run: Run, step: int | None, parallel: DataParallel) -> None
 
 @dataclass
 class Validation:
-    """Decodes and scores the validation split, and saves the parameters if they are the best so far.
-
-    Selection is by CIDEr-D of decoded captions, never by teacher-forced scores.
-    """
+    """Decodes and scores the validation split, and saves the parameters if they are the best (see ``_select``)."""
 
     experiment: Experiment
     member: Member
@@ -328,6 +322,7 @@ class Validation:
         self._evaluator = SplitEvaluator(
             [self.member], self.data.validation, self.vocabulary, self.parallel, self.experiment.metrics
         )
+        self._shown: set[str] = set()  # notes about the references, which would repeat at each validation
 
     def __call__(self, state: TrainState, progress: Progress) -> Progress:
         """Validates the state after ``progress.step`` steps; returns the progress with its result."""
@@ -335,21 +330,44 @@ class Validation:
         search = self.experiment.decoding.plain(self.experiment.training.validation_beam)
         captioned = evaluator.caption([params], [self.frozen], search)
         degeneration, warnings = evaluator.degeneration(captioned)
+        scored = evaluator.score(captioned.captions)
         scores = {
-            **evaluator.score(captioned.captions).values,
+            **scored.values,
             **evaluator.teacher_forced(params, self.frozen),
             **asdict(degeneration),
         }
-        if progress.best is None or scores["CIDEr-D"] > progress.best:
-            progress = replace(progress, best=scores["CIDEr-D"], best_step=progress.step, misses=0)
+        progress, note = _select(progress, scores)
+        if progress.best_step == progress.step:
             self.checkpoints.save_best(progress.step, params)
-        else:
-            progress = replace(progress, misses=progress.misses + 1)
         self.log.write("validation", progress.step, scores)
         self.show(_validation_line(progress, scores, captioned))
-        for warning in warnings:
-            self.show(f"  note: {warning}")
+        for line in dict.fromkeys([*scored.warnings, *warnings, *note]):
+            if line not in self._shown or line in warnings:
+                self.show(f"  note: {line}")
+                self._shown.add(line)
         return progress
+
+
+def _select(progress: Progress, scores: Mapping[str, float]) -> tuple[Progress, list[str]]:
+    """The progress after a validation, and a line that explains the choice if CIDEr-D did not decide.
+
+    If CIDEr-D is equal, BLEU-4 decides, then the teacher-forced loss, and then the later parameters are the best: on
+    few images CIDEr-D can be 0 for every caption, and the first validation would remain the best forever.
+    """
+    cider, ties = scores["CIDEr-D"], (scores["BLEU-4"], -scores["teacher_forced_loss"])
+    best = progress.best, progress.best_ties
+    if progress.best is None or (cider, ties) >= best:
+        better = progress.best is None or (cider, ties) > best
+        note = []
+        if progress.best is not None and cider == progress.best:
+            before = progress.best_ties or ties
+            why = "BLEU-4 is higher" if ties[0] > before[0] else "the teacher-forced loss is lower"
+            if ties[0] == before[0] and ties[1] <= before[1]:
+                why = "the later parameters are kept"
+            note = [f"CIDEr-D equals that of the best parameters so far; {why}"]
+        misses = 0 if better else progress.misses + 1
+        return replace(progress, best=cider, best_step=progress.step, best_ties=ties, misses=misses), note
+    return replace(progress, misses=progress.misses + 1), []
 
 
 def _device_part(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

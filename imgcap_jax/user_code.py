@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import file_digest
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 """What the name of a class looks like."""
@@ -155,11 +156,6 @@ def _failure(code: str, error: Exception) -> UserError:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place, reason = f"{last.filename}, line {last.lineno}", str(error)
     return UserError(f"{code}: {type(error).__name__}: {reason} ({place}); correct it")
-
-
-def file_digest(path: Path) -> str:
-    """The SHA-256 digest of a file, in hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def class_name(kind: type) -> str:

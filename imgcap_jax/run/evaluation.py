@@ -31,7 +31,6 @@ from imgcap_jax.run.extraction import Extraction, uses_store
 from imgcap_jax.run.folder import Run
 from imgcap_jax.run.generation import caption_function, caption_rows, check_decoding
 from imgcap_jax.special_tokens import EOS
-from imgcap_jax.text import tokenize
 from imgcap_jax.training.checkpoints import restore_best
 from imgcap_jax.training.losses import LossSums, caption_loss
 from imgcap_jax.training.parallel import DataParallel
@@ -96,7 +95,9 @@ class SplitEvaluator:
         self._members, self._vocabulary, self._parallel = members, vocabulary, parallel
         self._ids = [int(image_id) for image_id in source.image_ids()]
         self.references = {image_id: source.captions(i) for i, image_id in enumerate(self._ids)}
-        self._scorer = CaptionScorer(self.references, with_custom(available_metrics(), metrics))
+        tokenizer = vocabulary.tokenizer
+        known = with_custom(available_metrics(tokenizer=tokenizer), metrics)
+        self._scorer = CaptionScorer(self.references, known, tokenizer=tokenizer)
         self._functions: dict[Decoding, Any] = {}
         devices = len(parallel.devices)
         self._size = -(-min(BATCH, len(source)) // devices) * devices
@@ -144,7 +145,7 @@ class SplitEvaluator:
     def degeneration(self, captioned: Captioned) -> tuple[Degeneration, tuple[str, ...]]:
         """Defects of the captions that scores do not show, and a warning for each that is more frequent than in the
         references."""
-        texts = (tokenize(caption) for caption in captioned.captions.values())
+        texts = map(self._vocabulary.tokenizer, captioned.captions.values())
         found = Degeneration.of(texts, captioned.unfinished)
         return found, found.warnings(self._references_degeneration)
 
@@ -324,8 +325,14 @@ def sweep(
 
 
 def check_ensemble(runs: Sequence[Run]) -> None:
-    """Raises UserError unless all runs have the same vocabulary."""
+    """Raises UserError unless all runs have the same vocabulary and tokeniser."""
     for run in runs[1:]:
+        if run.vocabulary.tokenizer != runs[0].vocabulary.tokenizer:
+            raise UserError(
+                f"{run.folder} and {runs[0].folder} have different tokenizers "
+                f"({run.vocabulary.tokenizer.label}, {runs[0].vocabulary.tokenizer.label}); train the runs of an "
+                f"ensemble with the same data.tokenizer"
+            )
         if run.vocabulary.words != runs[0].vocabulary.words:
             raise UserError(
                 f"{run.folder} and {runs[0].folder} have different vocabularies, so their probabilities cannot be "

@@ -17,9 +17,10 @@ from imgcap_jax.data.regions import RegionSource, has_ready_regions
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
+from imgcap_jax.files import file_digest
 from imgcap_jax.models.encoders.contract import build_encoder
 from imgcap_jax.models.encoders.pretrained.weights import fingerprint
-from imgcap_jax.user_code import file_digest, source_files
+from imgcap_jax.user_code import source_files
 
 BATCH = 32  # images per encoder pass; one shape, so one compilation
 

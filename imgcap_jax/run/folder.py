@@ -1,8 +1,8 @@
 """A run's folder: the experiment, the vocabulary, and the code of users that the experiment needs."""
 
 import json
-import re
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,16 +12,29 @@ from imgcap_jax.data.regions import has_ready_regions
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, classes, differences, from_json, to_json
-from imgcap_jax.files import replacing, write_text
+from imgcap_jax.files import (
+    OWNER,
+    file_digest,
+    read_digests,
+    read_json,
+    reading,
+    replacing,
+    write_digests,
+    write_text,
+)
 from imgcap_jax.models.encoders.contract import build_encoder
 from imgcap_jax.models.model import CaptionModel
-from imgcap_jax.user_code import file_digest, source_files
+from imgcap_jax.training.checkpoints import latest_step
+from imgcap_jax.user_code import source_files
 
 EXPERIMENT = "experiment.json"
 VOCABULARY = "vocabulary.json"
 INIT_FROM = "init_from.json"
-CODE = "code"  # copies of users' files, and their digests as sha256sum writes them
-DIGESTS = "SHA256SUMS"
+CODE = "code"  # copies of users' files, and their digests
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+SMOKE = ".smoke"  # marks the folder of a smoke run, which the next one empties
 
 
 @dataclass(frozen=True)
@@ -47,13 +60,27 @@ class Run:
             raise UserError(f"{folder} is not a run (it has no {EXPERIMENT}); give a folder that training wrote")
         kept = folder / CODE
         hint = f". The run keeps a copy in {kept}; read it before you use it" if kept.is_dir() else ""
-        experiment = from_json((folder / EXPERIMENT).read_bytes(), str(folder), hint)
-        return cls(folder, experiment, Vocabulary.load(folder / VOCABULARY), _read_init_from(folder / INIT_FROM))
+        with reading(folder / EXPERIMENT, "restore it from a backup, or train again"):
+            text = (folder / EXPERIMENT).read_text(encoding="utf-8")
+        experiment = from_json(text, str(folder), hint)
+        return cls(folder, experiment, Vocabulary.load(folder / VOCABULARY, experiment.data.tokenizer), _read_init_from(folder / INIT_FROM))
 
-    @classmethod
-    def exists(cls, folder: Path) -> bool:
-        """Whether the folder contains a run that training can resume."""
-        return (folder / EXPERIMENT).is_file() and (folder / VOCABULARY).is_file()
+    @property
+    def resumable(self) -> bool:
+        """Whether the folder has a checkpoint to resume from."""
+        return latest_step(self.folder / CHECKPOINTS / "newest") is not None
+
+    def with_free_fields(self, experiment: Experiment, *, save: bool) -> "Run":
+        """The run with the values of ``experiment`` in those fields that do not change what is computed.
+
+        Args:
+            experiment: the run's experiment, except for such fields (see ``check_same``).
+            save: whether to write it.
+        """
+        text = to_json(experiment)
+        if save and text != to_json(self.experiment):
+            write_text(self.folder / EXPERIMENT, text)
+        return replace(self, experiment=experiment)
 
     def save(self) -> None:
         """Writes the folder. The experiment comes last, so that a folder with an experiment is complete.
@@ -83,16 +110,13 @@ class Run:
         for name, path in sources.items():
             with replacing(self.folder / CODE / name) as temporary:
                 temporary.write_bytes(path.read_bytes())
-        lines = [f"{file_digest(self.folder / CODE / name)}  {name}\n" for name in sources]
-        write_text(self.folder / CODE / DIGESTS, "".join(lines))
+        write_digests(self.folder / CODE, list(sources))
 
     def code_changes(self) -> list[str]:
         """One line per file of a user that has changed since the run was started."""
-        digests = self.folder / CODE / DIGESTS
-        if not digests.is_file():
+        before = read_digests(self.folder / CODE)
+        if before is None:
             return []
-        found = re.findall(r"^([0-9a-f]{64}) [ *](.+)$", digests.read_text(errors="replace"), flags=re.MULTILINE)
-        before = {name: digest for digest, name in found}
         return [
             f"{path} has changed since {self.folder} was started, which used {self.folder / CODE / name}"
             for name, path in source_files(classes(self.experiment)).items()
@@ -143,7 +167,67 @@ def _read_init_from(path: Path) -> Path | None:
     """The run that a run started from. Raises UserError if the file is damaged."""
     if not path.is_file():
         return None
-    try:
-        return Path(json.loads(path.read_bytes())["run"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} is damaged; it must name the run that this one started from") from error
+    advice = "it must name the run that this one started from; restore it from a backup"
+    value = read_json(path, advice)
+    with reading(path, advice):
+        if not isinstance(value["run"], str) or "\0" in value["run"]:
+            raise ValueError("'run' is not a path")
+        return Path(value["run"])
+
+
+def find_run(folder: Path) -> "Run | None":
+    """The run that training in ``folder`` resumes. None: nothing was trained there, so training starts.
+
+    Nothing is deleted. A folder that lost a part of its run, and files of somebody else, are left as they are.
+
+    Raises:
+        UserError: parts of the run are missing, or the folder is not a run but contains files that training would
+            replace.
+    """
+    checkpoints = folder / CHECKPOINTS
+    for name in (CHECKPOINTS, TENSORBOARD, CODE):
+        if (folder / name).is_symlink():
+            raise UserError(f"{folder / name} is a symbolic link, which training does not follow; use a folder")
+    newest, best = latest_step(checkpoints / "newest"), latest_step(checkpoints / "best")
+    experiment, vocabulary = (folder / EXPERIMENT).is_file(), (folder / VOCABULARY).is_file()
+    if newest is not None or best is not None:
+        lost = [name for name, there in ((EXPERIMENT, experiment), (VOCABULARY, vocabulary)) if not there]
+        if lost:
+            raise UserError(
+                f"{folder} has checkpoints but no {' and no '.join(lost)}; restore it from a backup or from a run of "
+                f"the same experiment, or choose another --run"
+            )
+        if newest is None:
+            raise UserError(
+                f"{folder} has lost its newest checkpoint (checkpoints/newest), so it cannot be resumed; its best "
+                f"parameters are intact: choose another --run and --init-from {folder}"
+            )
+        return Run.load(folder)
+    # Training saves a checkpoint before it writes metrics, so a folder with metrics has lost its checkpoints. Without
+    # an experiment, checkpoints or metrics are those of another program.
+    foreign = [name for name in (METRICS, TENSORBOARD, CHECKPOINTS) if (folder / name).exists()]
+    if (folder / METRICS).exists() or (foreign and not experiment):
+        raise UserError(
+            f"{folder} contains {foreign[0]}, but no checkpoint to resume from; choose another --run, or move the "
+            f"folder away"
+        )
+    # Killed before its first checkpoint.
+    return Run.load(folder) if experiment and vocabulary else None
+
+
+def empty_smoke(folder: Path) -> None:
+    """Deletes what the last smoke run wrote in its folder, so that the next one starts from scratch.
+
+    Raises:
+        UserError: the folder was not written by a smoke run.
+    """
+    if not (folder / SMOKE).is_file() and any(path.name != OWNER for path in folder.iterdir()):
+        raise UserError(f"{folder} was not written by --smoke, which would empty it; move it away")
+    for path in list(folder.iterdir()):
+        if path.name in (OWNER, SMOKE):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    write_text(folder / SMOKE, "")

@@ -33,7 +33,6 @@ from imgcap_jax.metrics.degeneration import BAD_ENDINGS
 from imgcap_jax.models.decoders.contract import DecoderSettings, check_length
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
 from imgcap_jax.special_tokens import BOS, UNK
-from imgcap_jax.text import tokenize
 
 
 def check_decoding(decoding: Decoding, vocabulary: Vocabulary, decoder: DecoderSettings) -> None:
@@ -52,7 +51,13 @@ def _rules(decoding: Decoding, vocabulary: Vocabulary) -> tuple[Rule, ...]:
     if decoding.no_repeat_ngram:
         rules.append(NoRepeatNgram(decoding.no_repeat_ngram))
     if decoding.forbid_bad_endings:
-        rules.append(ForbidBadEnding(vocabulary.known_ids(BAD_ENDINGS)))
+        endings = vocabulary.known_ids(BAD_ENDINGS)
+        if not endings:
+            raise UserError(
+                "forbid_bad_endings has no effect: the vocabulary has none of the English words on which captions must "
+                "not end; leave it out"
+            )
+        rules.append(ForbidBadEnding(endings))
     if decoding.top_k:
         rules.append(TopK(decoding.top_k))
     if decoding.top_p < 1:
@@ -68,7 +73,7 @@ def _rules(decoding: Decoding, vocabulary: Vocabulary) -> tuple[Rule, ...]:
 
 def _known(text: str, vocabulary: Vocabulary, setting: str) -> tuple[int, ...]:
     """The ids of a text's words. Raises UserError if the vocabulary lacks one."""
-    words = tokenize(text)
+    words = vocabulary.tokenizer(text)
     ids = vocabulary.ids(words)
     for word, number in zip(words, ids, strict=True):
         if number == UNK:
@@ -83,7 +88,8 @@ def _must(decoding: Decoding, vocabulary: Vocabulary) -> list[tuple[int, ...]]:
         forms = [_known(form, vocabulary, "must") for form in entry.split("|")]
         if any(len(form) != 1 for form in forms):
             raise UserError(
-                f"must: {entry!r} is not a single word, or alternative words separated by |; separate words by commas"
+                f"must: {entry!r} is not a single word of the model's tokenizer ({vocabulary.tokenizer.label}), or "
+                f"alternative words separated by |; separate words by commas"
             )
         words.append(tuple(form[0] for form in forms))
     return words

@@ -2,18 +2,25 @@
 
 import json
 import logging
+import os
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax import Array
+from orbax.checkpoint import checkpoint_managers
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import disk_errors
+from imgcap_jax.files import damages, disk_errors, read_digests, write_digests
+
+_KEPT = 2  # checkpoints: if the newest is damaged, the one before it remains
 
 
 @dataclass(frozen=True)
@@ -21,14 +28,16 @@ class Progress:
     """What a resumed run needs in addition to the state.
 
     step: the number of steps done. data: the state of the data iterator after the batch of that step.
-    best: the highest validation CIDEr-D so far; None before the first validation. best_step: its step.
-    misses: the number of validations since then.
+    best: the highest validation CIDEr-D so far; None before the first validation. best_step: the step of the best
+    parameters. best_ties: their BLEU-4 and negative teacher-forced loss, which decide between equal CIDEr-D.
+    misses: the number of validations since the last better one.
     """
 
     step: int
     data: Any
     best: float | None = None
     best_step: int | None = None
+    best_ties: tuple[float, ...] = ()
     misses: int = 0
 
 
@@ -36,7 +45,9 @@ class Checkpoints:
     """``newest``, ``best`` and ``start`` in ``<run>/checkpoints``. ``start`` contains the initial parameters, for a KL
     penalty.
 
-    Orbax writes into a temporary folder and renames it. If the process is killed, the previous checkpoint remains.
+    Orbax writes into a temporary folder and renames it. If the process is killed, the previous checkpoint remains. The
+    two latest checkpoints of ``newest`` and of ``best`` are kept, each with the digests of its files. They are checked
+    before a checkpoint is restored.
     """
 
     def __init__(self, run: Path, *, writing: bool = False) -> None:
@@ -45,65 +56,61 @@ class Checkpoints:
         ``writing`` is for the process that trains the run. Another writing process could disturb a save.
         """
         self.folder = run.absolute() / "checkpoints"
-        self._newest = _manager(self.folder / "newest", writing)
-        self._best = _manager(self.folder / "best", writing)
         self._writing = writing
+        self._link: Path | None = None
+        self._newest = _manager(self._path("newest"), writing)
+        self._best = _manager(self._path("best"), writing)
 
     @property
     def step(self) -> int | None:
         """Step of the newest checkpoint; None if there is none."""
-        return self._newest.latest_step()
+        return latest_step(self.folder / "newest")
 
     @property
     def best_step(self) -> int | None:
         """Step of the best checkpoint; None if there is none."""
-        return self._best.latest_step()
+        return latest_step(self.folder / "best")
 
     def save(self, state: Any, progress: Progress) -> None:
         """Saves the training state; returns when it is on disk.
 
         Raises:
-            UserError: the disk is full. Earlier checkpoints are kept.
+            UserError: the disk is full or failing. Earlier checkpoints are kept.
         """
         if progress.step == self.step:
             return
         text = json.dumps(asdict(progress))
         items = ocp.args.Composite(state=ocp.args.StandardSave(_raw(state)), progress=ocp.args.JsonSave({"json": text}))
-        with _saving(self.folder):
-            self._newest.save(progress.step, args=items)
-            self._newest.wait_until_finished()
+        self._write(self._newest, "newest", progress.step, items)
 
     def save_best(self, step: int, params: Any) -> None:
         """Saves these parameters as the best."""
-        with _saving(self.folder):
-            if self.best_step is not None and self.best_step >= step:
-                # The run was killed between this and its next checkpoint. It computes the same parameters again.
-                return
-            self._best.save(step, args=ocp.args.StandardSave(_raw(params)))
-            self._best.wait_until_finished()
+        if self.best_step is not None and self.best_step >= step:
+            # The run was killed between this and its next checkpoint. It computes the same parameters again.
+            return
+        self._write(self._best, "best", step, ocp.args.StandardSave(_raw(params)))
 
     def keep_start(self, params: Any) -> None:
-        """Saves the initial parameters."""
-        manager = _manager(self.folder / "start", self._writing)
-        with _saving(self.folder):
-            manager.save(0, args=ocp.args.StandardSave(_raw(params)))
-            manager.wait_until_finished()
+        """Saves the initial parameters. Those of a run that was killed before its first checkpoint are replaced."""
+        manager = _manager(self._path("start"), self._writing)
+        if latest_step(self.folder / "start") is not None:
+            manager.delete(0)
+        self._write(manager, "start", 0, ocp.args.StandardSave(_raw(params)))
         manager.close()
 
     def restore_start(self, template: Any) -> Any:
         """The parameters that ``keep_start`` saved, placed as ``template`` is.
 
         Raises:
-            UserError: they are missing or do not fit the experiment.
+            UserError: they are missing or damaged, or do not fit the experiment.
         """
-        manager = _manager(self.folder / "start", self._writing)
-        if manager.latest_step() is None:
+        manager = _manager(self._path("start"), self._writing)
+        if latest_step(self.folder / "start") is None:
             raise UserError(
                 f"{self.folder / 'start'} (the parameters that training started from) is missing; "
                 f"train again in another --run"
             )
-        with _shape_errors(self.folder / "start"):
-            restored = manager.restore(0, args=ocp.args.StandardRestore(_raw(_abstract(template))))
+        restored = self._read(manager, "start", 0, ocp.args.StandardRestore(_raw(_abstract(template))))
         manager.close()
         return _like(template, restored)
 
@@ -111,32 +118,124 @@ class Checkpoints:
         """The newest state, placed as ``template`` is, and its progress.
 
         Raises:
-            UserError: the checkpoint does not fit the experiment.
+            UserError: the checkpoint is damaged or does not fit the experiment.
         """
+        step = self.step
+        assert step is not None
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(_raw(_abstract(template))), progress=ocp.args.JsonRestore()
         )
-        with _shape_errors(self.folder / "newest"):
-            restored = self._newest.restore(self._newest.latest_step(), args=items)
-            return _like(template, restored["state"]), Progress(**json.loads(restored["progress"]["json"]))
+        restored = self._read(self._newest, "newest", step, items)
+        with self._shape_errors("newest", step):
+            progress = Progress(**json.loads(restored["progress"]["json"]))
+            return _like(template, restored["state"]), replace(progress, best_ties=tuple(progress.best_ties))
 
     def restore_best(self, template: Any) -> Any:
         """The best parameters, placed as ``template`` is.
 
         Raises:
-            UserError: there are none yet, or they do not fit the experiment.
+            UserError: there are none yet, they are damaged, or they do not fit the experiment.
         """
-        step = self._best.latest_step()
+        step = self.best_step
         if step is None:
             raise UserError(f"{self.folder.parent} has no finished validation yet; train it longer first")
-        with _shape_errors(self.folder / "best"):
-            args = ocp.args.StandardRestore(_raw(_abstract(template)))
-            return _like(template, self._best.restore(step, args=args))
+        restored = self._read(self._best, "best", step, ocp.args.StandardRestore(_raw(_abstract(template))))
+        with self._shape_errors("best", step):
+            return _like(template, restored)
 
     def close(self) -> None:
         """Stops the threads of Orbax."""
         self._newest.close()
         self._best.close()
+        if self._link is not None:
+            shutil.rmtree(self._link.parent, ignore_errors=True)
+
+    def _path(self, kind: str) -> Path:
+        """The folder of a kind of checkpoint, under a name that Orbax can read.
+
+        Orbax and TensorStore expand patterns in paths: below a folder called ``a[1]`` they find nothing. There, the
+        folder gets another path by a temporary symbolic link.
+        """
+        if re.search(r"[\[\]*?\\]", str(self.folder)) is None:
+            return self.folder / kind
+        if jax.process_count() > 1:
+            raise UserError(
+                f"{self.folder.parent}: with several processes, --run must not contain any of [ ] * ? \\; rename it"
+            )
+        if self._link is None:
+            if self._writing:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self._link = Path(tempfile.mkdtemp(prefix="imgcap_")) / "checkpoints"
+            self._link.symlink_to(self.folder, target_is_directory=True)
+        return self._link / kind
+
+    def _write(self, manager: ocp.CheckpointManager, kind: str, step: int, items: Any) -> None:
+        """Saves a checkpoint and the digests of its files; returns when both are on disk."""
+        with _saving(self.folder):
+            manager.save(step, args=items)
+            manager.wait_until_finished()
+            if jax.process_index() == 0:
+                write_digests(self.folder / kind / str(step))
+
+    def _read(self, manager: ocp.CheckpointManager, kind: str, step: int, items: Any) -> Any:
+        """Restores a checkpoint after checking its files."""
+        found = damages(self.folder / kind / str(step))
+        if found:
+            raise self._damaged(kind, step, found[0])
+        with self._shape_errors(kind, step):
+            return manager.restore(step, args=items)
+
+    def _damaged(self, kind: str, step: int, what: str) -> UserError:
+        """The error for a damaged checkpoint, with what can be used instead."""
+        folder = self.folder / kind
+        others = [other for other in _steps(folder) if other != step]
+        intact = [other for other in others if read_digests(folder / str(other)) and not damages(folder / str(other))]
+        if intact:
+            advice = f"{folder / str(intact[-1])} is intact: move the damaged folder away to continue from that one"
+        elif kind == "newest" and self.best_step is not None:
+            advice = (
+                f"restore it from a backup, or train again in another --run with --init-from {self.folder.parent}, "
+                f"which starts from its best parameters"
+            )
+        else:
+            advice = "restore it from a backup, or train again in another --run"
+        return UserError(f"the checkpoint {folder / str(step)} is damaged ({what}); {advice}")
+
+    @contextmanager
+    def _shape_errors(self, kind: str, step: int) -> Iterator[None]:
+        """Explains an error of Orbax. Files with digests are intact here, so the experiment must be another one."""
+        folder = self.folder / kind / str(step)
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # of almost any type, if files are damaged
+            if read_digests(folder) is None and not isinstance(error, OSError):
+                # Written without digests: damaged files and other shapes look alike.
+                reason = "its files are damaged, or it was written by another experiment or version"
+            elif isinstance(error, OSError) and error.errno is not None:
+                raise UserError(f"the checkpoint {folder} can't be read ({os.strerror(error.errno)})") from error
+            else:
+                reason = "it was written by another experiment or version"
+            text = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"the checkpoint {folder} does not fit this experiment ({text}); {reason}: choose another --run"
+            ) from error
+
+
+def latest_step(folder: Path) -> int | None:
+    """The step of the latest checkpoint in a folder such as ``newest``, also of a damaged one; None if there is none.
+
+    (Orbax skips folders that lack some of its files.)
+    """
+    return max(_steps(folder), default=None)
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, in ascending order."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
 def restore_best(run: Path, template: Any) -> tuple[Any, int]:
@@ -158,7 +257,7 @@ def _manager(folder: Path, writing: bool) -> ocp.CheckpointManager:
     # Orbax warns three times that a read-only manager is read-only.
     with _quiet_orbax(logging.ERROR):
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=1,
+            preservation_policy=checkpoint_managers.LatestN(n=_KEPT),
             enable_async_checkpointing=False,
             create=writing,
             cleanup_tmp_directories=writing,
@@ -205,15 +304,3 @@ def _saving(folder: Path) -> Iterator[None]:
         _quiet_orbax(logging.CRITICAL),
     ):
         yield
-
-
-@contextmanager
-def _shape_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"the checkpoint in {folder} does not fit this experiment ({reason[:200]}); it was written by "
-            f"another experiment or version: choose another --run"
-        ) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
-from imgcap_jax.files import disk_errors, write_text
+from imgcap_jax.files import appending, disk_errors, reading, write_text
 
 
 class MetricsLog:
@@ -23,10 +23,12 @@ class MetricsLog:
         if not writing:
             return
         path = folder / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= resumed_step]
-            write_text(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a")
+        with reading(path, "move it away"):
+            if path.exists():
+                text = path.read_text(encoding="utf-8", errors="replace")
+                kept = [line for line in text.split("\n") if _step(line) <= resumed_step]
+                write_text(path, "".join(line + "\n" for line in kept))
+            self._file = appending(path)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -53,5 +55,5 @@ class MetricsLog:
 def _step(line: str) -> float:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf  # an incomplete line of a killed run
