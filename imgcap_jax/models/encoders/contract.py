@@ -1,5 +1,6 @@
 """The contract of an encoder, and of the settings that build it."""
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -45,6 +46,9 @@ class EncoderSettings(Protocol):
 
     ``--init-from`` requires that all fields except ``trainable_stages``, ``checkpoint_stages`` and ``folder`` are equal
     in both runs, because a decoder only understands the features it was trained with.
+
+    Settings whose encoder reads a weights file also have ``weights_digest`` and ``with_weights``, which take the place
+    of the functions of this module.
     """
 
     @property
@@ -88,3 +92,35 @@ def build_encoder(settings: EncoderSettings, image_size: int, *, dtype: DTypeLik
             f"FrozenVariable, or set frozen to False"
         )
     return encoder
+
+
+def weights_digest(settings: Any) -> str | None:
+    """A digest of the weights file that ``settings.build`` reads, None if it reads none.
+
+    Features, and therefore captions, change with the file, which a name or a path does not identify. The file is
+    downloaded if necessary. A process reads it once.
+
+    Args:
+        settings: an encoder's settings, or those of ready-made regions.
+
+    Raises:
+        UserError: the file is missing, or can't be downloaded or read.
+    """
+    own = getattr(settings, "weights_digest", None)
+    return None if own is None else own()
+
+
+def with_weights(settings: Any, path: Path) -> Any:
+    """The settings with the weights file at another path, as on another machine.
+
+    Args:
+        settings: an encoder's settings, or those of ready-made regions.
+        path: the file.
+
+    Raises:
+        UserError: the encoder reads no weights file.
+    """
+    own = getattr(settings, "with_weights", None)
+    if own is None:
+        raise UserError(f"encoder: {type(settings).__name__} reads no weights file; leave out --weights")
+    return own(path)

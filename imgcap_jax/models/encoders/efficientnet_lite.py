@@ -178,6 +178,10 @@ class EfficientNetLite(Staged):
         """D."""
         return _FEATURES
 
+    def architecture(self) -> Network:
+        """See `Staged`."""
+        return network(self.variant)
+
     def build(
         self, image_size: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs, classifier: bool = False
     ) -> StagedEncoder:
@@ -193,7 +197,7 @@ class EfficientNetLite(Staged):
             UserError: the weights are missing, unreadable or belong to another network.
         """
         layers, mean, std = load_layers(
-            network(self.variant), self.weights, self.trainable_stages, rngs=rngs, classifier=classifier
+            self.architecture(), self.weights, self.trainable_stages, rngs=rngs, classifier=classifier
         )
         last = len(_STAGES) - 1
         return StagedEncoder(

@@ -137,6 +137,10 @@ class ResNet(Staged):
         """D."""
         return _FEATURES
 
+    def architecture(self) -> Network:
+        """See `Staged`."""
+        return network(self.depth)
+
     def build(
         self, image_size: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs, classifier: bool = False
     ) -> StagedEncoder:
@@ -152,7 +156,7 @@ class ResNet(Staged):
             UserError: the weights are missing, unreadable or belong to another network.
         """
         layers, mean, std = load_layers(
-            network(self.depth), self.weights, self.trainable_stages, rngs=rngs, classifier=classifier
+            self.architecture(), self.weights, self.trainable_stages, rngs=rngs, classifier=classifier
         )
         return StagedEncoder(
             self,

@@ -1,7 +1,9 @@
 """What all pretrained encoders share: a sequence of stages, the last of which can be trained."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,8 @@ from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders.convolution import adaptive_average_pool
-from imgcap_jax.models.encoders.pretrained.sources import Pixel
-from imgcap_jax.models.encoders.pretrained.state_dict import Layer
+from imgcap_jax.models.encoders.pretrained.sources import Pixel, weights_digest
+from imgcap_jax.models.encoders.pretrained.state_dict import Layer, Network
 from imgcap_jax.models.encoders.pretrained.weights import FrozenVariable
 
 
@@ -40,6 +42,23 @@ class Staged:
     def frozen(self) -> bool:
         """Whether no stage is trained."""
         return self.trainable_stages == 0
+
+    def architecture(self) -> Network:
+        """The network whose weights are read."""
+        raise NotImplementedError
+
+    def weights_digest(self) -> str | None:
+        """See `contract.weights_digest`."""
+        if self.weights == "random":
+            return None
+        network = self.architecture()
+        return weights_digest(self.weights, family=network.family, network=network.name)
+
+    def with_weights(self, path: Path) -> Self:
+        """See `contract.with_weights`."""
+        if self.weights == "random":
+            raise UserError("encoder.weights is random, so the encoder reads no file; leave out --weights")
+        return replace(self, weights=str(path))
 
 
 class StagedEncoder(nnx.Module):

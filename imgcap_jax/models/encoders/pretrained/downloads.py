@@ -282,9 +282,11 @@ def _size(path: Path) -> int:
 
 def _read_record(path: Path) -> _Remote | None:
     try:
-        return _Remote(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        remote = _Remote(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None  # missing, or half written by a killed process; the download then starts from scratch
+    texts = all(isinstance(text, str) for text in (remote.url, remote.version, remote.sha256))
+    return remote if texts and isinstance(remote.size, int | None) else None
 
 
 def _progress_bar() -> Progress:

@@ -5,7 +5,9 @@ The torchvision list is that of torchvision 0.29 (`models/resnet.py`, `models/vg
 """
 
 import difflib
+import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,13 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.files import cache_folder
 from imgcap_jax.models.encoders.pretrained.downloads import fetch
 from imgcap_jax.models.encoders.pretrained.naming import Family, names_in_file
-from imgcap_jax.models.encoders.pretrained.weights import package_weights, read_weights, select_tensors
+from imgcap_jax.models.encoders.pretrained.torch_files import cannot_read, one_line
+from imgcap_jax.models.encoders.pretrained.weights import (
+    digest_of_file,
+    package_weights,
+    read_weights,
+    select_tensors,
+)
 
 Pixel = tuple[float, float, float]
 
@@ -102,18 +110,42 @@ def load_tensors(weights: str, *, family: Family, network: str, shapes: Mapping[
         UserError: the name is unknown, the file can't be downloaded or read, or it belongs to another network. The
             message names the first wrong tensor.
     """
+    return _load_file(_file(weights, family, network), family, shapes)
+
+
+def weights_digest(weights: str, *, family: Family, network: str) -> str:
+    """The SHA-256 of the file that `load_tensors` reads, in hexadecimal digits. The file is downloaded if necessary.
+
+    If a `config.json` next to the file determines the normalisation of images, the digest covers the normalisation as
+    well.
+
+    Args:
+        weights: see `load_tensors`.
+        family: the family of the network.
+        network: see `load_tensors`.
+
+    Raises:
+        UserError: the name is unknown, or the file can't be downloaded or read.
+    """
+    path = _file(weights, family, network)
+    digest, normalisation = digest_of_file(path), _hub_normalisation(path)
+    return digest if normalisation is None else hashlib.sha256(f"{digest} {normalisation}".encode()).hexdigest()
+
+
+def _file(weights: str, family: Family, network: str) -> Path:
+    """The weights file of a network; a published file is downloaded on first use."""
     if weights == "imagenet":
         if network in _PACKAGED:
-            return _load_file(package_weights(_PACKAGED[network]), family, shapes)
+            return package_weights(_PACKAGED[network])
         weights = _default(family, network)
     path = Path(weights).expanduser()
     # A path with such a suffix is read even if the file is missing, because the reader reports the error best.
     if path.is_file() or path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
-        return _load_file(path, family, shapes)
+        return path
     if weights not in known_weights(network):
         raise _unknown(weights, network)
     hub, name = weights.split("/")
-    return _load_file(_from_torchvision(name) if hub == "torchvision" else _from_timm(name), family, shapes)
+    return _from_torchvision(name) if hub == "torchvision" else _from_timm(name)
 
 
 def _default(family: Family, network: str) -> str:
@@ -176,13 +208,16 @@ def _hub_normalisation(path: Path) -> tuple[Pixel, Pixel] | None:
         # The oldest repositories have a flat config; see timm's `_hub.py`.
         settings = read.get("pretrained_cfg", read)
         mean, std = _pixel(settings["mean"]), _pixel(settings["std"])
-        if not min(std) > 0:  # written so that NaN fails as well
-            raise ValueError("a standard deviation is not positive")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise ValueError("a mean is not finite, or a standard deviation is not positive")
+    except OSError as error:
+        raise cannot_read(config, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         if not path.is_relative_to(cache_folder("weights")):
             return None  # next to a user's own file, it may belong to something else
         raise UserError(
-            f"{config} does not specify the normalisation of images ({error}); delete it and run the command again"
+            f"{config} does not specify the normalisation of images ({one_line(error)}); delete it and run the command "
+            "again"
         ) from error
     return mean, std
 
