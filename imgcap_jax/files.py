@@ -192,14 +192,14 @@ def write_digests(folder: Path, names: Sequence[str] | None = None) -> None:
 def read_digests(folder: Path) -> dict[str, str] | None:
     """The digests that ``write_digests`` wrote: relative path -> digest. None: there is no SHA256SUMS.
 
-    Lines in another form are ignored; ``damages`` reports files that have no digest.
+    A line in another form has the digest ""; no file equals that.
     """
     try:
         text = (folder / DIGESTS).read_text(encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError:
         return None
-    found = re.findall(r"^([0-9a-f]{64}) [ *](.+)$", text, flags=re.MULTILINE)
-    return {name: digest for digest, name in found}
+    lines = (re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in text.removesuffix("\n").split("\n"))
+    return dict((line[2], line[1]) if line else (DIGESTS, "") for line in lines)
 
 
 def damages(folder: Path) -> list[str]:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -110,9 +110,9 @@ class Checkpoints:
                 f"{self.folder / 'start'} (the parameters that training started from) is missing; "
                 f"train again in another --run"
             )
-        restored = self._read(manager, "start", 0, ocp.args.StandardRestore(_raw(_abstract(template))))
+        restored = self._read(manager, "start", 0, template)
         manager.close()
-        return _like(template, restored)
+        return restored
 
     def restore(self, template: Any) -> tuple[Any, Progress]:
         """The newest state, placed as ``template`` is, and its progress.
@@ -122,13 +122,11 @@ class Checkpoints:
         """
         step = self.step
         assert step is not None
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(_raw(_abstract(template))), progress=ocp.args.JsonRestore()
-        )
-        restored = self._read(self._newest, "newest", step, items)
-        with self._shape_errors("newest", step):
-            progress = Progress(**json.loads(restored["progress"]["json"]))
-            return _like(template, restored["state"]), replace(progress, best_ties=tuple(progress.best_ties))
+        state = self._read(self._newest, "newest", step, template)
+        with self._explaining("newest", step):
+            items = ocp.args.Composite(progress=ocp.args.JsonRestore())
+            progress = Progress(**json.loads(self._newest.restore(step, args=items)["progress"]["json"]))
+            return state, replace(progress, best_ties=tuple(progress.best_ties))
 
     def restore_best(self, template: Any) -> Any:
         """The best parameters, placed as ``template`` is.
@@ -139,9 +137,7 @@ class Checkpoints:
         step = self.best_step
         if step is None:
             raise UserError(f"{self.folder.parent} has no finished validation yet; train it longer first")
-        restored = self._read(self._best, "best", step, ocp.args.StandardRestore(_raw(_abstract(template))))
-        with self._shape_errors("best", step):
-            return _like(template, restored)
+        return self._read(self._best, "best", step, template)
 
     def close(self) -> None:
         """Stops the threads of Orbax."""
@@ -177,13 +173,21 @@ class Checkpoints:
             if jax.process_index() == 0:
                 write_digests(self.folder / kind / str(step))
 
-    def _read(self, manager: ocp.CheckpointManager, kind: str, step: int, items: Any) -> Any:
-        """Restores a checkpoint after checking its files."""
+    def _read(self, manager: ocp.CheckpointManager, kind: str, step: int, template: Any) -> Any:
+        """Restores the arrays of a checkpoint, placed as ``template`` is.
+
+        The files and the shapes are checked first. When Orbax fails, it leaves half-read arrays to its threads.
+        """
         found = damages(self.folder / kind / str(step))
         if found:
             raise self._damaged(kind, step, found[0])
-        with self._shape_errors(kind, step):
-            return manager.restore(step, args=items)
+        with self._explaining(kind, step):
+            args = ocp.args.StandardRestore(_raw(_abstract(template)))
+            name = "state" if kind == "newest" else "default"
+            saved = ocp.PyTreeCheckpointHandler().metadata(self._path(kind) / str(step) / name).tree
+            _check_shapes(_raw(template), saved)
+            restored = manager.restore(step, args=ocp.args.Composite(state=args) if name == "state" else args)
+            return _like(template, restored["state"] if name == "state" else restored)
 
     def _damaged(self, kind: str, step: int, what: str) -> UserError:
         """The error for a damaged checkpoint, with what can be used instead."""
@@ -202,7 +206,7 @@ class Checkpoints:
         return UserError(f"the checkpoint {folder / str(step)} is damaged ({what}); {advice}")
 
     @contextmanager
-    def _shape_errors(self, kind: str, step: int) -> Iterator[None]:
+    def _explaining(self, kind: str, step: int) -> Iterator[None]:
         """Explains an error of Orbax. Files with digests are intact here, so the experiment must be another one."""
         folder = self.folder / kind / str(step)
         try:
@@ -221,6 +225,15 @@ class Checkpoints:
             raise UserError(
                 f"the checkpoint {folder} does not fit this experiment ({text}); {reason}: choose another --run"
             ) from error
+
+
+def _check_shapes(wanted: Mapping[str, Array], saved: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the first difference, unless the saved arrays have the shapes of ``wanted``."""
+    for name in [*wanted, *saved]:
+        ours = list(wanted[name].shape) if name in wanted else "missing"
+        theirs = list(saved[name].shape) if name in saved else "missing"
+        if ours != theirs:
+            raise ValueError(f"{name} is {ours} here and {theirs} in the checkpoint")
 
 
 def latest_step(folder: Path) -> int | None:

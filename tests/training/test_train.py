@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from imgcap_jax.models.encoders.small_cnn import SmallCNN
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.run.evaluation import SplitEvaluator
 from imgcap_jax.run.folder import Run
-from imgcap_jax.train import Outcome, train
-from imgcap_jax.training.checkpoints import Checkpoints
+from imgcap_jax.train import Outcome, _select, train
+from imgcap_jax.training.checkpoints import Checkpoints, Progress
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_patience_survives_a_restart(
     def stop(self: SplitEvaluator, *_: object) -> dict[str, float]:
         if not scores:
             raise KeyboardInterrupt  # in the validation after step 4, before its result is saved
-        return {"teacher_forced_perplexity": 1.0}
+        return {"teacher_forced_loss": 0.0, "teacher_forced_perplexity": 1.0}
 
     monkeypatch.setattr(SplitEvaluator, "teacher_forced", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -79,16 +79,50 @@ def test_patience_survives_a_restart(
 def test_best_checkpoint_is_that_of_the_best_validation(
     experiment: Experiment, scores: list[float], tmp_path: Path
 ) -> None:
-    scores[:] = [0.1, 0.5, 0.4, 0.5, 0.2]
+    scores[:] = [0.1, 0.5, 0.4, 0.45, 0.2]
     outcome = run(experiment, tmp_path / "run")
     assert (outcome.step, outcome.best) == (10, 0.5)
     step, params = best(tmp_path / "run")
-    assert step == 4  # the first of two equal scores
+    assert step == 4
     shorter = replace(experiment.training, epochs=2.0, patience=1)
     scores[:] = [0.1, 0.5, 0.4]
     run(replace(experiment, training=shorter), tmp_path / "other")
     for ours, other in zip(params, best(tmp_path / "other")[1], strict=True):
         np.testing.assert_array_equal(ours, other)
+
+
+def test_equal_cider_is_decided_by_bleu_then_loss_then_time() -> None:
+    """Without that, the first validation remains the best forever if CIDEr-D is 0 for every caption."""
+
+    def after(*validations: tuple[float, float, float]) -> tuple[int | None, int, list[str]]:
+        progress, note = Progress(step=0, data={}), [""]
+        for step, (cider, bleu, loss) in enumerate(validations, 1):
+            scores = {"CIDEr-D": cider, "BLEU-4": bleu, "teacher_forced_loss": loss}
+            # A checkpoint between the validations stores the progress as JSON.
+            progress = Progress(**json.loads(json.dumps(asdict(replace(progress, step=step)))))
+            progress, note = _select(replace(progress, best_ties=tuple(progress.best_ties)), scores)
+        return progress.best_step, progress.misses, note
+
+    assert after((0.5, 0.1, 3.0), (0.4, 0.9, 1.0)) == (1, 1, [])
+    assert after((0.4, 0.9, 1.0), (0.5, 0.1, 3.0)) == (2, 0, [])
+    best, misses, [note] = after((0.0, 0.1, 3.0), (0.0, 0.2, 4.0))
+    assert (best, misses) == (2, 0)
+    assert "BLEU-4 is higher" in note
+    assert after((0.0, 0.2, 3.0), (0.0, 0.1, 1.0)) == (1, 1, [])
+    best, misses, [note] = after((0.0, 0.0, 3.0), (0.0, 0.0, 2.0))
+    assert (best, misses) == (2, 0)
+    assert "loss is lower" in note
+    assert after((0.0, 0.0, 2.0), (0.0, 0.0, 3.0)) == (1, 1, [])
+    # Equal in everything: the later one is kept, but patience runs.
+    best, misses, [note] = after((0.0, 0.0, 2.0), (0.0, 0.0, 2.0), (0.0, 0.0, 2.0))
+    assert (best, misses) == (3, 2)
+    assert "later" in note
+
+
+def test_run_from_before_ties_were_stored_is_continued() -> None:
+    old = Progress(**json.loads('{"step": 2, "data": {}, "best": 0.0, "best_step": 1, "misses": 0}'))
+    progress, _ = _select(old, {"CIDEr-D": 0.0, "BLEU-4": 0.0, "teacher_forced_loss": 9.0})
+    assert progress.best_step == 2
 
 
 def test_validation_beam_selects_checkpoints_by_beam_search(experiment: Experiment, tmp_path: Path) -> None:
