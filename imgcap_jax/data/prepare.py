@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from imgcap_jax.data.builders import coco
-from imgcap_jax.data.builders.layout import ORIGIN_FILE, SKIPPED_FILE, Origin, write_json
+from imgcap_jax.data.builders.layout import SKIPPED_FILE, Origin, check_small_files, write_digests, write_origin
 from imgcap_jax.data.sources import CaptionSource, default_data_dir, describe, find_prepared, read_origin
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import disk_errors
-from imgcap_jax.user_code import file_digest, load_code
+from imgcap_jax.files import disk_errors, file_digest
+from imgcap_jax.user_code import load_code
 
 if TYPE_CHECKING:  # these import TFDS, which takes a while
     from imgcap_jax.data.builders.base import CaptionBuilder
@@ -117,23 +117,30 @@ def _prepare_folder(
 ) -> Path:
     from imgcap_jax.data.builders.folder import FolderBuilder, scan_folder
 
-    contents = scan_folder(path)
     folder = path.resolve()
-    name = name or _default_name(folder if folder.is_dir() else folder.parent)
+    contents = scan_folder(path)
+    name = name or _default_name(folder if folder.is_dir() else contents.folder.resolve())
     _check_name(name)
+    for note in contents.notes:
+        say(f"{name}: {note}")
     origin = Origin("folder", source, licence, contents.fingerprint, str(folder))
     if (prepared := _already_prepared(name, origin, data_dir, say)) is not None:
         return prepared
     needed, free = sum(contents.sizes), shutil.disk_usage(_existing_parent(data_dir)).free
     if needed > free:
         raise UserError(f"{data_dir}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; use another --data-dir")
+    report = data_dir / f"{name}_problems.txt"
     with _progress(len(contents.images), f"preparing {name}", progress) as advance:
-        return _write(
+        prepared = _write(
             name,
             data_dir,
-            lambda staging: FolderBuilder(contents, name=name, data_dir=staging, origin=origin, on_image=advance),
+            lambda staging: FolderBuilder(
+                contents, name=name, data_dir=staging, origin=origin, on_image=advance, report=report
+            ),
             say,
         )
+    report.unlink(missing_ok=True)  # of an earlier refusal
+    return prepared
 
 
 def _prepare_own(
@@ -177,7 +184,9 @@ def _existing_parent(path: Path) -> Path:
 
 
 def _prepare_coco(data_dir: Path, download_dir: Path | None, progress: bool, say: Callable[[str], None]) -> Path:
-    if (folder := _already_prepared(coco.NAME, coco.ORIGIN, data_dir, say)) is None:
+    folder = _already_prepared(coco.NAME, coco.ORIGIN, data_dir, say)
+    built = folder is None
+    if folder is None:
         _remove_abandoned(data_dir / coco.NAME / coco.CONFIG)
         with _quiet_tfds(progress=progress):
             folder = coco.build(data_dir, download_dir)
@@ -186,6 +195,8 @@ def _prepare_coco(data_dir: Path, download_dir: Path | None, progress: bool, say
     coco.check_train_size(description.splits.get("train", 0), folder)
     for split in description.splits:
         CaptionSource(description, split, data_dir)  # writes the index of captions, so that it opens quickly
+    if built:
+        write_digests(folder)
     return folder
 
 
@@ -195,9 +206,14 @@ def _already_prepared(name: str, origin: Origin, data_dir: Path, say: Callable[[
         return None
     before = read_origin(folder)
     if before.fingerprint == origin.fingerprint:
+        try:
+            check_small_files(folder)
+        except UserError as error:
+            say(f"{name}: {error}")
+            return None
         notes = replace(before, source=origin.source or before.source, licence=origin.licence or before.licence)
         if notes != before:
-            write_json(folder / ORIGIN_FILE, asdict(notes))
+            write_origin(folder, asdict(notes))
         say(f"{name}: already prepared in {folder}")
         return folder
     if before.folder != origin.folder:
@@ -219,6 +235,7 @@ def _write(
         with _quiet_tfds(progress=False):
             builder.download_and_prepare(file_format="array_record")
         built = Path(builder.data_dir)
+        write_digests(built)
         folder = home / built.name
         if folder.exists():
             folder.rename(staging / "replaced")
@@ -230,7 +247,7 @@ def _write(
     counts = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())
     say(f"{name}: {counts} images in {folder}")
     if builder.skipped:
-        say(f"{name}: {len(builder.skipped)} skipped, listed in {folder / SKIPPED_FILE}")
+        say(f"{name}: {len(builder.skipped)} images or captions skipped or noted, listed in {folder / SKIPPED_FILE}")
     return folder
 
 

@@ -4,9 +4,11 @@ The folder of a dataset is `<data_dir>/<name>/<version>` or, for the official `c
 `<data_dir>/<name>/<config>/<version>`.
 """
 
+import bisect
 import contextlib
 import copy
-import json
+import itertools
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -17,12 +19,25 @@ from typing import Any, NoReturn
 import numpy as np
 
 from imgcap_jax.data.builders import coco
-from imgcap_jax.data.builders.layout import ORIGIN_FILE, SKIPPED_FILE, CaptionIndex, Origin, Skipped
+from imgcap_jax.data.builders.layout import (
+    INFO_FILE,
+    ORIGIN_FILE,
+    PREPARE_AGAIN,
+    SKIPPED_FILE,
+    CaptionIndex,
+    Origin,
+    Skipped,
+    check_small_files,
+    index_file,
+)
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import damages, read_digests, read_json, reading
 
 _ALIASES = {"coco": coco.NAME}
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,32 +82,42 @@ class CaptionSource:
         self.split = split
         self.fingerprint = description.fingerprint
         self._data_dir = data_dir
-        stored = _stored_splits(description.folder)
+        folder = description.folder
+        stored = _stored_splits(folder)
         parts = ["train", "restval"] if split == "train" and "restval" in stored else [split]
-        builder = tfds.builder_from_directory(description.folder)
-        try:
-            # Images stay encoded, because the pipeline decodes them at the size that it needs.
-            self._records = builder.as_data_source("+".join(parts), decoders={"image": tfds.decode.SkipDecoding()})
-        except NotImplementedError as error:
-            raise UserError(
-                f"{description.folder}: not stored as array_record; move the folder away and run: "
-                f"imgcap data prepare {self.name}"
-            ) from error
-        self._length = len(self._records)
-        self._index = self._load_index(description.folder, parts, stored)
+        with reading(folder, PREPARE_AGAIN):
+            builder = tfds.builder_from_directory(folder)
+            try:
+                # Images stay encoded, because the pipeline decodes them at the size that it needs.
+                self._records = builder.as_data_source("+".join(parts), decoders={"image": tfds.decode.SkipDecoding()})
+            except NotImplementedError as error:
+                raise UserError(
+                    f"{folder}: not stored as array_record; move the folder away and run: "
+                    f"imgcap data prepare {self.name}"
+                ) from error
+            self._length = len(self._records)
+            self._files = [Path(file) for part in parts for file in builder.info.splits[part].filepaths]
+            counts = [count for part in parts for count in builder.info.splits[part].shard_lengths]
+        self._ends = list(itertools.accumulate(counts))  # the number of the first record after each file
+        if self._length != sum(stored[part] for part in parts):
+            raise UserError(f"{folder / INFO_FILE} is damaged (the number of images): {PREPARE_AGAIN}")
+        self._index = self._load_index(folder, parts, stored)
 
     def _load_index(self, folder: Path, parts: list[str], stored: dict[str, int]) -> CaptionIndex:
         whole = CaptionIndex()
+        digests = read_digests(folder) or {}
         start = 0
         for part in parts:
-            index = CaptionIndex.load(folder, part)
-            if index is None or len(index.image_id) != stored[part]:
+            index = CaptionIndex.load(folder, part, stored[part], digests.get(index_file(part)))
+            if index is None:
+                if index_file(part) in digests:
+                    _log.warning("%s is damaged; it is made again from the records", folder / index_file(part))
                 index = CaptionIndex()
                 for number in range(start, start + stored[part]):
                     example = self[number]
                     index.add(example.image_id, example.filename, example.captions)
                 # The index is only a cache. A dataset on a read-only disk is scanned every time.
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, UserError):
                     index.save(folder, part)
             whole.image_id += index.image_id
             whole.filename += index.filename
@@ -119,15 +144,16 @@ class CaptionSource:
         """Example i, 0 <= i < len(self). Raises an IndexError otherwise."""
         if not 0 <= i < self._length:
             raise IndexError(f"example {i} is out of range; there are {len(self)}")
-        features = self._records[i]
-        return CaptionExample(
-            image=features["image"],
-            filename=features["image/filename"].decode(),
-            image_id=int(features["image/id"]),
-            captions=tuple(text.decode() for text in features["captions"]["text"]),
-            scene=features["scene"].decode() if "scene" in features else "",
-            regions=features.get("regions"),
-        )
+        with reading(self._files[bisect.bisect_right(self._ends, i)], f"{PREPARE_AGAIN} ({self.name}, image {i})"):
+            features = self._records[i]
+            return CaptionExample(
+                image=features["image"],
+                filename=features["image/filename"].decode(),
+                image_id=int(features["image/id"]),
+                captions=tuple(text.decode() for text in features["captions"]["text"]),
+                scene=features["scene"].decode() if "scene" in features else "",
+                regions=features.get("regions"),
+            )
 
     def __iter__(self) -> Iterator[CaptionExample]:
         return (self[i] for i in range(len(self)))
@@ -192,6 +218,7 @@ def describe(name: str, data_dir: Path | None = None) -> DatasetDescription:
     folder = find_prepared(name, data_dir)
     if folder is None:
         _not_prepared(name, data_dir)
+    check_small_files(folder)
     splits = _stored_splits(folder)
     if "train" in splits:
         splits["train"] += splits.pop("restval", 0)
@@ -202,18 +229,67 @@ def describe(name: str, data_dir: Path | None = None) -> DatasetDescription:
         source=origin.source or origin.folder,
         licence=origin.licence,
         splits=splits,
-        skipped=tuple(Skipped(**entry) for entry in _read_json(folder / SKIPPED_FILE) or ()),
+        skipped=_read_skipped(folder / SKIPPED_FILE),
         fingerprint=origin.fingerprint,
     )
 
 
 def read_origin(folder: Path) -> Origin:
-    """The origin of a prepared dataset. If TFDS itself prepared it, the origin is derived from the folder names."""
-    if (saved := _read_json(folder / ORIGIN_FILE)) is not None:
-        return Origin(**saved)
+    """The origin of a prepared dataset. If TFDS itself prepared it, the origin is derived from the folder names.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / ORIGIN_FILE
+    if path.exists():
+        saved = read_json(path, PREPARE_AGAIN)
+        with reading(path, PREPARE_AGAIN):
+            return Origin(**{name: _text(saved[name]) for name in Origin.__dataclass_fields__ if name in saved})
     if coco.NAME in folder.parts:
         return coco.ORIGIN
     return Origin("tfds", f"TFDS dataset {folder.parent.name}", "", f"{folder.parent.name}:{folder.name}")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"a text was expected, not {type(value).__name__}")
+    return value
+
+
+def _read_skipped(path: Path) -> tuple[Skipped, ...]:
+    if not path.exists():
+        return ()
+    saved = read_json(path, PREPARE_AGAIN)
+    with reading(path, PREPARE_AGAIN):
+        return tuple(Skipped(_text(entry["name"]), _text(entry["reason"])) for entry in saved)
+
+
+def check_dataset(name: str, data_dir: Path | None = None) -> list[str]:
+    """Checks all files of a prepared dataset.
+
+    Their digests are compared. For a dataset without digests, which an older version prepared, all records are read.
+
+    Returns:
+        One line for each damaged file; empty if there are none.
+
+    Raises:
+        UserError: the dataset is not prepared.
+    """
+    folder = find_prepared(_ALIASES.get(name, name), data_dir or default_data_dir())
+    if folder is not None and read_digests(folder) is not None:
+        return [f"{folder / found}" for found in damages(folder)]
+    try:
+        for split in split_names(name, data_dir):
+            source = open_source(name, split, data_dir)
+            ids = source.image_ids()
+            for i, example in enumerate(source):
+                if (example.image_id, example.captions) != (ids[i], source.captions(i)):
+                    return [f"{folder}: the index of the split {split} does not belong to the records"]
+    except UserError as error:
+        if folder is None:
+            raise
+        return [str(error)]
+    return []
 
 
 def find_prepared(name: str, data_dir: Path) -> Path | None:
@@ -268,14 +344,10 @@ def _not_prepared(name: str, data_dir: Path) -> NoReturn:
 
 
 def _stored_splits(folder: Path) -> dict[str, int]:
-    info = _read_json(folder / "dataset_info.json") or {}
-    return {split["name"]: sum(map(int, split["shardLengths"])) for split in info.get("splits", ())}
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); prepare the dataset again") from error
+    path = folder / INFO_FILE
+    info = read_json(path, PREPARE_AGAIN)
+    with reading(path, PREPARE_AGAIN):
+        splits = {_text(split["name"]): [int(count) for count in split["shardLengths"]] for split in info["splits"]}
+        if any(not 0 <= count < 2**40 for counts in splits.values() for count in counts):
+            raise ValueError("the number of images")
+        return {split: sum(counts) for split, counts in splits.items()}

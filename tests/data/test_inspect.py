@@ -1,6 +1,5 @@
 """Statistics of a dataset, compared with a count by hand."""
 
-import io
 import json
 from pathlib import Path
 
@@ -12,15 +11,16 @@ from imgcap_jax.data.prepare import prepare
 
 
 def test_counts_lengths_and_coverage(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "PNG")
-    (tmp_path / "a.png").write_bytes(buffer.getvalue())
-    lists = [
-        ("train", ["A dog runs.", "a dog"]),
-        ("train", ["a cat"]),
-        ("val", ["A zebra, a dog!"]),
+    lists = {
+        "a.png": ("train", ["A dog runs.", "a dog"]),
+        "b.png": ("train", ["a cat"]),
+        "c.png": ("val", ["A zebra, a dog!"]),
+    }
+    for number, name in enumerate(lists):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name)
+    lines = [
+        json.dumps({"image": name, "split": split, "captions": captions}) for name, (split, captions) in lists.items()
     ]
-    lines = [json.dumps({"image": "a.png", "split": split, "captions": captions}) for split, captions in lists]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     prepare(tmp_path, name="tiny", data_dir=tmp_path / "data", licence="CC0", progress=False)
     report = inspect("tiny", tmp_path / "data", min_count=2)

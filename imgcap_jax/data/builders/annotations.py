@@ -1,30 +1,42 @@
-"""Reads annotation files: Karpathy JSON, COCO JSON and JSONL, distinguished by file name and keys.
+"""Finds and reads annotation files. Their format is recognised by file name and keys.
 
 Captions are always the raw sentences; Karpathy's `tokens` are never read.
 """
 
-import json
+import posixpath
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from imgcap_jax.data.builders import json_lists, tables
+from imgcap_jax.data.builders.layout import Skipped
+from imgcap_jax.data.builders.listed import ListedImage, Row, group, known_split, shown
 from imgcap_jax.errors import UserError
 
 SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
-EXPECTED = "dataset_*.json (Karpathy), captions_*.json (COCO) or *.jsonl"
+EXPECTED = (
+    "dataset_*.json (Karpathy), captions_*.json (COCO), *.jsonl, *_train.json (BLIP), metadata.csv, captions.txt, "
+    "results.csv or *.token.txt"
+)
+_ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".token")
 
 
 @dataclass(frozen=True)
-class ListedImage:
-    """One image of an annotation file. `captions` are (id, raw text) pairs, unchanged."""
+class Annotations:
+    """What annotation files list.
 
-    filename: str
-    subfolder: str  # Karpathy's `filepath`; "" if there is none
-    image_id: int
-    split: str
-    captions: tuple[tuple[int, str], ...]
+    Attributes:
+        images: in the order of the files.
+        skipped: lines that could not be read.
+        notes: one line each about splits that were chosen or are missing.
+        from_rows: whether images were joined from the rows of a list.
+    """
+
+    images: tuple[ListedImage, ...]
+    skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...]
+    from_rows: bool
 
 
 def find_annotations(path: Path) -> tuple[Path, list[Path]]:
@@ -42,33 +54,68 @@ def find_annotations(path: Path) -> tuple[Path, list[Path]]:
     if not path.exists():
         raise UserError(f"{path}: no such folder; pass a folder of images with {EXPECTED}")
     if path.is_file():
-        if path.suffix not in (".json", ".jsonl"):
+        if path.suffix not in _ENDINGS:
             raise UserError(f"{path}: not an annotation file; pass a folder of images with {EXPECTED}")
         folder = path.parent.parent if path.parent.name == "annotations" else path.parent
         return folder, [path]
-    places = [path, path / "annotations"]
-    karpathy = [file for place in places for file in sorted(place.glob("dataset*.json"))]
-    coco = [file for place in places for file in sorted(place.glob("captions_*.json"))]
-    lines = [file for place in places for file in sorted(place.glob("*.jsonl"))]
-    found = [files for files in (karpathy, coco, lines) if files]
-    if not found:
+    # A folder can contain the files of several formats, as Flickr8k with Karpathy's JSON does. The first group counts.
+    for formats in (_complete_formats, _other_formats):
+        found = [files for files in formats(path) if files]
+        if found:
+            break
+    else:
         raise UserError(f"{path}: no annotation file; the folder must contain {EXPECTED}")
-    if len(found) > 1 or len(karpathy) > 1 or len(lines) > 1:
+    if len(found) > 1:
         names = ", ".join(str(file.relative_to(path)) for files in found for file in files)
         raise UserError(f"{path}: several annotation files ({names}); pass the one to use instead of the folder")
     return path, found[0]
 
 
-def read_annotations(files: Sequence[Path]) -> list[ListedImage]:
+def _complete_formats(folder: Path) -> list[list[Path]]:
+    """The annotation files of each format that gives splits. Files that exclude each other are separate formats."""
+    karpathy = _files(folder, "dataset*.json")
+    lines = _files(folder, "*.jsonl")
+    one_per_split = len({json_lists.split_in_file_name(file) for file in lines} - {None}) == len(lines)
+    return [
+        *([file] for file in karpathy),
+        _files(folder, "captions_*.json"),
+        *([lines] if one_per_split else ([file] for file in lines)),
+    ]
+
+
+def _other_formats(folder: Path) -> list[list[Path]]:
+    below = sorted(folder.glob("*/metadata.jsonl")) + sorted(folder.glob("*/metadata.csv"))
+    lists = [file for file in _files(folder, "*.json") if json_lists.split_in_file_name(file)]
+    names = ("captions.txt", "*.csv", "*.tsv", "*.token.txt", "*.token")
+    texts = [file for name in names for file in _files(folder, name) if ".lemma." not in file.name]
+    return [below, lists, *([file] for file in texts)]
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    return [file for place in (folder, folder / "annotations") for file in sorted(place.glob(pattern))]
+
+
+def read_annotations(folder: Path, files: Sequence[Path]) -> Annotations:
     """Reads all images that the files list, in the order of the files.
 
+    Args:
+        folder: the folder of images.
+        files: its annotation files.
+
     Raises:
-        UserError: invalid JSON, a missing key, an invalid split name, an image listed twice, or a file without images.
+        UserError: invalid JSON, a missing key, an invalid id, split or file name, an image listed twice, or a file
+            without images.
     """
     images: list[ListedImage] = []
+    skipped: list[Skipped] = []
+    notes: list[str] = []
     read_from: dict[str, Path] = {}
+    from_rows = False
     for file in files:
-        listed = list(_read_lines(file) if file.suffix == ".jsonl" else _read_json(file))
+        read = _read(file, skipped)
+        rows = [one for one in read if isinstance(one, Row)]
+        from_rows |= bool(rows)
+        listed = [one for one in read if isinstance(one, ListedImage)] or _grouped(rows, folder, file, notes)
         if not listed:
             raise UserError(f"{file}: lists no images; add some or remove the file")
         for split in {image.split for image in listed}:
@@ -79,115 +126,75 @@ def read_annotations(files: Sequence[Path]) -> list[ListedImage]:
                 )
             read_from[split] = file
         images += listed
-    where = ", ".join(map(str, files))
-    seen: set[tuple[str, int]] = set()
+    seen: dict[int, ListedImage] = {}
     for image in images:
+        name = shown(image.filename)
+        if re.search("[\ud800-\udfff]", image.filename + image.subfolder):
+            raise UserError(f"{image.where}: the file name {name} contains half a character; rename the file")
         if not SPLIT_NAME.fullmatch(image.split) or image.split == "all":
-            raise UserError(f"{where}: {image.filename} has the split {image.split!r}; use train, val or test")
-        if (image.split, image.image_id) in seen:
-            raise UserError(f"{where}: image id {image.image_id} ({image.filename}) is listed twice in {image.split!r}")
-        seen.add((image.split, image.image_id))
-    return images
+            raise UserError(f"{image.where}: {name} has the split {image.split!r}; use train, val or test")
+        if (other := seen.setdefault(image.image_id, image)) is not image and not _same_photo(image, other):
+            raise UserError(
+                f"{image.where}: image id {image.image_id} is listed twice, for {shown(other.filename)} and {name}; "
+                "give each image its own image_id"
+            )
+    if missing := [split for split in ("train", "val") if split not in read_from]:
+        notes.append(f"there is no split {' or '.join(missing)}, which training needs; {_how_to_split(files[0])}")
+    return Annotations(tuple(images), tuple(skipped), tuple(notes), from_rows)
 
 
-class _Entry:
-    """A JSON object with its location for error messages. A missing key or a wrong type raises a UserError."""
-
-    def __init__(self, value: Any, where: str) -> None:
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: expected an object, found {type(value).__name__}")
-        self.value = value
-        self.where = where
-
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        if key not in self.value:
-            if default is None:
-                raise UserError(f"{self.where}: key {key!r} is missing")
-            return default
-        value = self.value[key]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{self.where}: {key!r} must be {kind.__name__}, found {type(value).__name__}")
-        return value
-
-    def entries(self, key: str) -> "Iterator[_Entry]":
-        for number, value in enumerate(self.get(key, list)):
-            yield _Entry(value, f"{self.where}: {key}[{number}]")
+def _same_photo(image: ListedImage, other: ListedImage) -> bool:
+    """Whether one photo is listed in two splits, which is reported later, for all such photos at once."""
+    same = (image.filename, image.subfolder) == (other.filename, other.subfolder)
+    return same and image.split != other.split
 
 
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from error
+def _how_to_split(file: Path) -> str:
+    if file.stem == "metadata":
+        return f"put photos into the folders train and validation, each with its own {file.name}"
+    if file.suffix == ".jsonl":
+        return 'write "split": "train" or "split": "val" into each line'
+    return "add a file for it, or write the split into each entry"
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from error
+def _read(file: Path, skipped: list[Skipped]) -> Sequence[ListedImage | Row]:
+    if file.suffix == ".jsonl":
+        return json_lists.read_json_lines(file)
+    if file.suffix == ".json":
+        return json_lists.read_json(file)
+    rows, malformed = tables.read_table(file)
+    skipped += malformed
+    return rows
 
 
-def _split(name: str) -> str:
-    return "val" if name == "validation" else name
+def _grouped(rows: list[Row], folder: Path, file: Path, notes: list[str]) -> list[ListedImage]:
+    """The images of a list, with their splits."""
+    metadata = file.stem == "metadata"  # of Hugging Face's image folders: names are relative to the file
+    if metadata and file.parent not in (folder, folder / "annotations"):
+        below = file.parent.relative_to(folder).as_posix()
+        rows = [replace(row, image=posixpath.join(below, row.image)) for row in rows]
+    stated = any(row.split for row in rows)
+    if file.suffix not in (".json", ".jsonl") and not metadata and not stated:
+        return _with_splits(rows, file, notes)
+    of_file = known_split(file.parent.name) if metadata else json_lists.split_in_file_name(file)
+
+    def split_of(row: Row) -> str:
+        of_path = json_lists.split_in_path(row.image) if metadata else None
+        return row.split or of_file or of_path or "train"
+
+    return group(rows, split_of)
 
 
-def _read_json(file: Path) -> Iterator[ListedImage]:
-    top = _Entry(_parse(_text(file), str(file)), str(file))
-    if "annotations" in top.value:
-        return _read_coco(top, file)
-    return _read_karpathy(top)
-
-
-def _read_karpathy(top: _Entry) -> Iterator[ListedImage]:
-    for image in top.entries("images"):
-        key = "cocoid" if "cocoid" in image.value else "imgid"
-        yield ListedImage(
-            filename=image.get("filename", str),
-            subfolder=image.get("filepath", str, ""),
-            image_id=image.get(key, int),
-            split=_split(image.get("split", str)),
-            captions=tuple(
-                (sentence.get("sentid", int), sentence.get("raw", str)) for sentence in image.entries("sentences")
-            ),
-        )
-
-
-def _read_coco(top: _Entry, file: Path) -> Iterator[ListedImage]:
-    # captions_train2014.json -> train
-    split = _split(re.sub(r"\d+$", "", file.stem.removeprefix("captions_")))
-    captions: dict[int, list[tuple[int, str]]] = {}
-    for annotation in top.entries("annotations"):
-        caption = (annotation.get("id", int), annotation.get("caption", str))
-        captions.setdefault(annotation.get("image_id", int), []).append(caption)
-    for image in top.entries("images"):
-        image_id = image.get("id", int)
-        yield ListedImage(
-            filename=image.get("file_name", str),
-            subfolder="",
-            image_id=image_id,
-            split=split,
-            captions=tuple(captions.pop(image_id, ())),
-        )
-    if captions:
-        raise UserError(f"{file}: has captions of image id {next(iter(captions))}, which is not in its list of images")
-
-
-def _read_lines(file: Path) -> Iterator[ListedImage]:
-    caption_id = 0
-    for number, line in enumerate(_text(file).splitlines()):
-        if not line.strip():
-            continue
-        where = f"{file} line {number + 1}"
-        entry = _Entry(_parse(line, where), where)
-        texts = entry.get("captions", list)
-        if not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{where}: 'captions' must be a list of strings")
-        yield ListedImage(
-            filename=entry.get("image", str),
-            subfolder="",
-            image_id=number,
-            split=_split(entry.get("split", str, "train")),
-            captions=tuple(enumerate(texts, start=caption_id)),
-        )
-        caption_id += len(texts)
+def _with_splits(rows: list[Row], file: Path, notes: list[str]) -> list[ListedImage]:
+    """The images of a table that gives no splits."""
+    official = tables.official_splits(file.parent)
+    if official:
+        known = [row for row in rows if row.image in official]
+        left_out = len({row.image for row in rows} - official.keys())
+        notes.append(f"the splits are those of {file.parent}/*Images.txt; {left_out} photos in none are left out")
+        return group(known, lambda row: official[row.image])
+    notes.append(
+        f"{file.name} gives no splits, so the name of each photo decides: about {tables.VAL_SHARE:.0%} are val, "
+        f"{tables.TEST_SHARE:.0%} test and the others train; a column split sets other ones"
+    )
+    return group(rows, tables.random_split(rows))

@@ -24,7 +24,9 @@ from imgcap_jax.data.builders.layout import (
     Skipped,
     write_json,
 )
+from imgcap_jax.data.builders.listed import shown
 from imgcap_jax.errors import UserError
+from imgcap_jax.image_ids import parse_image_id
 
 
 @dataclass(frozen=True)
@@ -104,24 +106,36 @@ class CaptionBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
         """A text that changes if the images or captions change. Datasets that are up to date are not built again."""
         return ""
 
+    def finished(self) -> None:
+        """Called when all records are written, before `skipped` is. Raises an error if the dataset is not valid."""
+
     def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Callable[[], Iterator[Any]]]]:
         seen: set[int] = set()
 
         def examples(shard: RecordShard, index: CaptionIndex) -> Iterator[tuple[int, dict[str, Any]]]:
             for record in shard():
-                where = f"{type(self).__name__}: image {record.image_id} ({record.filename})"
-                if record.image_id in seen:
+                name = f"{type(self).__name__}: image {shown(record.filename)}"
+                try:
+                    image_id = parse_image_id(record.image_id)
+                    for text in (record.filename, *(text for _, text in record.captions)):
+                        text.encode()
+                except UnicodeEncodeError as error:
+                    raise UserError(f"{name}: half a character (a lone surrogate) in its name or captions") from error
+                except ValueError as error:
+                    raise UserError(f"{name}: image_id {error}") from error
+                where = f"{type(self).__name__}: image {image_id} ({shown(record.filename)})"
+                if image_id in seen:
                     raise UserError(f"{where} occurs twice; give each image its own image_id")
                 if not record.captions:
                     raise UserError(f"{where} has no caption; leave it out")
-                seen.add(record.image_id)
-                index.add(record.image_id, record.filename, [text for _, text in record.captions])
+                seen.add(image_id)
+                index.add(image_id, record.filename, [text for _, text in record.captions])
                 yield (
-                    record.image_id,
+                    image_id,
                     {
                         "image": record.image,
                         "image/filename": record.filename,
-                        "image/id": record.image_id,
+                        "image/id": image_id,
                         "captions": [{"id": id, "text": text} for id, text in record.captions],
                         **record.extra,
                     },
@@ -138,6 +152,7 @@ class CaptionBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         super()._download_and_prepare(dl_manager, download_config)
+        self.finished()
         folder = Path(self.data_dir)  # still TFDS's incomplete folder
         for split, index in self._indices.items():
             index.save(folder, split)

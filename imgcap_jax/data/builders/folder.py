@@ -2,36 +2,65 @@
 
 import functools
 import hashlib
-import io
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
-from PIL import Image, ImageOps, UnidentifiedImageError
-
-from imgcap_jax.data.builders.annotations import ListedImage, find_annotations, read_annotations
+from imgcap_jax.data.builders.annotations import find_annotations, read_annotations
 from imgcap_jax.data.builders.base import CaptionBuilder, CaptionRecord, RecordShard
 from imgcap_jax.data.builders.layout import Origin, Skipped
+from imgcap_jax.data.builders.listed import ListedImage, shown
+from imgcap_jax.data.image_files import ImageError, read_file, storable
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import write_text
+from imgcap_jax.text import tokenize
 
 SHARD_BYTES = 128 * 2**20
 # Largest share of the images, and of the captions, that may be skipped. Above it, the dataset as a whole is broken.
 MAX_SKIPPED = 0.01
 READ_AHEAD = 64
-_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_EMPTY, _WORDLESS = "empty caption", "caption without a word"
 
 
 @dataclass(frozen=True)
 class FolderContents:
-    """The images that a folder's annotation files list, with the path and the size (bytes) of each image."""
+    """The images that a folder's annotation files list.
 
+    Attributes:
+        folder: the folder of images.
+        annotation_files: its annotation files.
+        images: the images that were found, with the captions that can be used.
+        paths: the file of each image.
+        sizes: its size in bytes.
+        listed: number of images that the files list.
+        captions: number of captions that the files list.
+        absent: images that were not found, or are not usable files of the folder.
+        skipped: lines and captions that cannot be used.
+        mended: captions that were changed.
+        repeated: photos that are listed twice, in two splits or as two images.
+        notes: one line each about the splits.
+        fingerprint: changes if the images or captions change.
+    """
+
+    folder: Path
     annotation_files: tuple[Path, ...]
     images: tuple[ListedImage, ...]
     paths: tuple[Path, ...]
     sizes: tuple[int, ...]
+    listed: int
+    captions: int
+    absent: tuple[Skipped, ...]
+    skipped: tuple[Skipped, ...]
+    mended: tuple[Skipped, ...]
+    repeated: tuple[Skipped, ...]
+    notes: tuple[str, ...]
     fingerprint: str
 
 
@@ -39,79 +68,148 @@ def scan_folder(path: Path) -> FolderContents:
     """Reads the annotation files and finds the images, without opening them.
 
     Raises:
-        UserError: see `find_annotations` and `read_annotations`; or a listed image is missing or found more than once.
+        UserError: see `find_annotations` and `read_annotations`.
     """
     folder, files = find_annotations(path)
-    images = read_annotations(files)
-    paths = _find_images(folder, images)
-    sizes = [path.stat().st_size for path in paths]
+    listed = read_annotations(folder, files)
+    skipped, mended = list(listed.skipped), []
+    images: list[ListedImage] = []
+    for image in listed.images:
+        captions = []
+        for number, text in image.captions:
+            name = f"{image.filename} caption {number}"
+            text, lost = _one_line(text)
+            if lost:
+                mended.append(Skipped(name, "half a character was removed"))
+            if reason := _unusable(text):
+                skipped.append(Skipped(name, reason))
+            else:
+                captions.append((number, text))
+        images.append(replace(image, captions=tuple(captions)))
+    found = list(zip(images, _find_images(folder, images), strict=True))
+    there = [(image, *one) for image, one in found if not isinstance(one, str)]
+    absent = [Skipped(image.filename, one) for image, one in found if isinstance(one, str)]
+
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + file.read_bytes())
-    for image, size in zip(images, sizes, strict=True):
+    for image, _, size in there:
         digest.update(f"{image.filename} {size}\n".encode())
-    return FolderContents(tuple(files), tuple(images), tuple(paths), tuple(sizes), digest.hexdigest())
+    for entry in skipped:
+        if entry.reason == _WORDLESS:
+            digest.update(f"{entry.name}\n".encode("utf-8", "surrogatepass"))
+    if listed.from_rows:
+        digest.update(b"rows are joined by photo")
+    return FolderContents(
+        folder=folder,
+        annotation_files=tuple(files),
+        images=tuple(image for image, _, _ in there),
+        paths=tuple(path for _, path, _ in there),
+        sizes=tuple(size for _, _, size in there),
+        listed=len(images),
+        captions=sum(len(image.captions) for image in listed.images) + len(listed.skipped),
+        absent=tuple(absent),
+        skipped=tuple(skipped),
+        mended=tuple(mended),
+        repeated=tuple(_repeated([(image, path) for image, path, _ in there])),
+        notes=listed.notes,
+        fingerprint=digest.hexdigest(),
+    )
 
 
-def _find_images(folder: Path, images: Sequence[ListedImage]) -> list[Path]:
+def _one_line(text: str) -> tuple[str, bool]:
+    """The caption as a single line, as line-based formats need it, and whether half a character was removed.
+
+    Programs that cut texts in the middle of an emoji leave half of a surrogate pair, which no file can store.
+    """
+    whole = re.sub("[\ud800-\udfff]", "", text)
+    return " ".join(whole.split()), whole != text
+
+
+def _unusable(text: str) -> str:
+    """Why a caption cannot be used, or ""."""
+    if not text:
+        return _EMPTY
+    return "" if any(map(str.isalnum, text)) and tokenize(text) else _WORDLESS
+
+
+def _find_images(folder: Path, images: Sequence[ListedImage]) -> list[tuple[Path, int] | str]:
+    """The resolved path and the size in bytes of each image, or the reason why it cannot be used."""
+    root = folder.resolve()
     places = [folder, folder / "images", folder / "Images"]
-    by_name: dict[str, list[Path]] | None = None
-    paths: list[Path] = []
-    absent: list[str] = []
-    for image in images:
+    resolved = functools.cache(Path.resolve)  # of folders, which many images share
+
+    @functools.cache
+    def by_name() -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                found.setdefault(name, []).append(Path(parent, name))
+        return found
+
+    def find(image: ListedImage) -> tuple[Path, int] | str:
         exact = (place / image.subfolder / image.filename for place in places)
-        path = next((path for path in exact if path.is_file()), None)
+        path, status = next(((path, found) for path in exact if (found := _status(path))), (None, None))
         if path is None:
-            if by_name is None:
-                by_name = {}
-                for parent, _, names in os.walk(folder):
-                    for name in names:
-                        by_name.setdefault(name, []).append(Path(parent, name))
-            found = by_name.get(Path(image.filename).name, [])
-            if len(found) > 1:
-                raise UserError(f"{image.filename}: found {len(found)} times below {folder}; list it with its path")
-            path = found[0] if found else None
-        if path is None:
-            absent.append(image.filename)
-        else:
-            paths.append(path)
-    if absent:
-        raise UserError(
-            f"{_first(absent)}: listed but not found below {folder} ({len(absent)} of {len(images)} images); "
-            "add the images or remove them from the list"
-        )
-    return paths
+            candidates = by_name().get(Path(image.filename).name, [])
+            if len(candidates) > 1:
+                return f"found {len(candidates)} times below {folder}; list it with its path"
+            path = next(iter(candidates), None)
+            status = _status(path) if path is not None else None
+        if path is None or status is None:
+            return "not found"
+        if not stat.S_ISREG(status.st_mode):
+            return "a pipe or a device, not an image"
+        real = path.resolve() if path.is_symlink() else resolved(path.parent) / path.name
+        if not real.is_relative_to(root):
+            return f"outside of {folder}; copy it into this folder"
+        return real, status.st_size
+
+    return [find(image) for image in images]
 
 
-def _first(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+def _status(path: Path) -> os.stat_result | None:
+    """The status of anything except a folder; None if there is nothing at the path."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # ValueError: half a character or a NUL in the name
+        return None
+    return None if stat.S_ISDIR(found.st_mode) else found
+
+
+def _repeated(found: Iterable[tuple[ListedImage, Path]]) -> Iterator[Skipped]:
+    """Photos that are listed more than once, under one path or several."""
+    first: dict[Path, ListedImage] = {}
+    for image, path in found:
+        other = first.setdefault(path, image)
+        if other is not image:
+            named = "" if other.filename == image.filename else f" as {other.filename}"
+            yield Skipped(
+                image.filename,
+                f"in {other.split}{named} and in {image.split}"
+                if other.split != image.split
+                else f"listed twice, with the ids {other.image_id} and {image.image_id}",
+            )
 
 
 def read_image(path: Path) -> bytes:
-    """Reads an encoded image. JPEG and PNG files are returned unchanged, other formats are re-encoded as PNG.
+    """Reads an image file as the dataset stores it (see `image_files.storable`).
 
     Raises:
-        ValueError: the image cannot be decoded completely.
+        ImageError: the file cannot be read, or the image cannot be decoded completely or is too large.
     """
     try:
-        encoded = path.read_bytes()
-        with Image.open(io.BytesIO(encoded)) as image:
-            image.load()  # opening a truncated file succeeds; only decoding fails
-            if encoded.startswith((_JPEG, _PNG)):
-                return encoded
-            buffer = io.BytesIO()
-            transposed = ImageOps.exif_transpose(image)
-            transposed.convert("RGBA" if transposed.has_transparency_data else "RGB").save(buffer, "PNG")
-            return buffer.getvalue()
-    # Pillow's decoders raise many types on broken files, including struct.error and SyntaxError.
-    except UnidentifiedImageError as error:
-        raise ValueError("unknown image format, or the start of the file is damaged") from error
-    except Exception as error:
-        raise ValueError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+        return storable(read_file(path))
+    except OSError as error:
+        raise ImageError(error.strerror or str(error)) from error
 
 
 class FolderBuilder(CaptionBuilder):
-    """Writes a scanned folder. Unreadable images and empty captions are skipped and recorded in `skipped`."""
+    """Writes a scanned folder. Up to 1 % of unreadable images and unusable captions are skipped and recorded.
+
+    A dataset with more of them is refused, as is one with absent or repeated photos. All images are then checked, so
+    that a single refusal lists everything.
+    """
 
     def __init__(
         self,
@@ -121,18 +219,34 @@ class FolderBuilder(CaptionBuilder):
         data_dir: Path,
         origin: Origin,
         on_image: Callable[[], None] = lambda: None,
+        report: Path | None = None,
     ) -> None:
+        """Plans the records of a folder.
+
+        Args:
+            contents: the scanned folder.
+            name: the dataset's name.
+            data_dir: folder of prepared datasets.
+            origin: where the dataset comes from.
+            on_image: called after each image.
+            report: the file that lists all problems if the dataset is refused.
+        """
         self._contents = contents
         self._on_image = on_image
-        self._images_skipped: list[str] = []
-        self._captions_skipped: list[str] = []
-        self._caption_count = sum(len(image.captions) for image in contents.images)
+        self._report = report
+        self._unread = set(range(len(contents.images)))
+        self._broken: list[Skipped] = []
+        self._first_with: dict[bytes, int] = {}  # digest of an encoded image -> its number
+        self._copies: list[tuple[ListedImage, Skipped]] = []
         super().__init__(
             name=name, data_dir=data_dir, origin=origin, description=f"Captioned images from {origin.folder}."
         )
+        self.skipped += [*contents.skipped, *contents.mended]
 
     def record_shards(self) -> Mapping[str, Sequence[RecordShard]]:
         contents = self._contents
+        if contents.absent or contents.repeated or self._too_many_captions():
+            self._refuse()
         shards: dict[str, list[RecordShard]] = {}
         for split in dict.fromkeys(image.split for image in contents.images):
             members = [i for i, image in enumerate(contents.images) if image.split == split]
@@ -140,54 +254,119 @@ class FolderBuilder(CaptionBuilder):
             count = min(count, len(members))
             bounds = [len(members) * k // count for k in range(count + 1)]
             parts = [members[start:end] for start, end in itertools.pairwise(bounds)]
-            shards[split] = [functools.partial(self._records, part, split) for part in parts]
+            shards[split] = [functools.partial(self._records, part) for part in parts]
         return shards
 
-    def _records(self, members: Sequence[int], split: str) -> Iterator[CaptionRecord]:
+    def _records(self, members: Sequence[int]) -> Iterator[CaptionRecord]:
         written = 0
+        for i, encoded in self._read(members):
+            if self._too_many_images():
+                self._refuse()
+            if encoded is not None:
+                image = self._contents.images[i]
+                written += 1
+                yield CaptionRecord(encoded, image.filename, image.image_id, image.captions)
+        if not written:
+            self._refuse()
+
+    def _read(self, members: Sequence[int]) -> Iterator[tuple[int, bytes | None]]:
+        """Yields each image, encoded, or None if it cannot be used."""
+        contents = self._contents
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in range(0, len(members), READ_AHEAD):
                 chunk = members[start : start + READ_AHEAD]
-                futures = [pool.submit(read_image, self._contents.paths[i]) for i in chunk]
+                futures = [pool.submit(_read_with_digest, contents.paths[i]) for i in chunk]
                 for i, future in zip(chunk, futures, strict=True):
-                    image = self._contents.images[i]
+                    image = contents.images[i]
+                    self._unread.discard(i)
                     self._on_image()
-                    captions = self._captions(image)
+                    reason = "" if image.captions else "no caption"
                     try:
-                        encoded = future.result()
+                        encoded, digest = future.result()
                     except ValueError as error:
-                        self._skip_image(image, str(error))
+                        reason = str(error)
+                    if reason:
+                        self._broken.append(Skipped(image.filename, reason))
+                        yield i, None
                         continue
-                    if not captions:
-                        self._skip_image(image, "no caption")
-                        continue
-                    written += 1
-                    yield CaptionRecord(encoded, image.filename, image.image_id, captions)
-        if not written:
-            raise UserError(f"split {split!r}: none of its {len(members)} images can be used; check the image files")
+                    self._note_copy(i, digest)
+                    yield i, encoded
 
-    def _captions(self, image: ListedImage) -> list[tuple[int, str]]:
-        kept = []
-        for id, text in image.captions:
-            # Captions are later written to line-based formats, so each must be a single line.
-            text = " ".join(text.split())
-            if text:
-                kept.append((id, text))
-                continue
-            name = f"{image.filename} caption {id}"
-            self._captions_skipped.append(name)
-            self._skip(name, "empty caption", self._captions_skipped, self._caption_count, "captions are empty")
-        return kept
+    def _note_copy(self, i: int, digest: bytes) -> None:
+        contents = self._contents
+        first = self._first_with.setdefault(digest, i)
+        image, other = contents.images[i], contents.images[first]
+        splits = {"train" if one.split == "restval" else one.split for one in (image, other)}
+        if len(splits) > 1 and contents.paths[i] != contents.paths[first]:
+            same = f"in {image.split}, is the same picture as {other.filename} in {other.split}"
+            late = image if image.split not in ("train", "restval") else other
+            self._copies.append((late, Skipped(image.filename, same)))
 
-    def _skip_image(self, image: ListedImage, reason: str) -> None:
-        self._images_skipped.append(f"{image.filename} ({reason})")
-        total = len(self._contents.images)
-        self._skip(image.filename, reason, self._images_skipped, total, "images cannot be used")
+    def finished(self) -> None:
+        if self._too_many_copies():
+            self._refuse()
+        self.skipped += [*self._broken, *(note for _, note in self._copies)]
 
-    def _skip(self, name: str, reason: str, names: list[str], total: int, complaint: str) -> None:
-        self.skipped.append(Skipped(name, reason))
-        if len(names) > MAX_SKIPPED * total:
-            where = ", ".join(map(str, self._contents.annotation_files))
-            raise UserError(
-                f"{where}: more than {MAX_SKIPPED:.0%} of its {total} {complaint}: {_first(names)}; fix or remove them"
-            )
+    def _too_many_images(self) -> bool:
+        return len(self._broken) > MAX_SKIPPED * self._contents.listed
+
+    def _too_many_captions(self) -> bool:
+        return len(self._contents.skipped) > MAX_SKIPPED * self._contents.captions
+
+    def _too_many_copies(self) -> bool:
+        copies = Counter(late.split for late, _ in self._copies)
+        sizes = Counter(image.split for image in self._contents.images)
+        return any(count > MAX_SKIPPED * sizes[split] for split, count in copies.items())
+
+    def _refuse(self) -> NoReturn:
+        """Checks the images that were not read yet, writes the report and raises a UserError."""
+        contents, broken = self._contents, self._broken
+        for _ in self._read(sorted(self._unread)):
+            pass
+        unusable = {entry.name for entry in broken}
+        usable = {image.split for image in contents.images if image.filename not in unusable}
+        empty = sorted({image.split for image in contents.images} - usable)
+        copies = [note for _, note in self._copies]
+        limit = f"more than {MAX_SKIPPED:.0%}"
+        images, captions = f"of its {contents.listed} images", f"of its {contents.captions} captions"
+        # Whether the dataset is refused because of them, what is wrong, and the entries.
+        problems: list[tuple[bool, str, Sequence[Skipped]]] = [
+            (True, f"{len(contents.absent)} {images} cannot be read", contents.absent),
+            (True, f"{len(contents.repeated)} photos are listed twice", contents.repeated),
+            (self._too_many_images(), f"{limit} {images} cannot be used ({len(broken)})", broken),
+            (bool(empty), f"no image of the split {' and '.join(empty)} can be used", broken),
+            (
+                self._too_many_captions(),
+                f"{limit} {captions} cannot be used ({len(contents.skipped)})",
+                contents.skipped,
+            ),
+            (self._too_many_copies(), f"{limit} of the pictures of a split are in another ({len(copies)})", copies),
+        ]
+        reasons = [f"{what}: {_first(entries)}" for refused, what, entries in problems if refused and entries]
+        lines = [
+            f"{shown(entry.name)}\t{shown(entry.reason)}\n"
+            for entries in (contents.absent, contents.repeated, broken, contents.skipped, copies)
+            for entry in entries
+        ]
+        where = ", ".join(map(str, contents.annotation_files))
+        raise UserError(f"{where}: {'; '.join(reasons)}{self._saved(lines)}; fix or remove them")
+
+    def _saved(self, lines: Sequence[str]) -> str:
+        """Writes the report. Returns the part of the error message that names it."""
+        if self._report is None:
+            return ""
+        try:
+            write_text(self._report, "".join(lines))
+        except (UserError, OSError) as error:
+            return f"; the list of all {len(lines)} could not be written ({error})"
+        return f"; all {len(lines)} are listed in {self._report}"
+
+
+def _read_with_digest(path: Path) -> tuple[bytes, bytes]:
+    encoded = read_image(path)
+    return encoded, hashlib.sha256(encoded).digest()
+
+
+def _first(entries: Sequence[Skipped], count: int = 3) -> str:
+    names = [f"{shown(entry.name)} ({shown(entry.reason)})" for entry in entries[:count]]
+    return ", ".join(names) + (", ..." if len(entries) > count else "")

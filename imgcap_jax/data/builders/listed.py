@@ -1,0 +1,96 @@
+"""What annotation files list, whatever their format: images with captions."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.image_ids import id_of_file_name
+
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "validation", "valid", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""The names of splits that people use (those of Hugging Face's image folders), and ours."""
+
+
+@dataclass(frozen=True)
+class ListedImage:
+    """One image of an annotation file.
+
+    Attributes:
+        filename: its path as listed.
+        subfolder: Karpathy's `filepath`; "" if there is none.
+        image_id: the id that the file gives, or else that of the file name.
+        split: train, val, test, ...
+        captions: (id, raw text) pairs, unchanged.
+        where: the place in the annotation file, for error messages.
+    """
+
+    filename: str
+    subfolder: str
+    image_id: int
+    split: str
+    captions: tuple[tuple[int, str], ...]
+    where: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry of a list. Several rows can describe one image, with one caption each.
+
+    `split`, `image_id` and `caption_id` are None if the entry does not have them.
+    """
+
+    image: str
+    captions: tuple[str, ...]
+    where: str
+    split: str | None = None
+    image_id: int | None = None
+    caption_id: int | None = None
+
+
+def split_name(name: str) -> str:
+    """Our name of a split: "validation" and "dev" are "val". Other names are returned unchanged."""
+    return _SPLIT_NAMES.get(name.lower(), name)
+
+
+def known_split(name: str) -> str | None:
+    """Our name of a split, or None if the text is not the name of a split."""
+    return _SPLIT_NAMES.get(name.lower())
+
+
+def group(rows: Iterable[Row], split_of: Callable[[Row], str]) -> list[ListedImage]:
+    """Joins the rows of each image of a split, in the order of their first rows.
+
+    Raises:
+        UserError: rows of one image have different ids.
+    """
+    grouped: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        grouped.setdefault((row.image, split_of(row)), []).append(row)
+    images = []
+    number = 0
+    for (name, split), of_image in grouped.items():
+        ids = {row.image_id: row for row in of_image if row.image_id is not None}
+        if len(ids) > 1:
+            one, other = list(ids.values())[:2]
+            raise UserError(
+                f"{other.where}: {shown(name)} has the image_id {other.image_id}, but {one.image_id} in {one.where}; "
+                "give each photo one id, or remove the key"
+            )
+        captions = []
+        for row in of_image:
+            for text in row.captions:
+                captions.append((number if row.caption_id is None else row.caption_id, text))
+                number += 1
+        image_id = next(iter(ids), None)
+        if image_id is None:
+            image_id = id_of_file_name(name)
+        images.append(ListedImage(name, "", image_id, split, tuple(captions), of_image[0].where))
+    return images
+
+
+def shown(name: str) -> str:
+    """A file name or caption for a message of one line: other than printable characters are escaped."""
+    return name if name.isprintable() else ascii(name)
