@@ -9,9 +9,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from imgcap_jax.data.images import ImageError, decode
+from imgcap_jax.data.image_files import AnyImage, ImageError, read_file
+from imgcap_jax.data.images import decode, view
 from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
@@ -25,8 +26,9 @@ from imgcap_jax.run.generation import attention_function, caption_function, capt
 from imgcap_jax.training.checkpoints import restore_best
 from imgcap_jax.user_code import load_all_code
 
-Photo = str | Path | bytes | np.ndarray | Image.Image
+Photo = str | Path | AnyImage
 BATCH = 8
+_VIEW = 512  # the longer side of a photo in a picture of attention, in pixels
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 
@@ -135,20 +137,12 @@ class Captioner:
 
     def pixels(self, photo: Photo) -> list[np.ndarray]:
         """A photo at the size of each run's encoder: uint8 [s,s,3]. Raises as ``__call__``."""
-        if isinstance(photo, Image.Image):
-            photo = np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
-        elif isinstance(photo, str | Path):
-            photo = Path(photo).read_bytes()
-        return [decode(photo, run.experiment.data.image_size, run.experiment.data.resize) for run in self.runs]
+        image = _image(photo)
+        return [decode(image, run.experiment.data.image_size, run.experiment.data.resize) for run in self.runs]
 
-    def view(self, photo: Path) -> np.ndarray:
-        """The part of a photo that the first run's encoder sees, not squashed: uint8 [h,w,3]."""
-        with Image.open(photo) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        if self.runs[0].experiment.data.resize == "crop":
-            upright = ImageOps.fit(upright, (min(upright.size),) * 2)
-        upright.thumbnail((512, 512))
-        return np.asarray(upright)
+    def view(self, photo: Photo) -> np.ndarray:
+        """The part of a photo that the first run's encoder sees, not squashed: uint8 [h,w,3]. Raises as ``__call__``."""
+        return view(_image(photo), _VIEW, self.runs[0].experiment.data.resize)
 
     def stream(self, images: Sequence[Sequence[np.ndarray]], first_row: int = 0) -> Iterator[list[list[Caption]]]:
         """All captions of images (as ``pixels`` returns them), one batch at a time.
@@ -169,11 +163,11 @@ class Captioner:
     def _hypotheses(self, decoded: Decoded, maps: np.ndarray | None, row: int) -> list[Caption]:
         captions = []
         for m in caption_rows(np.asarray(decoded.tokens[row]), self.decoding):
-            text = self.runs[0].vocabulary.decode(decoded.tokens[row, m])
-            words = tuple(text.split())
+            vocabulary = self.runs[0].vocabulary
+            words = tuple(vocabulary.decode_words(decoded.tokens[row, m]))
             captions.append(
                 Caption(
-                    text,
+                    vocabulary.tokenizer.join(words),
                     float(decoded.log_prob[row, m]),
                     words,
                     tuple(map(float, decoded.word_log_probs[row, m, : len(words)])),
@@ -204,6 +198,10 @@ class Captioner:
             for function, params, frozen, own in zip(self._attention, self._params, self._frozen, images, strict=False)
         ]
         return np.mean(maps, axis=0) if maps else None
+
+
+def _image(photo: Photo) -> AnyImage:
+    return read_file(Path(photo)) if isinstance(photo, str | Path) else photo
 
 
 def _is_batch(photos: object) -> bool:

@@ -226,12 +226,22 @@ def _inspect(options: argparse.Namespace) -> int:
     from imgcap_jax.data.sources import open_source
     from imgcap_jax.report.contact_sheet import dataset_sheet
 
-    inspection = inspect(options.name, options.data_dir, min_count=options.min_count)
+    tokenizer = _tokenizer(options)
+    inspection = inspect(options.name, options.data_dir, min_count=options.min_count, tokenizer=tokenizer)
     print("\n".join(inspection.lines()))
     sheet = options.sheet or Path(f"{options.name}.png")
     dataset_sheet(open_source(options.name, next(iter(inspection.splits)), options.data_dir), sheet)
     print(f"contact sheet: {sheet}")
     return 0
+
+
+def _tokenizer(options: argparse.Namespace) -> Any:
+    """The tokeniser that the user named, after the code that defines it."""
+    from imgcap_jax.tokenizers import find_tokenizer
+    from imgcap_jax.user_code import load_all_code
+
+    load_all_code(options.code)
+    return find_tokenizer(options.tokenizer)
 
 
 def _score(options: argparse.Namespace) -> int:
@@ -246,6 +256,7 @@ def _score(options: argparse.Namespace) -> int:
         training=options.training,
         samples=options.samples,
         with_spice=options.spice,
+        tokenizer=_tokenizer(options),
         bootstrap=options.bootstrap,
         output=options.json,
     )

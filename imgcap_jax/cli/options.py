@@ -12,6 +12,8 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, StructTypeInfo
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.tokenizers import NAMES, Tokenizer, find_tokenizer
+from imgcap_jax.user_code import class_name
 
 Settings = TypeVar("Settings")
 
@@ -19,11 +21,37 @@ _CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.Su
 _registry = ConstructorRegistry()
 
 
+def _is_named(value: Any) -> bool:
+    """Whether an option takes the value's name, because it has no fields that could be options."""
+    return type(value) in NAMES.values() and not dataclasses.fields(value)
+
+
+@_registry.primitive_rule
+def _named_tokenizer(info: Any) -> PrimitiveConstructorSpec[Tokenizer] | None:
+    if info.type is not Tokenizer:
+        return None
+
+    def read(arguments: list[str]) -> Tokenizer:
+        try:
+            return find_tokenizer(arguments[0])
+        except UserError as error:
+            raise ValueError(str(error)) from error
+
+    names = {kind: name for name, kind in NAMES.items()}
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(NAMES)},MODULE:CLASS}}",
+        instance_from_str=read,
+        is_instance=lambda value: hasattr(value, "join"),
+        str_from_instance=lambda value: [names.get(type(value), class_name(type(value)))],
+    )
+
+
 @_registry.struct_rule
 def _class_of_default(info: StructTypeInfo) -> Any:
     """A field that is typed by a contract has the options of the class of its value."""
     value = info.default
-    if not dataclasses.is_dataclass(value) or isinstance(value, type) or info.type is type(value):
+    if not dataclasses.is_dataclass(value) or isinstance(value, type) or info.type is type(value) or _is_named(value):
         return None
     return _registry.get_struct_spec(StructTypeInfo.make(type(value), value, info.in_union_context))
 
@@ -126,7 +154,7 @@ def _names(settings: Any, prefix: str) -> Iterator[str]:
         name = f"{prefix}{item.name.replace('_', '-')}"
         parts = enumerate(value) if isinstance(value, tuple) else [("", value)]
         nested = [(f"{name}.{key}." if key != "" else f"{name}.", part) for key, part in parts]
-        if nested and all(dataclasses.is_dataclass(part) for _, part in nested):
+        if nested and all(dataclasses.is_dataclass(part) and not _is_named(part) for _, part in nested):
             for inner, part in nested:
                 yield from _names(part, inner)
         else:

@@ -209,6 +209,7 @@ def _add_score(commands: Commands) -> None:
         "--samples", type=Path, metavar="CAPTIONS", help="several captions per image: also report their diversity"
     )
     score.add_argument("--spice", action="store_true", help="also SPICE, by the official Java tool (minutes)")
+    _add_tokenizer(score)
 
 
 def _add_submission(commands: Commands) -> None:
@@ -254,6 +255,7 @@ def _add_inspect(actions: Commands) -> None:
     inspect.add_argument("name", help="a prepared dataset")
     inspect.add_argument("--min-count", type=int, default=5, help="smallest count of a vocabulary word (default: 5)")
     inspect.add_argument("--sheet", type=Path, help="file of the contact sheet (default: <name>.png)")
+    _add_tokenizer(inspect)
     _add_data_dir(inspect)
 
 
@@ -265,6 +267,16 @@ def _add_code(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a Python file (or module) that defines classes a run needs; it is executed. Can be repeated",
     )
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer",
+        default="ptb",
+        help="how captions become words: ptb (default), characters (Chinese, Japanese, Thai, emoji), or MODULE:CLASS of "
+        "your own with --code",
+    )
+    _add_code(parser)
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from imgcap_jax.special_tokens import EOS, PAD, UNK
-from imgcap_jax.text import tokenize
 
 if TYPE_CHECKING:
     from imgcap_jax.data.sources import CaptionSource
@@ -63,7 +62,7 @@ class CaptionTable:
         known = {word: number for number, word in enumerate(vocabulary.words) if number > UNK}
         captions = [
             [
-                [known.setdefault(word, len(known) + UNK + 1) for word in tokenize(caption)] + [EOS] * eos
+                [known.setdefault(word, len(known) + UNK + 1) for word in vocabulary.tokenizer(caption)] + [EOS] * eos
                 for caption in source.captions(i)
             ]
             for source in sources

@@ -1,19 +1,19 @@
 """Statistics of a prepared dataset: counts, caption lengths and vocabulary coverage."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from imgcap_jax.data.caption_checks import CaptionCounts, captions_of, vocabulary_notes
 from imgcap_jax.data.sources import CaptionSource, DatasetDescription, describe, open_source
 from imgcap_jax.data.vocabulary import Vocabulary
-from imgcap_jax.text import tokenize
+from imgcap_jax.tokenizers import DEFAULT, Tokenizer
 
 
 @dataclass(frozen=True)
 class SplitStatistics:
-    """Statistics of one split. Lengths are in words as `text.tokenize` counts them.
+    """Statistics of one split. Lengths are in words of the tokeniser.
 
     `word_counts[n]` is the number of captions with n words. `known` is the share of words, including repetitions, that
     are in the vocabulary of the training captions.
@@ -41,12 +41,14 @@ class SplitStatistics:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Statistics of a prepared dataset. `vocabulary_size` includes the four special tokens."""
+    """Statistics of a prepared dataset. `vocabulary_size` includes the four special tokens; `notes` say what is odd."""
 
     dataset: DatasetDescription
     splits: dict[str, SplitStatistics]
     vocabulary_size: int
     min_count: int
+    tokenizer: Tokenizer = DEFAULT
+    notes: tuple[str, ...] = ()
 
     def lines(self, *, show_skipped: int = 10) -> list[str]:
         """The report as lines of text."""
@@ -56,7 +58,7 @@ class Inspection:
             f"source   {dataset.source}",
             f"licence  {dataset.licence or 'not stated'}",
             f"vocabulary of the training captions, words that occur at least {self.min_count} times: "
-            f"{self.vocabulary_size:,} tokens",
+            f"{self.vocabulary_size:,} tokens (tokenizer {self.tokenizer.label})",
             "",
             f"{'split':<20}{'images':>9}{'captions':>10}{'per image':>11}{'words':>7}{'median':>8}{'99 %':>6}"
             f"{'> 20':>8}{'known':>8}",
@@ -67,6 +69,7 @@ class Inspection:
                 f"{split.mean_words:>7.1f}{split.percentile_words(50):>8}{split.percentile_words(99):>6}"
                 f"{split.share_longer(20):>8.2%}{split.known:>8.2%}"
             )
+        lines += [f"note: {note}" for note in self.notes]
         lines += ["", f"skipped: {len(dataset.skipped)}"]
         lines += [f"  {entry.name}: {entry.reason}" for entry in dataset.skipped[:show_skipped]]
         if len(dataset.skipped) > show_skipped:
@@ -74,33 +77,34 @@ class Inspection:
         return lines
 
 
-def inspect(name: str, data_dir: Path | None = None, *, min_count: int = 5) -> Inspection:
+def inspect(
+    name: str, data_dir: Path | None = None, *, min_count: int = 5, tokenizer: Tokenizer = DEFAULT
+) -> Inspection:
     """Computes the statistics of a prepared dataset.
 
     The vocabulary is built from `train`, or from the first split if there is no `train`.
 
     Raises:
-        UserError: the dataset is not prepared.
+        UserError: the dataset is not prepared, or no word occurs `min_count` times.
     """
     dataset = describe(name, data_dir)
     sources = {split: open_source(name, split, data_dir) for split in dataset.splits}
     training = sources.get("train") or next(iter(sources.values()))
-    vocabulary = Vocabulary.build(_captions(training), min_count)
-    statistics = {split: _statistics(source, vocabulary) for split, source in sources.items()}
-    return Inspection(dataset, statistics, len(vocabulary), min_count)
+    vocabulary = Vocabulary.build(captions_of([training]), min_count, tokenizer)
+    counts = {
+        split: CaptionCounts.of(captions_of([source]), vocabulary, tokenizer) for split, source in sources.items()
+    }
+    statistics = {split: _statistics(source, counts[split]) for split, source in sources.items()}
+    notes = vocabulary_notes(counts[training.split], counts.get("val"), vocabulary, min_count)
+    return Inspection(dataset, statistics, len(vocabulary), min_count, tokenizer, tuple(notes))
 
 
-def _captions(source: CaptionSource) -> Iterable[str]:
-    return (caption for i in range(len(source)) for caption in source.captions(i))
-
-
-def _statistics(source: CaptionSource, vocabulary: Vocabulary) -> SplitStatistics:
+def _statistics(source: CaptionSource, counts: CaptionCounts) -> SplitStatistics:
     per_image = [len(source.captions(i)) for i in range(len(source))]
-    lengths = [len(tokenize(caption)) for caption in _captions(source)]
     return SplitStatistics(
         images=len(source),
-        captions=len(lengths),
-        captions_per_image=(min(per_image), len(lengths) / len(source), max(per_image)),
-        word_counts=tuple(int(count) for count in np.bincount(lengths)),
-        known=vocabulary.coverage(_captions(source)),
+        captions=counts.captions,
+        captions_per_image=(min(per_image), counts.captions / len(source), max(per_image)),
+        word_counts=counts.lengths,
+        known=counts.coverage,
     )

@@ -16,9 +16,12 @@ import numpy.typing as npt
 from absl import flags
 
 from imgcap_jax.data.caption_table import CaptionTable
-from imgcap_jax.data.images import Augmentation, ImageError, Resize, augment, decode
+from imgcap_jax.data.feature_files import Dtype
+from imgcap_jax.data.image_files import ImageError
+from imgcap_jax.data.images import Augmentation, Resize, augment, decode
 from imgcap_jax.data.regions import RegionSource
 from imgcap_jax.errors import UserError
+from imgcap_jax.tokenizers import DEFAULT, Tokenizer, check_tokenizer
 
 if TYPE_CHECKING:
     from imgcap_jax.data.sources import CaptionSource
@@ -56,14 +59,20 @@ class CaptionData:
     """Longer captions are cut to this number of words; T = max_words + 2."""
     min_count: int = 5
     """Words that occur less often in the training captions become <unk>."""
+    tokenizer: Tokenizer = DEFAULT
+    """How captions become words: ptb (English and other text with blanks between words), characters (Chinese, Japanese,
+    Thai, emoji), or your own."""
     views: int = 1
     """Feature views per image if the encoder is frozen: plain, mirrored, crops."""
+    feature_dtype: Dtype = "float16"
+    """Type of the stored features of a frozen encoder. bfloat16 is for features beyond 65,504, the largest float16."""
     threads: int = 2
     """Threads that decode images and look up features ahead of time (per worker process, if there are any)."""
     workers: int = 0
     """Worker processes; useful only if threads are too slow."""
 
     def __post_init__(self) -> None:
+        check_tokenizer(self.tokenizer, "data.tokenizer")
         lowest = {"threads": 0, "workers": 0}
         for name in ("image_size", "batch_size", "captions_per_image", "max_words", "min_count", "views", *lowest):
             if getattr(self, name) < lowest.get(name, 1):
@@ -388,6 +397,6 @@ def _read_options(config: CaptionData) -> grain.ReadOptions:
 def _check_store(source: "CaptionSource", store: RegionSource) -> None:
     if len(store) != len(source):
         raise UserError(
-            f"the features are of {len(store)} images, but {source.name} split {source.split} has {len(source)}: "
-            "delete the folder of the features to compute them again"
+            f"the regions are of {len(store)} images, but {source.name} split {source.split} has {len(source)}; give "
+            f"those of this split"
         )

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import write_text
 from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
-from imgcap_jax.text import tokenize
+from imgcap_jax.tokenizers import DEFAULT, Tokenizer
 
 __all__ = ["BOS", "EOS", "PAD", "UNK", "Vocabulary"]
 
@@ -28,19 +28,21 @@ class Vocabulary:
         words: `<pad> <bos> <eos> <unk>`, then the words by descending count; ties are in alphabetical order.
         counts: the number of occurrences of each word in the captions that the vocabulary was built from. The count of
             `<unk>` is that of all rarer words; the counts of the other special tokens are 0.
+        tokenizer: splits captions into words, and joins words into captions.
     """
 
     words: tuple[str, ...]
     counts: tuple[int, ...]
+    tokenizer: Tokenizer = DEFAULT
 
     @classmethod
-    def build(cls, captions: Iterable[str], min_count: int = 5) -> "Vocabulary":
+    def build(cls, captions: Iterable[str], min_count: int = 5, tokenizer: Tokenizer = DEFAULT) -> "Vocabulary":
         """Builds a vocabulary of the words that occur at least `min_count` times in the captions.
 
         Raises:
-            UserError: no word occurs that often.
+            UserError: no word occurs that often, or the tokeniser returns something other than a list of words.
         """
-        counter = Counter(token for caption in captions for token in tokenize(caption))
+        counter = Counter(token for caption in captions for token in _checked(tokenizer(caption), tokenizer))
         # The text "<unk>" in a caption is one token. It must not become a second unknown word.
         rare = sum(counter.pop(token, 0) for token in _SPECIAL)
         ordered = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
@@ -48,10 +50,12 @@ class Vocabulary:
         if not known:
             most = f"the most frequent one, {ordered[0][0]!r}, {ordered[0][1]} times" if ordered else "there are none"
             raise UserError(
-                f"no word occurs {min_count} times in the training captions ({most}): use a lower min-count"
+                f"no word occurs {min_count} times in the training captions ({most}): use a lower min-count, or the "
+                f"tokenizer characters if there are no blanks between words"
             )
         rare += sum(count for _, count in ordered[len(known) :])
-        return cls(_SPECIAL + tuple(word for word, _ in known), (0, 0, 0, rare, *(count for _, count in known)))
+        words = _SPECIAL + tuple(word for word, _ in known)
+        return cls(words, (0, 0, 0, rare, *(count for _, count in known)), tokenizer)
 
     def __len__(self) -> int:
         return len(self.words)
@@ -79,7 +83,7 @@ class Vocabulary:
         """
         if length < 3:
             raise ValueError(f"length {length} leaves no room for bos, a word and eos")
-        words = self.ids(tokenize(caption))
+        words = self.ids(self.tokenizer(caption))
         tokens = [BOS, *words, EOS] if len(words) <= length - 2 else [BOS, *words[: length - 2]]
         encoded = np.full(length, PAD, np.int32)
         encoded[: len(tokens)] = tokens
@@ -87,42 +91,59 @@ class Vocabulary:
 
     def decode(self, ids: ArrayLike) -> str:
         """The text of token ids [T] up to the first eos, without bos and pad."""
-        words = []
+        return self.tokenizer.join(self.decode_words(ids))
+
+    def decode_words(self, ids: ArrayLike) -> list[str]:
+        """The words of token ids [T] up to the first eos, without bos and pad."""
+        words: list[str] = []
         for index in np.asarray(ids).tolist():
             if index == EOS:
                 break
             if index not in (BOS, PAD):
                 words.append(self.words[index])
-        return " ".join(words)
+        return words
 
     def coverage(self, captions: Iterable[str]) -> float:
         """The share of the captions' tokens that are in the vocabulary, 0 to 1; 1 if there are no tokens."""
         known = total = 0
         for caption in captions:
-            tokens = tokenize(caption)
+            tokens = self.tokenizer(caption)
             total += len(tokens)
-            known += sum(token in self._ids for token in tokens)
+            known += self.count_known(tokens)
         return known / total if total else 1.0
 
+    def count_known(self, words: Iterable[str]) -> int:
+        """How many words are in the vocabulary, repetitions included."""
+        return sum(word in self._ids for word in words)
+
     def extended(self, other: "Vocabulary") -> "Vocabulary":
-        """A vocabulary of these words with their ids, then the new words of `other`. Counts are added."""
+        """A vocabulary of these words with their ids, then the new words of `other`. Counts are added.
+
+        Raises:
+            UserError: the two have different tokenisers.
+        """
+        if self.tokenizer != other.tokenizer:
+            raise UserError(
+                f"the run to start from has another tokenizer ({self.tokenizer.label}, here "
+                f"{other.tokenizer.label}): use the same data.tokenizer, or train from scratch"
+            )
         theirs = dict(zip(other.words, other.counts, strict=True))
         known = set(self.words)
         new = [word for word in other.words if word not in known]
         counts = [count + theirs.get(word, 0) for word, count in zip(self.words, self.counts, strict=True)]
-        return Vocabulary((*self.words, *new), (*counts, *(theirs[word] for word in new)))
+        return Vocabulary((*self.words, *new), (*counts, *(theirs[word] for word in new)), self.tokenizer)
 
     def save(self, path: Path) -> None:
         """Writes the vocabulary as JSON."""
-        document = {"tokenizer": "ptb-coco", "words": self.words, "counts": self.counts}
+        document = {"tokenizer": self.tokenizer.label, "words": self.words, "counts": self.counts}
         write_text(path, json.dumps(document, ensure_ascii=False))
 
     @classmethod
-    def load(cls, path: Path) -> "Vocabulary":
+    def load(cls, path: Path, tokenizer: Tokenizer = DEFAULT) -> "Vocabulary":
         """Reads a vocabulary that `save` wrote.
 
         Raises:
-            UserError: the file is missing or is not a vocabulary.
+            UserError: the file is missing, is not a vocabulary, or was built with another tokeniser.
         """
         hint = "choose the folder of a training run, or train again"
         try:
@@ -145,4 +166,16 @@ class Vocabulary:
                 f"{path} is not a vocabulary ('words' must be distinct and begin with {' '.join(_SPECIAL)}; 'counts' "
                 f"must have one number per word): {hint}"
             )
-        return cls(tuple(words), tuple(counts))
+        label = fields.get("tokenizer", DEFAULT.label)
+        if label != tokenizer.label:
+            raise UserError(
+                f"{path} was built with the tokenizer {label!r}, but that of the experiment is {tokenizer.label!r}; "
+                f"use the experiment of this run, with its fields and code"
+            )
+        return cls(tuple(words), tuple(counts), tokenizer)
+
+
+def _checked(tokens: list[str], tokenizer: Tokenizer) -> list[str]:
+    if not isinstance(tokens, list) or not all(isinstance(token, str) and token for token in tokens):
+        raise UserError(f"data.tokenizer: {tokenizer!r} returned {tokens!r:.80}; it must return a list of words")
+    return tokens

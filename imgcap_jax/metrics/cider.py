@@ -13,6 +13,7 @@ a single image scores 0. They can also come from another corpus, as in self-crit
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -99,6 +100,12 @@ class Vectors:
             self.orders.append(_Order(idf, key[order], caption[order], weight[order], norm))
         self.unseen = np.log(images)  # the idf of an n-gram that occurs nowhere
 
+    @cached_property
+    def flat(self) -> np.ndarray:
+        """Whether every n-gram of an image's references has an idf of 0, so that each caption of it scores 0, [I]."""
+        weight = np.sum([order.norm for order in self.orders], axis=0)  # [C]
+        return np.bincount(self.references.image_of, weight, minlength=len(self.references.tokens)) == 0
+
     def similarities(self, candidates: Candidates, *, clip: bool) -> np.ndarray:
         """The cosine similarity of each reference with the candidate of its image, for each order.
 
@@ -132,12 +139,16 @@ class Vectors:
         return dot / np.where(scale > 0, scale, 1)
 
 
-def score_clipped(vectors: Vectors) -> Callable[[Candidates], MetricScores]:
-    """Returns a function that computes the CIDEr-D of candidates."""
-    references = vectors.references
+@dataclass(frozen=True)
+class ClippedScorer:
+    """Computes the CIDEr-D of candidates."""
 
-    def score(candidates: Candidates) -> MetricScores:
-        similarity = vectors.similarities(candidates, clip=True).mean(0)
+    vectors: Vectors
+
+    def __call__(self, candidates: Candidates) -> MetricScores:
+        """The scores of one candidate per image."""
+        references = self.vectors.references
+        similarity = self.vectors.similarities(candidates, clip=True).mean(0)
         # The official code uses the number of bigrams as the length. Only for empty captions does this change the
         # difference in length.
         words = np.maximum(candidates.lengths - 1, 0)[references.image_of]
@@ -145,7 +156,24 @@ def score_clipped(vectors: Vectors) -> Callable[[Candidates], MetricScores]:
         similarity = similarity * np.exp(-(difference**2) / (2 * SIGMA**2))
         return {"CIDEr-D": mean_score(_mean_over_references(similarity, references))}
 
-    return score
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A line if CIDEr-D is 0 for every caption of some images that have references with words."""
+        references = self.vectors.references
+        has_words = np.array([any(texts) for texts in references.tokens])
+        stuck = self.vectors.flat & has_words
+        if not stuck.any():
+            return ()
+        if self.vectors.unseen == 0:
+            return ("CIDEr-D is 0 for every caption, because there is one image, so that every idf is 0: add images",)
+        reason = "n-gram of the references occurs in all images that document frequencies come from"
+        if stuck.sum() == has_words.sum():
+            return (f"CIDEr-D is 0 for every caption, because each {reason}: add images with other captions",)
+        first = references.image_ids[int(np.argmax(stuck))]
+        return (
+            f"CIDEr-D is 0 for every caption of {stuck.sum()} of {len(stuck)} images (first: image {first}), because "
+            f"each {reason}",
+        )
 
 
 def score_original(vectors: Vectors) -> Callable[[Candidates], MetricScores]:

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from imgcap_jax.text import tokenize
+from imgcap_jax.tokenizers import DEFAULT, Tokenizer
 
 ORDERS = 4  # unigrams to 4-grams
 _SHIFT = 32  # bits of the second number of a pair
@@ -164,9 +164,9 @@ class References:
     tokens: tuple[tuple[list[str], ...], ...]
 
     @classmethod
-    def from_captions(cls, captions: Mapping[int, Sequence[str]]) -> "References":
+    def from_captions(cls, captions: Mapping[int, Sequence[str]], tokenizer: Tokenizer = DEFAULT) -> "References":
         """Tokenises raw captions: image id -> captions."""
-        return cls(tuple(captions), tuple(tuple(tokenize(text) for text in texts) for texts in captions.values()))
+        return cls(tuple(captions), tuple(tuple(map(tokenizer, texts)) for texts in captions.values()))
 
     @cached_property
     def per_image(self) -> np.ndarray:

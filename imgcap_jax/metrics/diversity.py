@@ -9,7 +9,7 @@ import numpy as np
 
 from imgcap_jax.metrics.cider import Vectors
 from imgcap_jax.metrics.corpus import Candidates, References
-from imgcap_jax.text import tokenize
+from imgcap_jax.tokenizers import DEFAULT, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,19 @@ class SetDiversity:
     self_cider: float
 
 
-def diversity(captions: Iterable[str], training: Iterable[str] | None = None) -> Diversity:
+def diversity(
+    captions: Iterable[str], training: Iterable[str] | None = None, tokenizer: Tokenizer = DEFAULT
+) -> Diversity:
     """Diversity of one caption per image, for at least one image.
 
     Captions are compared as tokens, without case and punctuation.
     """
-    tokens = [tuple(tokenize(caption)) for caption in captions]
+    tokens = [tuple(tokenizer(caption)) for caption in captions]
     often = Counter(tokens)
     words = sum(map(len, tokens))
     novel = None
     if training is not None:
-        seen = {tuple(tokenize(caption)) for caption in training}
+        seen = {tuple(tokenizer(caption)) for caption in training}
         novel = sum(caption not in seen for caption in tokens) / len(tokens)
     return Diversity(
         len({word for caption in tokens for word in caption}),
@@ -72,14 +74,17 @@ def diversity(captions: Iterable[str], training: Iterable[str] | None = None) ->
     )
 
 
-def set_diversity(sets: Mapping[int, Sequence[str]], references: Mapping[int, Sequence[str]]) -> SetDiversity | None:
+def set_diversity(
+    sets: Mapping[int, Sequence[str]], references: Mapping[int, Sequence[str]], tokenizer: Tokenizer = DEFAULT
+) -> SetDiversity | None:
     """Diversity of several captions per image; None if no image has at least two.
 
     Args:
         sets: image id -> raw captions.
         references: image id -> raw captions, from which self-CIDEr's document frequencies are computed.
+        tokenizer: splits both.
     """
-    several = {image: [tokenize(caption) for caption in captions] for image, captions in sets.items()}
+    several = {image: [tokenizer(caption) for caption in captions] for image, captions in sets.items()}
     several = {image: captions for image, captions in several.items() if len(captions) > 1}
     if not several:
         return None
@@ -92,7 +97,7 @@ def set_diversity(sets: Mapping[int, Sequence[str]], references: Mapping[int, Se
         )
         for n in (1, 2)
     ]
-    self_cider = [_self_cider(kernel) for kernel in _kernels(several, references)]
+    self_cider = [_self_cider(kernel) for kernel in _kernels(several, References.from_captions(references, tokenizer))]
     return SetDiversity(
         len(several),
         float(np.mean([len(captions) for captions in several.values()])),
@@ -105,10 +110,10 @@ def _grams_of(captions: Iterable[Sequence[str]], n: int) -> set[tuple[str, ...]]
     return {tuple(caption[i : i + n]) for caption in captions for i in range(len(caption) - n + 1)}
 
 
-def _kernels(sets: Mapping[int, list[list[str]]], references: Mapping[int, Sequence[str]]) -> Iterator[np.ndarray]:
+def _kernels(sets: Mapping[int, list[list[str]]], references: References) -> Iterator[np.ndarray]:
     """For each image, the CIDEr similarity between its m captions, from 0 to 1, [m,m]."""
     captions = References(tuple(sets), tuple(map(tuple, sets.values())))
-    vectors = Vectors(captions, References.from_captions(references).tokens)
+    vectors = Vectors(captions, references.tokens)
     # Round k compares caption k of each image with all captions of the image. An image with fewer captions uses its
     # last caption again; the slice below drops that row.
     rounds = range(int(captions.per_image.max()))

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from imgcap_jax.metrics import spice
 from imgcap_jax.metrics.coco_format import first_captions, read_captions, read_references
 from imgcap_jax.metrics.compare import SAMPLES, Difference, paired_bootstrap
 from imgcap_jax.metrics.diversity import Diversity, SetDiversity, diversity, set_diversity
-from imgcap_jax.metrics.scoring import CaptionScorer, Scores, available_metrics
+from imgcap_jax.metrics.scoring import CaptionScorer, Scores, available_metrics, why_english_only
+from imgcap_jax.tokenizers import DEFAULT, Tokenizer, is_english_only
 
 _FEW = 50  # images; with fewer the bootstrap reports differences that do not exist
 
@@ -86,6 +87,7 @@ def score_files(
     training: Path | None = None,
     samples: Path | None = None,
     with_spice: bool = False,
+    tokenizer: Tokenizer = DEFAULT,
     output: Path | None = None,
 ) -> ScoreReport:
     """Scores a file of captions in COCO's format.
@@ -98,14 +100,16 @@ def score_files(
         idf: annotations that CIDEr's document frequencies are computed from. None uses `references`.
         training: annotations of the training split. A caption that occurs in them is not novel.
         samples: results with several captions per image, whose diversity is measured.
-        with_spice: computes SPICE as well.
+        with_spice: computes SPICE as well, unless the tokeniser is one for other languages than English.
+        tokenizer: splits all captions.
         output: the path that the report will be written to. It is checked before anything is computed.
 
     Raises:
         UserError: a file cannot be read, the files have no image in common, SPICE is not installed, or options
             contradict each other.
     """
-    if with_spice and (reason := spice.obstacle()):
+    english = is_english_only(tokenizer)
+    if with_spice and english and (reason := spice.obstacle()):
         raise UserError(reason)
     if bootstrap is not None and compare is None:
         raise UserError("--bootstrap requires --compare: add another system's captions, or remove --bootstrap")
@@ -124,7 +128,7 @@ def score_files(
     systems = {path: _single(read_captions(path), path, warnings) for path in (captions, compare) if path is not None}
     corpus = read_references(idf) if idf is not None else None
     seen = [text for texts in read_references(training).values() for text in texts] if training is not None else None
-    sets = _sets(samples, all_references, warnings) if samples is not None else None
+    sets = _sets(samples, all_references, tokenizer, warnings) if samples is not None else None
     images = _common(all_references, systems, warnings)
     theirs = {image_id: all_references[image_id] for image_id in images}
     twice = sum(len(set(texts)) < len(texts) for texts in theirs.values())
@@ -134,12 +138,15 @@ def score_files(
             "annotations are not in the file twice"
         )
 
-    chosen = available_metrics(corpus, idf_name=idf.name if idf is not None else "", original_cider=True)
-    if with_spice:
+    idf_name = idf.name if idf is not None else ""
+    chosen = available_metrics(corpus, idf_name=idf_name, original_cider=True, tokenizer=tokenizer)
+    if with_spice and english:
         chosen[spice.LABEL] = spice.prepare
-    scorer = CaptionScorer(theirs, chosen)
+    scorer = CaptionScorer(theirs, chosen, tokenizer=tokenizer)
     ours = {image_id: systems[captions][image_id] for image_id in images}
     scores = scorer.score(ours)
+    if with_spice and not english:
+        scores = replace(scores, missing={**scores.missing, "SPICE": why_english_only("SPICE", tokenizer)})
     warnings += scores.warnings
     other, differences = None, {}
     if compare is not None:
@@ -153,17 +160,21 @@ def score_files(
                 f"with {len(images)} images neither interval nor p-value is reliable: compare on at least {_FEW} images"
             )
     named = {name: str(path) for name, path in files.items()}
-    return ScoreReport(named, scores, diversity(ours.values(), seen), other, differences, drawn, sets, tuple(warnings))
+    return ScoreReport(
+        named, scores, diversity(ours.values(), seen, tokenizer), other, differences, drawn, sets, tuple(warnings)
+    )
 
 
-def _sets(path: Path, references: Mapping[int, Sequence[str]], warnings: list[str]) -> SetDiversity:
+def _sets(
+    path: Path, references: Mapping[int, Sequence[str]], tokenizer: Tokenizer, warnings: list[str]
+) -> SetDiversity:
     captions = read_captions(path)
     strange = [image_id for image_id in captions if image_id not in references]
     if strange:
         warnings.append(
             f"{path}: {len(strange)} of {len(captions)} images have no references (first: image {strange[0]})"
         )
-    found = set_diversity(captions, references)
+    found = set_diversity(captions, references, tokenizer)
     if found is None:
         raise UserError(
             f"{path} has no image with two captions: give several captions per image, for example those of "

@@ -9,7 +9,7 @@ does all work that depends on the references only, and returns a function. Every
 
 - ``image_ids``: the image ids, in the order of all arrays [I].
 - ``tokens``: for each image, a tuple with the list of tokens of each reference. Captions are tokenised as the official
-  COCO tools do (``imgcap_jax.text.tokenize``). A list of tokens can be empty.
+  COCO tools do, or by another tokeniser of the run (``imgcap_jax/tokenizers.py``). A list of tokens can be empty.
 - ``per_image`` [I]: the number of references of each image. ``image_of`` [C]: the position of the image of each
   reference. ``lengths`` [C]: the number of tokens in each reference.
 - ``n_grams``: the ids and counts of the n-grams of all references.
@@ -32,10 +32,13 @@ all metrics. One metric can return several names (BLEU returns BLEU-1 to BLEU-4)
 ``mean_score(images)`` returns a ``MetricScore`` whose score of a set is the mean over its images. Scores must be
 finite. The built-in scores range from 0 to 1 (CIDEr: 0 to 10). Reports print all scores times 100.
 
+The function can have an attribute ``warnings``: lines that say why the references alone make its scores misleading.
+``CaptionScorer.warnings`` contains them.
+
 Labels and signatures: ``CaptionScorer`` takes metrics as a dictionary from labels to metrics. A label states the
 name of the metric and every parameter that changes its scores: ``"CIDEr-D:s6:idf=references"``. It must not contain "|"
 or ",". ``Scores.signature`` contains the labels of all metrics, in the order of the dictionary:
-``imgcap-<version>|tok:ptb-coco|refs:<per image>|n:<images>|<label>,<label>,...``. ``Scores.signatures`` maps each
+``imgcap-<version>|tok:<tokeniser>|refs:<per image>|n:<images>|<label>,<label>,...``. ``Scores.signatures`` maps each
 reported name to a signature that contains only the label of the metric that returned the name.
 
 Custom metrics: a ``CustomMetric`` is a frozen dataclass that implements the two stages and has a label. It is passed as
@@ -75,7 +78,7 @@ from imgcap_jax.metrics import bleu, cider, rouge
 from imgcap_jax.metrics.corpus import Candidates, MetricScore, MetricScores, References
 from imgcap_jax.metrics.meteor import metric as meteor
 from imgcap_jax.metrics.meteor.tables import HOW_TO_ADD, package_folder
-from imgcap_jax.text import tokenize
+from imgcap_jax.tokenizers import DEFAULT, Tokenizer, is_english_only, looks_english
 
 Metric = Callable[[References], Callable[[Candidates], MetricScores]]
 """Takes references and returns a function that scores candidates. The module docstring describes the contract."""
@@ -99,7 +102,11 @@ _OWN_IDF = "idf=references"
 
 
 def available_metrics(
-    idf: Mapping[int, Sequence[str]] | None = None, *, idf_name: str = "corpus", original_cider: bool = False
+    idf: Mapping[int, Sequence[str]] | None = None,
+    *,
+    idf_name: str = "corpus",
+    original_cider: bool = False,
+    tokenizer: Tokenizer = DEFAULT,
 ) -> dict[str, Metric]:
     """The metrics that can be computed on this machine.
 
@@ -107,6 +114,7 @@ def available_metrics(
         idf: image id -> captions of the corpus that document frequencies are computed from. None uses the references.
         idf_name: the name of that corpus in signatures. The number of its images and a digest of its words are added.
         original_cider: adds the original CIDEr to CIDEr-D.
+        tokenizer: that of the captions. METEOR, which is for English, is left out if it is not the default.
 
     Returns:
         Label -> metric.
@@ -118,23 +126,30 @@ def available_metrics(
     if idf is not None:
         if len(idf) < 2:
             raise UserError(f"document frequencies need a corpus of at least two images; {idf_name} has {len(idf)}")
-        corpus = References.from_captions(idf).tokens
+        corpus = References.from_captions(idf, tokenizer).tokens
         digest = hashlib.sha256("\n".join(" ".join(text) for texts in corpus for text in texts).encode()).hexdigest()
         source = f"idf={re.sub('[^A-Za-z0-9._-]', '_', idf_name)}-{len(corpus)}-{digest[:8]}"
     vectors = cache(partial(cider.Vectors, corpus=corpus))  # shared by CIDEr-D and the original CIDEr
     found: dict[str, Metric] = {"BLEU:closest": bleu.prepare}
-    if not missing_metrics():
+    if not missing_metrics(tokenizer):
         found[_METEOR] = meteor.prepare
     found[f"ROUGE-L:b{rouge.BETA:g}"] = rouge.prepare
-    found[f"CIDEr-D:s{cider.SIGMA:g}:{source}"] = lambda references: cider.score_clipped(vectors(references))
+    found[f"CIDEr-D:s{cider.SIGMA:g}:{source}"] = lambda references: cider.ClippedScorer(vectors(references))
     if original_cider:
         found[f"CIDEr:unclipped:{source}"] = lambda references: cider.score_original(vectors(references))
     return found
 
 
-def missing_metrics() -> dict[str, str]:
-    """The metrics that cannot be computed on this machine, each with the command that installs it."""
+def missing_metrics(tokenizer: Tokenizer = DEFAULT) -> dict[str, str]:
+    """The metrics that cannot be computed, each with the command that installs it, or the reason."""
+    if not is_english_only(tokenizer):
+        return {"METEOR": why_english_only("METEOR", tokenizer)}
     return {} if package_folder() else {"METEOR": HOW_TO_ADD}
+
+
+def why_english_only(metric: str, tokenizer: Tokenizer) -> str:
+    """The reason why an English metric is left out."""
+    return f"{metric} is defined for the words of English captions; with the tokenizer {tokenizer.label} it is left out"
 
 
 @dataclass(frozen=True)
@@ -147,7 +162,7 @@ class Scores:
         signature: states how the scores were computed, as in sacreBLEU. Scores with different signatures cannot be
             compared.
         warnings: one line for each reason why the scores can be misleading.
-        missing: the metrics that could not be computed, each with the command that installs it.
+        missing: the metrics that could not be computed, each with the command that installs it, or the reason.
         signatures: metric -> the signature of that metric alone.
         metrics: metric -> the scores of all images and of samples of them, for the comparison of systems.
     """
@@ -180,11 +195,13 @@ class CaptionScorer:
 
     Args:
         references: image id -> raw captions. The idf of CIDEr-D depends on this set of images.
-        metrics: label -> metric. None means ``available_metrics()``.
+        metrics: label -> metric. None means ``available_metrics(tokenizer=tokenizer)``.
+        tokenizer: splits references and candidates.
 
     Attributes:
         references: the tokenised references.
         signature: the signature with the labels of all metrics.
+        warnings: one line for each reason why the references alone make scores misleading, whatever the candidates.
 
     Raises:
         UserError: there is no image, or an image has no reference.
@@ -194,17 +211,22 @@ class CaptionScorer:
         self,
         references: Mapping[int, Sequence[str]],
         metrics: Mapping[str, Metric] | None = None,
+        *,
+        tokenizer: Tokenizer = DEFAULT,
     ) -> None:
         if not references:
             raise UserError("there are no references to score against: choose a split or file that has captions")
         bare = [image_id for image_id, captions in references.items() if not captions]
         if bare:
             raise UserError(f"image {bare[0]} has no reference{_and_more(bare)}: add captions, or remove this image")
-        metrics = available_metrics() if metrics is None else metrics
-        self._missing = missing_metrics()
-        self.references = References.from_captions(references)
+        metrics = available_metrics(tokenizer=tokenizer) if metrics is None else metrics
+        self._tokenizer = tokenizer
+        self._missing = missing_metrics(tokenizer)
+        self.references = References.from_captions(references, tokenizer)
         self._metrics = {label: prepare(self.references) for label, prepare in metrics.items()}
         self.signature = self._sign(list(metrics))
+        own = (line for score in self._metrics.values() for line in getattr(score, "warnings", ()))
+        self.warnings: tuple[str, ...] = (*_reference_warnings(self.references, metrics), *own)
 
     def score(self, candidates: Mapping[int, str]) -> Scores:
         """Scores one candidate per image.
@@ -229,7 +251,7 @@ class CaptionScorer:
                 f"the candidate for image {strange[0]} has no references{_and_more(strange)}: "
                 "check that captions and references belong to the same split"
             )
-        tokens = [tokenize(candidates[image_id]) for image_id in image_ids]
+        tokens = [self._tokenizer(candidates[image_id]) for image_id in image_ids]
         prepared = Candidates(tokens, self.references)
         found: dict[str, MetricScore] = {}
         signatures: dict[str, str] = {}
@@ -242,7 +264,7 @@ class CaptionScorer:
             {name: score.value for name, score in found.items()},
             {name: dict(zip(image_ids, score.images.tolist(), strict=True)) for name, score in found.items()},
             self.signature,
-            self._warnings(tokens, candidates),
+            (*self.warnings, *_candidate_warnings(tokens, candidates)),
             self._missing,
             signatures,
             found,
@@ -253,32 +275,49 @@ class CaptionScorer:
         return "|".join(
             [
                 _VERSION,
-                "tok:ptb-coco",
+                f"tok:{self._tokenizer.label}",
                 f"refs:{fewest}" if fewest == most else f"refs:{fewest}-{most}",
                 f"n:{len(self.references.image_ids)}",
                 ",".join(labels),
             ]
         )
 
-    def _warnings(self, tokens: Sequence[list[str]], candidates: Mapping[int, str]) -> tuple[str, ...]:
-        warnings = []
-        if len(tokens) == 1 and any(_OWN_IDF in label for label in self._metrics):
-            warnings.append("CIDEr-D is 0 with one image, because every idf is 0: score more images")
-        empty = sum(not words for words in tokens)
-        if empty:
-            warnings.append(f"{empty} of {len(tokens)} candidates have no words; they score 0")
-        broken = sum("\n" in caption for caption in candidates.values())
-        if broken:
-            warnings.append(f"{broken} of {len(tokens)} candidates contain newlines, which are treated as blanks")
-        marked = [found[0] for caption in candidates.values() if (found := _MARKER.search(caption))]
-        if marked:
-            warnings.append(
-                f"{len(marked)} of {len(tokens)} candidates contain a special token such as {marked[0]}, which is "
-                "scored as a word: remove special tokens from the captions"
-            )
-        if len(tokens) > 1 and len(set(map(tuple, tokens))) == 1:
-            warnings.append(f"all {len(tokens)} candidates are the same caption")
-        return tuple(warnings)
+
+def _reference_warnings(references: References, metrics: Mapping[str, Metric]) -> list[str]:
+    warnings = []
+    bare = [image for image, texts in zip(references.image_ids, references.tokens, strict=True) if not any(texts)]
+    if bare:
+        warnings.append(
+            f"{len(bare)} of {len(references.tokens)} images have only references without words (first: image "
+            f"{bare[0]}); every caption of them scores 0: add captions, or remove these images"
+        )
+    empty = sum(not words for texts in references.tokens if any(texts) for words in texts)
+    if empty:
+        warnings.append(
+            f"{empty} of {len(references.lengths)} references have no words; they lower CIDEr-D: remove them"
+        )
+    if _METEOR in metrics and not looks_english([words for texts in references.tokens for words in texts]):
+        warnings.append("the references do not seem to be English, but METEOR is for English: do not report it")
+    return warnings
+
+
+def _candidate_warnings(tokens: Sequence[list[str]], candidates: Mapping[int, str]) -> list[str]:
+    warnings = []
+    empty = sum(not words for words in tokens)
+    if empty:
+        warnings.append(f"{empty} of {len(tokens)} candidates have no words; they score 0")
+    broken = sum("\n" in caption for caption in candidates.values())
+    if broken:
+        warnings.append(f"{broken} of {len(tokens)} candidates contain newlines, which are treated as blanks")
+    marked = [found[0] for caption in candidates.values() if (found := _MARKER.search(caption))]
+    if marked:
+        warnings.append(
+            f"{len(marked)} of {len(tokens)} candidates contain a special token such as {marked[0]}, which is "
+            "scored as a word: remove special tokens from the captions"
+        )
+    if len(tokens) > 1 and len(set(map(tuple, tokens))) == 1:
+        warnings.append(f"all {len(tokens)} candidates are the same caption")
+    return warnings
 
 
 _MARKER = re.compile(

@@ -53,7 +53,7 @@ def both(
     documents = References.from_captions({i: texts(group) for i, group in enumerate(corpus)}).tokens
 
     def prepare(given: References) -> Any:
-        return cider.score_clipped(cider.Vectors(given, documents))
+        return cider.ClippedScorer(cider.Vectors(given, documents))
 
     metrics: dict[str, Any] = {"CIDEr-D": prepare} if metric == "CIDEr-D" else {"BLEU": bleu.prepare}
     scorer = CaptionScorer({i: texts(group) for i, group in enumerate(references)}, metrics)

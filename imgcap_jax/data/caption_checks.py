@@ -1,0 +1,132 @@
+"""Notes on captions that a vocabulary or a training setting does not fit, for people who prepare data or train."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from imgcap_jax.data.sources import CaptionSource
+from imgcap_jax.data.vocabulary import Vocabulary
+from imgcap_jax.errors import UserError
+from imgcap_jax.tokenizers import DEFAULT, Tokenizer, looks_english, unspaced_length
+
+LOWEST_COVERAGE = 0.8
+_LONGEST_UNSPACED = 5.0  # characters; segmented Chinese and Japanese words have about two, Thai ones three
+_LONGEST_MEAN = 12.0  # characters; words of German and Finnish captions have six to eight
+_FEW = 20  # captions; fewer show no pattern
+
+
+@dataclass(frozen=True)
+class CaptionCounts:
+    """What the notes depend on, counted in one pass over the captions of a split.
+
+    Attributes:
+        captions: the number of captions.
+        lengths: captions[n] is the number of captions with n words.
+        words, known: the number of words, and of those in the vocabulary.
+        characters: the number of characters in all words.
+        unspaced: the words in scripts without blanks between words, and their characters.
+        english: whether the captions seem to be English.
+    """
+
+    captions: int
+    lengths: tuple[int, ...]
+    words: int
+    known: int
+    characters: int
+    unspaced: tuple[int, int]
+    english: bool
+
+    @classmethod
+    def of(cls, captions: Iterable[str], vocabulary: Vocabulary | None, tokenizer: Tokenizer) -> "CaptionCounts":
+        """Counts the words of captions. Without a vocabulary, none is known."""
+        tokens = [tokenizer(caption) for caption in captions]
+        known = sum(map(vocabulary.count_known, tokens)) if vocabulary is not None else 0
+        words = [word for caption in tokens for word in caption]
+        lengths = np.bincount([len(caption) for caption in tokens], minlength=1)
+        unspaced = [length for word in words if not word.isascii() and (length := unspaced_length(word))]
+        return cls(
+            len(tokens),
+            tuple(map(int, lengths)),
+            len(words),
+            known,
+            sum(map(len, words)),
+            (len(unspaced), sum(unspaced)),
+            looks_english(tokens),
+        )
+
+    @property
+    def coverage(self) -> float:
+        """The share of the words that are in the vocabulary; 1 if there are no words."""
+        return self.known / self.words if self.words else 1.0
+
+    def share_longer(self, words: int) -> float:
+        """The share of captions with more than `words` words."""
+        return sum(self.lengths[words + 1 :]) / max(1, self.captions)
+
+    @property
+    def unsegmented(self) -> str:
+        """Why the text does not seem to be separated into words; "" if it does."""
+        count, characters = self.unspaced
+        if self.captions < _FEW:
+            return ""
+        if count > self.captions / 2 and characters > _LONGEST_UNSPACED * count:
+            return f"their Chinese, Japanese or similar words have {characters / count:.0f} characters on average"
+        if self.words and self.characters > _LONGEST_MEAN * self.words:
+            return f"their words have {self.characters / self.words:.0f} characters on average"
+        if 2 * sum(self.lengths[:2]) > self.captions:
+            return "most of them have one word or none"
+        return ""
+
+
+def vocabulary_notes(
+    training: CaptionCounts, validation: CaptionCounts | None, vocabulary: Vocabulary | None, min_count: int
+) -> list[str]:
+    """Notes on words: text that is not separated into words, captions without words, and low coverage.
+
+    Args:
+        training, validation: the captions of the two splits; None: there is no validation split.
+        vocabulary: None if no word occurs ``min_count`` times.
+        min_count: the smallest count of a word of the vocabulary.
+    """
+    notes = []
+    if training.unsegmented:
+        notes.append(
+            f"the captions do not seem to be separated into words ({training.unsegmented}); use "
+            f"--data.tokenizer characters, or put blanks between words"
+        )
+    elif training.lengths[0]:
+        notes.append(
+            f"{training.lengths[0]} of {training.captions} training captions have no words, and train only the end of "
+            f"a caption; remove them, or use another --data.tokenizer if it drops their characters"
+        )
+    if vocabulary is None:
+        notes.append(f"no word occurs {min_count} times in the training captions; use --data.min-count 1")
+        return notes
+    counts = {"training": training, "validation": validation}
+    low = {name: split.coverage for name, split in counts.items() if split and split.coverage < LOWEST_COVERAGE}
+    if low:
+        shares = " and ".join(f"{100 * coverage:.0f} % of the {name} words" for name, coverage in low.items())
+        other = "" if training.unsegmented else ", or --data.tokenizer characters if there are no blanks between words"
+        notes.append(
+            f"the vocabulary of words that occur at least {min_count} times covers only {shares}, the others become "
+            f"<unk>; use a smaller --data.min-count{other}"
+        )
+    return notes
+
+
+def prepared_notes(training: CaptionSource, validation: CaptionSource | None) -> list[str]:
+    """The notes on a prepared dataset, with the default tokeniser and min_count."""
+    min_count = 5
+    captions = list(captions_of([training]))
+    try:
+        vocabulary = Vocabulary.build(captions, min_count)
+    except UserError:
+        vocabulary = None
+    theirs = CaptionCounts.of(captions_of([validation]), vocabulary, DEFAULT) if validation is not None else None
+    return vocabulary_notes(CaptionCounts.of(captions, vocabulary, DEFAULT), theirs, vocabulary, min_count)
+
+
+def captions_of(sources: Sequence[CaptionSource]) -> Iterable[str]:
+    """All captions of sources."""
+    return (caption for source in sources for i in range(len(source)) for caption in source.captions(i))

@@ -1,0 +1,187 @@
+"""Tokenisers: how a caption becomes tokens, for the vocabulary, the metrics and the words of decoding settings.
+
+A run has one tokeniser, ``data.tokenizer``. Its vocabulary, its captions and its scores use it. Score signatures and
+``vocabulary.json`` state its label.
+
+============== ============== =========================================================================================
+name           class          use
+============== ============== =========================================================================================
+``ptb``        PennTreebank   the default; text with blanks between words. Published scores of English captions use it.
+``characters`` Characters     text without blanks between words, such as Chinese, Japanese and Thai; emoji
+============== ============== =========================================================================================
+
+A tokeniser of your own is a frozen dataclass that implements ``Tokenizer``; docs/adding_parts.md has an example.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import regex
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.text import tokenize
+from imgcap_jax.user_code import UnknownClassError, find_class
+
+
+class Tokenizer(Protocol):
+    """Splits captions into tokens, and joins tokens into captions."""
+
+    @property
+    def label(self) -> str:
+        """Name and parameters, as they appear in signatures: ``"jieba:0.42"``. It must not contain blanks, | or ,."""
+        ...
+
+    def __call__(self, caption: str, /) -> list[str]:
+        """The tokens of a caption. The list can be empty; tokens must not be.
+
+        Scores are computed on the tokens of the joined text. A tokeniser should therefore return the same tokens again:
+        ``tokenizer(tokenizer.join(tokens)) == tokens``.
+        """
+        ...
+
+    def join(self, tokens: Sequence[str], /) -> str:
+        """The text of tokens, as it is printed and written into files of captions. A token can be ``<unk>``."""
+        ...
+
+
+@dataclass(frozen=True)
+class PennTreebank:
+    """Words as in the official COCO tools: Penn Treebank rules, lower case, without punctuation."""
+
+    @property
+    def label(self) -> str:
+        """See ``Tokenizer``."""
+        return "ptb-coco"
+
+    def __call__(self, caption: str, /) -> list[str]:
+        """See ``imgcap_jax.text.tokenize``."""
+        return tokenize(caption)
+
+    def join(self, tokens: Sequence[str], /) -> str:
+        """The tokens, separated by blanks."""
+        return " ".join(tokens)
+
+
+# Scripts that are written without blanks between words.
+_UNSPACED = "".join(
+    rf"\p{{scx={script}}}"
+    for script in ("Han", "Hiragana", "Katakana", "Bopomofo", "Yi", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan")
+)
+_UNSPACED_CHARACTER = rf"(?=[\p{{L}}\p{{N}}\p{{M}}])(?=[{_UNSPACED}])\X"
+_LETTER = rf"(?:(?![{_UNSPACED}])[\p{{L}}\p{{N}}]\p{{M}}*)"
+_PIECE = regex.compile(
+    r"<(?:pad|bos|eos|unk)>"
+    rf"|{_UNSPACED_CHARACTER}"
+    # A word or a number: don't, t-shirt, 3.5, 1,000. The zero-width non-joiner is a part of Persian words.
+    rf"|{_LETTER}+(?:(?:['’\-\u2010\u2011\u200c\u200d]|(?<=\p{{N}})[.,:](?=\p{{N}})){_LETTER}+)*"
+    r"|(?=\p{S})\X"
+)
+_IS_WORD = regex.compile(rf"{_LETTER}.*|<unk>", regex.DOTALL).fullmatch
+_UNSPACED_WORD = regex.compile(rf"(?:{_UNSPACED_CHARACTER})+").fullmatch
+_GRAPHEME = regex.compile(r"\X")
+
+
+@dataclass(frozen=True)
+class Characters:
+    """Characters of scripts without blanks between words, and words of other scripts.
+
+    One character of Chinese, Japanese, Thai, Lao, Khmer, Burmese or Tibetan text is one token, with its combining marks
+    (a grapheme). So is an emoji or another symbol. Words of other scripts and numbers stay whole. Text is normalised
+    (NFKC) and in lower case. Punctuation is dropped. sacreBLEU's tokeniser "zh" splits Chinese in the same way, but
+    keeps punctuation.
+    """
+
+    @property
+    def label(self) -> str:
+        """See ``Tokenizer``."""
+        return "characters"
+
+    def __call__(self, caption: str, /) -> list[str]:
+        """See ``Tokenizer``."""
+        plain = unicodedata.normalize("NFKC", caption).replace("\u00ad", "").lower()
+        return _PIECE.findall(plain)
+
+    def join(self, tokens: Sequence[str], /) -> str:
+        """The tokens, with a blank only between two words."""
+        text, before = "", False
+        for token in tokens:
+            is_word = _IS_WORD(token) is not None
+            text += f" {token}" if before and is_word else token
+            before = is_word
+        return text
+
+
+DEFAULT = PennTreebank()
+NAMES: dict[str, type[PennTreebank] | type[Characters]] = {"ptb": PennTreebank, "characters": Characters}
+"""The tokenisers that are part of the package, by the names that options take."""
+
+
+def find_tokenizer(name: str) -> Tokenizer:
+    """The tokeniser with a name: one of ``NAMES``, or the name ``module:Class`` of a class of your own.
+
+    Raises:
+        UserError: there is no such tokeniser, or the module of the class is not imported.
+    """
+    if name in NAMES:
+        return NAMES[name]()
+    if ":" not in name:
+        raise UserError(f"there is no tokenizer {name!r}; use {' or '.join(NAMES)}, or MODULE:CLASS with --code")
+    try:
+        tokenizer: Tokenizer = find_class(name)()
+    except UnknownClassError as error:
+        file = f"{error.module.rpartition('.')[2]}.py"
+        raise UserError(f"tokenizer {name}: {error.module} is not imported; add --code {file}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"tokenizer {name}: {error}; name a frozen dataclass whose fields have defaults") from error
+    check_tokenizer(tokenizer, f"tokenizer {name}")
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, setting: str) -> None:
+    """Raises UserError, which names the setting, unless a value implements ``Tokenizer``."""
+    if isinstance(tokenizer, type):
+        raise UserError(f"{setting} is the class {tokenizer.__name__}; give an instance, {tokenizer.__name__}()")
+    for name in ("label", "__call__", "join"):
+        if not hasattr(tokenizer, name):
+            raise UserError(
+                f"{setting}: {type(tokenizer).__name__} has no {name!r}; docs/adding_parts.md lists what a tokeniser "
+                f"must offer"
+            )
+    label = tokenizer.label
+    if not isinstance(label, str) or not label or any(character in "|," or character.isspace() for character in label):
+        raise UserError(f"{setting}: the label {label!r} must be a text without blanks, | and commas")
+    if label in _LABELS and not isinstance(tokenizer, _LABELS[label]):
+        raise UserError(f"{setting}: the label {label!r} belongs to a tokeniser of imgcap_jax; choose another label")
+
+
+_LABELS = {kind().label: kind for kind in NAMES.values()}
+
+
+def is_english_only(tokenizer: Tokenizer) -> bool:
+    """Whether metrics that are defined for English words (METEOR, SPICE) can read the tokens."""
+    return isinstance(tokenizer, PennTreebank)
+
+
+def unspaced_length(token: str) -> int:
+    """The number of characters (graphemes) of a token in a script without blanks; 0 for other tokens."""
+    return len(_GRAPHEME.findall(token)) if _UNSPACED_WORD(token) else 0
+
+
+_ENGLISH = frozenset({"an", "the", "is", "are", "and", "of", "with", "on"})
+_ENOUGH_TOKENS = 100
+
+
+def looks_english(captions: Sequence[Sequence[str]]) -> bool:
+    """Whether tokenised captions seem to be English.
+
+    In English captions, nine function words make up about 30 % of the tokens ("a" alone 14 %, in Flickr8k). Captions
+    count as English if the nine make up at least 12 %, and those other than "a" at least 3 %. ("a" alone is frequent in
+    Hungarian and Portuguese, for example.) Fewer than 100 tokens are too few to decide. They count as English.
+    """
+    tokens = [token for caption in captions for token in caption]
+    common = sum(token in _ENGLISH for token in tokens)
+    return len(tokens) < _ENOUGH_TOKENS or (
+        common >= 0.03 * len(tokens) and common + tokens.count("a") >= 0.12 * len(tokens)
+    )
