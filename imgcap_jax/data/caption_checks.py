@@ -89,28 +89,26 @@ def vocabulary_notes(
         vocabulary: None if no word occurs ``min_count`` times.
         min_count: the smallest count of a word of the vocabulary.
     """
-    notes = []
     if training.unsegmented:
-        notes.append(
+        return [
             f"the captions do not seem to be separated into words ({training.unsegmented}); use "
             f"--data.tokenizer characters, or put blanks between words"
-        )
-    elif training.lengths[0]:
+        ]
+    notes = []
+    if training.lengths[0]:
         notes.append(
             f"{training.lengths[0]} of {training.captions} training captions have no words, and train only the end of "
             f"a caption; remove them, or use another --data.tokenizer if it drops their characters"
         )
     if vocabulary is None:
-        notes.append(f"no word occurs {min_count} times in the training captions; use --data.min-count 1")
-        return notes
+        return [*notes, f"no word occurs {min_count} times in the training captions; use a smaller --data.min-count"]
     counts = {"training": training, "validation": validation}
     low = {name: split.coverage for name, split in counts.items() if split and split.coverage < LOWEST_COVERAGE}
     if low:
         shares = " and ".join(f"{100 * coverage:.0f} % of the {name} words" for name, coverage in low.items())
-        other = "" if training.unsegmented else ", or --data.tokenizer characters if there are no blanks between words"
         notes.append(
-            f"the vocabulary of words that occur at least {min_count} times covers only {shares}, the others become "
-            f"<unk>; use a smaller --data.min-count{other}"
+            f"the words that occur at least {min_count} times are only {shares}; the others become <unk>: use a "
+            f"smaller --data.min-count, or --data.tokenizer characters if there are no blanks between words"
         )
     return notes
 

@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from imgcap_jax.data.builders import coco
 from imgcap_jax.data.builders.layout import SKIPPED_FILE, Origin, check_small_files, write_digests, write_origin
-from imgcap_jax.data.sources import CaptionSource, default_data_dir, describe, find_prepared, read_origin
+from imgcap_jax.data.caption_checks import prepared_notes
+from imgcap_jax.data.sources import CaptionSource, default_data_dir, describe, find_prepared, open_source, read_origin
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import disk_errors, file_digest
 from imgcap_jax.user_code import load_code
@@ -73,13 +74,25 @@ def prepare(
     if name and name != known:
         _check_name(name)
     with _disk_errors(data_dir):
-        if known.endswith(".py"):
-            return _prepare_own(Path(name_or_path), name, data_dir, licence, source, say)
         if known == "scenes":
             return _prepare_scenes(scenes, name or known, data_dir, progress, say)
         if known in ("coco", coco.NAME):
             return _prepare_coco(data_dir, download_dir, progress, say)
-        return _prepare_folder(Path(name_or_path).expanduser(), name, data_dir, licence, source, progress, say)
+        if known.endswith(".py"):
+            folder = _prepare_own(Path(name_or_path), name, data_dir, licence, source, say)
+        else:
+            folder = _prepare_folder(Path(name_or_path).expanduser(), name, data_dir, licence, source, progress, say)
+        _say_notes(folder.parent.name, data_dir, say)
+        return folder
+
+
+def _say_notes(name: str, data_dir: Path, say: Callable[[str], None]) -> None:
+    """Says what is odd about the captions of a dataset."""
+    splits = describe(name, data_dir).splits
+    training = "train" if "train" in splits else next(iter(splits))
+    validation = open_source(name, "val", data_dir) if "val" in splits else None
+    for note in prepared_notes(open_source(name, training, data_dir), validation):
+        say(f"{name}: note: {note}")
 
 
 def _check_name(name: str) -> None:
