@@ -1,27 +1,32 @@
 """The files of a feature store, written so that a crash at any time loses little work.
 
 `regions.npy` [I, views, N, D] has its full size from the beginning. Its rows are computed in blocks. A process locks
-the block that it computes. An empty file marks each block whose rows have reached the disk. `manifest.json` describes
-the rows and records whether all of them are computed.
+the block that it computes. An empty file marks each block whose rows have reached the disk. `digests.bin` contains the
+first eight bytes of the SHA-256 of each row, so that a reader can check the rows that it reads: a digest of the whole
+file would mean to read all of it before training. `manifest.json` describes the rows, records whether all of them are
+computed, and has the digests of itself and of `digests.bin`. Stores of earlier versions have no digests.
 """
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal, TextIO
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from imgcap_jax.array_files import read_header
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import disk_full
+from imgcap_jax.files import appending, disk_full, file_digest, read_json, reading, replacing
 
 Dtype = Literal["float16", "bfloat16"]
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -31,7 +36,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 # .npy does not support bfloat16; its bits are stored as uint16.
 _STORED = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 REGIONS = "regions.npy"
-_MANIFEST, _LOCK, _BLOCKS = "manifest.json", "lock", "blocks"
+_MANIFEST, _DIGESTS, _LOCK, _BLOCKS = "manifest.json", "digests.bin", "lock", "blocks"
+_DIGEST_BYTES = 8
 
 
 class FeatureWriter:
@@ -54,11 +60,12 @@ class FeatureWriter:
         self.shape = shape
         self.rows = shape[0] * shape[1]
         self._dtype = dtype
-        self._manifest = {"fingerprint": fingerprint, "dtype": dtype, "key": dict(identity), "shape": shape}
+        self._manifest = {"fingerprint": fingerprint, "dtype": dtype, "key": dict(identity), "shape": list(shape)}
         self._row_bytes = shape[2] * shape[3] * DTYPES[dtype].itemsize
         self._block_rows = 0
         self._file = -1
-        self._held: dict[int, BinaryIO] = {}
+        self._digests: int | None = None
+        self._held: dict[int, TextIO] = {}
         self._missing: dict[int, int] = {}
 
     @property
@@ -71,12 +78,12 @@ class FeatureWriter:
         """Creates the files, with blocks of `block_rows` rows, or continues with existing files.
 
         Raises:
-            OSError: the disk has no space for the whole store.
+            OSError: the disk has no space for the whole store, or the folder can't be written.
             UserError: the existing files are damaged.
         """
         blocks = self.folder / _BLOCKS
         blocks.mkdir(parents=True, exist_ok=True)
-        with (self.folder / _LOCK).open("w") as lock:
+        with appending(self.folder / _LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # held briefly, so that only one process creates the files
             if (self.folder / _MANIFEST).exists():
                 self._check()
@@ -84,32 +91,34 @@ class FeatureWriter:
                 shutil.rmtree(blocks)  # left by an earlier store; it would mark missing rows as done
                 blocks.mkdir()
                 self._allocate()
-                _write_manifest(self.folder, {**self._manifest, "block_rows": block_rows, "done": False})
-        self._block_rows = read_manifest(self.folder)["block_rows"]
-        self._file = os.open(self.folder / REGIONS, os.O_WRONLY)
+                started = {**self._manifest, "digests": "", "block_rows": block_rows, "done": False}
+                _write_manifest(self.folder, started)
+        manifest = read_manifest(self.folder)
+        self._block_rows = manifest["block_rows"]
+        self._file = os.open(self.folder / REGIONS, os.O_WRONLY | os.O_NOFOLLOW)
+        if "digests" in manifest:
+            self._digests = os.open(self.folder / _DIGESTS, os.O_WRONLY | os.O_NOFOLLOW)
         try:
             yield
         finally:
             for held in self._held.values():
                 held.close()
             os.close(self._file)
+            if self._digests is not None:
+                os.close(self._digests)
 
     def _check(self) -> None:
         manifest = read_manifest(self.folder)
-        if tuple(manifest["shape"]) != self.shape or manifest["dtype"] != self._dtype:
-            raise damaged(
-                self.folder / _MANIFEST,
-                f"it says {manifest['shape']} {manifest['dtype']}, the features are {self.shape} {self._dtype}",
-            )
-        path = self.folder / REGIONS
-        if not path.exists() or path.stat().st_size != len(self._header()) + self.nbytes:
-            raise damaged(path, "its size does not match the manifest")
-        with path.open("rb") as file:
-            if file.read(len(self._header())) != self._header():
-                raise damaged(path, "its header does not match the manifest")
+        check_is_of(self.folder, manifest, self._manifest)
+        header = regions_offset(self.folder, manifest)
+        if header != len(self._header()):
+            raise damaged(self.folder / REGIONS, "its header does not match the manifest")
+        if "digests" in manifest:
+            _check_digests_size(self.folder, self.rows)
 
     def _allocate(self) -> None:
-        (self.folder / REGIONS).unlink(missing_ok=True)  # left by a process that was killed at this point
+        for name in (REGIONS, _DIGESTS):
+            (self.folder / name).unlink(missing_ok=True)  # left by a process that was killed at this point
         free = shutil.disk_usage(self.folder).free
         if self.nbytes > free:
             raise OSError(errno.ENOSPC, f"{self.nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
@@ -121,6 +130,10 @@ class FeatureWriter:
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.truncate(size)
+            file.flush()
+            os.fsync(file.fileno())
+        with (self.folder / _DIGESTS).open("wb") as file:
+            file.truncate(self.rows * _DIGEST_BYTES)
             file.flush()
             os.fsync(file.fileno())
 
@@ -137,19 +150,24 @@ class FeatureWriter:
         """The number of rows on the disk, computed by any process."""
         if read_manifest(self.folder)["done"]:
             return self.rows
-        return sum(len(self._rows_of(int(path.stem))) for path in (self.folder / _BLOCKS).glob("*.done"))
+        present = {path.name for path in (self.folder / _BLOCKS).glob("*.done")}
+        return sum(len(self._rows_of(block)) for block in range(self._blocks) if f"{block}.done" in present)
+
+    @property
+    def _blocks(self) -> int:
+        return -(-self.rows // self._block_rows)
 
     def _rows_of(self, block: int) -> range:
         return range(block * self._block_rows, min((block + 1) * self._block_rows, self.rows))
 
     def free_blocks(self) -> Iterator[range]:
         """Locks and yields the rows of each block that is neither done nor locked by another process."""
-        for block in range(-(-self.rows // self._block_rows)):
+        for block in range(self._blocks):
             done = self.folder / _BLOCKS / f"{block}.done"
             if done.exists() or block in self._held:
                 continue
             try:
-                held = (self.folder / _BLOCKS / f"{block}.lock").open("wb")
+                held = appending(self.folder / _BLOCKS / f"{block}.lock")
             except FileNotFoundError:
                 return  # another process has just finished the store
             try:
@@ -182,46 +200,73 @@ class FeatureWriter:
             if not np.isfinite(regions).all():
                 raise UserError("the encoder's features are NaN or infinite; check its weights")
             raise UserError(
-                f"features of up to {np.abs(regions).max():.3g} do not fit {self._dtype}; store them as bfloat16"
+                f"features of up to {np.abs(regions).max():.3g} do not fit {self._dtype}; "
+                + ("set data.feature_dtype to bfloat16" if self._dtype == "float16" else "check the encoder's weights")
             )
-        data = cast.view(_STORED[self._dtype]).tobytes()
-        place = len(self._header()) + first * self._row_bytes
-        while data:
-            written = os.pwrite(self._file, data, place)
-            data, place = data[written:], place + written
+        rows = cast.view(_STORED[self._dtype])
+        _write_at(self._file, rows.tobytes(), len(self._header()) + first * self._row_bytes)
+        if self._digests is not None:
+            _write_at(self._digests, b"".join(map(row_digest, rows)), first * _DIGEST_BYTES)
         block = first // self._block_rows
         self._missing[block] -= len(regions)
         if not self._missing[block]:
             os.fsync(self._file)
+            if self._digests is not None:
+                os.fsync(self._digests)
             (self.folder / _BLOCKS / f"{block}.done").touch()
             self._held.pop(block).close()
 
     def finish(self) -> None:
         """Marks the store as finished, once all blocks are done."""
-        with (self.folder / _LOCK).open("w") as lock:
+        with appending(self.folder / _LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # several processes may get here at the same time
             if not is_finished(self.folder):
-                _write_manifest(self.folder, {**self._manifest, "block_rows": self._block_rows, "done": True})
+                finished = {**self._manifest, "block_rows": self._block_rows, "done": True}
+                if self._digests is not None:
+                    finished["digests"] = file_digest(self.folder / _DIGESTS)
+                _write_manifest(self.folder, finished)
             shutil.rmtree(self.folder / _BLOCKS, ignore_errors=True)
+
+
+def _write_at(file: int, data: bytes, place: int) -> None:
+    while data:
+        written = os.pwrite(file, data, place)
+        data, place = data[written:], place + written
+
+
+def row_digest(row: npt.NDArray[Any]) -> bytes:
+    """The digest of a row [N, D] of `regions.npy`, in the dtype of the file."""
+    return hashlib.sha256(row.data).digest()[:_DIGEST_BYTES]
 
 
 @contextlib.contextmanager
 def explaining(folder: Path) -> Iterator[None]:
-    """Turns the OSError of a full disk into a UserError that says what to do."""
+    """Turns an OSError of the folder into a UserError that says what to do."""
     try:
         yield
     except OSError as error:
-        if not disk_full(error):
+        if disk_full(error):
+            raise UserError(
+                f"no disk space for features in {folder} ({error.strerror}): free some space and run the command again "
+                "(it continues where it stopped), use fewer views, or use another folder"
+            ) from error
+        path = None if error.filename is None else Path(os.fsdecode(error.filename))
+        if path is not None and not path.is_relative_to(folder) and not folder.is_relative_to(path):
             raise
+        what = f"{path} is a symbolic link; delete it" if error.errno == errno.ELOOP else error.strerror or str(error)
         raise UserError(
-            f"no disk space for features in {folder} ({error.strerror}): free some space and run the command again "
-            "(it continues where it stopped), use fewer views, or use another folder"
+            f"features can't be written to {folder} ({what}): check the disk and run the command again, or use "
+            "another --cache"
         ) from error
+
+
+def _advice(folder: Path) -> str:
+    return f"delete the folder {folder} to compute the features again"
 
 
 def damaged(path: Path, reason: str) -> UserError:
     """The error for a damaged file of a store."""
-    return UserError(f"{path} is damaged ({reason}): delete the folder {path.parent} to compute the features again")
+    return UserError(f"{path} is damaged ({reason}): {_advice(path.parent)}")
 
 
 def is_finished(folder: Path) -> bool:
@@ -232,28 +277,101 @@ def is_finished(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads the manifest: "shape", "done" (whether all rows are computed), "dtype", "fingerprint", "key", "block_rows".
+    """Reads the manifest.
+
+    Returns:
+        "shape", "dtype", "fingerprint" and "key" of the features; "block_rows"; "done", whether all rows are computed;
+        and "digests", the SHA-256 of `digests.bin` if they are (no entry: the store has no digests).
 
     Raises:
         UserError: the manifest is missing or damaged.
     """
     path = folder / _MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        shape, done, block = manifest["shape"], manifest["done"], manifest["block_rows"]
-        if len(shape) != 4 or not isinstance(done, bool) or block < 1 or manifest["dtype"] not in DTYPES:
-            raise ValueError(f"shape {shape}, done {done}, dtype {manifest['dtype']}")
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} contains no features; run the extraction") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise damaged(path, str(error)) from error
-    return dict(manifest)
+    if not path.exists():
+        raise UserError(f"{folder} contains no features; run the extraction")
+    manifest = read_json(path, _advice(folder))
+    with reading(path, _advice(folder)):
+        shape, done, block, dtype = (manifest[name] for name in ("shape", "done", "block_rows", "dtype"))
+        counts = [*shape, block]
+        if len(counts) != 5 or any(type(n) is not int or n < 1 for n in counts):
+            raise ValueError(f"shape {shape}, block_rows {block}")
+        if not isinstance(done, bool) or dtype not in DTYPES:
+            raise ValueError(f"done {done}, dtype {dtype}")
+        digest = manifest.pop("digest", None)
+        if digest not in (None, _manifest_digest(manifest)):
+            raise ValueError("its digest differs")
+        if digest is not None or "digests" not in manifest:
+            return dict(manifest)
+        raise ValueError("it has no digest")
+
+
+def check_is_of(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises UserError unless a folder's manifest describes the wanted features, which have this folder's name."""
+    for name in ("shape", "dtype", "fingerprint"):
+        if manifest.get(name) != wanted[name]:
+            raise damaged(folder / _MANIFEST, f"its {name} is {manifest.get(name)}, not {wanted[name]}")
+
+
+def regions_offset(folder: Path, manifest: Mapping[str, Any]) -> int:
+    """Checks the size and header of `regions.npy`. Returns the position of the first row in bytes.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = folder / REGIONS
+    shape, stored = tuple(manifest["shape"]), _STORED[manifest["dtype"]]
+    with reading(path, _advice(folder)), path.open("rb") as file:
+        if read_header(file) != (shape, False, stored):
+            raise ValueError("its header does not match the manifest")
+        if os.fstat(file.fileno()).st_size != file.tell() + math.prod(shape) * stored.itemsize:
+            raise ValueError("its size does not match the manifest")
+        return file.tell()
+
+
+def read_digests(folder: Path, manifest: Mapping[str, Any]) -> bytes | None:
+    """The digests of all rows of a finished store, in their order; None if it has none.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    if "digests" not in manifest:
+        return None
+    path = folder / _DIGESTS
+    _check_digests_size(folder, manifest["shape"][0] * manifest["shape"][1])
+    with reading(path, _advice(folder)):
+        digests = path.read_bytes()
+    if hashlib.sha256(digests).hexdigest() != manifest["digests"]:
+        raise damaged(path, "its digest differs")
+    return digests
+
+
+def check_row(folder: Path, digests: bytes, row: int, stored: npt.NDArray[Any]) -> None:
+    """Raises UserError unless a row [N, D] of the file has its digest."""
+    if row_digest(stored) != digests[row * _DIGEST_BYTES : (row + 1) * _DIGEST_BYTES]:
+        raise damaged(folder / REGIONS, f"row {row} has changed since it was written")
+
+
+def map_regions(folder: Path, manifest: Mapping[str, Any]) -> npt.NDArray[Any]:
+    """Maps the rows [I, views, N, D] of a store into memory, in the dtype of the file. Raises as `regions_offset`."""
+    offset = regions_offset(folder, manifest)
+    with reading(folder / REGIONS, _advice(folder)):
+        return np.memmap(
+            folder / REGIONS, _STORED[manifest["dtype"]], mode="r", offset=offset, shape=tuple(manifest["shape"])
+        )
+
+
+def _check_digests_size(folder: Path, rows: int) -> None:
+    path = folder / _DIGESTS
+    if not path.is_file() or path.stat().st_size != rows * _DIGEST_BYTES:
+        raise damaged(path, "its size does not match the manifest")
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    new = folder / f"{_MANIFEST}.{os.getpid()}"
-    with new.open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=2)
+    with replacing(folder / _MANIFEST) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump({**manifest, "digest": _manifest_digest(manifest)}, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    new.replace(folder / _MANIFEST)

@@ -20,15 +20,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from imgcap_jax.data.feature_files import (
     DTYPES,
-    REGIONS,
     Dtype,
     FeatureWriter,
-    damaged,
+    check_is_of,
+    check_row,
     explaining,
     is_finished,
+    map_regions,
+    read_digests,
     read_manifest,
 )
-from imgcap_jax.data.images import Augmentation, ImageError, Pixels, Resize, augment, decode, names_side
+from imgcap_jax.data.image_files import ImageError, Pixels
+from imgcap_jax.data.images import Augmentation, Resize, augment, decode, names_side
 from imgcap_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,6 +50,8 @@ _WAIT_SECONDS = 0.5
 
 class FeatureStore:
     """Features on disk: `store[i, view]` is [N, D], float16 or bfloat16. Picklable; any number of readers.
+
+    Each row is checked against its digest when it is first read (80 microseconds for 49 x 1280 features).
 
     Attributes:
         folder: folder of the store.
@@ -70,13 +75,10 @@ class FeatureStore:
                 f"{folder}: not all of its {self.shape[0] * self.views} feature rows are computed; "
                 "run the extraction again to continue"
             )
-        try:
-            stored = np.load(folder / REGIONS, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise damaged(folder / REGIONS, str(error)) from error
-        if stored.shape != self.shape:
-            raise damaged(folder / REGIONS, f"its shape is {stored.shape}, not {self.shape}")
-        self._regions: npt.NDArray[Any] = stored.view(DTYPES[self.manifest["dtype"]])
+        self._stored = map_regions(folder, self.manifest)
+        self._dtype = DTYPES[self.manifest["dtype"]]
+        self._digests = read_digests(folder, self.manifest)
+        self._checked = np.zeros(self.shape[:2], np.bool_)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FeatureStore, (self.folder,)
@@ -85,8 +87,17 @@ class FeatureStore:
         return self.shape[0]
 
     def __getitem__(self, image_and_view: tuple[int, int]) -> npt.NDArray[Any]:
-        """The regions [N, D] of a view of an image; read from the disk only when they are used."""
-        return self._regions[image_and_view]
+        """The regions [N, D] of a view of an image.
+
+        Raises:
+            UserError: they have changed since they were written.
+        """
+        stored = self._stored[image_and_view]
+        if self._digests is not None and not self._checked[image_and_view]:
+            image, view = (range(count)[n] for n, count in zip(image_and_view, self.shape, strict=False))
+            check_row(self.folder, self._digests, image * self.views + view, stored)
+            self._checked[image_and_view] = True
+        return stored.view(self._dtype)
 
     def read(self, i: int, view: int) -> tuple[npt.NDArray[Any], None]:
         """Implements `RegionSource.read`. The mask is None, because all regions exist."""
@@ -162,14 +173,17 @@ class FeatureStore:
             except ImageError as error:
                 raise UserError(f"{source.name}: {example.filename}: {error}; prepare the dataset again") from error
 
-        writer = FeatureWriter(folder, identity, fingerprint, (len(source), views, *regions), dtype)
+        shape = (len(source), views, *regions)
+        writer = FeatureWriter(folder, identity, fingerprint, shape, dtype)
         with explaining(folder):
             # A finished store may be on a read-only disk.
             if not is_finished(folder):
                 with writer.open(_BLOCK_BATCHES * batch_size):
                     _fill(writer, view_of, encode, image_size, batch_size, progress)
                     writer.finish()
-        return FeatureStore(folder)
+        store = FeatureStore(folder)
+        check_is_of(folder, store.manifest, {"shape": list(shape), "dtype": dtype, "fingerprint": fingerprint})
+        return store
 
 
 def _view(
@@ -177,7 +191,7 @@ def _view(
 ) -> Pixels:
     if view == 0:
         return decode(example.image, size, resize)
-    if view == 1 and augmentation.flip and not names_side(example.captions):
+    if view == 1 and augmentation.flip and not names_side(example.captions, augmentation.side_words):
         return np.ascontiguousarray(decode(example.image, size, resize)[:, ::-1])
     rng = np.random.default_rng([_VIEW_STREAM, i, view])
     return augment(example.image, example.captions, size, rng, augmentation, resize)

@@ -1,7 +1,7 @@
 """Ready-made regions (bottom-up attention, CLIP), one file per image, in place of an encoder."""
 
-import zipfile
-import zlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import TypeIs
 
+from imgcap_jax.array_files import read_arrays
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import reading
 
 if TYPE_CHECKING:
     from imgcap_jax.data.sources import CaptionSource
@@ -120,7 +122,7 @@ class ReadyRegions:
         if not config.folder.is_dir():
             raise UserError(f"encoder.folder {config.folder} is not a folder; give the one with the region files")
         present: dict[str, Path] = {}
-        for path in sorted(path for path in config.folder.iterdir() if path.suffix in _SUFFIXES):
+        for path in _region_files(config.folder):
             if path.stem in present:
                 raise UserError(f"{config.folder} holds both {present[path.stem].name} and {path.name}; keep one")
             present[path.stem] = path
@@ -156,7 +158,7 @@ class ReadyRegions:
             where, array = str(self._paths[i]), _load(self._paths[i], config.key)
         else:
             where, array = f"{self._source.name}, image {i}", np.asarray(self._source[i].regions)
-        if array.ndim == 3:
+        if array.ndim == 3 and array.size:
             array = array.reshape(-1, array.shape[-1])
         if array.ndim != 2 or array.shape[1] != config.region_size or not len(array) or array.dtype.kind != "f":
             raise UserError(
@@ -164,23 +166,29 @@ class ReadyRegions:
                 f"[n, {config.region_size}]; set encoder.region_size and encoder.key to what the files hold"
             )
         count = min(len(array), config.max_regions)
-        if not np.isfinite(array[:count]).all():
-            raise UserError(f"{where}: regions that are NaN or infinite; make this file again")
         regions = np.zeros((config.max_regions, config.region_size), np.float32)
-        regions[:count] = array[:count]
+        with np.errstate(over="ignore"):
+            regions[:count] = array[:count]
+        if not np.isfinite(regions).all():
+            raise UserError(f"{where}: regions that are NaN, infinite or beyond float32; make this file again")
         return regions, np.arange(config.max_regions) < count
 
 
-def _load(path: Path, key: str) -> npt.NDArray[Any]:
+def _region_files(folder: Path) -> list[Path]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            names = loaded.files
-            if key not in names and len(names) != 1:
-                raise UserError(f"{path} has no array {key!r} but {', '.join(names)}; set encoder.key to one of them")
-            array: npt.NDArray[Any] = loaded[key if key in names else names[0]]
-            return array
-    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} can't be read as an .npz or .npy file of arrays; make this file again") from error
+        with os.scandir(folder) as entries:
+            # Not a pipe or a device, which could be read without end.
+            return sorted(Path(entry) for entry in entries if entry.name.endswith(_SUFFIXES) and entry.is_file())
+    except OSError as error:
+        raise UserError(f"encoder.folder {folder} can't be read ({error.strerror})") from error
+
+
+def _load(path: Path, key: str) -> npt.NDArray[Any]:
+    def choose(names: Sequence[str]) -> list[str]:
+        if key not in names and len(names) != 1:
+            raise UserError(f"{path} has no array {key!r} but {', '.join(names)[:200]}; set encoder.key to one of them")
+        return [key if key in names else names[0]]
+
+    with reading(path, "make this .npz or .npy file again, with regions as floating-point numbers"):
+        (array,) = read_arrays(path, choose).values()
+        return array

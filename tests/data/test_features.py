@@ -5,6 +5,8 @@ import io
 import json
 import os
 import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,7 +253,7 @@ def test_values_beyond_float16_are_refused_and_fit_bfloat16(tmp_path: Path) -> N
         def __call__(self, images: np.ndarray) -> np.ndarray:
             return super().__call__(images) * 1e4
 
-    with pytest.raises(UserError, match="bfloat16"):
+    with pytest.raises(UserError, match=r"up to 3\.15e\+05 do not fit float16; set data\.feature_dtype to bfloat16"):
         build(tmp_path, Large())
     store = build(tmp_path, Large(), dtype="bfloat16")
     assert str(store[0, 0].dtype) == "bfloat16"
@@ -291,10 +293,16 @@ def test_a_disk_that_is_too_small_is_reported_before_writing(tmp_path: Path, mon
         build(tmp_path, Encode())
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"shape": [1, 2], "done": true}', '{"shape": [2,2,2,2], "done": 9}'])
-def test_a_damaged_manifest_says_what_to_do(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"{", b"[]", b"\xff{}", b"[" * 100_000, b'{"shape": [1, 2], "done": true}'),
+        *(b'{"shape": [2, 2, 2, %s], "done": true, "block_rows": 1, "dtype": "float16"}' % n for n in (b"-1", b"1.5")),
+    ],
+)
+def test_a_damaged_manifest_says_what_to_do(tmp_path: Path, text: bytes) -> None:
     folder = build(tmp_path, Encode()).folder
-    (folder / "manifest.json").write_text(text)
+    (folder / "manifest.json").write_bytes(text)
     for use in (lambda: FeatureStore(folder), lambda: build(tmp_path, Encode())):
         with pytest.raises(UserError, match=r"damaged .* delete the folder"):
             use()
@@ -306,10 +314,118 @@ def test_a_truncated_file_is_reported(tmp_path: Path) -> None:
         file.truncate(1000)
     with pytest.raises(UserError, match="damaged"):
         build(tmp_path, Encode())
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"done": False}))
+    write_manifest(folder, done=False)
     with pytest.raises(UserError, match="size does not match the manifest"):
         build(tmp_path, Encode())
+
+
+def write_manifest(folder: Path, **changes: object) -> None:
+    """Changes a manifest as its writer would; None deletes an entry."""
+    path = folder / "manifest.json"
+    manifest = {key: value for key, value in (json.loads(path.read_text()) | changes).items() if value is not None}
+    manifest.pop("digest", None)
+    if "digests" in manifest:
+        feature_files._write_manifest(folder, manifest)
+    else:  # as earlier versions wrote it
+        path.write_text(json.dumps(manifest))
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def test_every_flipped_bit_is_reported_or_changes_nothing(tmp_path: Path) -> None:
+    folder = build(tmp_path, Encode(), views=1).folder
+    intact = contents(FeatureStore(folder))
+    reported = dict.fromkeys(("regions.npy", "digests.bin", "manifest.json"), 0)
+    rng = np.random.default_rng(0)
+    for name in reported:
+        for bit in rng.integers(8 * (folder / name).stat().st_size, size=60).tolist():
+            flip(folder / name, bit)
+            try:
+                np.testing.assert_array_equal(contents(FeatureStore(folder)), intact)
+            except UserError as error:
+                reported[name] += bool(re.search(rf"{name} is damaged \(.*\): delete the folder {folder} ", str(error)))
+            flip(folder / name, bit)
+    # Blanks in the header and in the manifest change nothing.
+    assert reported["regions.npy"] >= 58
+    assert reported["digests.bin"] == 60
+    assert reported["manifest.json"] > 50
+
+
+def test_damage_is_found_when_its_row_is_read(tmp_path: Path) -> None:
+    store = build(tmp_path, Encode())
+    header = (store.folder / "regions.npy").stat().st_size - IMAGES * 2 * SIZE * SIZE * 3 * 2
+    flip(store.folder / "regions.npy", 8 * (header + 7 * SIZE * SIZE * 3 * 2 + 11))
+    opened = pickle.loads(pickle.dumps(store))
+    opened.read(3, 0)
+    for image in (3, 3 - IMAGES):
+        with pytest.raises(UserError, match=r"regions\.npy is damaged \(row 7 has changed since it was written\)"):
+            opened[image, 1]
+
+
+def test_damage_to_a_half_built_store_is_found(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        build(tmp_path, Encode(fail_at=5))
+    (folder,) = tmp_path.iterdir()
+    flip(folder / "regions.npy", 8 * 200)
+    store = build(tmp_path, Encode())
+    with pytest.raises(UserError, match="row 0 has changed"):
+        store[0, 0]
+    with pytest.raises(RuntimeError):
+        build(tmp_path / "other", Encode(fail_at=5))
+    (folder,) = (tmp_path / "other").iterdir()
+    (folder / "digests.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"digests\.bin is damaged .* delete the folder"):
+        build(tmp_path / "other", Encode())
+
+
+def test_stores_of_earlier_versions_have_no_digests(tmp_path: Path) -> None:
+    whole = build(tmp_path / "whole", Encode())
+    expected = contents(whole)
+    (whole.folder / "digests.bin").unlink()
+    write_manifest(whole.folder, digests=None)
+    np.testing.assert_array_equal(contents(FeatureStore(whole.folder)), expected)
+    with pytest.raises(RuntimeError):
+        build(tmp_path / "half", Encode(fail_at=5))
+    (folder,) = (tmp_path / "half").iterdir()
+    (folder / "digests.bin").unlink()
+    write_manifest(folder, digests=None)
+    rest = Encode()
+    np.testing.assert_array_equal(contents(build(tmp_path / "half", rest)), expected)
+    assert len(rest.calls) == 11 - 5
+
+
+def test_the_store_of_other_features_under_this_name_is_refused(tmp_path: Path) -> None:
+    one, other = build(tmp_path, Encode()), build(tmp_path, Encode(), key={"encoder": "columns"})
+    shutil.rmtree(one.folder)
+    other.folder.rename(one.folder)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged \(its fingerprint is .* delete the folder"):
+        build(tmp_path, Encode())
+
+
+@pytest.mark.parametrize("name", ["lock", "regions.npy", "digests.bin", "manifest.json"])
+def test_links_in_a_store_are_not_followed(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RuntimeError):
+        build(tmp_path / "stores", Encode(fail_at=5))
+    (folder,) = (tmp_path / "stores").iterdir()
+    target = tmp_path / "target"
+    (folder / name).rename(target)
+    (folder / name).symlink_to(target)
+    before = target.read_bytes()
+    try:
+        build(tmp_path / "stores", Encode())
+    except UserError as error:
+        assert f"{name} is a symbolic link; delete it" in str(error)  # noqa: PT017
+    assert target.read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"features can't be written to .*Not a directory.* another --cache"):
+        build(tmp_path / "file" / "stores", Encode())
 
 
 def test_an_unreadable_image_is_reported_by_name(tmp_path: Path) -> None:

@@ -1,6 +1,12 @@
 """Ready-made regions: finding the files, padding and masks, training and captioning."""
 
+import io
 import json
+import os
+import re
+import struct
+import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +116,80 @@ def test_errors_name_the_problem(source: CaptionSource, folder: Path, tmp_path: 
         (broken / f"{image_id}.npz").write_bytes(b"PK not a zip")
     (broken / f"{source.image_ids()[1]}.npz").write_bytes(damaged)
     np.savez(broken / f"{source.image_ids()[2]}.npz", np.full((2, D), np.nan, np.float32))
-    for i, reason in enumerate(("can't be read as an .npz", "can't be read as an .npz", "NaN")):
+    np.savez(broken / f"{source.image_ids()[3]}.npz", np.full((2, D), 1e300))
+    np.savez(broken / f"{source.image_ids()[4]}.npz", np.zeros((2, 3, 0), np.float32))
+    np.save(broken / "objects.npy", np.array([{}]), allow_pickle=True)
+    (broken / "objects.npy").replace(broken / f"{source.image_ids()[5]}.npz")
+    reasons = (
+        "is damaged (File is not a zip file): make",
+        "is damaged",
+        "NaN",
+        "beyond float32",
+        "expected",
+        "numbers",
+    )
+    for i, reason in enumerate(map(re.escape, reasons)):
         with pytest.raises(UserError, match=reason):
             ReadyRegions(RegionFiles(broken, region_size=D), source).read(i, 0)
+
+
+def npy_header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
+def bomb(declared: int) -> bytes:
+    """An .npz file of 30 kB whose member, said to have `declared` bytes, unpacks to 30 MB."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("feat.npy", "w") as member:
+            member.write(npy_header(f"{{'descr': '<f4', 'fortran_order': False, 'shape': (1250000, {D})}}"))
+            for _ in range(30):
+                member.write(bytes(1_000_000))
+        archive.getinfo("feat.npy").file_size = declared
+    return stream.getvalue()
+
+
+HOSTILE = {
+    "shape not of numbers": (npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (2**40, 6)}"), "damaged"),
+    "huge shape": (npy_header(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**40}, 6)}}"), "does not match"),
+    "negative": (npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 6)}") + bytes(48), "damaged"),
+    "objects": (npy_header("{'descr': '|O', 'fortran_order': False, 'shape': (2, 6)}") + bytes(96), "numbers"),
+    "no bytes": (npy_header("{'descr': '<U0', 'fortran_order': False, 'shape': (2, 6)}"), "numbers"),
+    "nested header": (npy_header("(" * 9000), "damaged"),
+    "signs": (npy_header("-" * 9000 + "1"), "damaged"),
+    "header of 4 GB": (b"\x93NUMPY\x02\x00\xff\xff\xff\xff", "damaged"),
+    "zip bomb": (bomb(300_000_000), "at most 268 MB"),
+    "zip bomb with a wrong size": (bomb(1000), "damaged"),
+    "empty": (b"", "damaged"),
+}
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_hostile_region_files_cost_little(attack: str, source: CaptionSource, folder: Path, tmp_path: Path) -> None:
+    content, reason = HOSTILE[attack]
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    first = tmp_path / f"{source.image_ids()[0]}.npz"
+    first.unlink()
+    first.write_bytes(content)
+    ready = ReadyRegions(RegionFiles(tmp_path, region_size=D), source)
+    tracemalloc.start()
+    with pytest.raises(UserError) as raised:
+        ready.read(0, 0)
+    assert tracemalloc.get_traced_memory()[1] < 3_000_000
+    tracemalloc.stop()
+    assert reason in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_pipe_in_the_place_of_a_region_file_is_not_read(source: CaptionSource, folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    first = tmp_path / f"{source.image_ids()[0]}.npz"
+    first.unlink()
+    os.mkfifo(first)
+    with pytest.raises(UserError, match=f"1 of {len(source)} images have no region file"):
+        ReadyRegions(RegionFiles(tmp_path, region_size=D), source)
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,19 @@
 """A frozen pretrained encoder: training reads a feature store, captioning reads images."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from imgcap_jax.captioner import Captioner
-from imgcap_jax.data.images import Augmentation
-from imgcap_jax.data.pipeline import CaptionData
+from imgcap_jax.data.images import Augmentation, decode
+from imgcap_jax.data.pipeline import CaptionData, eval_batches
 from imgcap_jax.data.sources import open_source
 from imgcap_jax.decoding.settings import Decoding
+from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, Training
 from imgcap_jax.models.decoders.show_tell import ShowTell
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
@@ -17,6 +21,44 @@ from imgcap_jax.run.evaluation import evaluate
 from imgcap_jax.run.extraction import Extraction
 from imgcap_jax.run.folder import Run
 from imgcap_jax.train import train
+
+
+class LargeRegions(nnx.Module):
+    """Each row of pixels is a region, times 1000."""
+
+    def __init__(self, region_count: int, region_size: int) -> None:
+        self.region_count, self.region_size = region_count, region_size
+
+    def __call__(self, images: Any) -> Any:
+        return images.reshape(-1, self.region_count, self.region_size).astype("float32") * 1000
+
+
+@dataclass(frozen=True)
+class Large:
+    """Settings of a frozen encoder with features beyond float16, for images of 32 pixels."""
+
+    region_size: int = 96
+    frozen: bool = True
+
+    def build(self, image_size: int, **_: Any) -> LargeRegions:
+        return LargeRegions(image_size, self.region_size)
+
+
+def test_features_beyond_float16_need_the_option_that_the_error_names(tiny_data: Path, tmp_path: Path) -> None:
+    source = open_source("scenes", "val", tiny_data)
+    data = CaptionData("scenes", tiny_data, image_size=32)
+    with pytest.raises(
+        UserError, match=r"features of up to 2\.5e\+05 do not fit float16; set data\.feature_dtype to b"
+    ):
+        Extraction(Experiment(data=data, encoder=Large()), tmp_path, progress=False).regions(source, views=1)
+    data = replace(data, feature_dtype="bfloat16")
+    store = Extraction(Experiment(data=data, encoder=Large()), tmp_path, progress=False).regions(source, views=1)
+    batches = list(eval_batches(data, source, batch_size=5, features=store))
+    pixels = decode(source[7].image, 32).reshape(32, 96)
+    np.testing.assert_allclose(batches[1]["regions"][2].astype(np.float32), pixels * 1000.0, rtol=2**-8)
+    assert not batches[1]["regions"][3:].any()
+    with pytest.raises(UserError, match=r"data\.feature_dtype is 'float8'; it must be float16 or bfloat16"):
+        replace(data, feature_dtype="float8")
 
 
 @pytest.fixture(scope="module")
