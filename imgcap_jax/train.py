@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from imgcap_jax.data.mixtures import describe_mixture, rows_per_epoch
 from imgcap_jax.data.pipeline import train_batches
 from imgcap_jax.data.prefetch import device_prefetch
 from imgcap_jax.data.regions import RegionSource
@@ -26,6 +27,7 @@ from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator
 from imgcap_jax.run.extraction import Extraction, uses_store
 from imgcap_jax.run.folder import Run, empty_smoke, find_run
 from imgcap_jax.run.generation import check_decoding
+from imgcap_jax.run.notes import check_together, starting_notes
 from imgcap_jax.run.transfer import check_encoder, transfer
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
 from imgcap_jax.training.log import MetricsLog
@@ -33,7 +35,7 @@ from imgcap_jax.training.meter import Meter
 from imgcap_jax.training.objective import StepSetup
 from imgcap_jax.training.parallel import DataParallel
 from imgcap_jax.training.signals import StopRequest
-from imgcap_jax.training.step import TrainState, first_state
+from imgcap_jax.training.step import TrainState, average_decay, first_state
 
 SMOKE_IMAGES = 48
 
@@ -97,6 +99,9 @@ def _train(
     parallel.wait()  # the first process may have written the folder
     check_decoding(experiment.decoding, run.vocabulary, experiment.decoder)
     check_length(experiment.decoder, experiment.data.max_words + 1, "data.max_words")
+    if not run.resumable:
+        for note in starting_notes(experiment, data.sources, data.validation, run.vocabulary):
+            show(f"note: {note}")
     data = _with_features(data, experiment, cache)
 
     # The model (encoder and decoder, see run/folder.py), on all devices.
@@ -107,7 +112,7 @@ def _train(
     if run.init_from is not None and not resumed:
         show(transfer(run.init_from, model, run.vocabulary))
     graph, params, frozen = split_trained(model)
-    steps_per_epoch = max(1, math.ceil(data.images / experiment.data.batch_size))
+    steps_per_epoch = max(1, math.ceil(data.images_per_epoch / experiment.data.batch_size))
     total_steps = max(1, round(training.epochs * steps_per_epoch))
     transformation = experiment.optimizer.build(steps_per_epoch, total_steps)
     state = parallel.replicate(first_state(params, transformation, ema=training.ema_decay > 0))
@@ -124,7 +129,7 @@ def _train(
             key=jax.random.key(training.seed),
             steps_per_epoch=steps_per_epoch,
             accumulate=experiment.optimizer.accumulate,
-            ema_decay=training.ema_decay,
+            ema_decay=average_decay(training.ema_decay, initialised=run.init_from is not None),
             vocabulary=run.vocabulary,
             max_words=experiment.decoding.max_words,
             references=references,
@@ -136,7 +141,7 @@ def _train(
     train_step = parallel.compile(per_device_step)
     batches = train_batches(
         experiment.data,
-        list(zip(data.sources, data.weights, strict=True)),
+        data.mixture,
         run.vocabulary,
         seed=training.seed,
         process_index=jax.process_index(),
@@ -159,6 +164,8 @@ def _train(
             f"{parameter_count(params):,} trained parameters, {len(parallel.devices)} "
             f"{parallel.devices[0].platform} device(s), {total_steps} steps of {experiment.objective.title}"
         )
+        if len(data.sources) > 1:
+            show(describe_mixture(data.mixture))
         # From here on, a folder without newest checkpoint has lost it (see find_run).
         checkpoints.save(state, progress)
     log = MetricsLog(folder, progress.step if resumed else -1, writing=jax.process_index() == 0)
@@ -230,6 +237,16 @@ class Data:
         """The number of training images."""
         return sum(len(source) for source in self.sources)
 
+    @property
+    def mixture(self) -> list[tuple[CaptionSource, float]]:
+        """The sources with their weights."""
+        return list(zip(self.sources, self.weights, strict=True))
+
+    @property
+    def images_per_epoch(self) -> int:
+        """The number of training images of an epoch, in which a mixture can repeat images."""
+        return sum(rows_per_epoch(self.mixture))
+
 
 def _open_data(experiment: Experiment, smoke: bool) -> Data:
     """Opens the datasets. No image is read."""
@@ -269,6 +286,7 @@ def _open_run(experiment: Experiment, folder: Path, data: Data, init_from: Path 
         if init_from is None and not differences(found.experiment, experiment):
             init_from = found.init_from  # killed before its first checkpoint; the start need not be given again
     experiment.objective.check(dataset=experiment.data.dataset, images=data.images, initialised=init_from is not None)
+    check_together(experiment)
     if init_from is not None:
         check_encoder(init_from, experiment)  # before hours of feature extraction; a resumed run has passed it
     captions = (caption for source in data.sources for i in range(len(source)) for caption in source.captions(i))

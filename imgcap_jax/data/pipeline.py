@@ -16,9 +16,10 @@ import numpy.typing as npt
 from absl import flags
 
 from imgcap_jax.data.caption_table import CaptionTable
-from imgcap_jax.data.feature_files import Dtype
+from imgcap_jax.data.feature_files import DTYPES, Dtype
 from imgcap_jax.data.image_files import ImageError
 from imgcap_jax.data.images import Augmentation, Resize, augment, decode
+from imgcap_jax.data.mixtures import Interleaving, rows_per_epoch
 from imgcap_jax.data.regions import RegionSource
 from imgcap_jax.errors import UserError
 from imgcap_jax.tokenizers import DEFAULT, Tokenizer, check_tokenizer
@@ -42,7 +43,8 @@ class CaptionData:
     """The training data, and how images and captions become batches."""
 
     dataset: str = "scenes"
-    """Name of a prepared dataset, or a mixture with weights: flickr8k*2+coco_subset."""
+    """Name of a prepared dataset, or a mixture such as flickr8k*2+mine. A weight is the number of times that an epoch
+    repeats each image of the dataset (default: 1)."""
     data_dir: Path | None = None
     """Folder of the prepared datasets; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     image_size: int = 224
@@ -73,6 +75,8 @@ class CaptionData:
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer, "data.tokenizer")
+        if self.feature_dtype not in DTYPES:
+            raise UserError(f"data.feature_dtype is {self.feature_dtype!r}; it must be {' or '.join(DTYPES)}")
         lowest = {"threads": 0, "workers": 0}
         for name in ("image_size", "batch_size", "captions_per_image", "max_words", "min_count", "views", *lowest):
             if getattr(self, name) < lowest.get(name, 1):
@@ -118,6 +122,12 @@ class TrainBatches:
             UserError: the state belongs to other data, another batch size or another seed.
         """
         saved = {name: value for name, value in state.items() if name != "batches"}
+        same_sources = saved.get("sources") == self._identity["sources"]
+        if same_sources and "rows_per_epoch" in self._identity and "rows_per_epoch" not in saved:
+            raise UserError(
+                "the saved position is in a mixture whose weights were shares of the batches; they are repeats per "
+                "epoch, which gives another order: start a new run"
+            )
         if saved != self._identity or "batches" not in state:
             changed = ", ".join(
                 f"{name} {saved.get(name)} -> {self._identity.get(name)}"
@@ -158,8 +168,8 @@ def train_batches(
 
     Args:
         config: sizes and augmentation.
-        sources: a source, or a mixture of (source, weight) pairs. A source provides a share of the rows that is
-            proportional to its weight, whatever its size (Grain keeps weights to a hundredth of the smallest).
+        sources: a source, or a mixture of (source, weight) pairs. An epoch has each image of a source as often as
+            its weight says (see `mixtures`).
         vocabulary: encodes the captions, once, before the first batch.
         seed: determines order, captions, views and augmentation.
         process_index: index of this process.
@@ -194,7 +204,8 @@ def train_batches(
         grain.MapDataset.range(first, first + len(source)).shuffle(seed=source_seed).repeat()
         for (source, _), first, source_seed in zip(mixture, rows.first, seeds[1:], strict=True)
     ]
-    images = grain.MapDataset.mix(numbers, [weight for _, weight in mixture])
+    counts = rows_per_epoch(mixture)
+    images = grain.MapDataset.select_from_datasets(numbers, Interleaving(counts))
     # Rows are computed before slicing, so that their random numbers depend on the position in the global sequence.
     mine = images.random_map(rows, seed=seeds[0])[process_index::process_count]
     batches = mine.batch(config.batch_size // process_count, drop_remainder=True)
@@ -204,6 +215,8 @@ def train_batches(
         "captions": rows.fingerprint,
         "sources": [[source.name, source.split, len(source), float(weight)] for source, weight in mixture],
     }
+    if counts != [len(source) for source, _ in mixture] or len(mixture) > 1:
+        identity["rows_per_epoch"] = counts
     if references is not None:
         identity["references"] = references.fingerprint
     return TrainBatches(batches, config, identity)

@@ -4,23 +4,35 @@ Results have one caption per image: ``[{"image_id": 1, "caption": "a dog"}, ...]
 
 References are COCO annotations: ``{"images": [{"id": 1, "file_name": "1.jpg"}, ...], "annotations": [{"id": 1,
 "image_id": 1, "caption": "a dog"}, ...]}``.
+
+Results can contain file names too, under "file_name". COCO's tools ignore the key. It shows which photo a caption
+belongs to, and `check_file_names` finds captions and references of different photos under the same id.
 """
 
 import json
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import replacing, write_text
+from imgcap_jax.image_ids import parse_image_id
 
 _RESULTS = 'a list of {"image_id": 1, "caption": "..."}'
 _REFERENCES = 'an object with "annotations": [{"image_id": 1, "caption": "..."}, ...]'
 
 
-def read_captions(path: Path) -> dict[int, list[str]]:
+class Captions(dict[int, list[str]]):
+    """Image id -> captions. `file_names` maps image ids to file names, for the images whose names the file gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.file_names: dict[int, str] = {}
+
+
+def read_captions(path: Path) -> Captions:
     """All captions of each image, in the order of the file.
 
     An image can have several entries with one caption each, or one entry with several captions. ``imgcap evaluate``
@@ -35,9 +47,10 @@ def read_captions(path: Path) -> dict[int, list[str]]:
     entries = _read(path, _RESULTS)
     if isinstance(entries, dict) and "annotations" in entries:
         raise UserError(f"{path} holds references (COCO annotations), not results: expected {_RESULTS}")
-    captions: dict[int, list[str]] = {}
+    captions = Captions()
     for image_id, caption in _entries(entries, path, "", _RESULTS):
         captions.setdefault(image_id, []).append(caption)
+    captions.file_names = _file_names(entries, "image_id")
     return captions
 
 
@@ -47,13 +60,31 @@ def first_captions(captions: Mapping[int, Sequence[str]]) -> tuple[dict[int, str
     return {image_id: found[0] for image_id, found in captions.items()}, several
 
 
-def write_results(path: Path, captions: Mapping[int, str]) -> None:
-    """Writes one candidate caption per image."""
-    write_text(path, _json(_results(captions)))
+def write_results(path: Path, captions: Mapping[int, str], file_names: Mapping[int, str] | None = None) -> None:
+    """Writes one candidate caption per image. `file_names` maps all image ids to file names, if they are known."""
+    results = _results(captions)
+    if file_names is not None:
+        results = [{**result, "file_name": file_names[result["image_id"]]} for result in results]
+    write_text(path, _json(results))
 
 
 def _results(captions: Mapping[int, str]) -> list[dict[str, Any]]:
     return [{"image_id": int(image), "caption": caption} for image, caption in captions.items()]
+
+
+def check_file_names(path: Path, captions: Captions, references_path: Path, references: Captions) -> None:
+    """Checks that the images with the same id have the same file name, without its folders, in both files.
+
+    Raises:
+        UserError: they do not, so that captions would be compared with references of other photos.
+    """
+    for image_id, name in captions.file_names.items():
+        other = references.file_names.get(image_id)
+        if other is not None and PurePosixPath(other).name != PurePosixPath(name).name:
+            raise UserError(
+                f"image {image_id} is {name!r} in {path}, but {other!r} in {references_path}: the files are of "
+                "different datasets, or of one whose ids have changed; caption the images again"
+            )
 
 
 _TEST_SERVER = {"val2014": 40_504, "test2014": 40_775}
@@ -88,7 +119,7 @@ def write_submission(path: Path, name: str, splits: Mapping[str, Mapping[int, st
     ]
 
 
-def read_references(path: Path) -> dict[int, list[str]]:
+def read_references(path: Path) -> Captions:
     """The references of each image, in the order of the annotations.
 
     Images that are listed but have no caption are omitted.
@@ -105,19 +136,20 @@ def read_references(path: Path) -> dict[int, list[str]]:
     if not isinstance(document, dict) or "annotations" not in document:
         raise UserError(f"{path} has no 'annotations': expected {_REFERENCES}")
     images = document.get("images", [])
-    if not isinstance(images, list) or not all(isinstance(i, dict) and _is_id(_as_id(i.get("id"))) for i in images):
-        raise UserError(f'{path}: "images" must be a list of {{"id": 1, ...}} with integer ids')
+    if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
+        raise UserError(f'{path}: "images" must be a list of {{"id": 1, ...}}')
     listed: set[int] = set()
-    for image in images:
-        image_id = _as_id(image["id"])
+    for number, image in enumerate(images):
+        image_id = _id(image.get("id"), f"{path}: entry {number} of images", "id")
         if image_id in listed:
             raise UserError(f"{path} lists image {image_id} twice under 'images': keep one entry per image")
         listed.add(image_id)
-    references: dict[int, list[str]] = {}
+    references = Captions()
     for image_id, caption in _entries(document["annotations"], path, "annotations", _REFERENCES):
         if listed and image_id not in listed:
             raise UserError(f"{path}: image {image_id} has a caption but is not listed under 'images': add it there")
         references.setdefault(image_id, []).append(caption)
+    references.file_names = _file_names(images, "id")
     return references
 
 
@@ -166,9 +198,9 @@ def _entries(entries: Any, path: Path, key: str, expected: str) -> list[tuple[in
             for name, value in (("image_id", entry.get("image_id")), ("caption", found.get("caption"))):
                 if value is None:
                     raise UserError(f"{where} has no {name!r}: expected {expected}")
-            image_id, caption = _as_id(entry["image_id"]), found["caption"]
-            if not _is_id(image_id):
-                raise UserError(f"{where}: image_id {repr(image_id)[:40]} is not an integer: use the COCO image id")
+            image_id, caption = _id(entry["image_id"], where, "image_id"), found["caption"]
+            if isinstance(caption, list) and len(caption) == 1:  # LAVIS
+                (caption,) = caption
             if not isinstance(caption, str):
                 raise UserError(f"{where}: caption {caption!r} is not a string: put the sentence in quotes")
             if re.search("[\ud800-\udfff]", caption):
@@ -177,13 +209,17 @@ def _entries(entries: Any, path: Path, key: str, expected: str) -> list[tuple[in
     return pairs
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _id(value: Any, where: str, key: str) -> int:
+    try:
+        return parse_image_id(value)
+    except ValueError as error:
+        raise UserError(f"{where}: {key} {error}: use the COCO image id") from None
 
 
-def _as_id(value: Any) -> Any:
-    """An image id. Some files write ids as strings; these are converted to integers."""
-    return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value) else value
+def _file_names(entries: Sequence[Mapping[str, Any]], key: str) -> dict[int, str]:
+    """The file names in a list whose entries have been checked."""
+    names = ((entry[key], entry.get("file_name")) for entry in entries)
+    return {parse_image_id(image_id): name for image_id, name in names if isinstance(name, str)}
 
 
 def _json(document: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import check_writable, write_text
 from imgcap_jax.metrics import spice
-from imgcap_jax.metrics.coco_format import first_captions, read_captions, read_references
+from imgcap_jax.metrics.coco_format import Captions, check_file_names, first_captions, read_captions, read_references
 from imgcap_jax.metrics.compare import SAMPLES, Difference, paired_bootstrap
 from imgcap_jax.metrics.diversity import Diversity, SetDiversity, diversity, set_diversity
 from imgcap_jax.metrics.scoring import CaptionScorer, Scores, available_metrics, why_english_only
@@ -125,10 +125,15 @@ def score_files(
     # All files are read before anything is computed, because the computation can take minutes.
     warnings: list[str] = []
     all_references = read_references(references)
-    systems = {path: _single(read_captions(path), path, warnings) for path in (captions, compare) if path is not None}
+    systems = {}
+    for path in (captions, compare):
+        if path is not None:
+            found = read_captions(path)
+            check_file_names(path, found, references, all_references)
+            systems[path] = _single(found, path, warnings)
     corpus = read_references(idf) if idf is not None else None
     seen = [text for texts in read_references(training).values() for text in texts] if training is not None else None
-    sets = _sets(samples, all_references, tokenizer, warnings) if samples is not None else None
+    sets = _sets(samples, references, all_references, tokenizer, warnings) if samples is not None else None
     images = _common(all_references, systems, warnings)
     theirs = {image_id: all_references[image_id] for image_id in images}
     twice = sum(len(set(texts)) < len(texts) for texts in theirs.values())
@@ -166,9 +171,10 @@ def score_files(
 
 
 def _sets(
-    path: Path, references: Mapping[int, Sequence[str]], tokenizer: Tokenizer, warnings: list[str]
+    path: Path, references_path: Path, references: Captions, tokenizer: Tokenizer, warnings: list[str]
 ) -> SetDiversity:
     captions = read_captions(path)
+    check_file_names(path, captions, references_path, references)
     strange = [image_id for image_id in captions if image_id not in references]
     if strange:
         warnings.append(

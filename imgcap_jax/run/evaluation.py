@@ -95,6 +95,7 @@ class SplitEvaluator:
         self._members, self._vocabulary, self._parallel = members, vocabulary, parallel
         self._ids = [int(image_id) for image_id in source.image_ids()]
         self.references = {image_id: source.captions(i) for i, image_id in enumerate(self._ids)}
+        self.file_names = dict(zip(self._ids, source.filenames(), strict=True))
         tokenizer = vocabulary.tokenizer
         known = with_custom(available_metrics(tokenizer=tokenizer), metrics)
         self._scorer = CaptionScorer(self.references, known, tokenizer=tokenizer)
@@ -316,9 +317,9 @@ def sweep(
         )
         results = {**where, **evaluation.results()}
         if len(decodings) == 1:
-            _write(runs[0].folder, f"{prefix}{split}", captioned, results)
+            _write(runs[0].folder, f"{prefix}{split}", captioned, evaluator.file_names, results)
             suffix = split if dataset is None else f"{dataset}_{split}"
-            write_references(runs[0].folder / f"references_{suffix}.json", evaluator.references)
+            write_references(runs[0].folder / f"references_{suffix}.json", evaluator.references, evaluator.file_names)
         else:
             _add_to_sweep(runs[0].folder / f"sweep_{prefix}{split}.json", results)
         yield evaluation
@@ -352,12 +353,14 @@ def _add_to_sweep(path: Path, results: dict[str, Any]) -> None:
     write_text(path, json.dumps([*others, results], indent=2) + "\n")
 
 
-def _write(folder: Path, name: str, captioned: Captioned, results: Mapping[str, Any]) -> None:
+def _write(
+    folder: Path, name: str, captioned: Captioned, file_names: Mapping[int, str], results: Mapping[str, Any]
+) -> None:
     (folder / f"n_best_{name}.json").unlink(missing_ok=True)  # from another decoding
-    write_results(folder / f"captions_{name}.json", captioned.captions)
+    write_results(folder / f"captions_{name}.json", captioned.captions, file_names)
     if any(len(found) > 1 for found in captioned.hypotheses.values()):
         n_best = [
-            {"image_id": image_id, "captions": [asdict(one) for one in found]}
+            {"image_id": image_id, "file_name": file_names[image_id], "captions": [asdict(one) for one in found]}
             for image_id, found in captioned.hypotheses.items()
         ]
         write_text(folder / f"n_best_{name}.json", json.dumps(n_best, indent=1) + "\n")

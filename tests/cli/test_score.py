@@ -143,6 +143,27 @@ def test_mistakes_give_an_error_of_one_line(
     assert re.search(words, error)
 
 
+def test_captions_of_other_photos_under_the_same_ids_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ids that have changed between two versions of a dataset would give a wrong score without any error."""
+    annotations = [{"image_id": image, "caption": text} for image, texts in REFERENCES.items() for text in texts]
+    images = [{"id": image, "file_name": f"val/{image}.jpg"} for image in REFERENCES]
+    references = tmp_path / "references.json"
+    references.write_text(json.dumps({"images": images, "annotations": annotations}))
+    entries = [{"image_id": image, "caption": text, "file_name": f"{image}.jpg"} for image, text in CAPTIONS.items()]
+    same = results(tmp_path / "same.json", entries)
+    moved = results(tmp_path / "moved.json", [{**entry, "file_name": "2.jpg"} for entry in entries])
+    assert main(["score", same, str(references)]) == 0
+    capsys.readouterr()
+    for arguments in ([moved, str(references)], [same, str(references), "--compare", moved]):
+        assert main(["score", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert "image 1 is '2.jpg' in" in error
+        assert "'val/1.jpg' in" in error
+        assert error.count("\n") == 1
+
+
 def test_spice_is_checked_before_files_are_read(
     references: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

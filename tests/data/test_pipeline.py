@@ -19,6 +19,7 @@ from PIL import Image
 from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.features import FeatureStore
 from imgcap_jax.data.images import Augmentation, decode
+from imgcap_jax.data.mixtures import Interleaving, describe_mixture, rows_per_epoch
 from imgcap_jax.data.pipeline import Batch, CaptionData, TrainBatches, eval_batches, train_batches
 from imgcap_jax.data.prefetch import device_prefetch
 from imgcap_jax.data.vocabulary import Vocabulary
@@ -237,18 +238,50 @@ def test_a_batch_that_cannot_be_divided_is_refused() -> None:
         batches(process_count=4)
 
 
-def test_mixtures_draw_by_weight_and_go_through_each_source_evenly() -> None:
-    small, large = Source(5, "small", 0), Source(20, "large", 1000)
-    mixed = take(batches(source=[(small, 2.0), (large, 1.0)]), 20)
-    ids = np.concatenate([batch["image_id"] for batch in mixed])
-    assert (ids < 1000).sum() == 80
-    assert set(Counter(ids[ids < 1000]).values()) == {16}
-    assert set(Counter(ids[ids >= 1000]).values()) == {2}
-    for batch in mixed:
+def test_an_epoch_of_a_mixture_has_each_image_as_often_as_its_weight() -> None:
+    small, large = Source(4, "small", 0), Source(20, "large", 1000)
+    plain = take(batches(source=[(small, 1.0), (large, 1.0)]), 8)
+    epochs = np.concatenate([batch["image_id"] for batch in plain]).reshape(2, 24)
+    for epoch in epochs:  # each image once, whatever the sizes
+        assert set(epoch) == {*range(4), *range(1000, 1020)}
+    for batch in plain:
+        assert (batch["image_id"] < 1000).sum() == 1  # spread evenly: 4 of 24 rows
         np.testing.assert_array_equal(batch["tokens"][:, 0, 1], batch["image_id"])
-    resumed = batches(source=[(small, 2.0), (large, 1.0)])
-    resumed.set_state(json.loads(json.dumps(resumed.get_state() | {"batches": 13})))
-    assert_equal(take(resumed, 7), mixed[13:])
+
+    mixture = [(small, 3.0), (large, 0.5)]  # 12 + 10 rows per epoch
+    weighted = take(batches(source=mixture), 11)
+    epochs = np.concatenate([batch["image_id"] for batch in weighted]).reshape(3, 22)
+    for epoch in epochs:
+        assert Counter(epoch[epoch < 1000].tolist()) == dict.fromkeys(range(4), 3)
+    assert Counter(epochs[:2][epochs[:2] >= 1000].tolist()) == dict.fromkeys(range(1000, 1020), 1)
+    assert rows_per_epoch(mixture) == [12, 10]
+    assert describe_mixture(mixture) == (
+        "an epoch has 22 images: small 4 images x 3 (54.5%), large 20 images x 0.5 (45.5%)"
+    )
+
+    resumed = batches(source=mixture)
+    resumed.set_state(json.loads(json.dumps(resumed.get_state() | {"batches": 7})))
+    assert_equal(take(resumed, 4), weighted[7:])
+
+
+def test_positions_in_other_mixtures_are_refused() -> None:
+    sources = Source(4, "small", 0), Source(20, "large", 1000)
+    state = batches(source=[(sources[0], 2.0), (sources[1], 1.0)]).get_state()
+    with pytest.raises(UserError, match="the saved position does not belong to this data"):
+        batches(source=[(sources[0], 3.0), (sources[1], 1.0)]).set_state(state)
+    del state["rows_per_epoch"]  # written when weights were shares of the batches
+    with pytest.raises(UserError, match=r"weights were shares of the batches.*start a new run"):
+        batches(source=[(sources[0], 2.0), (sources[1], 1.0)]).set_state(state)
+    # The position in a single dataset keeps its form.
+    assert set(batches().get_state()) == {"batches", "seed", "batch_size", "captions", "sources"}
+
+
+def test_a_large_mixture_repeats_a_small_source_exactly() -> None:
+    counts = [6001, 12, 1]
+    chosen = [Interleaving(counts)[row] for row in range(2 * sum(counts))]
+    for source, count in enumerate(counts):
+        rows = [row for of, row in chosen if of == source]
+        assert rows == list(range(2 * count))
 
 
 def test_features_come_from_the_row_of_the_image_in_a_random_view(tmp_path: Any) -> None:

@@ -39,6 +39,25 @@ def test_references_are_read_back_as_written(tmp_path: Path) -> None:
     assert [annotation["id"] for annotation in document["annotations"]] == [1, 2, 3]
 
 
+def test_file_names_are_written_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "captions.json"
+    write_results(path, {3: "a dog", 1: "a cat"}, {1: "1.jpg", 3: "3.jpg"})
+    assert json.loads(path.read_text())[0] == {"image_id": 3, "caption": "a dog", "file_name": "3.jpg"}
+    assert read_captions(path).file_names == {1: "1.jpg", 3: "3.jpg"}
+    write_references(path, {3: ["a dog"], 1: ["a cat"]}, {1: "1.jpg", 3: "3.jpg"})
+    assert read_references(path).file_names == {1: "1.jpg", 3: "3.jpg"}
+
+
+@pytest.mark.parametrize("image_id", ["7", "000007", 7.0, "COCO_val2014_000000000007.jpg"])
+def test_ids_in_other_notations(tmp_path: Path, image_id: Any) -> None:
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps([{"image_id": image_id, "caption": ["a dog"]}]))
+    assert read_captions(path) == {7: ["a dog"]}
+    annotations = [{"image_id": 7, "caption": "a dog"}]
+    path.write_text(json.dumps({"images": [{"id": image_id}], "annotations": annotations}))
+    assert read_references(path) == {7: ["a dog"]}
+
+
 def test_images_without_captions_are_omitted(tmp_path: Path) -> None:
     path = tmp_path / "references.json"
     annotations = [{"id": 5, "image_id": 2, "caption": "a dog"}]
@@ -67,7 +86,11 @@ def check(read: Any, path: Path, words: str) -> None:
         ([{"image_id": 1, "caption": "a \ud83d"}], "half a character"),
         ([{"image_id": "9" * 5000, "caption": "a"}], "not an integer"),
         ([{"image_id": True, "caption": "a"}], "not an integer"),
-        ([{"image_id": 1, "caption": ["a"]}], "not a string"),
+        ([{"image_id": -1, "caption": "a"}], "not between 0 and"),
+        ([{"image_id": 2**63, "caption": "a"}], "not between 0 and"),
+        ([{"image_id": 1.5, "caption": "a"}], "1.5 is not an integer"),
+        ([{"image_id": float("nan"), "caption": "a"}], "nan is not an integer"),
+        ([{"image_id": 1, "caption": ["a", "dog"]}], "not a string"),
         (["a dog"], "not an object"),
         ([], "empty"),
         ({"1": "a dog"}, "not a list"),
@@ -90,6 +113,7 @@ def test_bad_results(tmp_path: Path, document: Any, words: str) -> None:
         ({"images": [{"id": 1}, {"id": 1}], "annotations": []}, "image 1 twice"),
         ({"images": [{"id": 1}], "annotations": [{"image_id": 2, "caption": "a"}]}, "image 2 .* not listed"),
         ({"images": {"1": {}}, "annotations": []}, '"images" must be a list'),
+        ({"images": [{"id": "cat"}], "annotations": []}, "entry 0 of images: id 'cat' is not an integer"),
     ],
 )
 def test_bad_references(tmp_path: Path, document: Any, words: str) -> None:
