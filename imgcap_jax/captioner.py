@@ -16,12 +16,12 @@ from imgcap_jax.data.images import decode, view
 from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import check_writable
+from imgcap_jax.files import check_writable, local_path
 from imgcap_jax.metrics.coco_format import write_results
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.report.attention import attention_picture
 from imgcap_jax.run.evaluation import check_ensemble
-from imgcap_jax.run.folder import Run
+from imgcap_jax.run.folder import Run, use_weights
 from imgcap_jax.run.generation import attention_function, caption_function, caption_rows, check_decoding
 from imgcap_jax.training.checkpoints import restore_best
 from imgcap_jax.user_code import load_all_code
@@ -85,6 +85,7 @@ class Captioner:
             check_decoding(self.decoding, run.vocabulary, run.experiment.decoder)
         self._graphs, self._params, self._frozen = [], [], []
         for run in runs:
+            run.check_weights()
             graph, params, frozen = split_trained(run.model(with_encoder=True))
             self._params.append(restore_best(run.folder, params)[0])
             self._graphs.append(graph)
@@ -100,6 +101,7 @@ class Captioner:
         decoding: Decoding | None = None,
         attention: bool = False,
         code: str | Path | Sequence[str | Path] = (),
+        weights: str | Path | Sequence[str | Path] = (),
     ) -> "Captioner":
         """Loads the runs in ``folders``.
 
@@ -109,12 +111,14 @@ class Captioner:
             attention: see ``Captioner``.
             code: Python files (or modules) that define classes of the runs. They are executed. Classes in modules that
                 the program has already imported are found without them. Code in a run's folder is never executed.
+            weights: the files with the pretrained weights of the encoders, if they are not where the runs read them.
 
         Raises:
             UserError: a run needs code that was not given; see also ``Captioner``.
         """
         load_all_code([code] if isinstance(code, str | Path) else code)
-        runs = [Run.load(Path(folder)) for folder in folders]
+        runs = [Run.load(local_path(str(folder))) for folder in folders]
+        runs = use_weights(runs, [Path(file) for file in ([weights] if isinstance(weights, str | Path) else weights)])
         for note in (note for run in runs for note in run.code_changes()):
             warnings.warn(note, stacklevel=2)
         return cls(runs, decoding, attention=attention)

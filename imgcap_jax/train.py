@@ -22,6 +22,7 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, differences, signature
 from imgcap_jax.files import owning, write_text
 from imgcap_jax.models.decoders.contract import check_length
+from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import Frozen, parameter_count, split_trained
 from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator
 from imgcap_jax.run.extraction import Extraction, uses_store
@@ -282,7 +283,9 @@ def _open_run(experiment: Experiment, folder: Path, data: Data, init_from: Path 
     if found is not None:
         if found.resumable:
             found.check_same(experiment, init_from)
-            return found.with_free_fields(experiment, save=jax.process_index() == 0)
+            found = found.with_free_fields(experiment, save=jax.process_index() == 0)
+            found.check_weights()
+            return found
         if init_from is None and not differences(found.experiment, experiment):
             init_from = found.init_from  # killed before its first checkpoint; the start need not be given again
     experiment.objective.check(dataset=experiment.data.dataset, images=data.images, initialised=init_from is not None)
@@ -293,7 +296,7 @@ def _open_run(experiment: Experiment, folder: Path, data: Data, init_from: Path 
     vocabulary = Vocabulary.build(captions, experiment.data.min_count, experiment.data.tokenizer)
     if init_from is not None:
         vocabulary = Run.load(init_from).vocabulary.extended(vocabulary)
-    run = Run(folder, experiment, vocabulary, init_from)
+    run = Run(folder, experiment, vocabulary, init_from, weights_digest(experiment.encoder))
     if jax.process_index() == 0:
         run.save()
     return run

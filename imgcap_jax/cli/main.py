@@ -54,25 +54,51 @@ def _unknown_argument(argument: str, parser: argparse.ArgumentParser) -> UserErr
     return unknown_option(argument, re.findall(r"--[a-z][a-z.-]+", parser.format_help()))
 
 
-def _cache(options: argparse.Namespace, run: Path) -> Path:
-    """The cache folder. From here on, JAX keeps compiled programs in it."""
+def _keep_compiled() -> None:
+    """From here on, JAX keeps compiled programs in the user's own cache, or where JAX's own setting says.
+
+    Never next to a run: JAX executes what it finds there, and the run can be that of somebody else.
+    """
     import jax
 
-    cache: Path = options.cache or run.parent / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str((cache / "xla").absolute()))
+    from imgcap_jax.files import cache_folder, is_private
+
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    folder = cache_folder("xla")
+    try:
+        private = is_private(folder)
+    except OSError:
+        return  # no home folder, or a read-only one
+    if not private:
+        _note(f"{folder} belongs to or can be changed by others, so compiled programs are not kept: chmod 700 {folder}")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    return cache
 
 
-def _load_runs(folders: Sequence[Path], code: Sequence[str]) -> list[Any]:
-    """The runs, after the code that the user named; prints a note where that has changed since the run."""
-    from imgcap_jax.run.folder import Run
+def _features_cache(options: argparse.Namespace, run: Path) -> Path:
+    cache: Path = options.cache or run.parent / ".cache"
+    return cache / "features"
+
+
+def _note(text: str) -> None:
+    print(f"imgcap: note: {text}", file=sys.stderr)
+
+
+def _load_runs(folders: Sequence[Path], options: argparse.Namespace) -> list[Any]:
+    """The runs, after the code that the user named, with their data and weights where the user says."""
+    from imgcap_jax.run.folder import Run, use_data_dir, use_weights
     from imgcap_jax.user_code import load_all_code
 
-    load_all_code(code)
-    runs = [Run.load(folder) for folder in folders]
-    for note in {note: None for run in runs for note in run.code_changes()}:
-        print(f"imgcap: note: {note}", file=sys.stderr)
+    load_all_code(options.code)
+    runs = use_weights([Run.load(folder) for folder in folders], options.weights)
+    notes = [note for run in runs for note in run.code_changes()]
+    if options.command == "evaluate":
+        runs[0], note = use_data_dir(runs[0], options.data_dir)
+        notes += [note] if note else []
+    for note in dict.fromkeys(notes):
+        _note(note)
     return runs
 
 
@@ -103,12 +129,12 @@ def _train(options: argparse.Namespace) -> int:
             raise UserError("--smoke is for one host; leave out --distributed")
         join_processes(options.distributed)
     folder = options.run or Path("runs") / name
-    cache = _cache(options, folder)
+    _keep_compiled()
     try:
         outcome = train(
             for_smoke(experiment) if options.smoke else experiment,
             folder,
-            cache=cache / "features",
+            cache=_features_cache(options, folder),
             init_from=options.init_from,
             smoke=options.smoke,
         )
@@ -132,7 +158,8 @@ def _features(options: argparse.Namespace) -> int:
     from imgcap_jax.run.extraction import extract
 
     experiment = override(find(options.experiment), options.rest)
-    extract(experiment, options.splits.split(","), _cache(options, Path("runs") / "any") / "features")
+    _keep_compiled()
+    extract(experiment, options.splits.split(","), _features_cache(options, Path("runs") / "any"))
     return 0
 
 
@@ -140,15 +167,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     from imgcap_jax.report.evaluation import lines, table, write_page
     from imgcap_jax.run.evaluation import sweep
 
-    runs = _load_runs((options.run, *options.ensemble), options.code)
+    runs = _load_runs((options.run, *options.ensemble), options)
     decodings, swept = _decodings(options, runs[0])
     if swept and options.page is not None:
         raise UserError("--page needs a single setting; leave it out of a sweep")
+    _keep_compiled()
     evaluations = []
     for evaluation in sweep(
         runs,
         options.split,
-        cache=_cache(options, options.run) / "features",
+        cache=_features_cache(options, options.run),
         dataset=options.dataset,
         decodings=decodings,
         floor=options.floor,
@@ -166,11 +194,11 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _caption(options: argparse.Namespace) -> int:
     from imgcap_jax.captioner import Captioner, caption_files
 
-    runs = _load_runs(options.run, options.code)
+    runs = _load_runs(options.run, options)
     decodings, swept = _decodings(options, runs[0])
     if swept:
         raise UserError(f"--decode.{swept[0]} has several values; only imgcap evaluate sweeps")
-    _cache(options, options.run[0])
+    _keep_compiled()
     if options.attention_dir is not None and not options.attention:
         raise UserError("--attention-dir has no effect without --attention; give both")
     captioner = Captioner(runs, decodings[0], attention=options.attention)

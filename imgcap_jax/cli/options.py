@@ -37,13 +37,13 @@ def _named_tokenizer(info: Any) -> PrimitiveConstructorSpec[Tokenizer] | None:
         except UserError as error:
             raise ValueError(str(error)) from error
 
-    names = {kind: name for name, kind in NAMES.items()}
+    names: dict[type, str] = {kind: name for name, kind in NAMES.items()}
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=f"{{{','.join(NAMES)},MODULE:CLASS}}",
         instance_from_str=read,
         is_instance=lambda value: hasattr(value, "join"),
-        str_from_instance=lambda value: [names.get(type(value), class_name(type(value)))],
+        str_from_instance=lambda value: [names.get(type(value)) or class_name(type(value))],
     )
 
 

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from imgcap_jax.errors import UserError
+from imgcap_jax.files import local_path
+
 _EPILOG = """examples:
   imgcap data prepare scenes
   imgcap train scenes_demo
@@ -67,6 +70,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    """The type of options that name a local folder or file."""
+    try:
+        return local_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _add_command(commands: Commands, name: str, **options: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, allow_abbrev=False, **options)
     parser.set_defaults(command=name, parser=parser)
@@ -83,8 +94,8 @@ def _add_train(commands: Commands) -> None:
         "--decoder.hidden-size 768 (imgcap train EXPERIMENT --help lists them).",
     )
     train.add_argument("experiment", nargs="?", help="a Python file, or a name such as flickr8k")
-    train.add_argument("--run", type=Path, help="the run's folder (default: runs/<experiment>)")
-    train.add_argument("--init-from", type=Path, metavar="RUN", help="start from the best parameters of another run")
+    train.add_argument("--run", type=_path, help="the run's folder (default: runs/<experiment>)")
+    train.add_argument("--init-from", type=_path, metavar="RUN", help="start from the best parameters of another run")
     train.add_argument(
         "--smoke",
         action="store_true",
@@ -129,12 +140,12 @@ def _add_evaluate(commands: Commands) -> None:
         "  imgcap evaluate RUN --decode.beam 1 3 5 --decode.length-norm 0 0.7\n"
         "A text (prefix, must) is swept by repeating its option.",
     )
-    evaluate.add_argument("run", type=Path, help="the run's folder")
+    evaluate.add_argument("run", type=_path, help="the run's folder")
     evaluate.add_argument("--split", default="val", help="train, val, test, ... (default: val)")
     evaluate.add_argument("--dataset", help="a dataset other than the run's")
     evaluate.add_argument(
         "--ensemble",
-        type=Path,
+        type=_path,
         action="append",
         default=[],
         metavar="RUN",
@@ -149,6 +160,8 @@ def _add_evaluate(commands: Commands) -> None:
     _add_decoding(evaluate)
     _add_code(evaluate)
     _add_cache(evaluate)
+    _add_weights(evaluate)
+    _add_data_dir(evaluate, "that of the run if it exists, or else ")
 
 
 def _add_caption(commands: Commands) -> None:
@@ -161,7 +174,7 @@ def _add_caption(commands: Commands) -> None:
     )
     caption.add_argument("photos", nargs="+", type=Path, help="image files, or folders of them")
     caption.add_argument(
-        "--run", type=Path, required=True, action="append", help="the run's folder; several make an ensemble"
+        "--run", type=_path, required=True, action="append", help="the run's folder; several make an ensemble"
     )
     caption.add_argument("--attention", action="store_true", help="draw the attention of each word of the best caption")
     caption.add_argument(
@@ -178,7 +191,7 @@ def _add_caption(commands: Commands) -> None:
     )
     _add_decoding(caption)
     _add_code(caption)
-    _add_cache(caption)
+    _add_weights(caption)
 
 
 def _add_score(commands: Commands) -> None:
@@ -273,8 +286,8 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         default="ptb",
-        help="how captions become words: ptb (default), characters (Chinese, Japanese, Thai, emoji), or MODULE:CLASS of "
-        "your own with --code",
+        help="how captions become words: ptb (default), characters (Chinese, Japanese, Thai, emoji), or MODULE:CLASS "
+        "of your own with --code",
     )
     _add_code(parser)
 
@@ -282,14 +295,27 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
 def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache",
-        type=Path,
-        help="folder of encoder features and compiled programs (default: .cache next to the run)",
+        type=_path,
+        help="folder of encoder features (default: .cache next to the run)",
     )
 
 
-def _add_data_dir(parser: argparse.ArgumentParser) -> None:
+def _add_data_dir(parser: argparse.ArgumentParser, first: str = "") -> None:
     parser.add_argument(
-        "--data-dir", type=Path, help="folder of datasets (default: $TFDS_DATA_DIR, or else ~/tensorflow_datasets)"
+        "--data-dir",
+        type=_path,
+        help=f"folder of datasets (default: {first}$TFDS_DATA_DIR, or else ~/tensorflow_datasets)",
+    )
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        type=_path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the pretrained weights of a run's encoder, if they are not where the run read them; can be repeated",
     )
 
 

@@ -286,6 +286,7 @@ def sweep(
     parallel = DataParallel(first.training.parallel)
     members, params, frozen, steps = [], [], [], []
     for run in runs:
+        run.check_weights()
         stored = uses_store(run.experiment)
         store = Extraction(run.experiment, cache).regions(source, views=1) if stored else None
         graph, own, rest = split_trained(run.model(with_encoder=not stored))

@@ -1,9 +1,12 @@
 """A run's folder: the experiment, the vocabulary, and the code of users that the experiment needs."""
 
 import json
+import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -22,7 +25,7 @@ from imgcap_jax.files import (
     write_digests,
     write_text,
 )
-from imgcap_jax.models.encoders.contract import build_encoder
+from imgcap_jax.models.encoders.contract import build_encoder, weights_digest, with_weights
 from imgcap_jax.models.model import CaptionModel
 from imgcap_jax.training.checkpoints import latest_step
 from imgcap_jax.user_code import source_files
@@ -30,6 +33,7 @@ from imgcap_jax.user_code import source_files
 EXPERIMENT = "experiment.json"
 VOCABULARY = "vocabulary.json"
 INIT_FROM = "init_from.json"
+WEIGHTS = "weights.json"
 CODE = "code"  # copies of users' files, and their digests
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -42,12 +46,14 @@ class Run:
     """A folder with its experiment and vocabulary. Its other files belong to the functions that write them.
 
     init_from: the run whose best parameters were the start; None: training started from scratch.
+    weights: the digest of the encoder's weights file (see ``weights_digest``); None if it has none or is not known.
     """
 
     folder: Path
     experiment: Experiment
     vocabulary: Vocabulary
     init_from: Path | None = None
+    weights: str | None = None
 
     @classmethod
     def load(cls, folder: Path) -> "Run":
@@ -63,7 +69,14 @@ class Run:
         with reading(folder / EXPERIMENT, "restore it from a backup, or train again"):
             text = (folder / EXPERIMENT).read_text(encoding="utf-8")
         experiment = from_json(text, str(folder), hint)
-        return cls(folder, experiment, Vocabulary.load(folder / VOCABULARY, experiment.data.tokenizer), _read_init_from(folder / INIT_FROM))
+        vocabulary = Vocabulary.load(folder / VOCABULARY, experiment.data.tokenizer)
+        return cls(
+            folder,
+            experiment,
+            vocabulary,
+            _read_init_from(folder / INIT_FROM),
+            _read_weights(folder / WEIGHTS),
+        )
 
     @property
     def resumable(self) -> bool:
@@ -99,6 +112,9 @@ class Run:
         (self.folder / INIT_FROM).unlink(missing_ok=True)
         if self.init_from is not None:
             write_text(self.folder / INIT_FROM, json.dumps({"run": str(self.init_from.absolute())}) + "\n")
+        (self.folder / WEIGHTS).unlink(missing_ok=True)
+        if self.weights is not None:
+            write_text(self.folder / WEIGHTS, json.dumps({"encoder": self.weights}) + "\n")
         self._save_code()
         write_text(self.folder / EXPERIMENT, text)
 
@@ -133,12 +149,23 @@ class Run:
                 f"{self.folder} started from {self.init_from or 'fresh weights'}, not from {init_from}; "
                 f"choose another --run, or leave out --init-from to resume it"
             )
+        if self.weights is not None and self.weights == weights_digest(experiment.encoder):
+            # The same weights, perhaps in another place.
+            experiment = replace(experiment, encoder=_relocated(experiment.encoder, self.experiment.encoder))
         changed = differences(self.experiment, experiment)
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UserError(
                 f"{self.folder} contains another experiment ({changed[0]}{more}); choose another --run, "
                 f"or delete the folder to start over"
+            )
+
+    def check_weights(self) -> None:
+        """Raises UserError unless the encoder's weights file is there and is the one that the run was trained with."""
+        if self.weights is not None and self.weights != weights_digest(self.experiment.encoder):
+            raise UserError(
+                f"the weights file of the encoder has changed since {self.folder} was trained, so its captions would "
+                f"be others; give the file of that time with --weights"
             )
 
     def model(self, *, with_encoder: bool) -> CaptionModel:
@@ -173,6 +200,59 @@ def _read_init_from(path: Path) -> Path | None:
         if not isinstance(value["run"], str) or "\0" in value["run"]:
             raise ValueError("'run' is not a path")
         return Path(value["run"])
+
+
+def _read_weights(path: Path) -> str | None:
+    """The digest of the encoder's weights file. Raises UserError if the file is damaged."""
+    if not path.is_file():
+        return None
+    advice = "restore it from a backup; it has the digest of the encoder's weights file"
+    value = read_json(path, advice)
+    with reading(path, advice):
+        if not re.fullmatch("[0-9a-f]{64}", value["encoder"]):
+            raise ValueError("'encoder' is not a digest")
+        return str(value["encoder"])
+
+
+def _relocated(settings: Any, like: Any) -> Any:
+    """An encoder's settings with the place of the weights file of other settings, if they have one."""
+    place = getattr(like, "weights", None)
+    return settings if place is None or not hasattr(settings, "weights") else replace(settings, weights=place)
+
+
+def use_data_dir(run: Run, data_dir: Path | None) -> tuple[Run, str]:
+    """The run with its datasets in another folder, and a note for the user if it was not chosen by the user.
+
+    Args:
+        run: a run, perhaps from another machine.
+        data_dir: the folder; None: that of the run if it exists here, or else the default one.
+    """
+    recorded, note = run.experiment.data.data_dir, ""
+    if data_dir is None:
+        if recorded is None or recorded.is_dir():
+            return run, ""
+        note = f"{recorded}, where the run read its datasets, does not exist; the default folder is used"
+    data = replace(run.experiment.data, data_dir=data_dir)
+    return replace(run, experiment=replace(run.experiment, data=data)), note
+
+
+def use_weights(runs: Sequence[Run], files: Sequence[Path]) -> list[Run]:
+    """The runs with the weights of their encoders in these files. Each run gets the file with its digest.
+
+    Raises:
+        UserError: a file is not the weights file of any of the runs, or an encoder reads none.
+    """
+    found = list(runs)
+    for file in files:
+        used = False
+        for number, run in enumerate(found):
+            encoder = with_weights(run.experiment.encoder, file)
+            if run.weights in (None, weights_digest(encoder)):
+                found[number] = replace(run, experiment=replace(run.experiment, encoder=encoder))
+                used = True
+        if not used:
+            raise UserError(f"{file} is not the weights file that {runs[0].folder} was trained with; give that one")
+    return found
 
 
 def find_run(folder: Path) -> "Run | None":
