@@ -47,7 +47,8 @@ class Training:
     seed: int = 0
     ema_decay: float = 0.0
     """Decay per step of an exponential moving average of the parameters, which is then evaluated and kept; 0: no
-    average."""
+    average. A run that starts from random parameters uses min(ema_decay, (1 + t) / (10 + t)) at step t (from 0 on),
+    which reaches 0.99 at step 890 and 0.999 at step 8990. With --init-from it is used as given."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that matrix products are computed in; parameters and sums stay float32. For float32, JAX's default on TPU is
     bfloat16 passes and on recent GPUs TF32; JAX_DEFAULT_MATMUL_PRECISION=highest disables both."""

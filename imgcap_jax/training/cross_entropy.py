@@ -27,9 +27,9 @@ class CrossEntropy:
     progress: ClassVar[Mapping[str, str]] = {"loss": ".3f", "perplexity": ".2f"}
 
     label_smoothing: float = 0.1
-    """The share of the target's mass that is spread evenly over the vocabulary."""
+    """The share of the target's mass that is spread evenly over all words, unk and eos (Szegedy et al. 2016)."""
     attention_penalty: float = 0.0
-    """lambda of the doubly stochastic penalty of Xu et al. 2015; 1.0 in the paper."""
+    """lambda of the doubly stochastic penalty of Xu et al. 2015, 1.0 in the paper; for decoders with attention."""
     sampling: float = 0.0
     """Scheduled sampling (Bengio et al. 2015): the final probability that an input word is replaced by one drawn from
     the model; 0: off."""
@@ -105,7 +105,7 @@ def cross_entropy_step(
     key: Array,
     steps_per_epoch: int = 1,
     accumulate: int = 1,
-    ema_decay: float = 0.0,
+    ema_decay: float | optax.Schedule = 0.0,
 ) -> Step:
     """Makes ``step(state, frozen, batch) -> (state, metrics)`` for ``DataParallel.compile``; see ``train_step``.
 

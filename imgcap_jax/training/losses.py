@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.special_tokens import EOS, PAD
+from imgcap_jax.special_tokens import BOS, EOS, PAD
 
 CHUNK = 768
 """The largest number of words that are scored at a time."""
@@ -35,12 +35,14 @@ class SmoothedCrossEntropy:
     """Cross-entropy with label smoothing (Szegedy et al. 2016)."""
 
     label_smoothing: float = 0.0
-    """The share of the target's mass that is spread evenly over V."""
+    """The share of the target's mass that is spread evenly over the V - 2 words that can occur: all except pad and
+    bos."""
 
     def __call__(self, logits: Array, targets: Array) -> Array:
         """See ``WordLoss``."""
-        is_true = jnp.arange(logits.shape[-1]) == targets[:, None]
-        wanted = jnp.where(is_true, 1.0 - self.label_smoothing, 0.0) + self.label_smoothing / logits.shape[-1]
+        words = jnp.arange(logits.shape[-1])
+        spread = jnp.where((words == PAD) | (words == BOS), 0.0, self.label_smoothing / max(1, len(words) - 2))
+        wanted = jnp.where(words == targets[:, None], 1.0 - self.label_smoothing, 0.0) + spread
         return log_normaliser(logits) - (wanted * logits).sum(axis=-1)
 
 

@@ -30,7 +30,8 @@ class StepSetup:
         key: of dropout and samples; fold in the step and the row (``step.keys_of_rows``).
         steps_per_epoch: for schedules that count epochs.
         accumulate: microbatches per step.
-        ema_decay: decay of the averaged parameters; 0: no average.
+        ema_decay: decay of the averaged parameters per step, a number or a function of the step, for
+            ``training.step.train_step``; 0: no average.
         vocabulary: the words of the model.
         max_words: ``decoding.max_words``, the longest caption that is decoded.
         references: what ``Objective.references`` returned.
@@ -46,7 +47,7 @@ class StepSetup:
     key: Array
     steps_per_epoch: int
     accumulate: int
-    ema_decay: float
+    ema_decay: float | optax.Schedule
     vocabulary: Vocabulary
     max_words: int
     references: CaptionTable | None

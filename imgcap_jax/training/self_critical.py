@@ -236,7 +236,7 @@ def self_critical_step(
     bad_endings: Sequence[int],
     rewards: Reward | None = None,
     accumulate: int = 1,
-    ema_decay: float = 0.0,
+    ema_decay: float | optax.Schedule = 0.0,
 ) -> Step:
     """Makes ``step(state, constants, batch) -> (state, metrics)`` for ``DataParallel.compile``; see ``train_step``.
 

@@ -44,6 +44,20 @@ def first_state(params: Params, transformation: optax.GradientTransformation, *,
     return TrainState(jnp.zeros((), jnp.int32), params, transformation.init(params), average)
 
 
+def average_decay(decay: float, *, initialised: bool) -> float | optax.Schedule:
+    """The decay of the averaged parameters at each step, for ``train_step``.
+
+    Args:
+        decay: the decay per step.
+        initialised: whether the parameters were trained before. If they are random, the decay at step t (from 0 on) is
+            min(decay, (1 + t) / (10 + t)), so that the average soon forgets them: it is 0.1 at first, and reaches 0.99
+            after 890 steps and 0.999 after 8990. Trained parameters are averaged with the decay itself.
+    """
+    if initialised or not decay:
+        return decay
+    return lambda step: jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+
 def keys_of_rows(key: Array, step: Array, row: Array) -> Array:
     """One PRNG key [B] per image of a step, from its index in the global batch, ``row`` [B].
 
@@ -59,7 +73,7 @@ def train_step(
     transformation: optax.GradientTransformation,
     *,
     accumulate: int = 1,
-    ema_decay: float = 0.0,
+    ema_decay: float | optax.Schedule = 0.0,
 ) -> Step:
     """Makes ``step(state, constants, batch) -> (state, metrics)`` for ``DataParallel.compile``.
 
@@ -71,7 +85,8 @@ def train_step(
         measure: returns the divisor of the gradient and the metrics. "gradient_norm" is added to the metrics.
         transformation: the optimizer.
         accumulate: microbatches per step.
-        ema_decay: decay per step of the averaged parameters, if the state has them.
+        ema_decay: decay per step of the averaged parameters, if the state has them; a number, or a function of the step
+            (``average_decay``).
     """
     gradient = jax.grad(loss, has_aux=True)
 
@@ -98,9 +113,7 @@ def train_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
-            # The decay is smaller at the beginning, so that the average soon forgets the random initial parameters.
-            count = state.step.astype(jnp.float32)
-            decay = jnp.minimum(ema_decay, (1.0 + count) / (10.0 + count))
+            decay = ema_decay(state.step.astype(jnp.float32)) if callable(ema_decay) else ema_decay
             ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
         metrics = {**metrics, "gradient_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, params, optimizer, ema), metrics

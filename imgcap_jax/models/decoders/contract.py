@@ -76,6 +76,17 @@ def check_length(settings: DecoderSettings, tokens: int, setting: str) -> None:
         )
 
 
+def has_attention(settings: DecoderSettings, region_size: int) -> bool:
+    """Whether a decoder of these settings returns the attention of each step. Nothing is computed."""
+
+    def attention() -> Array | None:
+        decoder = settings.build(region_size, 8, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        memory, carry = decoder.start(jnp.zeros((1, 2, region_size)), 1, steps=1)
+        return decoder.step(carry, jnp.zeros((1, 1), jnp.int32), memory)[1].attention
+
+    return jax.eval_shape(attention) is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class CommonSettings:
     """The settings that all decoders of ``imgcap_jax`` have. Sizes are numbers of units.
