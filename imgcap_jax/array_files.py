@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_BYTES = 256 << 20
-"""The largest array that is read, and the largest sum of the arrays of one file."""
+"""The arrays of a file may have this size, or that of the file. A compressed file could otherwise fill the memory."""
 
 
 def read_arrays(
@@ -36,27 +36,23 @@ def read_arrays(
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
         file.seek(0)
+        size = os.fstat(file.fileno()).st_size
         if not zipped:
-            size = os.fstat(file.fileno()).st_size
-            _check_size(size)
             return {"": _array(file.read(size))}
         with zipfile.ZipFile(file) as archive:
             members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
             if len(members) < len(archive.infolist()):
                 raise ValueError("two arrays have the same name")
             chosen = [members[name] for name in (choose(list(members)) if choose else members)]
-            _check_size(sum(member.file_size for member in chosen))
+            total = sum(member.file_size for member in chosen)
+            if total > max(size, MAX_BYTES):
+                raise ValueError(f"{total / 1e6:,.0f} MB of arrays in {size / 1e6:,.1f} MB")
             arrays = {}
             for member in chosen:
                 with archive.open(member) as stream:
                     # Without the size, zipfile decompresses everything before it cuts the result.
                     arrays[member.filename.removesuffix(".npy")] = _array(stream.read(member.file_size))
             return arrays
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_BYTES:
-        raise ValueError(f"it has {size / 1e6:,.0f} MB of arrays; at most {MAX_BYTES / 1e6:,.0f} MB are read")
 
 
 def _array(data: bytes) -> npt.NDArray[Any]:

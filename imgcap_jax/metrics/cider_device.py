@@ -12,17 +12,18 @@ Letters: B images per batch, M captions per image, R references per image, T cap
 W ids.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
-from zipfile import BadZipFile
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from imgcap_jax.array_files import read_arrays
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import replacing
+from imgcap_jax.files import reading, replacing
 from imgcap_jax.metrics.cider import SIGMA, inverse_document_frequency
 from imgcap_jax.metrics.corpus import ORDERS, n_grams, unpair
 from imgcap_jax.metrics.device_grams import Grams
@@ -55,7 +56,10 @@ class DocumentFrequencies(NamedTuple):
         """
         named = {f"{name}{i}": leaf for name in ("start", "last", "idf") for i, leaf in enumerate(getattr(self, name))}
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, of=of, unseen=self.unseen, **named)
+            arrays: dict[str, Any] = {
+                name: np.asarray(leaf) for name, leaf in {**named, "of": of, "unseen": self.unseen}.items()
+            }
+            np.savez(file, digest=_digest(arrays), **arrays)
 
     @classmethod
     def load(cls, path: Path, of: str) -> "DocumentFrequencies":
@@ -64,18 +68,27 @@ class DocumentFrequencies(NamedTuple):
         Raises:
             UserError: the file is damaged, or its ``of`` differs.
         """
-        try:
-            with np.load(path) as file:
-                start, last, idf = (
-                    tuple(jnp.asarray(file[f"{name}{i}"]) for i in range(count))
-                    for name, count in (("start", ORDERS - 1), ("last", ORDERS - 1), ("idf", ORDERS))
-                )
-                found = cls(start, last, idf, jnp.asarray(file["unseen"]))
-                if str(file["of"]) == of:
-                    return found
-        except (OSError, EOFError, TypeError, ValueError, KeyError, BadZipFile) as error:
-            raise UserError(f"{path} is damaged; delete it and run the command again to recompute it") from error
+        with reading(path, "delete it and run the command again to recompute it"):
+            arrays = read_arrays(path)
+            digest = arrays.pop("digest", None)  # files of earlier versions have none
+            if digest is not None and str(digest) != _digest(arrays):
+                raise ValueError("its digest differs")
+            start, last, idf = (
+                tuple(jnp.asarray(arrays[f"{name}{i}"]) for i in range(count))
+                for name, count in (("start", ORDERS - 1), ("last", ORDERS - 1), ("idf", ORDERS))
+            )
+            found = cls(start, last, idf, jnp.asarray(arrays["unseen"]))
+            if str(arrays["of"]) == of:
+                return found
         raise UserError(f"{path} belongs to other captions; delete it and run the command again to recompute it")
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, values in sorted(arrays.items()):
+        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
 
 
 def document_frequencies(corpus: Sequence[Sequence[Sequence[int]]], words: int) -> DocumentFrequencies:

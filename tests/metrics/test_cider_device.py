@@ -1,5 +1,6 @@
 """The rewards of self-critical training, CIDEr-D and BLEU-4 on the device, against the scorer on the host."""
 
+import io
 import json
 import random
 import re
@@ -129,8 +130,18 @@ def test_save_and_load_document_frequencies(tmp_path: Path) -> None:
     whole = (tmp_path / "kept.npz").read_bytes()
     for damaged in (whole[:200], b"", b"text"):
         (tmp_path / "kept.npz").write_bytes(damaged)
-        with pytest.raises(UserError, match="damaged; delete it"):
+        with pytest.raises(UserError, match=r"damaged \(.*\): delete it"):
             DocumentFrequencies.load(tmp_path / "kept.npz", "these")
+    with np.load(io.BytesIO(whole)) as file:
+        arrays = dict(file)
+    changed = arrays["idf0"].copy()
+    changed[-1] += 1
+    np.savez(tmp_path / "kept.npz", **arrays | {"idf0": changed})
+    with pytest.raises(UserError, match=r"damaged \(its digest differs\): delete it"):
+        DocumentFrequencies.load(tmp_path / "kept.npz", "these")
+    del arrays["digest"]  # as earlier versions wrote it
+    np.savez(tmp_path / "kept.npz", **arrays)
+    assert DocumentFrequencies.load(tmp_path / "kept.npz", "these").unseen == frequencies.unseen
 
 
 def test_arrays_have_32_bits_and_there_is_no_callback() -> None:

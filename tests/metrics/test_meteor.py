@@ -74,19 +74,26 @@ def test_tables_are_compiled_once(small_tables: Tables, tmp_path: Path) -> None:
     assert (folder / "paraphrase.npy").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "empty", "flipped", "no digests"])
 def test_damaged_tables_are_compiled_again(damage: str, small_tables: Tables, tmp_path: Path) -> None:
     folder = next((tmp_path / "meteor").iterdir())
-    words = (folder / "words.txt").read_text()
+    words, before = (folder / "words.txt").read_text(), small_tables.paraphrase.copy()
     if damage == "truncated":
         (folder / "words.txt").write_text(words[:20])
     elif damage == "missing":
         (folder / "synset.npy").unlink()
+    elif damage == "flipped":
+        content = bytearray((folder / "paraphrase.npy").read_bytes())
+        content[-2] ^= 1
+        (folder / "paraphrase.npy").write_bytes(content)
+    elif damage == "no digests":
+        (folder / "SHA256SUMS").write_text("")
     else:
         for path in folder.iterdir():
             path.unlink()
     assert Tables.load().number == small_tables.number
     assert (folder / "words.txt").read_text() == words
+    np.testing.assert_array_equal(Tables.load().paraphrase, before)
 
 
 def test_compilation_errors_say_what_to_do(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ Letters: K known words, D entries of synsets, P nodes of the prefix tree of phra
 """
 
 import gzip
-import json
 import re
 import shutil
 import sys
@@ -25,14 +24,17 @@ from pathlib import Path
 import numpy as np
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import cache_folder
+from imgcap_jax.files import cache_folder, damages, read_digests, write_digests
 from imgcap_jax.metrics.corpus import pairs
 from imgcap_jax.metrics.official import official_folder
 
 HOW_TO_ADD = 'pip install "imgcap_jax[meteor]" (or: pip install pycocoevalcap) adds its tables'
 LONGEST = 7  # words of the longest phrase in the table
-_FORMAT = 2  # version of the compiled tables; must be increased when their format changes
-_WHOLE = "sizes.json"  # in a folder of compiled tables: the size of each file in bytes
+_FORMAT = 3  # version of the compiled tables; must be increased when their format changes
+_ARRAYS = ("function", "synset_start", "synset", "base_start", "base", "paraphrase_start", "paraphrase")
+_PREFIXES = tuple(f"prefix_{length}" for length in range(2, LONGEST + 1))
+_TEXTS = ("words", "stems")
+_FILES = {*(f"{name}.npy" for name in _ARRAYS + _PREFIXES), *(f"{name}.txt" for name in _TEXTS)}
 
 # Endings that WordNet's morphology replaces, in this order, until the result is a word in the dictionary.
 _ENDINGS = (
@@ -99,12 +101,9 @@ class Tables:
                 f"cannot write METEOR's tables to {folder.parent} ({error.strerror or error}): set IMGCAP_CACHE to a "
                 "writable folder with 100 MB of free space"
             ) from error
-        words, stems = ((folder / f"{name}.txt").read_text("utf-8").split("\n") for name in ("words", "stems"))
-        arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r")
-            for name in ("function", "synset_start", "synset", "base_start", "base", "paraphrase_start", "paraphrase")
-        }
-        prefix = tuple(np.load(folder / f"prefix_{n}.npy", mmap_mode="r") for n in range(2, LONGEST + 1))
+        words, stems = ((folder / f"{name}.txt").read_text("utf-8").split("\n") for name in _TEXTS)
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
+        prefix = tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _PREFIXES)
         return cls({word: i for i, word in enumerate(words)}, stems, prefix=prefix, **arrays)
 
     def stem(self, word: str) -> str:
@@ -179,11 +178,10 @@ def _stem(word: str) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether all files exist with the size that was written. A power cut or a clean-up can damage a cache."""
+    """Whether all files are as they were written (0.1 s). A power cut or a clean-up can damage a cache."""
     try:
-        sizes = json.loads((folder / _WHOLE).read_text("utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+        return (read_digests(folder) or {}).keys() == _FILES and not damages(folder)
+    except OSError:
         return False
 
 
@@ -201,8 +199,7 @@ def _compile(package: Path, folder: Path) -> None:
             _write_tables(*_sources(package), temporary)
         except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, KeyError, ValueError) as error:
             raise UserError(f"{package} is damaged ({error}): install pycocoevalcap again") from error
-        sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
-        (temporary / _WHOLE).write_text(json.dumps(sizes), "utf-8")
+        write_digests(temporary)
         if folder.is_dir() and not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
         try:
