@@ -3,6 +3,7 @@
 import json
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,56 @@ def test_captions_of_other_photos_under_the_same_ids_are_refused(
         assert "image 1 is '2.jpg' in" in error
         assert "'val/1.jpg' in" in error
         assert error.count("\n") == 1
+
+
+def test_tokenizers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str], forget_code: Callable[[], None]
+) -> None:
+    texts = {1: "一只狗在草地上跑", 2: "两只猫在睡觉"}
+    captions = results(tmp_path / "captions.json", {1: "一只狗在草地上奔跑", 2: "两只猫"})
+    annotations = [{"image_id": image, "caption": text} for image, text in texts.items()]
+    references = results(tmp_path / "references.json", [])
+    Path(references).write_text(json.dumps({"annotations": annotations}))
+    command = ["score", captions, references, "--json", str(tmp_path / "out.json")]
+    assert main([*command, "--tokenizer", "characters", "--spice", "--training", references]) == 0
+    shown = capsys.readouterr().out
+    assert "|tok:characters|refs:1|n:2|(last column)" in shown
+    for metric in ("METEOR", "SPICE"):
+        assert f"{metric} is missing: {metric} is defined for the words of English captions" in shown
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["scores"]["CIDEr-D"] > 1
+    assert document["diversity"]["length"] == 6  # 9 and 3 characters
+    assert set(document["missing"]) == {"METEOR", "SPICE"}
+
+    code = tmp_path / "my_pairs.py"
+    code.write_text(
+        "from dataclasses import dataclass\n"
+        "@dataclass(frozen=True)\n"
+        "class Pairs:\n"
+        "    label = 'pairs'\n"
+        "    def __call__(self, caption):\n"
+        "        return [caption[i : i + 2] for i in range(0, len(caption), 2)]\n"
+        "    def join(self, tokens):\n"
+        "        return ''.join(tokens)\n"
+    )
+    assert main([*command, "--tokenizer", "my_pairs:Pairs", "--code", str(code)]) == 0
+    assert "|tok:pairs|" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text())["diversity"]["length"] == 3.5
+    forget_code()
+    assert "add --code my_pairs.py" in refused([*command, "--tokenizer", "my_pairs:Pairs"])
+    assert "no tokenizer 'character'" in refused([*command, "--tokenizer", "character"])
+
+
+def test_images_whose_references_are_empty_are_reported(
+    references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = json.loads(Path(references).read_text())
+    for annotation in document["annotations"]:
+        if annotation["image_id"] == 2:
+            annotation["caption"] = "."
+    Path(references).write_text(json.dumps(document))
+    assert main(["score", results(tmp_path / "captions.json", CAPTIONS), references]) == 0
+    assert "warning: 1 of 3 images have only references without words (first: image 2)" in capsys.readouterr().out
 
 
 def test_spice_is_checked_before_files_are_read(

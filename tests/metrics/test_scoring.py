@@ -11,6 +11,7 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.metrics.corpus import Candidates, MetricScores, References, mean_score
 from imgcap_jax.metrics.scoring import CaptionScorer, available_metrics
 from imgcap_jax.text import tokenize
+from imgcap_jax.tokenizers import Characters
 
 OTHERS = {2: ["two cats sleep on red chairs"], 3: ["some people ski down hills"]}
 
@@ -273,3 +274,81 @@ def test_candidates_and_references_must_have_the_same_images() -> None:
         CaptionScorer({11: ["a dog"], 12: []})
     with pytest.raises(UserError, match="no references"):
         CaptionScorer({})
+
+
+@pytest.mark.parametrize(
+    ("references", "reason"),
+    [
+        ({1: ["a red dog runs"]}, "there is one image"),
+        ({1: ["a red dog"], 2: ["a red dog"]}, "each n-gram of the references occurs in all images"),
+        ({image: ["a product on white"] for image in range(40)}, "each n-gram of the references occurs in all images"),
+    ],
+)
+def test_references_that_make_cider_0_are_reported_with_the_reason(
+    references: dict[int, list[str]], reason: str
+) -> None:
+    scorer = CaptionScorer(references)
+    assert len(scorer.warnings) == 1
+    assert scorer.warnings[0].startswith("CIDEr-D is 0 for every caption, because")
+    assert reason in scorer.warnings[0]
+    scores = scorer.score({image: texts[0] for image, texts in references.items()})
+    assert scores.values["CIDEr-D"] == 0  # although the captions are perfect
+    assert scores.warnings[0] == scorer.warnings[0]
+
+
+def test_images_on_which_cider_is_0_are_counted() -> None:
+    scorer = CaptionScorer({1: ["a red dog"], 2: ["a"], 3: ["a cat"]})
+    (warning,) = scorer.warnings
+    assert warning.startswith("CIDEr-D is 0 for every caption of 1 of 3 images (first: image 2), because")
+    assert scorer.score({1: "a red dog", 2: "a", 3: "a cat"}).per_image["CIDEr-D"][2] == 0
+    assert CaptionScorer(OTHERS).warnings == ()
+    # Document frequencies of another corpus give even a single image a score.
+    metrics = available_metrics({1: ["a cat"], 2: ["some people"]})
+    assert CaptionScorer({1: ["a red dog"]}, metrics).warnings == ()
+
+
+def test_references_without_words_are_reported() -> None:
+    scorer = CaptionScorer({1: ["a dog runs", " "], 2: [".", ""], **{3: OTHERS[3]}})
+    assert scorer.warnings == (
+        "1 of 3 images have only references without words (first: image 2); every caption of them scores 0: add "
+        "captions, or remove these images",
+        "1 of 5 references have no words; they lower CIDEr-D: remove them",
+    )
+    scores = scorer.score({1: "a dog", 2: "a dog", 3: "people"})
+    assert all(scores.per_image[name][2] < 1e-6 for name in scores.values)
+    assert scores.warnings[:2] == scorer.warnings
+
+
+def test_warnings_of_a_custom_metric() -> None:
+    class Short:
+        warnings = ("references are short",)
+
+        def __call__(self, candidates: Candidates) -> MetricScores:
+            return {"short": mean_score(candidates.lengths)}
+
+    assert CaptionScorer(OTHERS, {"short": lambda references: Short()}).warnings == ("references are short",)
+
+
+def test_scores_of_characters() -> None:
+    """Unsegmented Chinese has one word per caption for the default tokeniser, so that no word matches."""
+    references = {1: ["一只狗在草地上跑"], 2: ["两只猫在睡觉"]}
+    candidates = {1: "一只狗在草地上奔跑", 2: "两只猫"}
+    words = CaptionScorer(references).score(candidates)
+    assert words.values["BLEU-1"] < 1e-6
+    characters = CaptionScorer(references, tokenizer=Characters()).score(candidates)
+    # 9 + 3 characters, 8 + 3 of them in the references; the lengths are 12 and 14.
+    assert characters.values["BLEU-1"] == pytest.approx(11 / 12 * np.exp(1 - 14 / 12), abs=1e-8)
+    assert "METEOR" not in characters.values
+    assert "the tokenizer characters" in characters.missing["METEOR"]
+    assert "|tok:characters|refs:1|n:2|BLEU:closest," in characters.signature
+    assert "METEOR" not in characters.signature
+    assert "|tok:ptb-coco|refs:1|n:2|BLEU:closest," in words.signature
+
+
+def test_meteor_of_other_languages_is_warned_about() -> None:
+    texts = {i: ["ein mann in einem roten hemd steht auf einer leiter", f"zwei hunde {i}"] for i in range(12)}
+    warned = "do not seem to be English, but METEOR is for English"
+    metrics = {"METEOR:1.5-en-norm": lambda references: lambda candidates: {}}
+    assert warned in CaptionScorer(texts, metrics).warnings[0]
+    english = {i: ["a man in a red shirt stands on a ladder", f"the two dogs {i}"] for i in range(12)}
+    assert CaptionScorer(english, metrics).warnings == ()

@@ -10,7 +10,7 @@ import pytest
 from jax.test_util import check_grads
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.special_tokens import PAD
+from imgcap_jax.special_tokens import BOS, PAD, UNK
 from imgcap_jax.training import losses
 from imgcap_jax.training.cross_entropy import CrossEntropy
 from imgcap_jax.training.losses import SmoothedCrossEntropy, caption_loss, log_normaliser
@@ -32,6 +32,11 @@ def test_equals_torch_cross_entropy(batch: tuple[np.ndarray, np.ndarray], smooth
     torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
     logits, tokens = batch
     weight = np.array([1, 1, 0], np.float32)
+    targets = torch.tensor(tokens[:2, :, 1:].reshape(-1)).long()
+    # The smoothed mass goes to every word except pad and bos.
+    words = torch.ones(V)
+    words[[PAD, BOS]] = 0
+    wanted = (1 - smoothing) * torch.nn.functional.one_hot(targets, V) + smoothing * words / words.sum()
     sums = caption_loss(
         lambda x: x,
         jnp.asarray(logits),
@@ -41,15 +46,24 @@ def test_equals_torch_cross_entropy(batch: tuple[np.ndarray, np.ndarray], smooth
     )
     expected = torch.nn.functional.cross_entropy(
         torch.tensor(logits[:2].reshape(-1, V)),
-        torch.tensor(tokens[:2, :, 1:].reshape(-1)).long(),
-        ignore_index=PAD,
-        label_smoothing=smoothing,
+        wanted * (targets != PAD)[:, None],
         reduction="sum",
     )
     np.testing.assert_allclose(sums.objective, expected, rtol=1e-5)
     assert sums.words == (tokens[:2, :, 1:] != PAD).sum()
     if smoothing == 0:
         np.testing.assert_allclose(sums.log_likelihood, -expected, rtol=1e-5)
+
+
+def test_label_smoothing_gives_no_mass_to_words_that_cannot_occur() -> None:
+    logits = jnp.asarray(np.random.default_rng(4).normal(size=(1, V)), jnp.float32)
+    loss = lambda x: SmoothedCrossEntropy(0.3)(x, jnp.array([UNK]))[0]  # noqa: E731
+    # The gradient is softmax - wanted.
+    wanted = jax.nn.softmax(logits) - jax.grad(loss)(logits)
+    expected = np.full(V, 0.3 / (V - 2))
+    expected[UNK] += 0.7
+    expected[[PAD, BOS]] = 0
+    np.testing.assert_allclose(wanted[0], expected, atol=1e-6)
 
 
 def test_attention_penalty_is_equation_14_of_xu_over_steps_without_padding(
@@ -88,7 +102,8 @@ def test_packed_and_unpacked_words_have_equal_gradients(
     def plain(kernel: jax.Array, bias: jax.Array, hidden: jax.Array) -> jax.Array:
         log_probs = jax.nn.log_softmax(jnp.tanh(hidden) @ kernel + bias)
         true = jnp.take_along_axis(log_probs, tokens[:, :, 1:, None], axis=-1)[..., 0]
-        smoothed = (1 - smoothing) * true + smoothing * log_probs.mean(-1)
+        others = jnp.delete(log_probs, jnp.array([PAD, BOS]), axis=-1, assume_unique_indices=True)
+        smoothed = (1 - smoothing) * true + smoothing * others.mean(-1)
         return -3.0 * (smoothed * (tokens[:, :, 1:] != PAD) * weight[:, None, None]).sum()
 
     np.testing.assert_allclose(packed(kernel, bias, hidden), plain(kernel, bias, hidden), rtol=1e-5)
