@@ -8,6 +8,7 @@ import pytest
 
 from imgcap_jax.data.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
 from imgcap_jax.errors import UserError
+from imgcap_jax.tokenizers import Characters, PennTreebank
 
 CAPTIONS = ["A dog runs.", "a dog sits", "the cat sits, a dog!", "a <unk> <pad>"]
 
@@ -88,3 +89,46 @@ def test_error_without_frequent_words_names_min_count() -> None:
         Vocabulary.build(CAPTIONS, min_count=9)
     with pytest.raises(UserError, match="there are none"):
         Vocabulary.build([], min_count=1)
+
+
+def test_a_vocabulary_of_characters(tmp_path: Path) -> None:
+    vocabulary = Vocabulary.build(["红色方块。", "红色的dog <unk>", "red dog"], 1, Characters())
+    assert vocabulary.words[4:] == ("dog", "红", "色", "red", "块", "方", "的")
+    encoded = vocabulary.encode("红色Dog", 7)
+    assert encoded.tolist() == [BOS, *vocabulary.ids(["红", "色", "dog"]), EOS, PAD, PAD]
+    assert vocabulary.decode([*vocabulary.ids(["红", "色", "dog", "red"]), EOS]) == "红色dog red"
+    assert vocabulary.decode_words(encoded) == ["红", "色", "dog"]
+    assert vocabulary.coverage(["红色狗"]) == pytest.approx(2 / 3)
+    path = tmp_path / "vocabulary.json"
+    vocabulary.save(path)
+    assert json.loads(path.read_text())["tokenizer"] == "characters"
+    assert Vocabulary.load(path, Characters()) == vocabulary
+    with pytest.raises(UserError, match=r"built with the tokenizer 'characters', but that of the experiment is 'ptb"):
+        Vocabulary.load(path)
+
+
+def test_a_file_of_the_default_names_its_tokenizer(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.json"
+    vocabulary.save(path)
+    document = json.loads(path.read_text())
+    assert document["tokenizer"] == "ptb-coco"
+    del document["tokenizer"]
+    path.write_text(json.dumps(document))
+    assert Vocabulary.load(path) == vocabulary
+
+
+def test_vocabularies_of_different_tokenizers_are_not_joined(vocabulary: Vocabulary) -> None:
+    characters = Vocabulary.build(["红色"], 1, Characters())
+    assert characters.extended(Vocabulary.build(["红的"], 1, Characters())).words[4:] == ("红", "色", "的")
+    with pytest.raises(UserError, match=r"another tokenizer \(ptb-coco, here characters\)"):
+        vocabulary.extended(characters)
+
+
+@pytest.mark.parametrize("tokens", ["a dog", ("a", "dog"), ["a", ""], [1]])
+def test_a_tokeniser_must_return_words(tokens: object) -> None:
+    class Broken(PennTreebank):
+        def __call__(self, caption: str, /) -> list[str]:
+            return tokens  # type: ignore[return-value]
+
+    with pytest.raises(UserError, match="must return a list of words"):
+        Vocabulary.build(["a dog"], 1, Broken())
