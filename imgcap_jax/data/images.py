@@ -1,48 +1,32 @@
-"""Decodes, resizes and augments encoded images."""
+"""Resizes and augments images."""
 
-import io
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
-import simplejpeg
 from PIL import Image
 
-Pixels = npt.NDArray[np.uint8]
+from imgcap_jax.data.image_files import AnyImage, OpenedImage, Pixels, open_image
+from imgcap_jax.errors import UserError
+from imgcap_jax.tokenizers import unspaced_length
+
 Resize = Literal["squash", "crop"]
 Box = tuple[float, float, float, float]
 """Left, top, width and height, in pixels of the upright image."""
 BoxChoice = Callable[[int, int], Box]
 
-# Matches "left-handed", "leftmost", "rightward", "top-right"; not "upright", "bright" or "cleft". It also matches the
-# past tense of "leave"; the only effect is that the image is not mirrored.
-_SIDE = re.compile(r"\b(?:left|right)", re.IGNORECASE)
+# They match "left-handed", "leftmost", "rightward", "top-right"; not "upright", "bright" or "cleft". "left" also matches
+# the past tense of "leave"; the only effect is that the image is not mirrored.
+SIDE_WORDS = ("left", "right")
 
-_EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SIDEWAYS = (5, 6, 7, 8)
-
-_LARGEST_PIXELS = 2**28
 _RATIO = (3 / 4, 4 / 3)
 _CROP_TRIES = 10
 # Luma of ITU-R BT.601, as PIL's conversion to grey.
 _GREY = np.array([0.299, 0.587, 0.114])
-
-
-class ImageError(ValueError):
-    """An image cannot be decoded. The message is the reason; callers add the file name."""
 
 
 @dataclass(frozen=True)
@@ -55,33 +39,81 @@ class Augmentation:
     """Mirror images with probability 1/2, except those with a caption that names a side."""
     jitter: float = 0.0
     """Multiply brightness, contrast and saturation each by a random factor from 1 - jitter to 1 + jitter."""
+    side_words: tuple[str, ...] = SIDE_WORDS
+    """The beginnings of the words that name a side, in the language of the captions; docs/training.md has a list."""
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(word, str) and word.strip() for word in self.side_words):
+            raise UserError(f"data.augmentation.side_words is {self.side_words!r}; it must be a list of words")
+
+    def __repr__(self) -> str:
+        # Feature stores are identified by this text. Those of English captions were computed before there were others.
+        names = [item.name for item in fields(self) if item.name != "side_words" or self.side_words != SIDE_WORDS]
+        return f"Augmentation({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+    @property
+    def changes_images(self) -> bool:
+        """Whether training images differ from the images in the dataset."""
+        return replace(self, side_words=SIDE_WORDS) != Augmentation()
 
 
-def names_side(captions: Iterable[str]) -> bool:
-    """Whether a caption says left or right, so that it would be wrong for the mirror image."""
-    return any(_SIDE.search(caption) for caption in captions)
+def names_side(captions: Iterable[str], side_words: tuple[str, ...] = SIDE_WORDS) -> bool:
+    """Whether a caption names a side, as "left" or "right", so that it would be wrong for the mirror image.
+
+    Case does not matter. A side word can be the beginning of another word. In a script without blanks between words,
+    such as Chinese, it can be at any place.
+    """
+    pattern = _side_pattern(side_words)
+    return pattern is not None and any(pattern.search(caption) for caption in captions)
 
 
-def decode(image: bytes | Pixels, size: int, resize: Resize = "squash") -> Pixels:
-    """Decodes an image to RGB, applies its EXIF orientation and resizes it (bicubic, antialiased).
+@lru_cache
+def _side_pattern(side_words: tuple[str, ...]) -> re.Pattern[str] | None:
+    alternatives = [("" if unspaced_length(word[0]) else r"\b") + re.escape(word) for word in side_words]
+    return re.compile("|".join(alternatives), re.IGNORECASE) if side_words else None
+
+
+def decode(image: AnyImage, size: int, resize: Resize = "squash") -> Pixels:
+    """Decodes an image to upright RGB and resizes it (bicubic, antialiased).
 
     Args:
-        image: an encoded image (JPEG, PNG or anything else that PIL reads), or RGB pixels [h, w, 3].
+        image: an encoded image, RGB pixels uint8 [h,w,3], or a PIL image.
         size: side length of the result in pixels.
         resize: "squash" ignores the aspect ratio; "crop" resizes the shorter side to `size` and cuts out the
             centre.
 
     Returns:
-        uint8 [size, size, 3].
+        uint8 [size,size,3].
 
     Raises:
-        ImageError: the image cannot be decoded, or the pixels are not uint8 [h, w, 3].
+        ImageError: see `image_files.open_image`.
     """
     return np.asarray(_resample(image, size, lambda width, height: _plain_box(width, height, resize)))
 
 
+def view(image: AnyImage, longest: int, resize: Resize = "squash") -> Pixels:
+    """Decodes an image for people: in its aspect ratio, and reduced so that no side is longer than `longest`.
+
+    Args:
+        image: see `decode`.
+        longest: the largest side length of the result in pixels. Smaller images keep their size.
+        resize: "crop" cuts out the square in the centre, which is what `decode` shows; "squash" keeps everything.
+
+    Returns:
+        uint8 [h,w,3].
+
+    Raises:
+        ImageError: see `image_files.open_image`.
+    """
+    opened = open_image(image)
+    left, top, width, height = _plain_box(opened.width, opened.height, resize)
+    share = min(1.0, longest / max(width, height))
+    size = max(1, round(width * share)), max(1, round(height * share))
+    return np.asarray(_cut(opened, (left, top, width, height), size))
+
+
 def augment(
-    image: bytes | Pixels,
+    image: AnyImage,
     captions: Iterable[str],
     size: int,
     rng: np.random.Generator,
@@ -106,14 +138,14 @@ def augment(
         uint8 [size, size, 3].
 
     Raises:
-        ImageError: the image cannot be decoded.
+        ImageError: see `image_files.open_image`.
     """
     picture = _resample(
         image,
         size,
         lambda width, height: _random_box(width, height, augmentation.crop_scale_min, resize, rng),
     )
-    if augmentation.flip and rng.random() < 0.5 and not names_side(captions):
+    if augmentation.flip and rng.random() < 0.5 and not names_side(captions, augmentation.side_words):
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if augmentation.jitter:
         brightness, contrast, saturation = 1 + augmentation.jitter * rng.uniform(-1, 1, 3)
@@ -156,117 +188,24 @@ def _recolour(picture: Image.Image, brightness: float, contrast: float, saturati
     return picture.convert("RGB", tuple(matrix.ravel().tolist()))
 
 
-def _resample(image: bytes | Pixels, size: int, choose_box: BoxChoice) -> Image.Image:
+def _resample(image: AnyImage, size: int, choose_box: BoxChoice) -> Image.Image:
     """Resizes the chosen box of the image to size x size. Decodes the image no larger than that needs."""
-    width, height, load = _open(image) if isinstance(image, bytes) else _open_pixels(image)
-    left, top, box_width, box_height = choose_box(width, height)
-    picture = load(math.ceil(size * width / box_width), math.ceil(size * height / box_height))
-    if picture.size == (size, size) and (box_width, box_height) == (width, height):
+    opened = open_image(image)
+    return _cut(opened, choose_box(opened.width, opened.height), (size, size))
+
+
+def _cut(opened: OpenedImage, box: Box, size: tuple[int, int]) -> Image.Image:
+    """Resizes a box of an image to a width and height."""
+    width, height = opened.width, opened.height
+    left, top, box_width, box_height = box
+    picture = opened.load(math.ceil(size[0] * width / box_width), math.ceil(size[1] * height / box_height))
+    if picture.size == size and (box_width, box_height) == (width, height):
         return picture
     across, down = picture.width / width, picture.height / height
-    box = (
+    part = (
         left * across,
         top * down,
         min((left + box_width) * across, picture.width),
         min((top + box_height) * down, picture.height),
     )
-    return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
-
-
-# Width and height of the upright image, and a function that decodes it. The function takes the smallest width and
-# height that the result may have; an image that is smaller is decoded at its full size.
-_Opened = tuple[int, int, Callable[[int, int], Image.Image]]
-
-
-def _open_pixels(pixels: Pixels) -> _Opened:
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise ImageError(f"pixels are {pixels.dtype} {list(pixels.shape)}; they must be uint8 RGB [h, w, 3]")
-    picture = Image.fromarray(pixels)
-    return picture.width, picture.height, lambda width, height: picture
-
-
-def _open(image: bytes) -> _Opened:
-    if not image:
-        raise ImageError("the file is empty")
-    if simplejpeg.is_jpeg(image):
-        try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
-        except ValueError:
-            return _open_other(image)
-        # libjpeg-turbo does not convert CMYK; PIL does.
-        if colours in ("YCbCr", "RGB", "Gray"):
-            return _open_jpeg(image, width, height)
-    return _open_other(image)
-
-
-def _open_jpeg(image: bytes, width: int, height: int) -> _Opened:
-    orientation = _jpeg_orientation(image)
-
-    def load(min_width: int, min_height: int) -> Image.Image:
-        if orientation in _SIDEWAYS:
-            min_width, min_height = min_height, min_width
-        # Powers of two only: libjpeg-turbo's other scales (3/8, 5/8) are hardly any faster and blur visibly.
-        scale = 1
-        while scale < 8 and width >= 2 * scale * min_width and height >= 2 * scale * min_height:
-            scale *= 2
-        scaled_width, scaled_height = -(-width // scale), -(-height // scale)
-        if scaled_width * scaled_height > _LARGEST_PIXELS:
-            raise ImageError(f"the image is too large ({width} x {height} pixels)")
-        try:
-            pixels = simplejpeg.decode_jpeg(image, min_width=scaled_width, min_height=scaled_height)
-        except ValueError:
-            # libjpeg-turbo also rejects damage that PIL tolerates (a stray byte before a marker). PIL rejects the rest.
-            return _open_other(image)[2](min_width, min_height)
-        return _upright(Image.fromarray(pixels), orientation)
-
-    return (height, width, load) if orientation in _SIDEWAYS else (width, height, load)
-
-
-def _open_other(image: bytes) -> _Opened:
-    try:
-        picture = Image.open(io.BytesIO(image))
-    except Image.UnidentifiedImageError as error:
-        raise ImageError("unknown image format, or the start of the file is damaged") from error
-    except Exception as error:  # PIL's readers raise almost any type of exception on damaged files.
-        raise ImageError(f"cannot be decoded ({error})") from error
-    orientation = _orientation(picture)
-    width, height = picture.size[::-1] if orientation in _SIDEWAYS else picture.size
-
-    def load(min_width: int, min_height: int) -> Image.Image:
-        try:
-            return _upright(_rgb(picture), orientation)
-        except Exception as error:
-            raise ImageError(f"cannot be decoded ({error})") from error
-
-    return width, height, load
-
-
-def _jpeg_orientation(image: bytes) -> int:
-    # Searching the bytes takes microseconds; letting PIL parse every header takes ten times as long.
-    if b"Exif\0\0" not in image:
-        return 1
-    try:
-        return _orientation(Image.open(io.BytesIO(image)))
-    except Exception:  # simplejpeg may still decode what PIL rejects.
-        return 1
-
-
-def _orientation(picture: Image.Image) -> int:
-    try:
-        return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # An image with damaged EXIF data is still usable.
-        return 1
-
-
-def _upright(picture: Image.Image, orientation: int) -> Image.Image:
-    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):
-        # 16-bit grey, which PIL's conversion would clip to white.
-        picture = Image.fromarray((np.asarray(picture) // 257).clip(0, 255).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+    return picture.resize(size, Image.Resampling.BICUBIC, box=part)

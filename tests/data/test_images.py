@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from imgcap_jax.data.images import Augmentation, ImageError, augment, decode, names_side
+from imgcap_jax.data.image_files import ImageError
+from imgcap_jax.data.images import Augmentation, augment, decode, names_side
 
 RED, GREEN, BLUE, WHITE = (250, 20, 20), (20, 250, 20), (20, 20, 250), (250, 250, 250)
 
