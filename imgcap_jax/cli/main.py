@@ -251,9 +251,15 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     from imgcap_jax.data.inspect import inspect
-    from imgcap_jax.data.sources import open_source
+    from imgcap_jax.data.sources import check_dataset, open_source
     from imgcap_jax.report.contact_sheet import dataset_sheet
 
+    if options.check:
+        if damaged := check_dataset(options.name, options.data_dir):
+            print("\n".join(damaged))
+            raise UserError(f"{options.name}: {len(damaged)} damaged files; prepare the dataset again")
+        print(f"{options.name}: not damaged")
+        return 0
     tokenizer = _tokenizer(options)
     inspection = inspect(options.name, options.data_dir, min_count=options.min_count, tokenizer=tokenizer)
     print("\n".join(inspection.lines()))

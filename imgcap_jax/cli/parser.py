@@ -268,6 +268,7 @@ def _add_inspect(actions: Commands) -> None:
     inspect.add_argument("name", help="a prepared dataset")
     inspect.add_argument("--min-count", type=int, default=5, help="smallest count of a vocabulary word (default: 5)")
     inspect.add_argument("--sheet", type=Path, help="file of the contact sheet (default: <name>.png)")
+    inspect.add_argument("--check", action="store_true", help="only check that no file of the dataset is damaged")
     _add_tokenizer(inspect)
     _add_data_dir(inspect)
 

@@ -16,9 +16,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from imgcap_jax.data.builders import coco
-from imgcap_jax.data.builders.layout import SKIPPED_FILE, Origin, check_small_files, write_digests, write_origin
+from imgcap_jax.data.builders.layout import ORIGIN_FILE, SKIPPED_FILE, Origin, write_digests, write_origin
 from imgcap_jax.data.caption_checks import prepared_notes
-from imgcap_jax.data.sources import CaptionSource, default_data_dir, describe, find_prepared, open_source, read_origin
+from imgcap_jax.data.sources import (
+    CaptionSource,
+    check_dataset,
+    default_data_dir,
+    describe,
+    find_prepared,
+    open_source,
+    read_origin,
+)
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import disk_errors, file_digest
 from imgcap_jax.user_code import load_code
@@ -201,6 +209,8 @@ def _prepare_coco(data_dir: Path, download_dir: Path | None, progress: bool, say
     built = folder is None
     if folder is None:
         _remove_abandoned(data_dir / coco.NAME / coco.CONFIG)
+        if (damaged := find_prepared(coco.NAME, data_dir)) is not None:  # TFDS would not build it again
+            raise UserError(f"{damaged} is damaged; delete this folder and give the same command again")
         with _quiet_tfds(progress=progress):
             folder = coco.build(data_dir, download_dir)
         say(f"{coco.NAME}: prepared in {folder}")
@@ -217,12 +227,16 @@ def _already_prepared(name: str, origin: Origin, data_dir: Path, say: Callable[[
     folder = find_prepared(name, data_dir)
     if folder is None:
         return None
-    before = read_origin(folder)
+    try:
+        before = read_origin(folder)
+    except UserError as error:
+        # It is unknown what the dataset was prepared from, so it is not replaced.
+        raise UserError(
+            f"{folder} is damaged ({ORIGIN_FILE}); delete this folder and give the same command again"
+        ) from (error)
     if before.fingerprint == origin.fingerprint:
-        try:
-            check_small_files(folder)
-        except UserError as error:
-            say(f"{name}: {error}")
+        if found := check_dataset(name, data_dir):
+            say(f"{name}: damaged ({found[0]}); preparing it again")
             return None
         notes = replace(before, source=origin.source or before.source, licence=origin.licence or before.licence)
         if notes != before:

@@ -250,7 +250,7 @@ def test_preparing_again_does_nothing_until_something_changes(folder: Path, data
     records = next(prepared.glob("*-val.array_record*"))
     before = records.stat().st_mtime_ns
     assert quietly(folder, data_dir, licence="CC0", say=said.append) == prepared
-    assert "already prepared" in said[-1]
+    assert any("already prepared" in line for line in said)
     assert records.stat().st_mtime_ns == before
     assert describe("my_photos", data_dir).licence == "CC0"  # the licence can be added later
     fingerprint = describe("my_photos", data_dir).fingerprint

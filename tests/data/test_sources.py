@@ -2,14 +2,19 @@
 
 import json
 import os
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from imgcap_jax.cli.main import main
+from imgcap_jax.data.builders.layout import write_origin
 from imgcap_jax.data.prepare import prepare
 from imgcap_jax.data.scenes.builder import SceneSplits
-from imgcap_jax.data.sources import CaptionExample, describe, open_source, parse_mixture, split_names
+from imgcap_jax.data.sources import CaptionExample, check_dataset, describe, open_source, parse_mixture, split_names
 from imgcap_jax.errors import UserError
 
 
@@ -40,20 +45,146 @@ def test_captions_and_ids_agree_with_the_examples(data_dir: Path) -> None:
             source[outside]
 
 
-@pytest.mark.parametrize("damage", ["absent", "broken", "short"])
-def test_a_damaged_caption_index_is_rebuilt(damage: str, data_dir: Path) -> None:
-    folder = describe("scenes", data_dir).folder
+def opened(data_dir: Path) -> list[tuple[CaptionExample, tuple[str, ...]]]:
+    """Everything that the package reads of two splits."""
+    sources = [open_source("scenes", split, data_dir) for split in ("train", "val")]
+    return [(example, source.captions(i)) for source in sources for i, example in enumerate(source)]
+
+
+@pytest.fixture
+def copy(data_dir: Path, tmp_path: Path) -> Path:
+    shutil.copytree(data_dir, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def dataset_folder(data_dir: Path) -> Path:
+    (info,) = data_dir.glob("scenes/*/dataset_info.json")
+    return info.parent
+
+
+@pytest.mark.parametrize("digests", [True, False])
+@pytest.mark.parametrize("damage", ["absent", "broken", "short", "deep", "other types"])
+def test_a_damaged_caption_index_is_made_again(damage: str, digests: bool, copy: Path) -> None:
+    folder = dataset_folder(copy)
     index = folder / "captions_val.json"
+    if not digests:  # as in datasets of older versions
+        (folder / "SHA256SUMS").unlink()
     before = index.read_text()
+    parsed = json.loads(before)
+    index.write_text(
+        {
+            "absent": "",
+            "broken": before[:-20],
+            "short": json.dumps({key: values[:-1] for key, values in parsed.items()}),
+            "deep": "[" * 100_000,
+            "other types": json.dumps({**parsed, "captions": [[7]] * 3}),
+        }[damage]
+    )
     if damage == "absent":
         index.unlink()
-    elif damage == "broken":
-        index.write_text(before[:-20])
-    else:
-        index.write_text(json.dumps({key: values[:-1] for key, values in json.loads(before).items()}))
-    source = open_source("scenes", "val", data_dir)
+    source = open_source("scenes", "val", copy)
     assert [source.captions(i) for i in range(3)] == [example.captions for example in source]
     assert index.read_text() == before
+
+
+def test_another_word_in_the_caption_index_is_found(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index = dataset_folder(copy) / "captions_val.json"
+    before = index.read_text()
+    index.write_text(before.replace(" a ", " A ", 1))
+    assert check_dataset("scenes", copy) == [f"{index} has changed"]
+    open_source("scenes", "val", copy)
+    assert index.read_text() == before
+    assert "captions_val.json is damaged; it is made again from the records" in caplog.text
+    assert check_dataset("scenes", copy) == []
+
+
+def mutate(path: Path, random: Random) -> str:
+    content = bytearray(path.read_bytes())
+    kind = random.choice(["cut", "flip", "overwrite", "delete"])
+    at = random.randrange(len(content))
+    if kind == "delete":
+        path.unlink()
+        return kind
+    if kind == "cut":
+        del content[at:]
+    elif kind == "flip":
+        content[at] ^= 1 << random.randrange(8)
+    else:
+        content[at : at + 8] = random.randbytes(8)
+    path.write_bytes(content)
+    return kind
+
+
+@pytest.mark.parametrize("digests", [True, False])
+def test_damage_is_reported_in_one_line_or_changes_nothing(
+    digests: bool, data_dir: Path, copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = opened(data_dir)
+    folder, intact = dataset_folder(copy), dataset_folder(data_dir)
+    if not digests:
+        (folder / "SHA256SUMS").unlink()
+    names = sorted(path.name for path in folder.iterdir())
+    reported = 0
+    for seed in range(60):
+        random = Random(seed)
+        name = random.choice(names)
+        kind = mutate(folder / name, random)
+        where = f"seed {seed}: {kind} {name}"
+        found, message = expected, ""
+        try:
+            found = opened(copy)
+        except UserError as error:
+            reported += 1
+            message = str(error)
+        assert not message or "not prepared" in message or str(folder) in message, where
+        assert "\n" not in message, where
+        if digests or not name.startswith("captions_"):  # without digests, other captions cannot be noticed
+            assert found == expected, where
+        shutil.copy(intact / name, folder / name)
+        for index in folder.glob("captions_*"):  # made again
+            shutil.copy(intact / index.name, index)
+    assert reported > 10
+
+
+def test_damaged_records_name_the_file(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = dataset_folder(copy)
+    (records,) = folder.glob("*-val.array_record*")
+    content = bytearray(records.read_bytes())
+    content[len(content) // 2] ^= 1
+    records.write_bytes(content)
+    with pytest.raises(UserError, match=r"-val\.array_record-00000-of-00001 is damaged .*prepare the dataset again"):
+        opened(copy)
+    assert main(["data", "inspect", "scenes", "--check", "--data-dir", str(copy)]) == 2
+    output = capsys.readouterr()
+    assert output.out == f"{records} has changed\n"
+    assert output.err == "imgcap: scenes: 1 damaged files; prepare the dataset again\n"
+    records.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=r"array_record-00000-of-00001 is damaged \([\d,]+ bytes; expected [\d,]+\)"):
+        open_source("scenes", "train", copy)  # the size of every file is checked at once
+    # Preparing it again, as the message says, repairs it.
+    said: list[str] = []
+    splits = SceneSplits(40, 3, 3, 3, image_size=32)
+    prepare("scenes", data_dir=copy, scenes=splits, progress=False, say=said.append)
+    assert "damaged" in said[0]
+    assert main(["data", "inspect", "scenes", "--check", "--data-dir", str(copy)]) == 0
+    assert capsys.readouterr().out == "scenes: not damaged\n"
+    (folder / "origin.json").write_text("{}")
+    with pytest.raises(UserError, match=r"damaged .origin.json.; delete this folder and give the same command again"):
+        prepare("scenes", data_dir=copy, scenes=splits, progress=False)
+
+
+def test_sha256sum_reads_the_digests(data_dir: Path, copy: Path) -> None:
+    folder = dataset_folder(copy)
+    check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(check, cwd=folder, capture_output=True, text=True).stderr == ""
+    # A note that is added later changes the origin, and its digest with it.
+    splits = SceneSplits(40, 3, 3, 3, image_size=32)
+    prepare("scenes", data_dir=copy, scenes=splits, progress=False, licence="CC0")
+    write_origin(folder, {**json.loads((folder / "origin.json").read_text()), "licence": "my own"})
+    assert describe("scenes", copy).licence == "my own"
+    assert subprocess.run(check, cwd=folder, capture_output=True, text=True).stderr == ""
+    assert len((folder / "SHA256SUMS").read_text().splitlines()) == 2 * (len(list(folder.iterdir())) - 1)
+    assert check_dataset("scenes", copy) == []
 
 
 def test_errors_say_what_to_do(data_dir: Path) -> None:
