@@ -1,6 +1,7 @@
 """Captioner: load a run and caption photos. The Python API for using a trained model."""
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,9 @@ from imgcap_jax.data.image_files import AnyImage, ImageError, read_file
 from imgcap_jax.data.images import decode, view
 from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding.settings import Decoding
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, printable
 from imgcap_jax.files import check_writable, local_path
+from imgcap_jax.image_ids import LIMIT
 from imgcap_jax.metrics.coco_format import write_results
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.report.attention import attention_picture
@@ -29,7 +31,11 @@ from imgcap_jax.user_code import load_all_code
 Photo = str | Path | AnyImage
 BATCH = 8
 _VIEW = 512  # the longer side of a photo in a picture of attention, in pixels
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+# The files of a folder that are taken for photos. The last four formats are not read, which is reported by name.
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"}
+    | {".pbm", ".pgm", ".ppm", ".pnm", ".heic", ".heif", ".jp2", ".jxl"}
+)
 
 
 @dataclass(frozen=True)
@@ -124,11 +130,13 @@ class Captioner:
         return cls(runs, decoding, attention=attention)
 
     def __call__(self, photos: Sequence[Photo]) -> list[Caption]:
-        """The best caption of each photo: paths, encoded bytes, arrays uint8 [h,w,3] or PIL images.
+        """The best caption of each photo: paths, encoded bytes, RGB arrays uint8 [h,w,3] or PIL images of any mode.
+
+        The same photo has the same pixels in each of these forms (see ``data.image_files``).
 
         Raises:
             TypeError: a single photo instead of a list.
-            ImageError: a photo cannot be decoded.
+            ImageError: a photo cannot be decoded, or is larger than ``data.image_files.MAX_MEGAPIXELS``.
             OSError: a path cannot be opened.
         """
         return [captions[0] for captions in self.n_best(photos)]
@@ -145,7 +153,10 @@ class Captioner:
         return [decode(image, run.experiment.data.image_size, run.experiment.data.resize) for run in self.runs]
 
     def view(self, photo: Photo) -> np.ndarray:
-        """The part of a photo that the first run's encoder sees, not squashed: uint8 [h,w,3]. Raises as ``__call__``."""
+        """The part of a photo that the first run's encoder sees, not squashed: uint8 [h,w,3], at most 512 a side.
+
+        Raises as ``__call__``.
+        """
         return view(_image(photo), _VIEW, self.runs[0].experiment.data.resize)
 
     def stream(self, images: Sequence[Sequence[np.ndarray]], first_row: int = 0) -> Iterator[list[list[Caption]]]:
@@ -222,7 +233,10 @@ def caption_files(
 ) -> Iterator[tuple[str, bool]]:
     """Captions image files and the images in folders. Yields (line to print, whether it reports a failure).
 
-    An unreadable file is reported by name; the other files are still captioned.
+    An unreadable file is reported by name; the other files are still captioned. So is a picture that cannot be drawn or
+    written; its photo keeps its caption.
+
+    Lines are printable: control characters in file names are escaped, and so are bytes that are not UTF-8.
 
     Args:
         captioner: the model.
@@ -242,27 +256,29 @@ def caption_files(
     found_results: dict[int, str] = {}
     names: set[str] = set()
     if not files:
-        yield f"imgcap: no images in {', '.join(map(str, paths))}", True
+        yield f"imgcap: no images in {', '.join(map(_shown, paths))}", True
     try:
         for path, found in _captioned(captioner, files):
             if isinstance(found, str):
-                yield f"imgcap: {path}: {found}; not captioned", True
+                yield f"imgcap: {_shown(path)}: {found}; not captioned", True
                 continue
             if results is not None:
                 found_results[image_ids[path]] = found[0].text
             picture = None
             if pictures is not None:
                 picture = pictures / _new_name(path, names)
-                best = found[0]
-                assert best.attention is not None
-                attention_picture(captioner.view(path), best.words, best.log_probs, best.attention, picture)
+                try:
+                    _draw(captioner, path, found[0], picture)
+                except (ImageError, OSError, UserError) as error:
+                    yield f"imgcap: {_shown(path)}: {_reason(error)}; no picture of its attention", True
+                    picture = None
             for line in _lines(path, found, picture, as_json=as_json):
                 yield line, False
     finally:  # also after an interruption
         if results is not None and found_results:
             write_results(results, found_results)
     if results is not None and len(found_results) < len(files):
-        yield f"imgcap: {results} has captions of {len(found_results)} of {len(files)} photos", True
+        yield f"imgcap: {_shown(results)} has captions of {len(found_results)} of {len(files)} photos", True
 
 
 def _captioned(captioner: Captioner, files: Sequence[Path]) -> Iterator[tuple[Path, Sequence[Caption] | str]]:
@@ -276,11 +292,24 @@ def _captioned(captioner: Captioner, files: Sequence[Path]) -> Iterator[tuple[Pa
                 images.append(captioner.pixels(path))
                 read.append(path)
             except (ImageError, OSError) as error:
-                yield path, error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+                yield path, _reason(error)
         if images:
             captions = [one for part in captioner.stream(images, done) for one in part]
             done += len(images)
             yield from zip(read, captions, strict=True)
+
+
+def _draw(captioner: Captioner, path: Path, caption: Caption, picture: Path) -> None:
+    assert caption.attention is not None
+    attention_picture(captioner.view(path), caption.words, caption.log_probs, caption.attention, picture)
+
+
+def _reason(error: Exception) -> str:
+    return printable(error.strerror if isinstance(error, OSError) and error.strerror else str(error))
+
+
+def _shown(path: Path) -> str:
+    return printable(str(path))
 
 
 def _image_ids(files: Sequence[Path]) -> dict[Path, int]:
@@ -289,13 +318,14 @@ def _image_ids(files: Sequence[Path]) -> dict[Path, int]:
     named: dict[int, Path] = {}
     for path in files:
         if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        found = re.search(r"(?<![0-9A-Za-z])[0-9]+$", path.stem)
-        if found is None:
-            raise UserError(f"{path}: its name does not end in an image id, as COCO's do; leave out --results")
+            raise UserError(f"{_shown(path)}: no such file or folder")
+        found = re.search(r"(?<![0-9A-Za-z])[0-9]{1,19}\Z", path.stem)
+        if found is None or int(found[0]) >= LIMIT:
+            raise UserError(f"{_shown(path)}: its name does not end in an image id, as COCO's do; leave out --results")
         number = int(found[0])
         if number in named:
-            raise UserError(f"{path} and {named[number]} are both image {number}; leave one of them out")
+            both = f"{_shown(path)} and {_shown(named[number])}"
+            raise UserError(f"{both} are both image {number}; leave one of them out")
         named[number], image_ids[path] = path, number
     return image_ids
 
@@ -304,14 +334,19 @@ def _lines(path: Path, captions: Sequence[Caption], picture: Path | None, *, as_
     if as_json:
         for rank, caption in enumerate(captions, 1):
             maps = None if caption.attention is None else np.round(caption.attention.astype(float), 5).tolist()
-            shown = {"picture": str(picture)} if picture is not None and rank == 1 else {}
-            yield json.dumps({"file": str(path), "rank": rank, **asdict(caption), "attention": maps, **shown})
+            shown = {"picture": _text(picture)} if picture is not None and rank == 1 else {}
+            yield json.dumps({"file": _text(path), "rank": rank, **asdict(caption), "attention": maps, **shown})
         return
     for number, caption in enumerate(captions, 1):
         place = f" {number}. [score {caption.score:.2f}]" if len(captions) > 1 else ""
-        yield f"{path}:{place} {caption.text}"
+        yield f"{_shown(path)}:{place} {printable(caption.text)}"
     if picture is not None:
-        yield f"{path}: attention of its words: {picture}"
+        yield f"{_shown(path)}: attention of its words: {_shown(picture)}"
+
+
+def _text(path: Path) -> str:
+    """A path for JSON. Bytes that are not UTF-8 are escaped, because JSON has only whole characters."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _new_name(path: Path, taken: set[str]) -> str:
@@ -326,7 +361,8 @@ def _new_name(path: Path, taken: set[str]) -> str:
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
-            yield from sorted(child for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES)
+            children = (child for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES)
+            yield from sorted(child for child in children if not child.is_dir())
         else:
             yield path
 

@@ -1,4 +1,6 @@
-"""The exception for mistakes of the user."""
+"""The exception for mistakes of the user, and text for its message."""
+
+import unicodedata
 
 
 class UserError(Exception):
@@ -6,3 +8,22 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+def printable(text: str) -> str:
+    """A file name or other text as it can be printed in one line.
+
+    Control characters, line separators and halves of characters are escaped. Python represents a byte of a file name
+    that is not UTF-8 by half a character; it becomes ``\\xe9``.
+    """
+    if text.isprintable():
+        return text
+    return "".join(_escaped(character) for character in text)
+
+
+def _escaped(character: str) -> str:
+    if unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp"):
+        return character
+    if "\udc80" <= character <= "\udcff":
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()

@@ -6,7 +6,6 @@
 The scenes are spread evenly over the test split; none is selected by hand.
 """
 
-import io
 import os
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from imgcap_jax.captioner import Captioner
+from imgcap_jax.data.images import view
 from imgcap_jax.data.scenes.language import is_true, parse_caption
 from imgcap_jax.data.scenes.world import Scene
 from imgcap_jax.data.sources import open_source
@@ -30,7 +30,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     source = open_source("scenes", "test", Path(os.environ.get("TFDS_DATA_DIR", "runs/datasets")))
     examples = [source[int(i)] for i in np.linspace(0, len(source) - 1, COUNT)]
-    images = [np.asarray(Image.open(io.BytesIO(example.image)).convert("RGB")) for example in examples]
+    images = [view(example.image, 256) for example in examples]
     captions = Captioner.load(sys.argv[1], attention=True)(images)
     texts = []
     for example, caption in zip(examples, captions, strict=True):

@@ -1,21 +1,26 @@
 """The ``imgcap`` command: parses the command line, calls one function, prints."""
 
 import argparse
+import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from imgcap_jax.cli.parser import build_parser
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, printable
 
 # Modules that import JAX or TFDS are imported where they are used, so that --help and errors are quick.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code (2 for a user's mistake)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as the standard error: no character fails to be printed
+        sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged metadata in images
     given = list(sys.argv[1:] if arguments is None else arguments)
     decoding: list[str] = []
     if given[:1] in (["evaluate"], ["caption"]) and any(argument.startswith("--decode.") for argument in given):
@@ -32,11 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     except UserError as error:
-        print(f"imgcap: {error}", file=sys.stderr)
+        print(f"imgcap: {printable(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        print(f"imgcap: {place}{error.strerror or error}", file=sys.stderr)
+        print(f"imgcap: {printable(f'{place}{error.strerror or error}')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         resumes = options.command in ("train", "features", "prepare")
@@ -84,6 +89,15 @@ def _features_cache(options: argparse.Namespace, run: Path) -> Path:
 
 def _note(text: str) -> None:
     print(f"imgcap: note: {text}", file=sys.stderr)
+
+
+def _set_largest_image(options: argparse.Namespace) -> None:
+    from imgcap_jax.data import image_files
+
+    if options.max_megapixels is not None:
+        if not 0 < options.max_megapixels < float("inf"):
+            raise UserError(f"--max-megapixels is {options.max_megapixels:g}; it must be positive")
+        image_files.MAX_MEGAPIXELS = options.max_megapixels
 
 
 def _load_runs(folders: Sequence[Path], options: argparse.Namespace) -> list[Any]:
@@ -194,6 +208,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _caption(options: argparse.Namespace) -> int:
     from imgcap_jax.captioner import Captioner, caption_files
 
+    _set_largest_image(options)
     runs = _load_runs(options.run, options)
     decodings, swept = _decodings(options, runs[0])
     if swept:
@@ -233,6 +248,7 @@ def _prepare(options: argparse.Namespace) -> int:
     from imgcap_jax.data.prepare import prepare
     from imgcap_jax.data.scenes.builder import SceneSplits
 
+    _set_largest_image(options)
     if options.train_scenes is not None and options.source != "scenes":
         raise UserError(f"--train-scenes has no effect on {options.source!r}; leave it out")
     splits = SceneSplits(train=options.train_scenes) if options.train_scenes is not None else None

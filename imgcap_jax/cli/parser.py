@@ -189,6 +189,7 @@ def _add_caption(commands: Commands) -> None:
         metavar="FILE",
         help="also write COCO results; image ids are the numbers at the end of the file names",
     )
+    _add_max_megapixels(caption)
     _add_decoding(caption)
     _add_code(caption)
     _add_weights(caption)
@@ -255,6 +256,7 @@ def _add_prepare(actions: Commands) -> None:
     )
     prepare.add_argument("--download-dir", type=Path, help="coco: folder of the downloaded archives")
     prepare.add_argument("--train-scenes", type=int, metavar="N", help="scenes: number of training scenes (8000)")
+    _add_max_megapixels(prepare)
     _add_data_dir(prepare)
 
 
@@ -298,6 +300,15 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
         "--cache",
         type=_path,
         help="folder of encoder features (default: .cache next to the run)",
+    )
+
+
+def _add_max_megapixels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-megapixels",
+        type=float,
+        metavar="N",
+        help="refuse larger images (default: 100; half of it for WebP and AVIF, ten times for JPEG)",
     )
 
 

@@ -1,15 +1,16 @@
 """Contact sheets: images with their captions in one PNG."""
 
 import functools
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
-from imgcap_jax.data.sources import CaptionSource
+from imgcap_jax.data.image_files import ImageError
+from imgcap_jax.data.images import view
+from imgcap_jax.data.sources import CaptionExample, CaptionSource
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import replacing
 
@@ -73,18 +74,27 @@ def dataset_sheet(source: CaptionSource, path: Path, *, count: int = 12, columns
     """Writes a contact sheet of randomly chosen images of a split with all their captions.
 
     Raises:
-        UserError: count is below 1.
+        UserError: count is below 1, or an image cannot be decoded.
     """
     if count < 1:
         raise UserError(f"contact sheet: count is {count}; it must be at least 1")
     chosen = np.random.default_rng(seed).permutation(len(source))[:count]
     examples = [source[int(i)] for i in chosen]
-    images = []
-    for example in examples:
-        with Image.open(io.BytesIO(example.image)) as image:
-            images.append(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
+    images = [example_picture(example, _TILE) for example in examples]
     title = f"{source.name} · {source.split} · {len(examples)} of {len(source):,} images"
     contact_sheet(images, [example.captions for example in examples], path, columns, title)
+
+
+def example_picture(example: CaptionExample, longest: int) -> np.ndarray:
+    """The image of an example, uint8 [h,w,3], reduced so that no side is longer than `longest` pixels.
+
+    Raises:
+        UserError: the image cannot be decoded.
+    """
+    try:
+        return view(example.image, longest)
+    except ImageError as error:
+        raise UserError(f"{example.filename}: {error}; prepare the dataset again") from error
 
 
 def _fit(image: np.ndarray) -> Image.Image:

@@ -1,18 +1,17 @@
 """Reports of an evaluation: lines for the terminal, and an HTML page of images with captions."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from imgcap_jax.data.scenes.language import is_true, parse_caption
 from imgcap_jax.data.scenes.world import Scene
 from imgcap_jax.data.sources import CaptionExample
 from imgcap_jax.report.columns import aligned
-from imgcap_jax.report.page import Row, caption_page
+from imgcap_jax.report.contact_sheet import example_picture
+from imgcap_jax.report.page import PICTURE, Row, caption_page
 from imgcap_jax.run.evaluation import Evaluation
 
 
@@ -44,8 +43,7 @@ def write_page(evaluation: Evaluation, path: Path, count: int = 10) -> None:
 
 
 def _row(example: CaptionExample, captions: dict[int, str]) -> Row:
-    with Image.open(io.BytesIO(example.image)) as image:
-        pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    pixels = example_picture(example, PICTURE)
     caption = captions[example.image_id]
     if not example.scene:
         return Row(pixels, caption, example.captions)

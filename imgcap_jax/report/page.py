@@ -14,6 +14,8 @@ from imgcap_jax.files import write_text
 
 # Images up to this side length (pixels) are drawings. They are stored without loss and enlarged without smoothing.
 _DRAWING = 128
+# Larger images are reduced to this side length (pixels).
+PICTURE = 640
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1f2328; --faint: #6a717b; --line: #e2e5e9;
@@ -95,7 +97,7 @@ def _data_url(image: np.ndarray, drawing: bool) -> str:
         Image.fromarray(image).save(buffer, "PNG")
     else:
         picture = Image.fromarray(image)
-        picture.thumbnail((640, 640))
+        picture.thumbnail((PICTURE, PICTURE))
         picture.save(buffer, "JPEG", quality=88)
     return f"data:image/{'png' if drawing else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
