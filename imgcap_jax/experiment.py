@@ -11,6 +11,7 @@ decoder    ``DecoderSettings``                         ``models/decoders/contrac
 optimizer  ``OptimizerSettings``                       ``training/optimizer.py``
 objective  ``Objective``                               ``training/objective.py``
 metrics    ``CustomMetric``                            ``metrics/scoring.py``
+tokenizer  ``Tokenizer``, a field of ``data``          ``tokenizers.py``
 ========== =========================================== ================================================
 """
 

@@ -179,10 +179,17 @@ def test_own_regions_optimizer_and_loss_train_and_evaluate(
     assert "steps of Focal(gamma=1.5)" in capsys.readouterr().out
     forget_code()
     code = ["my_decoder.py", "my_regions.py", "my_optimizer.py", "my_loss.py", "my_metric.py", "my_rule.py"]
-    options = [word for name in code for word in ("--code", name)]
+    line = refused(["evaluate", "runs/variant", *[word for name in code for word in ("--code", name)]])
+    assert "needs my_tokenizer.py (which defines Turkish)" in line
+    assert json.loads(Path("runs/variant/vocabulary.json").read_text())["tokenizer"] == "ptb-turkish"
+    options = [word for name in [*code, "my_tokenizer.py"] for word in ("--code", name)]
+    forget_code()
     assert main(["evaluate", "runs/variant", "--split", "test", *options]) == 0
     scores = json.loads(Path("runs/variant/scores_test.json").read_text())
     assert scores["scores"]["CIDEr-D"] > 1  # three colours can be told apart by their mean
+    assert "|tok:ptb-turkish|" in scores["signature"]
+    assert "METEOR" not in scores["scores"]
+    assert "METEOR is missing: METEOR is defined for the words of English captions" in capsys.readouterr().out
     line = refused(["caption", "red.png", "--run", "runs/variant", *options])
     assert "trained on ready-made regions" in line
 
@@ -469,5 +476,6 @@ def test_experiments_without_module_names_are_read(trained: Path) -> None:
     assert isinstance(old, dict)
     del old["metrics"]
     del old["decoding"]["rules"]
+    del old["data"]["tokenizer"]
     assert old["decoder"]["type"] == "ShowAttendTell"
     assert from_json(json.dumps(old), "here") == expected
