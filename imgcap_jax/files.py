@@ -37,11 +37,19 @@ def cache_folder(name: str) -> Path:
     return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "imgcap_jax" / name
 
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE, errno.EFBIG)
+
+
+def _disk_error(error: BaseException) -> int | None:
+    """The number of a disk's error: its own or, from C++ libraries, by the system's message; None for other errors."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    return next((number for number in _DISK_ERRORS if os.strerror(number) in str(error)), None)
+
+
 def disk_full(error: BaseException) -> bool:
-    """Whether an error says that the disk is full: by its number or, from C++ libraries, by the system's message."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+    """Whether an error says that the disk is full."""
+    return _disk_error(error) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_writable(path: Path) -> None:
@@ -62,13 +70,14 @@ def disk_errors(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        number = _disk_error(error)
+        if number is None:
+            raise
         if disk_full(error):
-            raise UserError(f"{what}: the disk is full; free some space and give the same command again") from error
-        if isinstance(error, OSError) and error.errno is not None:
-            raise UserError(
-                f"{what}: {os.strerror(error.errno)}; check the disk and give the same command again"
-            ) from error
-        raise
+            reason, advice = "the disk is full", "free some space"
+        else:
+            reason, advice = os.strerror(number), "check the disk and its permissions"
+        raise UserError(f"{what}: {reason}; {advice} and give the same command again") from error
 
 
 @contextmanager
@@ -192,13 +201,14 @@ def write_digests(folder: Path, names: Sequence[str] | None = None) -> None:
 def read_digests(folder: Path) -> dict[str, str] | None:
     """The digests that ``write_digests`` wrote: relative path -> digest. None: there is no SHA256SUMS.
 
-    A line in another form has the digest ""; no file equals that.
+    Comments (#) are ignored. A line in another form has the digest ""; no file equals that.
     """
     try:
         text = (folder / DIGESTS).read_text(encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError:
         return None
-    lines = (re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in text.removesuffix("\n").split("\n"))
+    written = (line for line in text.removesuffix("\n").split("\n") if not line.startswith("#"))
+    lines = (re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in written)
     return dict((line[2], line[1]) if line else (DIGESTS, "") for line in lines)
 
 

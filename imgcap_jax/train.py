@@ -20,7 +20,7 @@ from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, differences, signature
-from imgcap_jax.files import owning, write_text
+from imgcap_jax.files import local_path, owning, write_text
 from imgcap_jax.models.decoders.contract import check_length
 from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import Frozen, parameter_count, split_trained
@@ -78,6 +78,7 @@ def train(
         UserError: bad input, another experiment in the folder, another process that trains in it, a loss that is not
             finite, or a full disk.
     """
+    local_path(str(folder))
     if jax.process_index() != 0:
         folder.mkdir(parents=True, exist_ok=True)
         return _train(experiment, folder, cache, init_from, smoke, lambda line: None)

@@ -160,3 +160,7 @@ def test_errors_of_the_disk_are_one_line() -> None:
         file.write("x" * 100_000)
     with pytest.raises(UserError, match="the log: Input/output error"), disk_errors("the log"):
         raise OSError(5, "Input/output error")
+    with pytest.raises(UserError, match="the log: Input/output error"), disk_errors("the log"):
+        raise ValueError("DATA_LOSS: write failed [OS error 5: Input/output error]")  # TensorStore's errors look so
+    with pytest.raises(ValueError, match="other"), disk_errors("the log"):
+        raise ValueError("other")

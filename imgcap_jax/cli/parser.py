@@ -156,7 +156,7 @@ def _add_evaluate(commands: Commands) -> None:
         action="store_true",
         help="also score each caption against the references of another image: the score without seeing the image",
     )
-    evaluate.add_argument("--page", type=Path, metavar="HTML", help="also write a page of ten images and captions")
+    evaluate.add_argument("--page", type=_path, metavar="HTML", help="also write a page of ten images and captions")
     _add_decoding(evaluate)
     _add_code(evaluate)
     _add_cache(evaluate)
@@ -172,20 +172,20 @@ def _add_caption(commands: Commands) -> None:
         help="caption photos",
         description="Caption photos with the best parameters of a run, or of an ensemble.",
     )
-    caption.add_argument("photos", nargs="+", type=Path, help="image files, or folders of them")
+    caption.add_argument("photos", nargs="+", type=_path, help="image files, or folders of them")
     caption.add_argument(
         "--run", type=_path, required=True, action="append", help="the run's folder; several make an ensemble"
     )
     caption.add_argument("--attention", action="store_true", help="draw the attention of each word of the best caption")
     caption.add_argument(
-        "--attention-dir", type=Path, metavar="FOLDER", help="folder of these pictures (default: the current folder)"
+        "--attention-dir", type=_path, metavar="FOLDER", help="folder of these pictures (default: the current folder)"
     )
     caption.add_argument(
         "--json", action="store_true", help="one JSON object per line, with words and log-probabilities"
     )
     caption.add_argument(
         "--results",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="also write COCO results; image ids are the numbers at the end of the file names",
     )
@@ -204,23 +204,23 @@ def _add_score(commands: Commands) -> None:
         "METEOR, ROUGE-L and CIDEr-D equal to the official tools, without Java, and CIDEr. Scores are x100 on the "
         "terminal and 0 to 1 (CIDEr 0 to 10) in JSON.",
     )
-    score.add_argument("captions", type=Path, help='results: [{"image_id": 1, "caption": "..."}, ...]')
+    score.add_argument("captions", type=_path, help='results: [{"image_id": 1, "caption": "..."}, ...]')
     score.add_argument(
-        "references", type=Path, help='annotations: {"annotations": [{"image_id": 1, "caption": "..."}, ...]}'
+        "references", type=_path, help='annotations: {"annotations": [{"image_id": 1, "caption": "..."}, ...]}'
     )
     score.add_argument(
-        "--compare", type=Path, metavar="OTHER", help="results of another system: differences by paired bootstrap"
+        "--compare", type=_path, metavar="OTHER", help="results of another system: differences by paired bootstrap"
     )
     score.add_argument("--bootstrap", type=int, metavar="N", help="samples drawn for --compare (default: 1000)")
-    score.add_argument("--json", type=Path, metavar="FILE", help="also write all scores, including those per image")
+    score.add_argument("--json", type=_path, metavar="FILE", help="also write all scores, including those per image")
     score.add_argument(
-        "--idf", type=Path, metavar="REFERENCES", help="take CIDEr's document frequencies from these captions"
+        "--idf", type=_path, metavar="REFERENCES", help="take CIDEr's document frequencies from these captions"
     )
     score.add_argument(
-        "--training", type=Path, metavar="REFERENCES", help="training captions: also report the share of new captions"
+        "--training", type=_path, metavar="REFERENCES", help="training captions: also report the share of new captions"
     )
     score.add_argument(
-        "--samples", type=Path, metavar="CAPTIONS", help="several captions per image: also report their diversity"
+        "--samples", type=_path, metavar="CAPTIONS", help="several captions per image: also report their diversity"
     )
     score.add_argument("--spice", action="store_true", help="also SPICE, by the official Java tool (minutes)")
     _add_tokenizer(score)
@@ -234,9 +234,9 @@ def _add_submission(commands: Commands) -> None:
         description="Pack results of val2014 and test2014 into the zip that COCO's test server takes.",
     )
     submission.add_argument("--name", required=True, help="the name of the system")
-    submission.add_argument("--val", type=Path, metavar="CAPTIONS", help="results of the 40,504 images of val2014")
-    submission.add_argument("--test", type=Path, metavar="CAPTIONS", help="results of the 40,775 images of test2014")
-    submission.add_argument("--output", type=Path, default=Path("results.zip"), help="(default: results.zip)")
+    submission.add_argument("--val", type=_path, metavar="CAPTIONS", help="results of the 40,504 images of val2014")
+    submission.add_argument("--test", type=_path, metavar="CAPTIONS", help="results of the 40,775 images of test2014")
+    submission.add_argument("--output", type=_path, default=Path("results.zip"), help="(default: results.zip)")
 
 
 def _add_prepare(actions: Commands) -> None:
@@ -254,7 +254,7 @@ def _add_prepare(actions: Commands) -> None:
     prepare.add_argument(
         "--source-note", default="", help="a note on the origin of the images, stored with the dataset"
     )
-    prepare.add_argument("--download-dir", type=Path, help="coco: folder of the downloaded archives")
+    prepare.add_argument("--download-dir", type=_path, help="coco: folder of the downloaded archives")
     prepare.add_argument("--train-scenes", type=int, metavar="N", help="scenes: number of training scenes (8000)")
     _add_max_megapixels(prepare)
     _add_data_dir(prepare)
@@ -269,7 +269,7 @@ def _add_inspect(actions: Commands) -> None:
     )
     inspect.add_argument("name", help="a prepared dataset")
     inspect.add_argument("--min-count", type=int, default=5, help="smallest count of a vocabulary word (default: 5)")
-    inspect.add_argument("--sheet", type=Path, help="file of the contact sheet (default: <name>.png)")
+    inspect.add_argument("--sheet", type=_path, help="file of the contact sheet (default: <name>.png)")
     inspect.add_argument("--check", action="store_true", help="only check that no file of the dataset is damaged")
     _add_tokenizer(inspect)
     _add_data_dir(inspect)

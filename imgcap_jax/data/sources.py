@@ -31,7 +31,7 @@ from imgcap_jax.data.builders.layout import (
     index_file,
 )
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import damages, read_digests, read_json, reading
+from imgcap_jax.files import damages, local_path, read_digests, read_json, reading
 
 _ALIASES = {"coco": coco.NAME}
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -173,7 +173,7 @@ class CaptionSource:
 
 def default_data_dir() -> Path:
     """The default folder of TFDS: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or Path("~/tensorflow_datasets").expanduser())
+    return local_path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def open_source(name: str, split: str, data_dir: Path | None = None) -> CaptionSource:
@@ -183,7 +183,7 @@ def open_source(name: str, split: str, data_dir: Path | None = None) -> CaptionS
         UserError: the dataset is not prepared, the split is unknown or empty, or COCO's training split has the
             wrong size.
     """
-    data_dir = data_dir or default_data_dir()
+    data_dir = local_path(str(data_dir)) if data_dir else default_data_dir()
     description = describe(name, data_dir)
     if split not in description.splits:
         raise UserError(f"{description.name} has no split {split!r}; it has {', '.join(description.splits)}")

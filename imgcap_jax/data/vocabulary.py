@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import write_text
+from imgcap_jax.files import read_json, write_text
 from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
 from imgcap_jax.tokenizers import DEFAULT, Tokenizer
 
@@ -146,12 +146,7 @@ class Vocabulary:
             UserError: the file is missing, is not a vocabulary, or was built with another tokeniser.
         """
         hint = "choose the folder of a training run, or train again"
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot read the vocabulary {path} ({error.strerror}): {hint}") from None
-        except ValueError:
-            raise UserError(f"the vocabulary {path} is not a JSON file: {hint}") from None
+        document = read_json(path, hint)
         fields = document if isinstance(document, dict) else {}
         words, counts = fields.get("words"), fields.get("counts")
         if not (
@@ -159,7 +154,7 @@ class Vocabulary:
             and isinstance(counts, list)
             and tuple(words[:4]) == _SPECIAL
             and all(isinstance(word, str) for word in words)
-            and all(isinstance(count, int) for count in counts)
+            and all(type(count) is int and count >= 0 for count in counts)
             and len(words) == len(counts) == len(set(words))
         ):
             raise UserError(
