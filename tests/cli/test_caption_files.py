@@ -1,0 +1,173 @@
+"""`imgcap caption`: every file is reported, none is lost, and every name can be printed."""
+
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgcap_jax import captioner as module
+from imgcap_jax.captioner import Caption, Captioner, caption_files
+from imgcap_jax.cli.main import main
+from imgcap_jax.data import image_files
+from imgcap_jax.data.scenes.builder import encode_png
+from imgcap_jax.data.scenes.world import draw_scene, sample_scene
+
+
+class Stub(Captioner):
+    """Reads photos as a captioner does. Its captions name the red value of the photo."""
+
+    def __init__(self) -> None:
+        data = SimpleNamespace(image_size=8, resize="squash")
+        self.runs = [SimpleNamespace(experiment=SimpleNamespace(data=data))]  # type: ignore[list-item]
+
+    def stream(self, images: Sequence[Sequence[np.ndarray]], first_row: int = 0) -> Iterator[list[list[Caption]]]:
+        yield [
+            [Caption(f"red {image[0][0, 0, 0]}", -1.0, ("red",), (-1.0,), -1.0, np.full((1, 4), 0.25))]
+            for image in images
+        ]
+
+
+def photo(path: Path | bytes, red: int = 200, size: tuple[int, int] = (8, 8), kind: str = "PNG") -> None:
+    with open(path, "wb") as file:
+        Image.new("RGB", size, (red, 0, 0)).save(file, kind)
+
+
+def caption(*paths: Path, **options: object) -> tuple[list[str], list[str]]:
+    """The lines of captions and the lines of failures."""
+    lines = list(caption_files(Stub(), paths, **{"as_json": False, **options}))  # type: ignore[arg-type]
+    return [line for line, failed in lines if not failed], [line for line, failed in lines if failed]
+
+
+NAMES = {  # as bytes on the disk, as printed, and as JSON
+    b"caf\xe9.png": ("caf\\xe9.png", "caf\\xe9.png"),
+    b"a\nb.png": ("a\\nb.png", "a\nb.png"),
+    b"\x1b[31mred\x7f.png": ("\\x1b[31mred\\x7f.png", "\x1b[31mred\x7f.png"),
+    "two\u2028lines.png".encode(): ("two\\u2028lines.png", "two\u2028lines.png"),
+    "写真 😀.png".encode(): ("写真 😀.png", "写真 😀.png"),
+    b"-dash.PNG": ("-dash.PNG", "-dash.PNG"),
+}
+
+
+def test_every_file_name_is_printed_in_one_line_and_valid_in_json(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in NAMES:
+        photo(os.path.join(os.fsencode(folder), name))
+    lines, failures = caption(folder)
+    assert sorted(lines) == sorted(f"{folder}/{printed}: red 200" for printed, _ in NAMES.values())
+    assert not failures
+    assert all(line.encode() and len(line.splitlines()) == 1 for line in lines)
+    lines, failures = caption(folder, as_json=True, pictures=tmp_path / "maps")
+    assert not failures
+    found = [json.loads(line.encode()) for line in lines]
+    assert {one["file"] for one in found} == {f"{folder}/{name}" for _, name in NAMES.values()}
+    for one in found:
+        one["picture"].encode()
+    assert len(list((tmp_path / "maps").iterdir())) == len(NAMES)
+
+
+def test_all_photos_of_a_folder_are_captioned_or_reported(tmp_path: Path) -> None:
+    for name in ("a.jfif", "b.AVIF", "c.ppm"):  # the name does not decide how a file is read
+        photo(tmp_path / name)
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "notes.txt").write_text("no photo")
+    (tmp_path / "dangling.jpg").symlink_to("nowhere.jpg")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    os.mkfifo(tmp_path / "pipe.png")
+    lines, failures = caption(tmp_path)
+    assert lines == [f"{tmp_path}/{name}: red 200" for name in ("a.jfif", "b.AVIF", "c.ppm")]
+    assert failures == [
+        f"imgcap: {tmp_path}/dangling.jpg: No such file or directory; not captioned",
+        f"imgcap: {tmp_path}/empty.png: the file is empty; not captioned",
+        f"imgcap: {tmp_path}/loop.jpg: Too many levels of symbolic links; not captioned",
+        f"imgcap: {tmp_path}/phone.heic: unknown image format, or the start of the file is damaged; "
+        f"{image_files.READS} are read; not captioned",
+        f"imgcap: {tmp_path}/pipe.png: is a device or a pipe, not a file; not captioned",
+    ]
+
+
+def test_a_picture_that_fails_loses_neither_its_caption_nor_the_photos_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reds = (10, 20, 30, 40)
+    for red in reds:
+        photo(tmp_path / f"photo_{red}.png", red)
+    draw = module.attention_picture
+    errors: dict[int, Exception] = {
+        10: OSError(28, "No space left on device"),
+        20: image_files.ImageError("damaged\nin two lines"),
+        30: module.UserError("the folder can't be written"),
+    }
+
+    def drawn(pixels: np.ndarray, *rest: object) -> None:
+        if error := errors.get(int(pixels[0, 0, 0])):
+            raise error
+        draw(pixels, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "attention_picture", drawn)
+    results = tmp_path / "results.json"
+    lines, failures = caption(tmp_path, pictures=tmp_path / "maps", results=results)
+    assert [line for line in lines if "attention of its words" not in line] == [
+        f"{tmp_path}/photo_{red}.png: red {red}" for red in reds
+    ]
+    reasons = ("No space left on device", "damaged\\nin two lines", "the folder can't be written")
+    assert failures == [
+        f"imgcap: {tmp_path}/photo_{red}.png: {reason}; no picture of its attention"
+        for red, reason in zip(reds, reasons, strict=False)
+    ]
+    assert [path.name for path in (tmp_path / "maps").iterdir()] == ["photo_40_attention.png"]
+    assert len(json.loads(results.read_text())) == len(reds)
+    lines, _ = caption(tmp_path, pictures=tmp_path / "maps", as_json=True)
+    assert ["picture" in json.loads(line) for line in lines] == [False, False, False, True]
+
+
+def test_the_picture_of_a_huge_jpeg_is_drawn_at_a_reduced_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_files, "MAX_MEGAPIXELS", 0.3)
+    photo(tmp_path / "pano.jpg", size=(2000, 1000), kind="JPEG")
+    photo(tmp_path / "pano.png", size=(2000, 1000))
+    photo(tmp_path / "zebra.png")
+    assert Stub().view(tmp_path / "pano.jpg").shape == (256, 512, 3)
+    lines, failures = caption(tmp_path, pictures=tmp_path / "maps")
+    assert {path.name for path in (tmp_path / "maps").iterdir()} == {"pano_attention.png", "zebra_attention.png"}
+    assert len(lines) == 4
+    assert len(failures) == 1
+    assert "pano.png: the image has 2000 x 1000 pixels (2 megapixels); images of at most 0.3 megapixels" in failures[0]
+
+
+def test_ids_of_results_are_at_the_very_end_of_a_name_and_fit_64_bits(tmp_path: Path) -> None:
+    for name in ("photo_7\n.png", f"photo_{2**63}.png"):
+        photo(tmp_path / name)
+        with pytest.raises(module.UserError, match="does not end in an image id") as raised:
+            caption(tmp_path / name, results=tmp_path / "results.json")
+        assert len(str(raised.value).splitlines()) == 1
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_strict_terminal(
+    trained: Path, tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    monkeypatch.setattr(image_files, "MAX_MEGAPIXELS", 100.0)
+    for name in (b"caf\xe9.png", "写真.png".encode()):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(encode_png(draw_scene(sample_scene("test", 0), 32)))
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding, errors="strict"))
+    assert main(["caption", str(tmp_path), "--run", str(trained), "--max-megapixels", "0.01"]) == 0
+    lines = printed.getvalue().decode(encoding).splitlines()
+    shown = "写真" if encoding == "utf-8" else "\\u5199\\u771f"
+    assert [line.partition(": ")[0] for line in lines] == [f"{tmp_path}/caf\\xe9.png", f"{tmp_path}/{shown}.png"]
+    assert image_files.MAX_MEGAPIXELS == 0.01
+    assert main(["caption", str(tmp_path), "--run", str(trained), "--max-megapixels", "0.001"]) == 2
+    assert main(["caption", str(tmp_path), "--run", str(trained), "--max-megapixels", "0"]) == 2
