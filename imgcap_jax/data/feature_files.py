@@ -251,7 +251,8 @@ def explaining(folder: Path) -> Iterator[None]:
                 "(it continues where it stopped), use fewer views, or use another folder"
             ) from error
         path = None if error.filename is None else Path(os.fsdecode(error.filename))
-        if path is not None and not path.is_relative_to(folder) and not folder.is_relative_to(path):
+        elsewhere = path is not None and not path.is_relative_to(folder) and not folder.is_relative_to(path)
+        if elsewhere or error.errno is None:
             raise
         what = f"{path} is a symbolic link; delete it" if error.errno == errno.ELOOP else error.strerror or str(error)
         raise UserError(
