@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 
 from imgcap_jax.data.features import FeatureStore
-from imgcap_jax.data.images import Augmentation
 from imgcap_jax.data.regions import RegionSource, has_ready_regions
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.errors import UserError
@@ -28,7 +27,7 @@ BATCH = 32  # images per encoder pass; one shape, so one compilation
 def uses_store(experiment: Experiment) -> bool:
     """Whether regions are read from a store, because the encoder would compute the same ones in each epoch."""
     data, settings = experiment.data, experiment.encoder
-    return has_ready_regions(settings) or (settings.frozen and (data.views > 1 or data.augmentation == Augmentation()))
+    return has_ready_regions(settings) or (settings.frozen and (data.views > 1 or not data.augmentation.changes_images))
 
 
 def extract(experiment: Experiment, splits: Sequence[str], cache: Path) -> None:
@@ -109,6 +108,7 @@ class Extraction:
             resize=data.resize,
             augmentation=data.augmentation,
             batch_size=BATCH,
+            dtype=data.feature_dtype,
             progress=self._progress,
         )
 
