@@ -22,7 +22,7 @@ from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import write_text
+from imgcap_jax.files import read_json, reading, write_text
 from imgcap_jax.metrics.coco_format import write_references, write_results
 from imgcap_jax.metrics.degeneration import Degeneration
 from imgcap_jax.metrics.scoring import CaptionScorer, CustomMetric, Scores, available_metrics, with_custom
@@ -301,6 +301,9 @@ def sweep(
         objectives = [run.experiment.objective.title for run in runs]
         where = {"runs": [str(run.folder) for run in runs], "steps": steps, "objectives": objectives}
     prefix = ("" if len(runs) == 1 else "ensemble_") + ("" if dataset is None else f"{dataset}_")
+    sweep_file = runs[0].folder / f"sweep_{prefix}{split}.json"
+    if len(decodings) > 1:
+        _read_sweep(sweep_file)  # a damaged file is reported before hours of decoding
     for decoding in decodings:
         captioned = evaluator.caption(params, frozen, decoding)
         scores = evaluator.score(captioned.captions)
@@ -322,7 +325,7 @@ def sweep(
             suffix = split if dataset is None else f"{dataset}_{split}"
             write_references(runs[0].folder / f"references_{suffix}.json", evaluator.references, evaluator.file_names)
         else:
-            _add_to_sweep(runs[0].folder / f"sweep_{prefix}{split}.json", results)
+            _add_to_sweep(sweep_file, results)
         yield evaluation
 
 
@@ -342,12 +345,21 @@ def check_ensemble(runs: Sequence[Run]) -> None:
             )
 
 
+def _read_sweep(path: Path) -> list[dict[str, Any]]:
+    """The results of earlier sweeps; none if there is no file. Raises UserError if it is damaged."""
+    if not path.exists():
+        return []
+    advice = "it has the results of earlier sweeps; move it away"
+    before = read_json(path, advice)
+    with reading(path, advice):
+        if not isinstance(before, list) or not all(isinstance(one, dict) for one in before):
+            raise ValueError("it must be a list of results")
+    return before
+
+
 def _add_to_sweep(path: Path, results: dict[str, Any]) -> None:
     """Adds results to the file of a run's sweeps. Results of the same settings and checkpoints are replaced."""
-    try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError):
-        before = []
+    before = _read_sweep(path)
     results = json.loads(json.dumps(results))  # without tuples, as read from a file
     same = ("step", "runs", "steps", "decoding")
     others = [one for one in before if any(one.get(name) != results.get(name) for name in same)]

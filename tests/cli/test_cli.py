@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -356,3 +356,98 @@ def test_init_from_copies_parameters_and_maps_words(
     np.testing.assert_array_equal(kernel[:, 5], best["decoder"]["words"]["kernel"][:, 19])
     gates = np.asarray(model.decoder.lstm.gates.kernel[...])
     np.testing.assert_array_equal(gates, jax.device_get(best["decoder"]["lstm"]["gates"]["kernel"]))
+
+
+@pytest.fixture
+def compilation_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str | None]]:
+    """Reads JAX's setting, which starts as that of a new process without $JAX_COMPILATION_CACHE_DIR."""
+    import jax
+
+    before = jax.config.values["jax_compilation_cache_dir"]
+    seconds = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield lambda: jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+def test_compiled_programs_are_not_read_from_next_to_a_run(
+    trained: Path, tmp_path: Path, compilation_cache: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are machine code, and the run can be that of somebody else."""
+    theirs = tmp_path / "theirs"
+    shutil.copytree(trained, theirs / "run")
+    (theirs / ".cache" / "xla").mkdir(parents=True)
+    monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path / "own"))
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (32, 32)).save(photo)
+    assert main(["caption", str(photo), "--run", str(theirs / "run")]) == 0
+    assert compilation_cache() == str(tmp_path / "own" / "xla")
+    assert (tmp_path / "own" / "xla").stat().st_mode & 0o077 == 0
+
+
+def test_cache_that_others_can_write_is_not_used(
+    trained: Path,
+    tmp_path: Path,
+    compilation_cache: Callable[[], str | None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path))
+    (tmp_path / "xla").mkdir()
+    (tmp_path / "xla").chmod(0o777)
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (32, 32)).save(photo)
+    assert main(["caption", str(photo), "--run", str(trained)]) == 0
+    assert compilation_cache() is None
+    assert f"chmod 700 {tmp_path / 'xla'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "scenes_demo", "--run", "gs://bucket/run"],
+        ["train", "scenes_demo", "--cache", "gs://bucket/cache"],
+        ["train", "scenes_demo", "--init-from", "gs://bucket/run"],
+        ["evaluate", "gs://bucket/run"],
+        ["caption", "photo.jpg", "--run", "s3://bucket/run"],
+        ["data", "prepare", "scenes", "--data-dir", "gs://bucket/data"],
+    ],
+)
+def test_urls_are_refused(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "only paths of local or mounted file systems" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_url_of_the_datasets_is_refused(refused: Refused, tmp_path: Path, tiny_file: Path) -> None:
+    command = ["train", str(tiny_file), "--run", str(tmp_path / "run"), "--data.data-dir", "gs://bucket/data"]
+    assert "only paths of local or mounted file systems" in refused(command)
+
+
+def test_negative_seed_is_refused(refused: Refused, tiny_file: Path, tmp_path: Path) -> None:
+    command = ["train", str(tiny_file), "--run", str(tmp_path / "run"), "--training.seed", "-1"]
+    assert "training.seed is -1; it must be between 0 and" in refused(command)
+
+
+def test_links_in_a_run_are_replaced_by_evaluate(trained: Path, tmp_path: Path) -> None:
+    run, victim = Path(shutil.copytree(trained, tmp_path / "run")), tmp_path / "victim"
+    victim.write_text("mine")
+    for name in ("captions_val.json", "scores_val.json", "references_val.json"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(victim)
+    assert main(["evaluate", str(run), "--cache", str(tmp_path / "cache")]) == 0
+    assert victim.read_text() == "mine"
+    assert json.loads((run / "captions_val.json").read_text())
+
+
+def test_damaged_results_of_sweeps_are_kept(trained: Path, tmp_path: Path, refused: Refused) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run / "sweep_val.json").write_text("[{")
+    assert "sweep_val.json is damaged" in refused(["evaluate", str(run), "--decode.beam", "1", "2"])
+    assert (run / "sweep_val.json").read_text() == "[{"
