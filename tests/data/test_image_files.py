@@ -155,7 +155,8 @@ def test_transparent_pixels_appear_on_white(tmp_path: Path) -> None:
     alpha = ramp(256).astype(np.uint8)
     expected = on_white(colours, alpha)
     rgba = Image.fromarray(np.dstack([colours, alpha]))
-    for name, options in (("x.png", {}), ("x.webp", {"lossless": True, "exact": True}), ("x.tif", {})):
+    kinds: dict[str, dict[str, Any]] = {"x.png": {}, "x.webp": {"lossless": True, "exact": True}, "x.tif": {}}
+    for name, options in kinds.items():
         rgba.save(tmp_path / name, **options)
         assert_same(tmp_path / name, expected, tolerance=1)
     grey = colours[..., 0]
