@@ -247,7 +247,9 @@ def _add_prepare(actions: Commands) -> None:
         description="Write a dataset in TFDS's format. Nothing is done if it is up to date.",
     )
     prepare.add_argument(
-        "source", help="scenes, coco, a folder of images with a caption file, or a Python file with a dataset builder"
+        "source",
+        help="scenes, coco, a folder of images with captions (docs/datasets.md lists the formats), or a Python file "
+        "with a dataset builder",
     )
     prepare.add_argument("--name", help="the dataset's name (default: the name of the folder or file, or scenes)")
     prepare.add_argument("--licence", default="", help="a note on the licence of the images, stored with the dataset")

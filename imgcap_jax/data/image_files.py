@@ -71,6 +71,7 @@ _SLOW, _MAX_SLOW = ("ppm", "ppm_plain"), 4_000_000
 _LARGE = 32_000_000
 _BAND = 1_000_000  # pixels that are converted at once, to save memory
 _RAISE = "are read (--max-megapixels raises the limit)"
+_HEIC = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
 _ORIENTATION = 0x0112
@@ -246,6 +247,8 @@ def _read(image: bytes) -> Image.Image:
             with _one_at_a_time():
                 picture = Image.open(io.BytesIO(image), formats=_FORMATS)
         except Image.UnidentifiedImageError as error:
+            if image[4:12] in _HEIC:
+                raise ImageError(f"a HEIC image; convert it to JPEG ({READS} are read)") from error
             raise ImageError(f"unknown image format, or the start of the file is damaged; {READS} are read") from error
         return _load(picture)
 

@@ -89,8 +89,8 @@ def test_all_photos_of_a_folder_are_captioned_or_reported(tmp_path: Path) -> Non
         f"imgcap: {tmp_path}/dangling.jpg: No such file or directory; not captioned",
         f"imgcap: {tmp_path}/empty.png: the file is empty; not captioned",
         f"imgcap: {tmp_path}/loop.jpg: Too many levels of symbolic links; not captioned",
-        f"imgcap: {tmp_path}/phone.heic: unknown image format, or the start of the file is damaged; "
-        f"{image_files.READS} are read; not captioned",
+        f"imgcap: {tmp_path}/phone.heic: a HEIC image; convert it to JPEG ("
+        f"{image_files.READS} are read); not captioned",
         f"imgcap: {tmp_path}/pipe.png: is a device or a pipe, not a file; not captioned",
     ]
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -269,6 +270,65 @@ def test_ids_in_karpathys_and_cocos_json(tmp_path: Path) -> None:
     file.write_text(DEEP)
     with pytest.raises(UserError, match=r"train2014\.json: not valid JSON \(nested too deeply"):
         read(tmp_path)
+
+
+def _every_format(folder: Path) -> dict[Path, bytes]:
+    names = [f"{number}.jpg" for number in range(4)]
+    rows = [{"image": name, "captions": ["a dog", "the dog"], "split": "val", "image_id": 5} for name in names]
+    karpathy = [{"filename": name, "imgid": 3, "split": "val", "sentences": [{"raw": "a dog"}]} for name in names]
+    annotations = [{"id": 1, "image_id": number, "caption": "a dog"} for number in range(4)]
+    images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(4)]
+    texts = {
+        "list.jsonl": "\n".join(map(json.dumps, rows)),
+        "dataset_x.json": json.dumps({"images": karpathy}),
+        "captions_val.json": json.dumps({"images": images, "annotations": annotations}),
+        "coco_karpathy_val.json": json.dumps([{"image": name, "caption": "a dog"} for name in names]),
+        "captions.txt": "image,caption\n" + "".join(f'{name},"a dog, runs"\n' for name in names),
+        "results.csv": "image_name| comment_number| comment\n" + "".join(f"{name}| 0| a dog\n" for name in names),
+        "a.token.txt": "".join(f"{name}#0\ta dog\n" for name in names),
+    }
+    return {folder / name: text.encode() for name, text in texts.items()}
+
+
+def test_damaged_lists_give_one_line(tmp_path: Path) -> None:
+    inserted = [
+        b"NaN",
+        b"1" * 5000,
+        b'"\\ud83d"',
+        b"-1",
+        b"1e400",
+        b"[" * 3000,
+        b"\n",
+        b'"',
+        b"\0",
+        b"\xff",
+        b"../",
+        b"|",
+    ]
+    formats = _every_format(tmp_path)
+    messages = 0
+    for seed in range(400):
+        random = Random(seed)
+        path = random.choice(list(formats))
+        content = bytearray(formats[path])
+        at = random.randrange(len(content))
+        kind = random.choice(["cut", "flip", "insert", "replace"])
+        if kind == "cut":
+            del content[at:]
+        elif kind == "flip":
+            content[at] ^= 1 << random.randrange(8)
+        else:
+            content[at : at + (kind == "replace") * random.randrange(9)] = random.choice(inserted)
+        path.write_bytes(content)
+        message = ""
+        try:
+            scan_folder(path)
+        except UserError as error:
+            message = str(error)
+        assert "\n" not in message, seed
+        assert not message or str(path) in message, seed
+        messages += bool(message)
+    assert messages > 100
 
 
 def test_captions_that_cannot_be_used(tmp_path: Path) -> None:

@@ -36,10 +36,15 @@ def test_mixture_then_fine_tuning_on_a_custom_folder(
     command = ["train", str(tiny_file), "--run", str(mixed), *shared]
     assert main([*command, "--data.dataset", "scenes*2+mine_of_the_test"]) == 0
     assert "unheard" in json.loads((mixed / "vocabulary.json").read_text())["words"]
-    assert "52 training images" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "52 training images" in shown
+    # Each scene twice and each photo once; an epoch is 92 images in batches of 8.
+    expected = "an epoch has 92 images: scenes 40 images x 2 (87.0%), mine_of_the_test 12 images x 1 (13.0%)"
+    assert expected in shown.splitlines()
+    assert "12 steps of" in shown
 
     tuned = tmp_path / "tuned"
     command = ["train", str(tiny_file), "--run", str(tuned), *shared, "--init-from", str(mixed)]
     assert main([*command, "--data.dataset", "mine_of_the_test"]) == 0
     words = len(json.loads((tuned / "vocabulary.json").read_text())["words"])
-    assert f"starting from {mixed}: {words} of {words} words known there" in capsys.readouterr().out
+    assert f"starting from {mixed}: {words} of {words} words are in its vocabulary" in capsys.readouterr().out
