@@ -169,8 +169,27 @@ def unspaced_length(token: str) -> int:
     return len(_GRAPHEME.findall(token)) if _UNSPACED_WORD(token) else 0
 
 
-_ENGLISH = frozenset({"an", "the", "is", "are", "and", "of", "with", "on"})
+_LONGEST_UNSPACED = 5.0  # characters; segmented Chinese and Japanese words have about two, Thai ones three
+_LONGEST_MEAN = 12.0  # characters; words of German and Finnish captions have six to eight
 _ENOUGH_TOKENS = 100
+
+
+def why_unsegmented(captions: Sequence[Sequence[str]]) -> str:
+    """Why tokenised captions do not seem to be separated into words; "" if they do."""
+    found = unspaced = words = characters = 0
+    for caption in captions:
+        for token in caption:
+            words, characters = words + 1, characters + len(token)
+            if not token.isascii() and (length := unspaced_length(token)):
+                found, unspaced = found + 1, unspaced + length
+    if 2 * found > len(captions) and unspaced > _LONGEST_UNSPACED * found:
+        return f"their Chinese, Japanese or similar words have {unspaced / found:.0f} characters on average"
+    if words >= _ENOUGH_TOKENS and characters > _LONGEST_MEAN * words:
+        return f"their words have {characters / words:.0f} characters on average"
+    return ""
+
+
+_ENGLISH = frozenset({"an", "the", "is", "are", "and", "of", "with", "on"})
 
 
 def looks_english(captions: Sequence[Sequence[str]]) -> bool:

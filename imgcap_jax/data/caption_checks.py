@@ -8,11 +8,9 @@ import numpy as np
 from imgcap_jax.data.sources import CaptionSource
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
-from imgcap_jax.tokenizers import DEFAULT, Tokenizer, looks_english, unspaced_length
+from imgcap_jax.tokenizers import DEFAULT, Tokenizer, looks_english, why_unsegmented
 
 LOWEST_COVERAGE = 0.8
-_LONGEST_UNSPACED = 5.0  # characters; segmented Chinese and Japanese words have about two, Thai ones three
-_LONGEST_MEAN = 12.0  # characters; words of German and Finnish captions have six to eight
 _FEW = 20  # captions; fewer show no pattern
 
 
@@ -24,8 +22,7 @@ class CaptionCounts:
         captions: the number of captions.
         lengths: captions[n] is the number of captions with n words.
         words, known: the number of words, and of those in the vocabulary.
-        characters: the number of characters in all words.
-        unspaced: the words in scripts without blanks between words, and their characters.
+        unsegmented: why the text does not seem to be separated into words; "" if it does.
         english: whether the captions seem to be English.
     """
 
@@ -33,8 +30,7 @@ class CaptionCounts:
     lengths: tuple[int, ...]
     words: int
     known: int
-    characters: int
-    unspaced: tuple[int, int]
+    unsegmented: str
     english: bool
 
     @classmethod
@@ -42,16 +38,16 @@ class CaptionCounts:
         """Counts the words of captions. Without a vocabulary, none is known."""
         tokens = [tokenizer(caption) for caption in captions]
         known = sum(map(vocabulary.count_known, tokens)) if vocabulary is not None else 0
-        words = [word for caption in tokens for word in caption]
         lengths = np.bincount([len(caption) for caption in tokens], minlength=1)
-        unspaced = [length for word in words if not word.isascii() and (length := unspaced_length(word))]
+        unsegmented = why_unsegmented(tokens)
+        if not unsegmented and len(tokens) >= _FEW and 2 * sum(lengths[:2]) > len(tokens):
+            unsegmented = "most of them have one word or none"
         return cls(
             len(tokens),
             tuple(map(int, lengths)),
-            len(words),
+            sum(map(len, tokens)),
             known,
-            sum(map(len, words)),
-            (len(unspaced), sum(unspaced)),
+            unsegmented,
             looks_english(tokens),
         )
 
@@ -63,20 +59,6 @@ class CaptionCounts:
     def share_longer(self, words: int) -> float:
         """The share of captions with more than `words` words."""
         return sum(self.lengths[words + 1 :]) / max(1, self.captions)
-
-    @property
-    def unsegmented(self) -> str:
-        """Why the text does not seem to be separated into words; "" if it does."""
-        count, characters = self.unspaced
-        if self.captions < _FEW:
-            return ""
-        if count > self.captions / 2 and characters > _LONGEST_UNSPACED * count:
-            return f"their Chinese, Japanese or similar words have {characters / count:.0f} characters on average"
-        if self.words and self.characters > _LONGEST_MEAN * self.words:
-            return f"their words have {self.characters / self.words:.0f} characters on average"
-        if 2 * sum(self.lengths[:2]) > self.captions:
-            return "most of them have one word or none"
-        return ""
 
 
 def vocabulary_notes(

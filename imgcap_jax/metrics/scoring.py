@@ -78,7 +78,7 @@ from imgcap_jax.metrics import bleu, cider, rouge
 from imgcap_jax.metrics.corpus import Candidates, MetricScore, MetricScores, References
 from imgcap_jax.metrics.meteor import metric as meteor
 from imgcap_jax.metrics.meteor.tables import HOW_TO_ADD, package_folder
-from imgcap_jax.tokenizers import DEFAULT, Tokenizer, is_english_only, looks_english
+from imgcap_jax.tokenizers import DEFAULT, Tokenizer, is_english_only, looks_english, why_unsegmented
 
 Metric = Callable[[References], Callable[[Candidates], MetricScores]]
 """Takes references and returns a function that scores candidates. The module docstring describes the contract."""
@@ -296,7 +296,13 @@ def _reference_warnings(references: References, metrics: Mapping[str, Metric]) -
         warnings.append(
             f"{empty} of {len(references.lengths)} references have no words; they lower CIDEr-D: remove them"
         )
-    if _METEOR in metrics and not looks_english([words for texts in references.tokens for words in texts]):
+    captions = [words for texts in references.tokens for words in texts]
+    if reason := why_unsegmented(captions):
+        warnings.append(
+            f"the references do not seem to be separated into words ({reason}): use the tokenizer characters, or put "
+            f"blanks between words"
+        )
+    if _METEOR in metrics and not looks_english(captions):
         warnings.append("the references do not seem to be English, but METEOR is for English: do not report it")
     return warnings
 

@@ -33,7 +33,7 @@ def notes(captions: list[str], tokenizer: Tokenizer = DEFAULT, min_count: int = 
     [
         texts(CHINESE, "", "。"),
         texts(THAI, ""),
-        texts(["red", "dog", "on", "grass"], "_"),
+        texts(["red", "dog", "on", "grass"], "_") * 2,
         texts(["😀", "🔴"], " "),  # the default tokeniser drops emoji
     ],
 )
@@ -79,4 +79,4 @@ def test_counts() -> None:
     vocabulary = Vocabulary.build(["a dog"], 1)
     counts = CaptionCounts.of(["a dog runs", "红色", "a dog", ""], vocabulary, DEFAULT)
     assert (counts.captions, counts.lengths, counts.words, counts.known) == (4, (1, 1, 1, 1), 6, 4)
-    assert (counts.unspaced, counts.coverage, counts.share_longer(2)) == ((1, 2), pytest.approx(4 / 6), 0.25)
+    assert (counts.unsegmented, counts.coverage, counts.share_longer(2)) == ("", pytest.approx(4 / 6), 0.25)

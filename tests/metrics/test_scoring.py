@@ -335,6 +335,7 @@ def test_scores_of_characters() -> None:
     candidates = {1: "一只狗在草地上奔跑", 2: "两只猫"}
     words = CaptionScorer(references).score(candidates)
     assert words.values["BLEU-1"] < 1e-6
+    assert "the references do not seem to be separated into words" in words.warnings[0]
     characters = CaptionScorer(references, tokenizer=Characters()).score(candidates)
     # 9 + 3 characters, 8 + 3 of them in the references; the lengths are 12 and 14.
     assert characters.values["BLEU-1"] == pytest.approx(11 / 12 * np.exp(1 - 14 / 12), abs=1e-8)

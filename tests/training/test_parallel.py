@@ -13,7 +13,7 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.encoders.small_cnn import SmallCNN
 from imgcap_jax.models.model import CaptionModel, split_trained
-from imgcap_jax.special_tokens import PAD
+from imgcap_jax.special_tokens import BOS, PAD
 from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step
 from imgcap_jax.training.optimizer import Optimizer
 from imgcap_jax.training.parallel import DataParallel
@@ -110,7 +110,8 @@ def test_first_step_follows_the_gradient_of_the_mean_over_all_words(batches: lis
                 steps = int((batch["tokens"][b, m, 1:] != PAD).sum())
                 targets = batch["tokens"][b, m, 1 : steps + 1]
                 log_probs = jax.nn.log_softmax(logits[b, m, :steps])
-                smooth = 0.9 * jax.nn.one_hot(targets, V) + 0.1 / V
+                words_that_occur = (jnp.arange(V) != PAD) & (jnp.arange(V) != BOS)
+                smooth = 0.9 * jax.nn.one_hot(targets, V) + 0.1 / (V - 2) * words_that_occur
                 total -= (smooth * log_probs).sum()
                 total += 0.3 * ((1 - outputs.attention[b, m, :steps].sum(0)) ** 2).sum()
                 words += steps
