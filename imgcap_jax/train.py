@@ -166,7 +166,7 @@ def _train(
             f"{parameter_count(params):,} trained parameters, {len(parallel.devices)} "
             f"{parallel.devices[0].platform} device(s), {total_steps} steps of {experiment.objective.title}"
         )
-        if len(data.sources) > 1:
+        if data.images_per_epoch != data.images or len(data.sources) > 1:
             show(describe_mixture(data.mixture))
         # From here on, a folder without newest checkpoint has lost it (see find_run).
         checkpoints.save(state, progress)

@@ -28,7 +28,7 @@ from imgcap_jax.data.sources import (
     read_origin,
 )
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import disk_errors, file_digest
+from imgcap_jax.files import disk_errors, file_digest, write_text
 from imgcap_jax.user_code import load_code
 
 if TYPE_CHECKING:  # these import TFDS, which takes a while
@@ -136,12 +136,21 @@ def _prepare_folder(
     progress: bool,
     say: Callable[[str], None],
 ) -> Path:
+    from imgcap_jax.data.builders.annotations import find_annotations
     from imgcap_jax.data.builders.folder import FolderBuilder, scan_folder
+    from imgcap_jax.data.builders.listed import WrongRows
 
     folder = path.resolve()
-    contents = scan_folder(path)
-    name = name or _default_name(folder if folder.is_dir() else contents.folder.resolve())
+    name = name or _default_name(find_annotations(path)[0].resolve())
     _check_name(name)
+    report = data_dir / f"{name}_problems.txt"
+    try:
+        contents = scan_folder(path)
+    except WrongRows as error:
+        if len(error.rows) <= 3:
+            raise
+        write_text(report, "".join(f"{row}\n" for row in error.rows))
+        raise UserError(f"{error}; all are listed in {report}") from error
     for note in contents.notes:
         say(f"{name}: {note}")
     origin = Origin("folder", source, licence, contents.fingerprint, str(folder))
@@ -150,7 +159,6 @@ def _prepare_folder(
     needed, free = sum(contents.sizes), shutil.disk_usage(_existing_parent(data_dir)).free
     if needed > free:
         raise UserError(f"{data_dir}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; use another --data-dir")
-    report = data_dir / f"{name}_problems.txt"
     with _progress(len(contents.images), f"preparing {name}", progress) as advance:
         prepared = _write(
             name,

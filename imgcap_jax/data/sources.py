@@ -309,6 +309,8 @@ def find_prepared(name: str, data_dir: Path) -> Path | None:
 def parse_mixture(text: str) -> list[tuple[str, float]]:
     """Parses datasets and weights: "flickr8k*2+coco_subset" is [("flickr8k", 2.0), ("coco_subset", 1.0)].
 
+    A weight is the number of times that an epoch repeats each image of its dataset (see `mixtures`).
+
     Raises:
         UserError: a name is invalid or occurs twice, or a weight is not a positive number.
     """

@@ -240,6 +240,18 @@ def test_a_wrong_line_is_named(wrong: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_all_wrong_lines_are_listed(tmp_path: Path) -> None:
+    rows: list[Any] = [{"image": f"{number}.jpg", "captions": ["a dog"]} for number in range(40)]
+    rows[3::4] = ["{"] * 10
+    message = refused(lines(tmp_path, rows), tmp_path / "data")
+    report = tmp_path / "data" / "refused_problems.txt"
+    assert "10 entries cannot be read: " in message
+    assert "list.jsonl line 4: not valid JSON" in message
+    assert message.endswith(f"all are listed in {report}")
+    listed = report.read_text().splitlines()
+    assert all(f"line {number}: not valid" in line for number, line in zip(range(4, 41, 4), listed, strict=True))
+
+
 def test_wrong_tables(tmp_path: Path) -> None:
     for text, words in (
         ("hello\n", "line 1: no column of captions"),

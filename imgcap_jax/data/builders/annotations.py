@@ -132,7 +132,7 @@ def read_annotations(folder: Path, files: Sequence[Path]) -> Annotations:
         if re.search("[\ud800-\udfff]", image.filename + image.subfolder):
             raise UserError(f"{image.where}: the file name {name} contains half a character; rename the file")
         if not SPLIT_NAME.fullmatch(image.split) or image.split == "all":
-            raise UserError(f"{image.where}: {name} has the split {image.split!r}; use train, val or test")
+            raise UserError(f"{image.where}: {name} has the split {shown(repr(image.split))}; use train, val or test")
         if (other := seen.setdefault(image.image_id, image)) is not image and not _same_photo(image, other):
             raise UserError(
                 f"{image.where}: image id {image.image_id} is listed twice, for {shown(other.filename)} and {name}; "

@@ -36,7 +36,7 @@ class CaptionRecord:
     Attributes:
         image: the encoded bytes, JPEG or PNG.
         filename: shown to people, and used to find files of ready-made regions.
-        image_id: unique in the dataset; it identifies the image in files of captions.
+        image_id: unique in the dataset, from 0 to 2^63 - 1; it identifies the image in files of captions.
         captions: (id, text) of each reference caption, at least one. Texts are raw; the tokeniser comes later.
         extra: values of `CaptionBuilder.extra_features`.
     """

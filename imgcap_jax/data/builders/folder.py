@@ -98,8 +98,9 @@ def scan_folder(path: Path) -> FolderContents:
     for entry in skipped:
         if entry.reason == _WORDLESS:
             digest.update(f"{entry.name}\n".encode("utf-8", "surrogatepass"))
-    if listed.from_rows:
-        digest.update(b"rows are joined by photo")
+    if listed.from_rows:  # ids and splits can be computed
+        for image in listed.images:
+            digest.update(f"{image.image_id} {image.split}\n".encode())
     return FolderContents(
         folder=folder,
         annotation_files=tuple(files),

@@ -5,10 +5,11 @@ import math
 import posixpath
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from imgcap_jax.data.builders.listed import ListedImage, Row, known_split, split_name
+from imgcap_jax.data.builders.listed import ListedImage, Row, collect, known_split, split_name
 from imgcap_jax.errors import UserError
 from imgcap_jax.image_ids import id_of_file_name, parse_image_id
 
@@ -48,19 +49,19 @@ class _Entry:
         for number, value in enumerate(self.get(key, list)):
             yield _Entry(value, f"{self.where}: {key}[{number}]")
 
-    def id(self, key: str) -> int:
+    def id(self, key: str, advice: str = "") -> int:
         """An id. Raises a UserError if it is missing or not an id."""
         if key not in self.value:
             raise UserError(f"{self.where}: key {key!r} is missing")
         try:
             return parse_image_id(self.value[key])
         except ValueError as error:
-            raise UserError(f"{self.where}: {key} {error}") from error
+            raise UserError(f"{self.where}: {key} {error}{advice}") from error
 
     def optional_id(self, *keys: str) -> int | None:
         """The id under the first of the keys that has a value; None if there is none."""
         key = next((key for key in keys if self.value.get(key) is not None), None)
-        return None if key is None else self.id(key)
+        return None if key is None else self.id(key, "; write a number, or remove the key")
 
     def caption(self, key: str) -> str:
         """A caption. null and NaN, which pandas writes for a missing one, are an empty caption."""
@@ -102,7 +103,7 @@ def read_json(file: Path) -> list[ListedImage] | list[Row]:
     """
     top = _parse(read_text(file), str(file))
     if isinstance(top, list):
-        return [_row(value, f"{file}: entry {number}") for number, value in enumerate(top)]
+        return _rows(top, file)
     entry = _Entry(top, str(file))
     return list(_read_coco(entry, file) if "annotations" in entry.value else _read_karpathy(entry))
 
@@ -115,13 +116,18 @@ def read_json_lines(file: Path) -> list[Row]:
     """
     text = read_text(file)
     if text.lstrip()[:1] == "[":  # a list in a file with the wrong ending
-        return [_row(value, f"{file}: entry {number}") for number, value in enumerate(_parse(text, str(file)))]
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            where = f"{file} line {number}"
-            rows.append(_row(_parse(line, where), where))
-    return rows
+        return _rows(_parse(text, str(file)), file)
+
+    def read(number: int, line: str) -> Row:
+        where = f"{file} line {number}"
+        return _row(_parse(line, where), where)
+
+    lines = enumerate(text.split("\n"), start=1)
+    return collect(file, [partial(read, number, line) for number, line in lines if line.strip()])
+
+
+def _rows(values: list[Any], file: Path) -> list[Row]:
+    return collect(file, [partial(_row, value, f"{file}: entry {number}") for number, value in enumerate(values)])
 
 
 def split_in_file_name(file: Path) -> str | None:

@@ -1,6 +1,6 @@
 """What annotation files list, whatever their format: images with captions."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from imgcap_jax.errors import UserError
@@ -39,7 +39,7 @@ class ListedImage:
 class Row:
     """One entry of a list. Several rows can describe one image, with one caption each.
 
-    `split`, `image_id` and `caption_id` are None if the entry does not have them.
+    `split` and `image_id` are None if the entry does not have them.
     """
 
     image: str
@@ -47,7 +47,28 @@ class Row:
     where: str
     split: str | None = None
     image_id: int | None = None
-    caption_id: int | None = None
+
+
+class WrongRows(UserError):
+    """Several entries of a list cannot be read. `rows` are their errors, one line each."""
+
+    def __init__(self, file: object, rows: Sequence[str]) -> None:
+        first = "; ".join(rows[:3]) + ("; ..." if len(rows) > 3 else "")
+        super().__init__(first if len(rows) == 1 else f"{file}: {len(rows)} entries cannot be read: {first}")
+        self.rows = tuple(rows)
+
+
+def collect(file: object, readers: Iterable[Callable[[], Row]]) -> list[Row]:
+    """Calls all readers of rows. Raises WrongRows with the errors of all of them."""
+    rows, errors = [], []
+    for reader in readers:
+        try:
+            rows.append(reader())
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        raise WrongRows(file, errors)
+    return rows
 
 
 def split_name(name: str) -> str:
@@ -82,7 +103,7 @@ def group(rows: Iterable[Row], split_of: Callable[[Row], str]) -> list[ListedIma
         captions = []
         for row in of_image:
             for text in row.captions:
-                captions.append((number if row.caption_id is None else row.caption_id, text))
+                captions.append((number, text))
                 number += 1
         image_id = next(iter(ids), None)
         if image_id is None:
@@ -92,5 +113,6 @@ def group(rows: Iterable[Row], split_of: Callable[[Row], str]) -> list[ListedIma
 
 
 def shown(name: str) -> str:
-    """A file name or caption for a message of one line: other than printable characters are escaped."""
-    return name if name.isprintable() else ascii(name)
+    """A file name or caption for a message of one line: escaped if a character is not printable, and not too long."""
+    name = name if name.isprintable() else ascii(name)
+    return name if len(name) <= 300 else f"{name[:300]}..."

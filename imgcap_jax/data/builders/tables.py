@@ -5,11 +5,12 @@ import io
 import posixpath
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from imgcap_jax.data.builders.json_lists import read_text
 from imgcap_jax.data.builders.layout import Skipped
-from imgcap_jax.data.builders.listed import Row, split_name
+from imgcap_jax.data.builders.listed import Row, collect, split_name
 from imgcap_jax.errors import UserError
 from imgcap_jax.image_ids import id_of_file_name, parse_image_id
 
@@ -50,7 +51,7 @@ def read_table(file: Path) -> tuple[list[Row], list[Skipped]]:
         raise UserError(f"{file} line 1: no column of {missing[0]}s; call it one of: {known}")
     else:
         next(lines)
-    rows, skipped = [], []
+    readers, skipped = [], []
     for number, fields in lines:
         if not any(fields):
             continue
@@ -61,8 +62,8 @@ def read_table(file: Path) -> tuple[list[Row], list[Skipped]]:
         if len(fields) <= last:
             skipped.append(Skipped(where, f"has {len(fields)} columns; expected {last + 1}"))
             continue
-        rows.append(_row({name: fields[column].strip() for name, column in columns.items()}, where))
-    return rows, skipped
+        readers.append(partial(_row, {name: fields[column].strip() for name, column in columns.items()}, where))
+    return collect(file, readers), skipped
 
 
 def _columns(header: str, separator: str) -> dict[str, int] | None:
