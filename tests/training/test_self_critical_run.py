@@ -99,17 +99,16 @@ def test_interrupted_run_ends_the_same_without_its_initial_run(
         np.testing.assert_array_equal(ours[name], leaf, err_msg=name)
 
 
-@pytest.mark.parametrize("moment", ["caption", pytest.param("teacher_forced", marks=pytest.mark.slow)])
+def stop(*given: object, **named: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_run_killed_before_its_first_checkpoint_starts_again(
-    experiment: Experiment, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    experiment: Experiment, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is killed in the first validation, when several files exist. Its settings can then still change."""
-
-    def stop(self: SplitEvaluator, *given: object) -> None:
-        raise KeyboardInterrupt
-
+    """Several files exist then, such as the initial parameters. The settings can still change."""
     with monkeypatch.context() as patch:
-        patch.setattr(SplitEvaluator, moment, stop)
+        patch.setattr(Checkpoints, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             run(experiment, tmp_path / "run", trained)
         with pytest.raises(KeyboardInterrupt):
@@ -118,6 +117,22 @@ def test_run_killed_before_its_first_checkpoint_starts_again(
             run(replace(experiment, objective=SelfCritical(samples=3)), tmp_path / "run", None)
     changed = replace(experiment, training=replace(experiment.training, epochs=0.1))
     assert run(changed, tmp_path / "run", trained).step == 1
+
+
+def test_run_killed_in_its_first_validation_resumes(
+    experiment: Experiment, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = replace(experiment, training=replace(experiment.training, epochs=0.1))
+    for moment in (SplitEvaluator, "caption"), (Checkpoints, "save_best"):
+        with monkeypatch.context() as patch:
+            patch.setattr(*moment, stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(short, tmp_path / "run", trained)
+    with pytest.raises(UserError, match="contains another experiment"):
+        run(replace(short, objective=SelfCritical(samples=3)), tmp_path / "run", None)
+    said: list[str] = []
+    assert run(short, tmp_path / "run", None, said.append).step == 1
+    assert "at step 0 of 1" in said[0]
 
 
 @pytest.mark.slow
