@@ -85,6 +85,7 @@ class CaptionSource:
         folder = description.folder
         stored = _stored_splits(folder)
         parts = ["train", "restval"] if split == "train" and "restval" in stored else [split]
+        _check_features(folder / "features.json")
         with reading(folder, PREPARE_AGAIN):
             builder = tfds.builder_from_directory(folder)
             try:
@@ -343,6 +344,20 @@ def _not_prepared(name: str, data_dir: Path) -> NoReturn:
         f"dataset {name!r} is not prepared in {data_dir} (prepared datasets: {', '.join(there) or 'none'}); "
         f"run: imgcap data prepare {command}"
     )
+
+
+def _check_features(path: Path) -> None:
+    """Raises a UserError unless all features are classes of TFDS, which imports the module of each class."""
+    pending = [read_json(path, PREPARE_AGAIN)]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            name = value.get("pythonClassName", "")
+            if name and not str(name).startswith("tensorflow_datasets."):
+                raise UserError(f"{path}: {str(name)[:200]!r} is not a feature of TFDS, and is not imported")
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
 
 
 def _stored_splits(folder: Path) -> dict[str, int]:

@@ -443,7 +443,10 @@ def test_links_in_a_run_are_replaced_by_evaluate(trained: Path, tmp_path: Path) 
         (run / name).symlink_to(victim)
     assert main(["evaluate", str(run), "--cache", str(tmp_path / "cache")]) == 0
     assert victim.read_text() == "mine"
-    assert json.loads((run / "captions_val.json").read_text())
+    names = {entry["image_id"]: entry["file_name"] for entry in json.loads((run / "captions_val.json").read_text())}
+    images = json.loads((run / "references_val.json").read_text())["images"]
+    assert names == {image["id"]: image["file_name"] for image in images}
+    assert all(name.startswith("val_") for name in names.values())
 
 
 def test_damaged_results_of_sweeps_are_kept(trained: Path, tmp_path: Path, refused: Refused) -> None:

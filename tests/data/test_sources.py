@@ -173,6 +173,19 @@ def test_damaged_records_name_the_file(copy: Path, capsys: pytest.CaptureFixture
         prepare("scenes", data_dir=copy, scenes=splits, progress=False)
 
 
+def test_a_dataset_imports_no_module(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil_features.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = dataset_folder(copy)
+    (folder / "SHA256SUMS").unlink()
+    features = (folder / "features.json").read_text()
+    own = "tensorflow_datasets.core.features.image_feature.Image"
+    assert own in features
+    (folder / "features.json").write_text(features.replace(own, "evil_features.Image"))
+    with pytest.raises(UserError, match=r"features\.json: 'evil_features\.Image' is not a feature of TFDS"):
+        open_source("scenes", "val", copy)
+
+
 def test_sha256sum_reads_the_digests(data_dir: Path, copy: Path) -> None:
     folder = dataset_folder(copy)
     check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
