@@ -19,8 +19,8 @@ Box = tuple[float, float, float, float]
 """Left, top, width and height, in pixels of the upright image."""
 BoxChoice = Callable[[int, int], Box]
 
-# They match "left-handed", "leftmost", "rightward", "top-right"; not "upright", "bright" or "cleft". "left" also matches
-# the past tense of "leave"; the only effect is that the image is not mirrored.
+# They match "left-handed", "leftmost", "rightward" and "top-right", but not "upright", "bright" or "cleft". "left" also
+# matches the past tense of "leave"; the only effect is that the image is not mirrored.
 SIDE_WORDS = ("left", "right")
 
 _RATIO = (3 / 4, 4 / 3)

@@ -8,6 +8,7 @@ from PIL import Image, ImageEnhance
 
 from imgcap_jax.data.image_files import ImageError
 from imgcap_jax.data.images import Augmentation, augment, decode, names_side
+from imgcap_jax.errors import UserError
 
 RED, GREEN, BLUE, WHITE = (250, 20, 20), (20, 250, 20), (20, 20, 250), (250, 250, 250)
 
@@ -137,6 +138,39 @@ def test_a_stray_byte_before_the_end_marker_is_tolerated() -> None:
 def test_which_captions_name_a_side(caption: str, named: bool) -> None:
     assert names_side([caption]) is named
     assert names_side(["a dog", caption]) is named
+
+
+@pytest.mark.parametrize(
+    ("words", "caption", "named"),
+    [
+        (("links", "rechts"), "Ein Hund läuft nach LINKS.", True),
+        (("links", "rechts"), "der hund ist left", False),
+        (("link",), "ein Blinker", False),
+        (("左", "右"), "一只狗在左边跑", True),
+        (("左", "右"), "一只狗在跑", False),
+        (("ซ้าย",), "สุนัขทางซ้าย", True),
+        (("a.b",), "axb", False),
+        ((), "left", False),
+    ],
+)
+def test_side_words_of_other_languages(words: tuple[str, ...], caption: str, named: bool) -> None:
+    assert names_side([caption], words) is named
+    flip = Augmentation(flip=True, side_words=words)
+    data = encode(quadrants())
+    plain = decode(data, 32)
+    rng = np.random.default_rng(0)
+    kept = [np.array_equal(augment(data, [caption], 32, rng, flip), plain) for _ in range(30)]
+    assert all(kept) is named
+
+
+def test_side_words_do_not_change_images_by_themselves() -> None:
+    assert not Augmentation(side_words=("links",)).changes_images
+    assert Augmentation(jitter=0.1).changes_images
+    # Feature stores of English captions are found by this text.
+    assert repr(Augmentation(flip=True)) == "Augmentation(crop_scale_min=1.0, flip=True, jitter=0.0)"
+    assert "side_words=('links',)" in repr(Augmentation(side_words=("links",)))
+    with pytest.raises(UserError, match="must be a list of words"):
+        Augmentation(side_words=("",))
 
 
 def test_images_whose_captions_name_a_side_are_never_mirrored() -> None:

@@ -6,8 +6,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.inspect import inspect
 from imgcap_jax.data.prepare import prepare
+from imgcap_jax.data.sources import open_source
+from imgcap_jax.data.vocabulary import Vocabulary
+from imgcap_jax.special_tokens import UNK
+from imgcap_jax.tokenizers import Characters
 
 
 def test_counts_lengths_and_coverage(tmp_path: Path) -> None:
@@ -36,3 +41,31 @@ def test_counts_lengths_and_coverage(tmp_path: Path) -> None:
     assert "CC0" in text
     assert str(tmp_path) in text
     assert "75.00%" in text
+
+
+def test_captions_without_blanks(tmp_path: Path) -> None:
+    for number in range(10):
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    lines = [
+        {"image": f"{n}.png", "captions": [f"红色的方块在{'上下左右'[n % 4]}面。", "一个蓝色的圆"], "split": "train"}
+        for n in range(10)
+    ]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said: list[str] = []
+    prepare(tmp_path, name="chinese", data_dir=tmp_path / "data", progress=False, say=said.append)
+    assert "chinese: note: the captions do not seem to be separated into words" in said[-1]
+    words = inspect("chinese", tmp_path / "data", min_count=5)
+    assert words.splits["train"].mean_words < 2
+    assert "note: the captions do not seem to be separated into words" in "\n".join(words.lines())
+    characters = inspect("chinese", tmp_path / "data", min_count=1, tokenizer=Characters())
+    assert characters.splits["train"].word_counts == (*[0] * 6, 10, 0, 10)  # 6 and 8 characters
+    assert characters.notes == ()
+    assert "(tokenizer characters)" in "\n".join(characters.lines())
+    source = open_source("chinese", "train", tmp_path / "data")
+    vocabulary = Vocabulary.build(["红色的"], 1, Characters())
+    # References of self-critical training: unknown characters have ids of their own.
+    table = CaptionTable.as_references([source.first(1)], vocabulary, eos=True)
+    assert table.tokens.shape == (2, 9)
+    known = {vocabulary.words[number] for number in table.tokens[0] if UNK < number < len(vocabulary)}
+    assert known == set("红色的")
+    assert table.words == len(vocabulary) + len(set("方块在上面一个蓝圆"))
