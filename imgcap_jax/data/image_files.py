@@ -8,12 +8,12 @@ Colours are those of sRGB without colour management. Transparent pixels appear o
 animations and multi-page files, only the first picture is read.
 """
 
+import contextlib
 import io
 import math
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,7 +167,8 @@ def storable(image: bytes) -> bytes:
         if image.startswith(_PNG) and plain and picture.size == source.size and _orientation(source) == 1:
             return image
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    # Level 2 is six times as fast as the default, 6, for files that are 9 % larger (measured on a photo).
+    picture.save(buffer, "PNG", compress_level=2)
     return buffer.getvalue()
 
 
@@ -185,7 +186,7 @@ def _check_size(width: int, height: int, limit: float, kind: str = "images", hin
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _explained() -> Iterator[None]:
     """Turns every error of a decoder into an ImageError. Damaged files make them raise almost any type."""
     try:
@@ -199,7 +200,7 @@ def _explained() -> Iterator[None]:
         raise ImageError(f"cannot be decoded ({reason})") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _one_at_a_time() -> Iterator[None]:
     """Waits for other threads, and turns off PIL's own limit on pixels, which `_check_size` replaces."""
     with _turn:
@@ -261,10 +262,7 @@ def _load(picture: Image.Image) -> Image.Image:
         kind = "PPM images that are text, or have a maximum other than 255 and 65535,"
         _check_size(*picture.size, _MAX_SLOW, kind, "are read; convert it to PNG")
     with _explained():
-        if picture.width * picture.height > _LARGE:
-            with _one_at_a_time():
-                picture.load()
-        else:
+        with _one_at_a_time() if picture.width * picture.height > _LARGE else contextlib.nullcontext():
             picture.load()
         # PIL gives the transparent colour of a PNG in the depth of the file, and the pixels in 8 bits.
         key, stored = picture.info.get("transparency"), tile.args if tile and picture.format == "PNG" else None
@@ -298,7 +296,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode[0] in "IF":
         return _grey(picture).convert("RGB")
     if not picture.has_transparency_data:
-        return picture.convert("RGB")
+        return picture if picture.mode == "RGB" else picture.convert("RGB")  # converting RGB copies it
     result = Image.new("RGB", picture.size)
     for top, band in _bands(picture):
         # PIL has no direct conversion of La, grey with premultiplied alpha.
@@ -401,10 +399,8 @@ def _jpeg_header(image: bytes) -> tuple[int, int] | None:
 def _scaled_jpeg(image: bytes, width: int, height: int, scale: int) -> Pixels:
     """Decodes a JPEG file at 1/scale. Raises ValueError if it has the slightest damage."""
     size = {"min_width": -(-width // scale), "min_height": -(-height // scale)}
-    if width * height > _LARGE and not _has_single_scan(image):
-        with _turn:
-            return simplejpeg.decode_jpeg(image, **size)
-    return simplejpeg.decode_jpeg(image, **size)
+    with _turn if width * height > _LARGE and not _has_single_scan(image) else contextlib.nullcontext():
+        return simplejpeg.decode_jpeg(image, **size)
 
 
 def _whole_jpeg(image: bytes) -> Image.Image:
@@ -420,11 +416,9 @@ def _whole_jpeg(image: bytes) -> Image.Image:
             scale *= 2
         if scale > 1:
             picture.draft(picture.mode, (width // scale, height // scale))
-        orientation = _orientation(picture)
-        if picture.width * picture.height > _LARGE:
-            with _turn:
-                return _turned(_rgb(picture), orientation)
-        return _turned(_rgb(picture), orientation)
+        with _turn if width * height > _LARGE else contextlib.nullcontext():
+            picture.load()
+        return _turned(_rgb(picture), _orientation(picture))
 
 
 def _check_jpeg(image: bytes, width: int, height: int) -> None:

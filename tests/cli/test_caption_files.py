@@ -4,7 +4,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -171,3 +171,14 @@ def test_a_strict_terminal(
     assert image_files.MAX_MEGAPIXELS == 0.01
     assert main(["caption", str(tmp_path), "--run", str(trained), "--max-megapixels", "0.001"]) == 2
     assert main(["caption", str(tmp_path), "--run", str(trained), "--max-megapixels", "0"]) == 2
+
+
+def test_a_dataset_is_prepared_with_the_limit_that_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    monkeypatch.setattr(image_files, "MAX_MEGAPIXELS", 100.0)
+    photo(tmp_path / "a.png", size=(30, 20))
+    (tmp_path / "list.jsonl").write_text('{"image": "a.png", "captions": ["a dog"], "split": "train"}\n')
+    command = ["data", "prepare", str(tmp_path), "--name", "limited", "--data-dir", str(tmp_path / "data")]
+    assert "30 x 20 pixels" in refused([*command, "--max-megapixels", "0.0005"])
+    assert main([*command, "--max-megapixels", "0.0006"]) == 0

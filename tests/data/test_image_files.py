@@ -7,9 +7,11 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -521,3 +523,30 @@ def test_only_files_of_sensible_size_are_opened(tmp_path: Path) -> None:
         file.truncate(900_000_000)  # a hole, which needs no space
     with pytest.raises(ImageError, match="the file has 900 MB; files of at most 800 MB are read"):
         read_file(tmp_path / "large.bmp")
+
+
+def test_an_opened_pil_image_is_checked_before_it_is_decoded(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(with_scans(500, 2000))
+    with Image.open(tmp_path / "x.jpg") as picture, pytest.raises(ImageError, match="more than 100 scans"):
+        decode(picture, SIDE)
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_files, "_LARGE", 10)
+    running, most = 0, 0
+    load = Image.Image.load
+
+    def watched(picture: Image.Image) -> Any:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.02)
+        running -= 1
+        return load(picture)
+
+    data = png(4, 4, 8, 0, bytes(20))
+    monkeypatch.setattr(Image.Image, "load", watched)
+    with ThreadPoolExecutor(4) as pool:
+        monkeypatch.setattr(image_files, "_upright", lambda picture: picture)
+        list(pool.map(lambda _: image_files.open_image(data), range(4)))
+    assert most == 1
