@@ -112,6 +112,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def refuse_pipes(path: Path) -> None:
+    """Raises UserError for a pipe or a device, which could be read without end. OSError: the path can't be examined."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a pipe or a device; give a file")
+
+
 @contextmanager
 def reading(path: Path, advice: str) -> Iterator[None]:
     """Turns every error while a file is read into one line that names the file.
@@ -126,6 +132,7 @@ def reading(path: Path, advice: str) -> Iterator[None]:
         UserError: the file is missing, cannot be read or is damaged.
     """
     try:
+        refuse_pipes(path)
         yield
     except UserError:
         raise
@@ -201,12 +208,16 @@ def write_digests(folder: Path, names: Sequence[str] | None = None) -> None:
 def read_digests(folder: Path) -> dict[str, str] | None:
     """The digests that ``write_digests`` wrote: relative path -> digest. None: there is no SHA256SUMS.
 
-    Comments (#) are ignored. A line in another form has the digest ""; no file equals that.
+    Comments (#) are ignored. A line in another form has the digest "", as has a SHA256SUMS that can't be read; no file
+    equals that.
     """
     try:
+        refuse_pipes(folder / DIGESTS)
         text = (folder / DIGESTS).read_text(encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError:
         return None
+    except (UserError, OSError):
+        return {DIGESTS: ""}
     written = (line for line in text.removesuffix("\n").split("\n") if not line.startswith("#"))
     lines = (re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in written)
     return dict((line[2], line[1]) if line else (DIGESTS, "") for line in lines)
@@ -219,7 +230,7 @@ def damages(folder: Path) -> list[str]:
         return []
     found = []
     for name, digest in digests.items():
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # unlike Path.is_file, False for names that no file can have
             found.append(f"{name} is missing")
         elif file_digest(folder / name) != digest:
             found.append(f"{name} has changed")
@@ -230,7 +241,9 @@ def damages(folder: Path) -> list[str]:
 def appending(path: Path) -> TextIO:
     """Opens a text file (UTF-8) to append to it. Raises OSError (ELOOP) if it is a symbolic link."""
     return os.fdopen(
-        os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a", encoding="utf-8"
+        os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666),
+        "a",
+        encoding="utf-8",
     )
 
 

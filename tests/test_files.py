@@ -132,6 +132,26 @@ def test_digests_find_every_change(tmp_path: Path) -> None:
     assert "a has no digest" in damages(tmp_path)
 
 
+def test_digests_that_cannot_be_read_are_damage(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "SHA256SUMS").mkdir()
+    assert damages(tmp_path) == ["SHA256SUMS is missing", "a has no digest"]
+    (tmp_path / "SHA256SUMS").rmdir()
+    os.mkfifo(tmp_path / "SHA256SUMS")
+    assert damages(tmp_path) == ["SHA256SUMS is missing", "a has no digest"]
+    (tmp_path / "SHA256SUMS").unlink()
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {'n' * 5000}\n{'0' * 64}  \0\n")
+    assert damages(tmp_path) == [f"{'n' * 5000} is missing", "\0 is missing", "a has no digest"]
+
+
+def test_pipes_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(UserError, match=r"pipe\.json is a pipe or a device; give a file"):
+        read_json(tmp_path / "pipe.json", "restore it")
+    with pytest.raises(OSError, match="No such device"):
+        appending(tmp_path / "pipe.json")
+
+
 @pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket", "hf://user/name", "https://x.org/a", "gs:/bucket"])
 def test_urls_are_refused(url: str) -> None:
     with pytest.raises(UserError, match="only paths of local"):

@@ -23,6 +23,7 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite, tensor_shapes
 from imgcap_jax.models.encoders.pretrained.weights import (
     FrozenVariable,
+    digest_of_file,
     fingerprint,
     package_weights,
     read_safetensors,
@@ -407,6 +408,33 @@ def test_files_that_are_not_safetensors_are_user_errors(tmp_path: Path) -> None:
         read_safetensors(tmp_path / "absent.safetensors")
     with pytest.raises(UserError, match="Is a directory"):
         read_safetensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [2], '
+        b'"data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [0, 4611686018427387904], "data_offsets": [0, 0]}}',
+        b'{"a": ' * 50_000,
+        b'{"\xff": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+    ],
+)
+@pytest.mark.parametrize("length", [None, 2**63])
+def test_hostile_safetensors_are_user_errors(header: bytes, length: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + bytes(8))
+    with pytest.raises(UserError, match=r"w\.safetensors is damaged or not a safetensors file \(.{1,200}\); download"):
+        read_safetensors(path)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_pipe_in_the_place_of_weights_is_not_read(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    for read in (read_weights, digest_of_file):
+        with pytest.raises(UserError, match=f"{name} is a pipe or a device"):
+            read(tmp_path / name)
 
 
 def test_package_weights_does_not_import_the_package() -> None:

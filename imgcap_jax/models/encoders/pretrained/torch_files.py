@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import refuse_pipes
 
 MAX_INSTRUCTIONS = 1_000_000
 """Instructions of one pickle. ResNet-152's file has 29,000."""
@@ -357,6 +358,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
             code, or exceeds the limits of this module.
     """
     try:
+        refuse_pipes(path)
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
             file.seek(0)
@@ -367,6 +369,8 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
             if wrong is not None:
                 raise _Unreadable(f"its entry {wrong[:40]!r} is not a tensor")
             return {name: tensor.array() for name, tensor in loaded.items()}
+    except UserError:
+        raise
     except _Unreadable as reason:
         raise UserError(f"Weights file {path} is refused: {reason}; use a state dict written by torch.save.") from None
     except OSError as error:

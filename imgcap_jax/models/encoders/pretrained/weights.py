@@ -12,7 +12,7 @@ import safetensors
 from flax import nnx
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import file_digest
+from imgcap_jax.files import file_digest, refuse_pipes
 from imgcap_jax.models.encoders.pretrained.torch_files import cannot_read, damaged, read_torch
 
 
@@ -27,9 +27,12 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         UserError: the file is missing, damaged or not a safetensors file.
     """
     try:
+        refuse_pipes(path)
         path.open("rb").close()  # the library's own errors do not separate the cause from the file name
         with safetensors.safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a dict
+    except UserError:
+        raise
     except OSError as error:
         raise cannot_read(path, error) from None
     except Exception as error:  # an error of the library, a dtype that NumPy lacks, or a name that is not text
@@ -48,6 +51,7 @@ def digest_of_file(path: Path) -> str:
         UserError: the file is missing or can't be read.
     """
     try:
+        refuse_pipes(path)
         found = path.stat()
         return _digest(path, found.st_size, found.st_mtime_ns)
     except OSError as error:
