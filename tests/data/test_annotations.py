@@ -432,7 +432,7 @@ def test_images_outside_of_the_folder_and_devices_are_refused(tmp_path: Path) ->
     os.link(tmp_path / "secret" / "secret.jpg", folder / "hard.jpg")
     for name in ("../secret/secret.jpg", str(tmp_path / "secret" / "secret.jpg"), "link.jpg", "photos/secret.jpg"):
         message = refused(lines(folder, [{"image": name, "captions": ["a dog"]}]), data_dir)
-        assert f"{name} (outside of {folder}; copy it into this folder)" in message
+        assert f"{name} (outside of {folder.resolve()}; copy it into this folder)" in message
     for name in ("pipe.jpg", "/dev/zero"):
         message = refused(lines(folder, [{"image": name, "captions": ["a dog"]}]), data_dir)
         assert f"{name} (a pipe or a device, not an image)" in message

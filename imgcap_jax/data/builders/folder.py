@@ -163,7 +163,7 @@ def _find_images(folder: Path, images: Sequence[ListedImage]) -> list[tuple[Path
             return "a pipe or a device, not an image"
         real = path.resolve() if path.is_symlink() else resolved(path.parent) / path.name
         if not real.is_relative_to(root):
-            return f"outside of {folder}; copy it into this folder"
+            return f"outside of {root}; copy it into this folder"
         return real, status.st_size
 
     return [find(image) for image in images]
