@@ -19,6 +19,7 @@ Settings = TypeVar("Settings")
 
 _CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed)
 _registry = ConstructorRegistry()
+_names_registry = ConstructorRegistry()  # used if the settings contain a value that an option can name
 
 
 def _is_named(value: Any) -> bool:
@@ -26,7 +27,14 @@ def _is_named(value: Any) -> bool:
     return type(value) in NAMES.values() and not dataclasses.fields(value)
 
 
-@_registry.primitive_rule
+def _has_named(settings: Any) -> bool:
+    return _is_named(settings) or (
+        dataclasses.is_dataclass(settings)
+        and any(_has_named(getattr(settings, item.name)) for item in dataclasses.fields(settings))
+    )
+
+
+@_names_registry.primitive_rule
 def _named_tokenizer(info: Any) -> PrimitiveConstructorSpec[Tokenizer] | None:
     if info.type is not Tokenizer:
         return None
@@ -131,14 +139,15 @@ def _parse(settings: Settings, arguments: Sequence[str], prefix: str, command: s
     kind: Any = type(settings)
     if prefix:
         kind = dataclasses.make_dataclass("Options", [(prefix, kind)], frozen=True)
-    parsed: Any = tyro.cli(
-        kind,
-        default=kind(settings) if prefix else settings,
-        args=list(arguments),
-        config=_CONFIG,
-        registry=_registry,
-        prog=command,
-    )
+    with _names_registry if _has_named(settings) else contextlib.nullcontext():
+        parsed: Any = tyro.cli(
+            kind,
+            default=kind(settings) if prefix else settings,
+            args=list(arguments),
+            config=_CONFIG,
+            registry=_registry,
+            prog=command,
+        )
     result: Settings = getattr(parsed, prefix) if prefix else parsed
     return result
 

@@ -8,10 +8,12 @@ import pytest
 
 from imgcap_jax.cli.options import option_names, options_help, override
 from imgcap_jax.cli.sweeps import combinations, split_options
+from imgcap_jax.data.pipeline import CaptionData
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.models.encoders.resnet import ResNet
+from imgcap_jax.tokenizers import Characters, PennTreebank, Tokenizer
 
 
 class Contract(Protocol):
@@ -98,6 +100,29 @@ def test_options_make_every_combination() -> None:
     assert ours == ["--decode.length-norm=-.5", "--decode.length-norm=0", "--decode.prefix=a man"]
     # A photo after an option is not its value.
     assert split_options(["caption", "--decode.beam", "3", "a.jpg"], sweep=False)[0] == ["caption", "a.jpg"]
+
+
+@dataclass(frozen=True)
+class Cased(PennTreebank):
+    """A tokeniser with a field."""
+
+    lower: bool = True
+    label: str = "cased"  # type: ignore[assignment]
+
+
+def test_a_tokenizer_is_given_by_name_and_its_fields_are_options() -> None:
+    def given(*options: str, start: Tokenizer = PennTreebank()) -> Tokenizer:  # noqa: B008
+        return override(Experiment(data=CaptionData(tokenizer=start)), options).data.tokenizer
+
+    assert given() == PennTreebank()
+    assert given("--data.tokenizer", "characters") == Characters()
+    assert given("--data.tokenizer", "ptb", start=Characters()) == PennTreebank()
+    assert given("--data.tokenizer", "imgcap_jax.tokenizers:Characters") == Characters()
+    assert given("--data.tokenizer.lower", "false", start=Cased()) == Cased(lower=False)
+    assert given("--data.augmentation.side-words", "links,rechts") == PennTreebank()
+    with pytest.raises(UserError, match="there is no tokenizer 'words'; use ptb or characters"):
+        given("--data.tokenizer", "words")
+    assert "--data.tokenizer {ptb,characters,MODULE:CLASS}" in options_help(Experiment(), command="imgcap train x")
 
 
 @pytest.mark.parametrize(
