@@ -283,6 +283,8 @@ def _write(
     say(f"{name}: {counts} images in {folder}")
     if builder.skipped:
         say(f"{name}: {len(builder.skipped)} images or captions skipped or noted, listed in {folder / SKIPPED_FILE}")
+    for note in builder.notes:
+        say(f"{name}: note: {note}")
     return folder
 
 

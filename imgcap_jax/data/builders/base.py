@@ -59,6 +59,7 @@ class CaptionBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
 
     Attributes:
         skipped: images and captions that were left out; a subclass can append to it.
+        notes: lines for the user, shown when the dataset is prepared; a subclass can append to it.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -71,6 +72,7 @@ class CaptionBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
         self.name = name
         self.origin = origin
         self.skipped: list[Skipped] = []
+        self.notes: list[str] = []
         self._description = description
         super().__init__(data_dir=data_dir)
 

@@ -6,7 +6,6 @@ import itertools
 import os
 import re
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -238,7 +237,7 @@ class FolderBuilder(CaptionBuilder):
         self._unread = set(range(len(contents.images)))
         self._broken: list[Skipped] = []
         self._first_with: dict[bytes, int] = {}  # digest of an encoded image -> its number
-        self._copies: list[tuple[ListedImage, Skipped]] = []
+        self._copies: list[Skipped] = []
         super().__init__(
             name=name, data_dir=data_dir, origin=origin, description=f"Captioned images from {origin.folder}."
         )
@@ -300,24 +299,22 @@ class FolderBuilder(CaptionBuilder):
         splits = {"train" if one.split == "restval" else one.split for one in (image, other)}
         if len(splits) > 1 and contents.paths[i] != contents.paths[first]:
             same = f"in {image.split}, is the same picture as {other.filename} in {other.split}"
-            late = image if image.split not in ("train", "restval") else other
-            self._copies.append((late, Skipped(image.filename, same)))
+            self._copies.append(Skipped(image.filename, same))
 
     def finished(self) -> None:
-        if self._too_many_copies():
-            self._refuse()
-        self.skipped += [*self._broken, *(note for _, note in self._copies)]
+        self.skipped += [*self._broken, *self._copies]
+        if self._copies:
+            first = self._copies[0]
+            self.notes.append(
+                f"{len(self._copies)} pictures are in two splits under different names ({shown(first.name)}, "
+                f"{shown(first.reason)}); scores on them are not those of unseen pictures"
+            )
 
     def _too_many_images(self) -> bool:
         return len(self._broken) > MAX_SKIPPED * self._contents.listed
 
     def _too_many_captions(self) -> bool:
         return len(self._contents.skipped) > MAX_SKIPPED * self._contents.captions
-
-    def _too_many_copies(self) -> bool:
-        copies = Counter(late.split for late, _ in self._copies)
-        sizes = Counter(image.split for image in self._contents.images)
-        return any(count > MAX_SKIPPED * sizes[split] for split, count in copies.items())
 
     def _refuse(self) -> NoReturn:
         """Checks the images that were not read yet, writes the report and raises a UserError."""
@@ -327,7 +324,6 @@ class FolderBuilder(CaptionBuilder):
         unusable = {entry.name for entry in broken}
         usable = {image.split for image in contents.images if image.filename not in unusable}
         empty = sorted({image.split for image in contents.images} - usable)
-        copies = [note for _, note in self._copies]
         limit = f"more than {MAX_SKIPPED:.0%}"
         images, captions = f"of its {contents.listed} images", f"of its {contents.captions} captions"
         # Whether the dataset is refused because of them, what is wrong, and the entries.
@@ -341,12 +337,11 @@ class FolderBuilder(CaptionBuilder):
                 f"{limit} {captions} cannot be used ({len(contents.skipped)})",
                 contents.skipped,
             ),
-            (self._too_many_copies(), f"{limit} of the pictures of a split are in another ({len(copies)})", copies),
         ]
         reasons = [f"{what}: {_first(entries)}" for refused, what, entries in problems if refused and entries]
         lines = [
             f"{shown(entry.name)}\t{shown(entry.reason)}\n"
-            for entries in (contents.absent, contents.repeated, broken, contents.skipped, copies)
+            for entries in (contents.absent, contents.repeated, broken, contents.skipped, self._copies)
             for entry in entries
         ]
         where = ", ".join(map(str, contents.annotation_files))
