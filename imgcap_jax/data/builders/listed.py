@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, printable
 from imgcap_jax.image_ids import id_of_file_name
 
 _SPLIT_NAMES = {
@@ -113,6 +113,6 @@ def group(rows: Iterable[Row], split_of: Callable[[Row], str]) -> list[ListedIma
 
 
 def shown(name: str) -> str:
-    """A file name or caption for a message of one line: escaped if a character is not printable, and not too long."""
-    name = name if name.isprintable() else ascii(name)
+    """A file name or caption for a message of one line: printable and not too long."""
+    name = printable(name)
     return name if len(name) <= 300 else f"{name[:300]}..."
