@@ -401,7 +401,7 @@ def make_run(folder: Path) -> None:
     from imgcap_jax.run.folder import Run
 
     captions = ["a dog runs on grass", "two dogs play", "a café 犬"] * 3
-    Run(folder, Experiment(), Vocabulary.build(captions, 1), Path("/runs/other")).save()
+    Run(folder, Experiment(), Vocabulary.build(captions, 1), Path("/runs/other"), "0" * 64).save()
     (folder / "code").mkdir(exist_ok=True)
     (folder / "code" / "my_parts.py").write_text("class Mine: ...\n")
     write_digests(folder / "code", ["my_parts.py"])
@@ -415,7 +415,7 @@ def read_run(folder: Path) -> str:
     run.code_changes()
     words = [run.vocabulary.decode([n]) for n in range(len(run.vocabulary))]
     ids = run.vocabulary.encode("a dog runs", 6)
-    return digest([to_json(run.experiment), words, run.vocabulary.counts, ids, str(run.init_from)])
+    return digest([to_json(run.experiment), words, run.vocabulary.counts, ids, str(run.init_from), run.weights])
 
 
 def make_metrics(folder: Path) -> None:
@@ -429,6 +429,17 @@ def read_metrics(folder: Path) -> str:
     log = MetricsLog(folder, 3)
     log.close()
     return digest((folder / "metrics.jsonl").read_text(encoding="utf-8"))
+
+
+def make_sweep(folder: Path) -> None:
+    results = [{"step": 7, "runs": ["a"], "decoding": {"beam": beam}, "metrics": {"CIDEr-D": 0.5}} for beam in (1, 3)]
+    (folder / "sweep_val.json").write_text(json.dumps(results, indent=2))
+
+
+def read_sweep(folder: Path) -> str:
+    from imgcap_jax.run.evaluation import _read_sweep
+
+    return digest(_read_sweep(folder / "sweep_val.json"))
 
 
 def parameters() -> dict[str, Any]:
@@ -544,6 +555,7 @@ KINDS: dict[str, Kind] = {
     "safetensors": Kind(make_safetensors, read_weights),
     "run": Kind(make_run, read_run),
     "metrics": Kind(make_metrics, read_metrics),
+    "sweep": Kind(make_sweep, read_sweep),
     "newest": Kind(make_checkpoints, read_newest, checked=True, files=("checkpoints/newest/**/*",)),
     "best": Kind(make_checkpoints, read_best, checked=True, files=("checkpoints/best/**/*",)),
     "frequencies": Kind(make_frequencies, read_frequencies, checked=True),
@@ -558,7 +570,7 @@ KINDS: dict[str, Kind] = {
 NASTY_JSON: tuple[str, ...] = (
     *("null", "true", "-1", "0", "1.5", "1e999", "-1e999", "NaN", "Infinity", '""', "[]", "{}", "[[]]", '"x"'),
     *(str(2**31), str(2**63), str(10**30), "1" + "0" * 5000, '"\\ud800"', '"\\u0000"', '"\\u2028"', '"../../../x"'),
-    *('"/etc/passwd"', json.dumps("y" * 100_000), "[" * 100_000, '{"a":' * 50_000, "[" * 900 + "]" * 900),
+    *('"/etc/passwd"', json.dumps("y" * 100_000), "[" * 100_000, '{"a":' * 50_000, "[" * 400 + "]" * 400),
 )
 NASTY_BYTES: tuple[bytes, ...] = (
     *(b"\xff", b"\x00", b"\xed\xa0\x80", b"\xe2\x80\xa8", b"\r", b"\x1a", b"\xef\xbb\xbf", b"\xff\xff\xff\xff"),

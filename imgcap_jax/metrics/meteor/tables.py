@@ -197,7 +197,15 @@ def _compile(package: Path, folder: Path) -> None:
     try:
         try:
             _write_tables(*_sources(package), temporary)
-        except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+        except (
+            zipfile.BadZipFile,
+            gzip.BadGzipFile,
+            zlib.error,
+            EOFError,
+            KeyError,
+            ValueError,
+            RuntimeError,
+        ) as error:
             raise UserError(f"{package} is damaged ({error}): install pycocoevalcap again") from error
         write_digests(temporary)
         if folder.is_dir() and not _is_whole(folder):
