@@ -217,7 +217,7 @@ WRONG_LINES = {
     "negative id": ({"image_id": -1}, "line 2: image_id -1 is not between"),
     "NaN id": ('{"image": "b.jpg", "captions": ["x"], "image_id": NaN}', "line 2: image_id nan is not an integer"),
     "text id": ({"image_id": "cat"}, "line 2: image_id 'cat' is not an integer"),
-    "half a name": ({"image": "b\ud83d.jpg"}, r"line 2: the file name 'b\\ud83d.jpg' contains half a character"),
+    "half a name": ({"image": "b\ud83d.jpg"}, r"line 2: the file name b\\ud83d\.jpg contains half a character"),
     "same id": ({"image_id": 5}, "line 2: image id 5 is listed twice, for a.jpg and b.jpg"),
     "two ids": ({"image": "a.jpg", "image_id": 6}, "line 2: a.jpg has the image_id 6, but 5 in .* line 1"),
     "split": ({"split": "my/val"}, "line 2: b.jpg has the split 'my/val'"),
