@@ -82,17 +82,18 @@ class FeatureWriter:
             UserError: the existing files are damaged.
         """
         blocks = self.folder / _BLOCKS
-        blocks.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         with appending(self.folder / _LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # held briefly, so that only one process creates the files
             if (self.folder / _MANIFEST).exists():
                 self._check()
             else:
-                shutil.rmtree(blocks)  # left by an earlier store; it would mark missing rows as done
-                blocks.mkdir()
+                if blocks.exists():  # left by an earlier store; it would mark missing rows as done
+                    shutil.rmtree(blocks)
                 self._allocate()
                 started = {**self._manifest, "digests": "", "block_rows": block_rows, "done": False}
                 _write_manifest(self.folder, started)
+            blocks.mkdir(exist_ok=True)
         manifest = read_manifest(self.folder)
         self._block_rows = manifest["block_rows"]
         self._file = os.open(self.folder / REGIONS, os.O_WRONLY | os.O_NOFOLLOW)
