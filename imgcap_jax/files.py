@@ -234,7 +234,7 @@ def damages(folder: Path) -> list[str]:
             found.append(f"{name} is missing")
         elif file_digest(folder / name) != digest:
             found.append(f"{name} has changed")
-    names = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file())
+    names = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if not path.is_dir())
     return found + [f"{name} has no digest" for name in names if name not in digests and name != DIGESTS]
 
 

@@ -102,16 +102,18 @@ class CaptionSource:
         self._ends = list(itertools.accumulate(counts))  # the number of the first record after each file
         if self._length != sum(stored[part] for part in parts):
             raise UserError(f"{folder / INFO_FILE} is damaged (the number of images): {PREPARE_AGAIN}")
+        self._index: CaptionIndex | None = None
         self._index = self._load_index(folder, parts, stored)
 
     def _load_index(self, folder: Path, parts: list[str], stored: dict[str, int]) -> CaptionIndex:
         whole = CaptionIndex()
-        digests = read_digests(folder) or {}
+        digests = read_digests(folder)
         start = 0
         for part in parts:
-            index = CaptionIndex.load(folder, part, stored[part], digests.get(index_file(part)))
+            digest = None if digests is None else digests.get(index_file(part), "")
+            index = CaptionIndex.load(folder, part, stored[part], digest)
             if index is None:
-                if index_file(part) in digests:
+                if digest is not None:
                     _log.warning("%s is damaged; it is made again from the records", folder / index_file(part))
                 index = CaptionIndex()
                 for number in range(start, start + stored[part]):
@@ -147,10 +149,13 @@ class CaptionSource:
             raise IndexError(f"example {i} is out of range; there are {len(self)}")
         with reading(self._files[bisect.bisect_right(self._ends, i)], f"{PREPARE_AGAIN} ({self.name}, image {i})"):
             features = self._records[i]
+            image_id = int(features["image/id"])
+            if self._index is not None and self._index.image_id[i] != image_id:
+                raise ValueError(f"the image id is {image_id}; expected {self._index.image_id[i]}")
             return CaptionExample(
                 image=features["image"],
                 filename=features["image/filename"].decode(),
-                image_id=int(features["image/id"]),
+                image_id=image_id,
                 captions=tuple(text.decode() for text in features["captions"]["text"]),
                 scene=features["scene"].decode() if "scene" in features else "",
                 regions=features.get("regions"),
@@ -159,17 +164,22 @@ class CaptionSource:
     def __iter__(self) -> Iterator[CaptionExample]:
         return (self[i] for i in range(len(self)))
 
+    @property
+    def _whole(self) -> CaptionIndex:
+        assert self._index is not None
+        return self._index
+
     def captions(self, i: int) -> tuple[str, ...]:
         """The captions of example i, without reading its image."""
-        return tuple(self._index.captions[i])
+        return tuple(self._whole.captions[i])
 
     def image_ids(self) -> list[int]:
         """The image ids, in the order of the examples."""
-        return list(self._index.image_id[: self._length])
+        return list(self._whole.image_id[: self._length])
 
     def filenames(self) -> list[str]:
         """The images' file names, in the order of the examples."""
-        return list(self._index.filename[: self._length])
+        return list(self._whole.filename[: self._length])
 
 
 def default_data_dir() -> Path:

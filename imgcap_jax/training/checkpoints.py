@@ -58,8 +58,7 @@ class Checkpoints:
         self.folder = run.absolute() / "checkpoints"
         self._writing = writing
         self._link: Path | None = None
-        self._newest = _manager(self._path("newest"), writing)
-        self._best = _manager(self._path("best"), writing)
+        self._managers: dict[str, ocp.CheckpointManager] = {}
 
     @property
     def step(self) -> int | None:
@@ -81,22 +80,20 @@ class Checkpoints:
             return
         text = json.dumps(asdict(progress))
         items = ocp.args.Composite(state=ocp.args.StandardSave(_raw(state)), progress=ocp.args.JsonSave({"json": text}))
-        self._write(self._newest, "newest", progress.step, items)
+        self._write("newest", progress.step, items)
 
     def save_best(self, step: int, params: Any) -> None:
         """Saves these parameters as the best."""
         if self.best_step is not None and self.best_step >= step:
             # The run was killed between this and its next checkpoint. It computes the same parameters again.
             return
-        self._write(self._best, "best", step, ocp.args.StandardSave(_raw(params)))
+        self._write("best", step, ocp.args.StandardSave(_raw(params)))
 
     def keep_start(self, params: Any) -> None:
         """Saves the initial parameters. Those of a run that was killed before its first checkpoint are replaced."""
-        manager = _manager(self._path("start"), self._writing)
         if latest_step(self.folder / "start") is not None:
-            manager.delete(0)
-        self._write(manager, "start", 0, ocp.args.StandardSave(_raw(params)))
-        manager.close()
+            self._manager("start").delete(0)
+        self._write("start", 0, ocp.args.StandardSave(_raw(params)))
 
     def restore_start(self, template: Any) -> Any:
         """The parameters that ``keep_start`` saved, placed as ``template`` is.
@@ -104,28 +101,27 @@ class Checkpoints:
         Raises:
             UserError: they are missing or damaged, or do not fit the experiment.
         """
-        manager = _manager(self._path("start"), self._writing)
         if latest_step(self.folder / "start") is None:
             raise UserError(
                 f"{self.folder / 'start'} (the parameters that training started from) is missing; "
                 f"train again in another --run"
             )
-        restored = self._read(manager, "start", 0, template)
-        manager.close()
-        return restored
+        return self._read("start", 0, template)
 
     def restore(self, template: Any) -> tuple[Any, Progress]:
         """The newest state, placed as ``template`` is, and its progress.
 
         Raises:
-            UserError: the checkpoint is damaged or does not fit the experiment.
+            UserError: the checkpoint is damaged or does not fit the experiment, or the best checkpoint is damaged.
         """
         step = self.step
         assert step is not None
-        state = self._read(self._newest, "newest", step, template)
+        if self.best_step is not None:
+            self._check("best", self.best_step)  # which could remain the best one until the end
+        state = self._read("newest", step, template)
         with self._explaining("newest", step):
             items = ocp.args.Composite(progress=ocp.args.JsonRestore())
-            progress = Progress(**json.loads(self._newest.restore(step, args=items)["progress"]["json"]))
+            progress = Progress(**json.loads(self._manager("newest").restore(step, args=items)["progress"]["json"]))
             return state, replace(progress, best_ties=tuple(progress.best_ties))
 
     def restore_best(self, template: Any) -> Any:
@@ -137,12 +133,12 @@ class Checkpoints:
         step = self.best_step
         if step is None:
             raise UserError(f"{self.folder.parent} has no finished validation yet; train it longer first")
-        return self._read(self._best, "best", step, template)
+        return self._read("best", step, template)
 
     def close(self) -> None:
         """Stops the threads of Orbax."""
-        self._newest.close()
-        self._best.close()
+        for manager in self._managers.values():
+            manager.close()
         if self._link is not None:
             shutil.rmtree(self._link.parent, ignore_errors=True)
 
@@ -165,29 +161,42 @@ class Checkpoints:
             self._link.symlink_to(self.folder, target_is_directory=True)
         return self._link / kind
 
-    def _write(self, manager: ocp.CheckpointManager, kind: str, step: int, items: Any) -> None:
+    def _manager(self, kind: str) -> ocp.CheckpointManager:
+        """Orbax's manager of a kind of checkpoint. It reads files of checkpoints as soon as it is made."""
+        if kind not in self._managers:
+            self._managers[kind] = _manager(self._path(kind), self._writing)
+        return self._managers[kind]
+
+    def _write(self, kind: str, step: int, items: Any) -> None:
         """Saves a checkpoint and the digests of its files; returns when both are on disk."""
         with _saving(self.folder):
+            manager = self._manager(kind)
             manager.save(step, args=items)
             manager.wait_until_finished()
             if jax.process_index() == 0:
                 write_digests(self.folder / kind / str(step))
 
-    def _read(self, manager: ocp.CheckpointManager, kind: str, step: int, template: Any) -> Any:
+    def _read(self, kind: str, step: int, template: Any) -> Any:
         """Restores the arrays of a checkpoint, placed as ``template`` is.
 
         The files and the shapes are checked first. When Orbax fails, it leaves half-read arrays to its threads.
         """
-        found = damages(self.folder / kind / str(step))
-        if found:
-            raise self._damaged(kind, step, found[0])
+        self._check(kind, step)
         with self._explaining(kind, step):
             args = ocp.args.StandardRestore(_raw(_abstract(template)))
             name = "state" if kind == "newest" else "default"
             saved = ocp.PyTreeCheckpointHandler().metadata(self._path(kind) / str(step) / name).tree
             _check_shapes(_raw(template), saved)
-            restored = manager.restore(step, args=ocp.args.Composite(state=args) if name == "state" else args)
+            restored = self._manager(kind).restore(
+                step, args=ocp.args.Composite(state=args) if name == "state" else args
+            )
             return _like(template, restored["state"] if name == "state" else restored)
+
+    def _check(self, kind: str, step: int) -> None:
+        """Raises UserError if a file of a checkpoint has changed since it was written."""
+        found = damages(self.folder / kind / str(step))
+        if found:
+            raise self._damaged(kind, step, found[0])
 
     def _damaged(self, kind: str, step: int, what: str) -> UserError:
         """The error for a damaged checkpoint, with what can be used instead."""

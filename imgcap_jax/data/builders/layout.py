@@ -84,7 +84,8 @@ def check_small_files(folder: Path) -> None:
     digests = read_digests(folder)
     if digests is None:
         return
-    text = (folder / DIGESTS).read_text(encoding="utf-8", errors="surrogateescape")
+    with files.reading(folder / DIGESTS, PREPARE_AGAIN):
+        text = (folder / DIGESTS).read_text(encoding="utf-8", errors="surrogateescape")
     for size, name in re.findall(r"^# ([0-9]+) bytes: (.+)$", text, flags=re.MULTILINE):
         # An index of captions is made again if it is damaged.
         if name in digests and not is_index(name):
@@ -130,18 +131,19 @@ class CaptionIndex:
             folder: the prepared dataset.
             split: the name of the split.
             count: the number of images in the split.
-            digest: the digest of the file, if it is known.
+            digest: the digest of the file; None: not known.
         """
         index = cls()
         path = folder / index_file(split)
         try:
-            if digest is not None and file_digest(path) != digest:
-                return None
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            index.image_id, index.filename, index.captions = (
-                saved[key] for key in ("image_id", "filename", "captions")
-            )
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            with files.reading(path, PREPARE_AGAIN):
+                if digest is not None and file_digest(path) != digest:
+                    return None
+                saved = json.loads(path.read_text(encoding="utf-8"))
+                index.image_id, index.filename, index.captions = (
+                    saved[key] for key in ("image_id", "filename", "captions")
+                )
+        except UserError:
             return None
         return index if index._is_complete(count) else None
 
