@@ -9,12 +9,12 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, printable
 
 OWNER = ".lock"  # file in a locked folder
 DIGESTS = "SHA256SUMS"  # digests of the files in a folder, as `sha256sum` writes them
@@ -45,6 +45,14 @@ def _disk_error(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     return next((number for number in _DISK_ERRORS if os.strerror(number) in str(error)), None)
+
+
+def check_name(path: Path) -> None:
+    """Raises UserError for the path of a folder that cannot be stored in files, which are UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{printable(str(path))}: the name is not UTF-8; rename the file or folder") from error
 
 
 def disk_full(error: BaseException) -> bool:
@@ -202,7 +210,7 @@ def write_digests(folder: Path, names: Sequence[str] | None = None) -> None:
     if names is None:
         names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
     lines = [f"{file_digest(folder / name)}  {name}\n" for name in names if name != DIGESTS]
-    write_text(folder / DIGESTS, "".join(lines))
+    write_text(folder / DIGESTS, "".join(lines) + f"# {len(lines)} files\n")
 
 
 def read_digests(folder: Path) -> dict[str, str] | None:
@@ -224,18 +232,31 @@ def read_digests(folder: Path) -> dict[str, str] | None:
 
 
 def damages(folder: Path) -> list[str]:
-    """What has changed in a folder since ``write_digests``, one line per file; empty if nothing, or without digests."""
+    """What has changed in a folder since ``write_digests``, one line per file; empty if nothing, or without digests.
+
+    Files that were added since then (by file managers, network file systems) are no damage.
+    """
     digests = read_digests(folder)
     if digests is None:
         return []
+    if DIGESTS in digests or not _is_complete(folder, digests):
+        return [f"{DIGESTS} has changed"]
     found = []
     for name, digest in digests.items():
         if not os.path.isfile(folder / name):  # unlike Path.is_file, False for names that no file can have
             found.append(f"{name} is missing")
         elif file_digest(folder / name) != digest:
             found.append(f"{name} has changed")
-    names = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if not path.is_dir())
-    return found + [f"{name} has no digest" for name in names if name not in digests and name != DIGESTS]
+    return found
+
+
+def _is_complete(folder: Path, digests: Mapping[str, str]) -> bool:
+    """Whether SHA256SUMS has as many digests as its last line says."""
+    try:
+        text = (folder / DIGESTS).read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return False
+    return text.endswith(f"\n# {len(digests)} files\n") or text == "# 0 files\n"
 
 
 def appending(path: Path) -> TextIO:

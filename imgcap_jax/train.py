@@ -20,7 +20,7 @@ from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, differences, signature
-from imgcap_jax.files import local_path, owning, write_text
+from imgcap_jax.files import check_name, local_path, owning, write_text
 from imgcap_jax.models.decoders.contract import check_length
 from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import Frozen, parameter_count, split_trained
@@ -79,6 +79,8 @@ def train(
             finite, or a full disk.
     """
     local_path(str(folder))
+    for path in (folder.absolute(), *([] if init_from is None else [init_from.absolute()])):
+        check_name(path)
     if jax.process_index() != 0:
         folder.mkdir(parents=True, exist_ok=True)
         return _train(experiment, folder, cache, init_from, smoke, lambda line: None)
@@ -170,7 +172,8 @@ def _train(
             show(describe_mixture(data.mixture))
         # From here on, a folder without newest checkpoint has lost it (see find_run).
         checkpoints.save(state, progress)
-    log = MetricsLog(folder, progress.step if resumed else -1, writing=jax.process_index() == 0)
+    # Step 0 has no metrics except those of the start's validation, which is repeated.
+    log = MetricsLog(folder, progress.step or -1, writing=jax.process_index() == 0)
     meter = Meter(
         total_steps, steps_per_epoch, training.log_steps, progress.step, log, show, experiment.objective.progress
     )
@@ -189,7 +192,8 @@ def _train(
         if run.init_from is not None and progress.step == 0 and progress.best is None:
             # The start is a candidate for the best parameters too: a run never ends worse than it began.
             progress = validate(state, progress)
-            checkpoints.save(state, progress)
+        elif progress.best_step != checkpoints.best_step:
+            progress = _without_best(state, progress, validate)
         while not done:
             batch, data_state = next(prefetched)
             state, metrics = train_step(state, constants, batch)
@@ -399,6 +403,22 @@ def _device_part(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     # Rows are numbered as the pipeline deals them to processes, so that dropout does not depend on their number.
     part["row"] = np.arange(rows, dtype=np.int32) * jax.process_count() + jax.process_index()
     return part
+
+
+def _without_best(state: TrainState, progress: Progress, validate: "Validation") -> Progress:
+    """The progress of a run of which the best parameters are lost, or were moved away because they are damaged.
+
+    The present parameters are validated. They are the best ones, unless older best parameters with a higher CIDEr-D
+    are left.
+    """
+    checkpoints, step = validate.checkpoints, validate.checkpoints.best_step
+    if progress.best_step is None or (step is not None and step > progress.best_step):
+        return progress  # killed between saving the best parameters and the next checkpoint
+    validate.show(f"note: the best parameters, of step {progress.best_step}, are not in {checkpoints.folder / 'best'}")
+    older = None if step is None else validate.log.validation(step)
+    best = None if older is None else older.get("CIDEr-D")
+    progress = replace(progress, best=best, best_step=None if best is None else step, best_ties=(), misses=0)
+    return validate(state, progress)
 
 
 def _finished(experiment: Experiment, progress: Progress, total_steps: int) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import local_path
+from imgcap_jax.files import check_name, local_path
 
 _EPILOG = """examples:
   imgcap data prepare scenes
@@ -78,6 +78,16 @@ def _path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _folder(text: str) -> Path:
+    """The type of options that name a folder whose path is written into files."""
+    path = _path(text)
+    try:
+        check_name(path)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
+
+
 def _add_command(commands: Commands, name: str, **options: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, allow_abbrev=False, **options)
     parser.set_defaults(command=name, parser=parser)
@@ -94,8 +104,8 @@ def _add_train(commands: Commands) -> None:
         "--decoder.hidden-size 768 (imgcap train EXPERIMENT --help lists them).",
     )
     train.add_argument("experiment", nargs="?", help="a Python file, or a name such as flickr8k")
-    train.add_argument("--run", type=_path, help="the run's folder (default: runs/<experiment>)")
-    train.add_argument("--init-from", type=_path, metavar="RUN", help="start from the best parameters of another run")
+    train.add_argument("--run", type=_folder, help="the run's folder (default: runs/<experiment>)")
+    train.add_argument("--init-from", type=_folder, metavar="RUN", help="start from the best parameters of another run")
     train.add_argument(
         "--smoke",
         action="store_true",
@@ -140,12 +150,12 @@ def _add_evaluate(commands: Commands) -> None:
         "  imgcap evaluate RUN --decode.beam 1 3 5 --decode.length-norm 0 0.7\n"
         "A text (prefix, must) is swept by repeating its option.",
     )
-    evaluate.add_argument("run", type=_path, help="the run's folder")
+    evaluate.add_argument("run", type=_folder, help="the run's folder")
     evaluate.add_argument("--split", default="val", help="train, val, test, ... (default: val)")
     evaluate.add_argument("--dataset", help="a dataset other than the run's")
     evaluate.add_argument(
         "--ensemble",
-        type=_path,
+        type=_folder,
         action="append",
         default=[],
         metavar="RUN",
@@ -174,7 +184,7 @@ def _add_caption(commands: Commands) -> None:
     )
     caption.add_argument("photos", nargs="+", type=_path, help="image files, or folders of them")
     caption.add_argument(
-        "--run", type=_path, required=True, action="append", help="the run's folder; several make an ensemble"
+        "--run", type=_folder, required=True, action="append", help="the run's folder; several make an ensemble"
     )
     caption.add_argument("--attention", action="store_true", help="draw the attention of each word of the best caption")
     caption.add_argument(
@@ -300,7 +310,7 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
 def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache",
-        type=_path,
+        type=_folder,
         help="folder of encoder features (default: .cache next to the run)",
     )
 
@@ -317,7 +327,7 @@ def _add_max_megapixels(parser: argparse.ArgumentParser) -> None:
 def _add_data_dir(parser: argparse.ArgumentParser, first: str = "") -> None:
     parser.add_argument(
         "--data-dir",
-        type=_path,
+        type=_folder,
         help=f"folder of datasets (default: {first}$TFDS_DATA_DIR, or else ~/tensorflow_datasets)",
     )
 

@@ -1,6 +1,7 @@
 """A run's folder: the experiment, the vocabulary, and the code of users that the experiment needs."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -64,11 +65,7 @@ class Run:
         """
         if not (folder / EXPERIMENT).is_file():
             raise UserError(f"{folder} is not a run (it has no {EXPERIMENT}); give a folder that training wrote")
-        kept = folder / CODE
-        hint = f". The run keeps a copy in {kept}; read it before you use it" if kept.is_dir() else ""
-        with reading(folder / EXPERIMENT, "restore it from a backup, or train again"):
-            text = (folder / EXPERIMENT).read_text(encoding="utf-8")
-        experiment = from_json(text, str(folder), hint)
+        experiment = _read_experiment(folder)
         vocabulary = Vocabulary.load(folder / VOCABULARY, experiment.data.tokenizer)
         return cls(
             folder,
@@ -96,7 +93,7 @@ class Run:
         return replace(self, experiment=experiment)
 
     def save(self) -> None:
-        """Writes the folder. The experiment comes last, so that a folder with an experiment is complete.
+        """Writes the folder. The experiment comes first, so that ``find_run`` knows the other files as those of a run.
 
         Raises:
             UserError: the experiment cannot be restored from JSON.
@@ -108,6 +105,7 @@ class Run:
                 "numbers, strings, paths, tuples and other settings in their fields"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / EXPERIMENT, text)
         self.vocabulary.save(self.folder / VOCABULARY)
         (self.folder / INIT_FROM).unlink(missing_ok=True)
         if self.init_from is not None:
@@ -116,7 +114,6 @@ class Run:
         if self.weights is not None:
             write_text(self.folder / WEIGHTS, json.dumps({"encoder": self.weights}) + "\n")
         self._save_code()
-        write_text(self.folder / EXPERIMENT, text)
 
     def _save_code(self) -> None:
         sources = source_files(classes(self.experiment))
@@ -149,10 +146,12 @@ class Run:
                 f"{self.folder} started from {self.init_from or 'fresh weights'}, not from {init_from}; "
                 f"choose another --run, or leave out --init-from to resume it"
             )
+        before = self.experiment
         if self.weights is not None and self.weights == weights_digest(experiment.encoder):
-            # The same weights, perhaps in another place.
-            experiment = replace(experiment, encoder=_relocated(experiment.encoder, self.experiment.encoder))
-        changed = differences(self.experiment, experiment)
+            before, experiment = (
+                replace(one, encoder=without_weights_path(one.encoder)) for one in (before, experiment)
+            )
+        changed = differences(before, experiment)
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UserError(
@@ -164,8 +163,8 @@ class Run:
         """Raises UserError unless the encoder's weights file is there and is the one that the run was trained with."""
         if self.weights is not None and self.weights != weights_digest(self.experiment.encoder):
             raise UserError(
-                f"the weights file of the encoder has changed since {self.folder} was trained, so its captions would "
-                f"be others; give the file of that time with --weights"
+                f"the weights file of the encoder has changed since {self.folder} was trained, which changes its "
+                f"captions; give the original file with --weights"
             )
 
     def model(self, *, with_encoder: bool) -> CaptionModel:
@@ -188,6 +187,15 @@ class Run:
             encoder = build_encoder(settings, experiment.data.image_size, dtype=dtype, rngs=rngs)
         decoder = experiment.decoder.build(settings.region_size, len(self.vocabulary), dtype=dtype, rngs=rngs)
         return CaptionModel(encoder, decoder)
+
+
+def _read_experiment(folder: Path) -> Experiment:
+    """The experiment of a run. Raises UserError if it cannot be read or needs code that is not imported."""
+    kept = folder / CODE
+    hint = f". The run keeps a copy in {kept}; read it before you use it" if kept.is_dir() else ""
+    with reading(folder / EXPERIMENT, "restore it from a backup, or train again"):
+        text = (folder / EXPERIMENT).read_text(encoding="utf-8")
+    return from_json(text, str(folder), hint)
 
 
 def _read_init_from(path: Path) -> Path | None:
@@ -214,10 +222,9 @@ def _read_weights(path: Path) -> str | None:
         return str(value["encoder"])
 
 
-def _relocated(settings: Any, like: Any) -> Any:
-    """An encoder's settings with the place of the weights file of other settings, if they have one."""
-    place = getattr(like, "weights", None)
-    return settings if place is None or not hasattr(settings, "weights") else replace(settings, weights=place)
+def without_weights_path(settings: Any) -> Any:
+    """An encoder's settings with a fixed path of the weights file, to compare settings of which the files are equal."""
+    return with_weights(settings, Path("weights")) if hasattr(settings, "with_weights") else settings
 
 
 def use_data_dir(run: Run, data_dir: Path | None) -> tuple[Run, str]:
@@ -229,7 +236,7 @@ def use_data_dir(run: Run, data_dir: Path | None) -> tuple[Run, str]:
     """
     recorded, note = run.experiment.data.data_dir, ""
     if data_dir is None:
-        if recorded is None or recorded.is_dir():
+        if recorded is None or os.path.isdir(recorded):  # False also for a folder that may not be seen
             return run, ""
         note = f"{recorded}, where the run read its datasets, does not exist; the default folder is used"
     data = replace(run.experiment.data, data_dir=data_dir)
@@ -240,18 +247,22 @@ def use_weights(runs: Sequence[Run], files: Sequence[Path]) -> list[Run]:
     """The runs with the weights of their encoders in these files. Each run gets the file with its digest.
 
     Raises:
-        UserError: a file is not the weights file of any of the runs, or an encoder reads none.
+        UserError: a file is not the weights file of any of the runs, or no encoder reads one.
     """
     found = list(runs)
     for file in files:
-        used = False
+        used, error = False, f"{file} is not the weights file that {runs[0].folder} was trained with; give that one"
         for number, run in enumerate(found):
-            encoder = with_weights(run.experiment.encoder, file)
+            try:
+                encoder = with_weights(run.experiment.encoder, file)
+            except UserError as none:  # this encoder reads no file
+                error = str(none) if len(runs) == 1 else error
+                continue
             if run.weights in (None, weights_digest(encoder)):
                 found[number] = replace(run, experiment=replace(run.experiment, encoder=encoder))
                 used = True
         if not used:
-            raise UserError(f"{file} is not the weights file that {runs[0].folder} was trained with; give that one")
+            raise UserError(error)
     return found
 
 
@@ -265,9 +276,12 @@ def find_run(folder: Path) -> "Run | None":
             replace.
     """
     checkpoints = folder / CHECKPOINTS
-    for name in (CHECKPOINTS, TENSORBOARD, CODE):
-        if (folder / name).is_symlink():
-            raise UserError(f"{folder / name} is a symbolic link, which training does not follow; use a folder")
+    for path in (checkpoints, *checkpoints.rglob("*"), folder / TENSORBOARD, folder / CODE):
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a symbolic link, and training writes to no other place than --run; to use another disk, "
+                f"put --run there"
+            )
     newest, best = latest_step(checkpoints / "newest"), latest_step(checkpoints / "best")
     experiment, vocabulary = (folder / EXPERIMENT).is_file(), (folder / VOCABULARY).is_file()
     if newest is not None or best is not None:
@@ -279,20 +293,24 @@ def find_run(folder: Path) -> "Run | None":
             )
         if newest is None:
             raise UserError(
-                f"{folder} has lost its newest checkpoint (checkpoints/newest), so it cannot be resumed; its best "
-                f"parameters are intact: choose another --run and --init-from {folder}"
+                f"{folder} has lost its newest checkpoint (checkpoints/newest), so it cannot be resumed; it still has "
+                f"its best parameters: choose another --run and --init-from {folder}"
             )
         return Run.load(folder)
-    # Training saves a checkpoint before it writes metrics, so a folder with metrics has lost its checkpoints. Without
-    # an experiment, checkpoints or metrics are those of another program.
-    foreign = [name for name in (METRICS, TENSORBOARD, CHECKPOINTS) if (folder / name).exists()]
-    if (folder / METRICS).exists() or (foreign and not experiment):
+    # Training writes the experiment first, and a checkpoint before metrics. Without an experiment, files are those of
+    # another program; with metrics, the checkpoints are lost.
+    names = (METRICS, TENSORBOARD, CHECKPOINTS, VOCABULARY, INIT_FROM, WEIGHTS, CODE)
+    foreign = [name for name in names if os.path.lexists(folder / name)]
+    if METRICS in foreign or (foreign and not experiment):
         raise UserError(
             f"{folder} contains {foreign[0]}, but no checkpoint to resume from; choose another --run, or move the "
             f"folder away"
         )
-    # Killed before its first checkpoint.
-    return Run.load(folder) if experiment and vocabulary else None
+    if vocabulary:
+        return Run.load(folder)  # killed before its first checkpoint
+    if experiment:
+        _read_experiment(folder)  # killed before that, or the file of another program, which raises an error
+    return None
 
 
 def empty_smoke(folder: Path) -> None:

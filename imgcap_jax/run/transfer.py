@@ -14,7 +14,7 @@ from imgcap_jax.experiment import Experiment
 from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import CaptionModel, split_trained
 from imgcap_jax.run.extraction import uses_store
-from imgcap_jax.run.folder import Run
+from imgcap_jax.run.folder import Run, without_weights_path
 from imgcap_jax.training.checkpoints import restore_best
 
 
@@ -27,7 +27,10 @@ def check_encoder(source: Path, new: Experiment) -> None:
     digest = weights_digest(new.encoder)
     if run.weights is not None and digest != run.weights:
         raise UserError(f"--init-from {source}: that run has other encoder weights; use the same weights file")
-    changed = _encoder_differences(run.experiment.encoder, new.encoder, same_weights=run.weights is not None)
+    old_encoder, new_encoder = run.experiment.encoder, new.encoder
+    if run.weights is not None:
+        old_encoder, new_encoder = without_weights_path(old_encoder), without_weights_path(new_encoder)
+    changed = _encoder_differences(old_encoder, new_encoder)
     if changed:
         raise UserError(
             f"--init-from {source}: that run has another encoder ({changed}); use the same one, except for "
@@ -35,17 +38,13 @@ def check_encoder(source: Path, new: Experiment) -> None:
         )
 
 
-def _encoder_differences(old: Any, new: Any, *, same_weights: bool) -> str:
-    """The first field in which two encoders compute different features; "" if there is none.
-
-    ``same_weights``: both have the same weights, which can be in files with different names.
-    """
-    free = ("trainable_stages", "checkpoint_stages", "folder", *(("weights",) if same_weights else ()))
+def _encoder_differences(old: Any, new: Any) -> str:
+    """The first field in which two encoders compute different features; "" if there is none."""
     if type(old) is not type(new):
         return f"{type(old).__name__} -> {type(new).__name__}"
     for item in dataclasses.fields(old):
         before, after = getattr(old, item.name), getattr(new, item.name)
-        if item.name not in free and before != after:
+        if item.name not in ("trainable_stages", "checkpoint_stages", "folder") and before != after:
             return f"{item.name}: {before} -> {after}"
     return ""
 

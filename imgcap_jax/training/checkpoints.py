@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import damages, disk_errors, read_digests, write_digests
 
+_PATTERN = re.compile(r"[\[\]*?\\]")  # characters that make a path a pattern
 _KEPT = 2  # checkpoints: if the newest is damaged, the one before it remains
 
 
@@ -86,6 +88,7 @@ class Checkpoints:
         """Saves these parameters as the best."""
         if self.best_step is not None and self.best_step >= step:
             # The run was killed between this and its next checkpoint. It computes the same parameters again.
+            self._complete("best", self.best_step)
             return
         self._write("best", step, ocp.args.StandardSave(_raw(params)))
 
@@ -122,7 +125,8 @@ class Checkpoints:
         with self._explaining("newest", step):
             items = ocp.args.Composite(progress=ocp.args.JsonRestore())
             progress = Progress(**json.loads(self._manager("newest").restore(step, args=items)["progress"]["json"]))
-            return state, replace(progress, best_ties=tuple(progress.best_ties))
+        self._complete("newest", step)
+        return state, replace(progress, best_ties=tuple(progress.best_ties))
 
     def restore_best(self, template: Any) -> Any:
         """The best parameters, placed as ``template`` is.
@@ -139,8 +143,6 @@ class Checkpoints:
         """Stops the threads of Orbax."""
         for manager in self._managers.values():
             manager.close()
-        if self._link is not None:
-            shutil.rmtree(self._link.parent, ignore_errors=True)
 
     def _path(self, kind: str) -> Path:
         """The folder of a kind of checkpoint, under a name that Orbax can read.
@@ -148,7 +150,7 @@ class Checkpoints:
         Orbax and TensorStore expand patterns in paths: below a folder called ``a[1]`` they find nothing. There, the
         folder gets another path by a temporary symbolic link.
         """
-        if re.search(r"[\[\]*?\\]", str(self.folder)) is None:
+        if _PATTERN.search(str(self.folder)) is None:
             return self.folder / kind
         if jax.process_count() > 1:
             raise UserError(
@@ -157,7 +159,11 @@ class Checkpoints:
         if self._link is None:
             if self._writing:
                 self.folder.mkdir(parents=True, exist_ok=True)
-            self._link = Path(tempfile.mkdtemp(prefix="imgcap_")) / "checkpoints"
+            place = Path(tempfile.mkdtemp(prefix="imgcap_"))
+            weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+            if _PATTERN.search(str(place)) is not None:
+                raise UserError(f"{place.parent}: the folder of temporary files contains one of [ ] * ? \\; set TMPDIR")
+            self._link = place / "checkpoints"
             self._link.symlink_to(self.folder, target_is_directory=True)
         return self._link / kind
 
@@ -191,6 +197,13 @@ class Checkpoints:
                 step, args=ocp.args.Composite(state=args) if name == "state" else args
             )
             return _like(template, restored["state"] if name == "state" else restored)
+
+    def _complete(self, kind: str, step: int) -> None:
+        """Writes the digests of a checkpoint that has none, because the process was killed after saving it."""
+        folder = self.folder / kind / str(step)
+        if self._writing and jax.process_index() == 0 and read_digests(folder) is None:
+            with _saving(self.folder):
+                write_digests(folder)
 
     def _check(self, kind: str, step: int) -> None:
         """Raises UserError if a file of a checkpoint has changed since it was written."""

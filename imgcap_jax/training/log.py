@@ -20,9 +20,9 @@ class MetricsLog:
     def __init__(self, folder: Path, resumed_step: int, *, writing: bool = True) -> None:
         """Opens both. If ``writing`` is False, nothing is written. Only the first process writes."""
         self._writing = writing
+        self._path = path = folder / "metrics.jsonl"
         if not writing:
             return
-        path = folder / "metrics.jsonl"
         with reading(path, "move it away"):
             if path.exists():
                 text = path.read_text(encoding="utf-8", errors="replace")
@@ -43,6 +43,13 @@ class MetricsLog:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # TensorBoard warns otherwise
         for name, value in finite.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def validation(self, step: int) -> dict[str, float] | None:
+        """The scores of the validation at a step; None if they were not logged."""
+        for line in self._path.read_text(encoding="utf-8").split("\n"):
+            if _step(line) == step and (found := json.loads(line)).get("kind") == "validation":
+                return {name: value for name, value in found.items() if name not in ("kind", "step")}
+        return None
 
     def close(self) -> None:
         """Flushes and closes both."""

@@ -15,8 +15,9 @@ from imgcap_jax.experiment import Experiment
 from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.models.encoders.pretrained.weights import package_weights, read_weights
-from imgcap_jax.run.folder import Run, empty_smoke, find_run, use_data_dir, use_weights
+from imgcap_jax.run.folder import CODE, Run, empty_smoke, find_run, use_data_dir, use_weights
 from imgcap_jax.train import train
+from imgcap_jax.training.checkpoints import latest_step
 
 Change = Callable[[Path], object]
 
@@ -84,6 +85,39 @@ def test_folder_with_other_files_is_no_run(tmp_path: Path) -> None:
     assert find_run(tmp_path) is None
 
 
+@pytest.mark.parametrize("name", ["experiment.json", "vocabulary.json", "init_from.json", "weights.json"])
+def test_files_of_another_program_stay(name: str, trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / name).write_text('{"mine": 1}')
+    before = contents(folder)
+    with pytest.raises(UserError):
+        trains(folder, Run.load(trained).experiment)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["vocabulary.json", "init_from.json", "weights.json", "code"])
+def test_run_killed_while_it_is_saved_starts_again(
+    name: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = Run.load(trained)
+    whole = replace(loaded, folder=tmp_path / "run", init_from=trained, weights="0" * 64)
+
+    def stop(self: Path, *_: object, **__: object) -> None:
+        if self.name == name:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stop)
+        patch.setattr("imgcap_jax.run.folder.write_text", lambda path, text: stop(path) or path.write_text(text))
+        patch.setattr("imgcap_jax.data.vocabulary.write_text", lambda path, text: stop(path) or path.write_text(text))
+        patch.setattr(Run, "_save_code", lambda self: stop(self.folder / CODE))
+        with pytest.raises(KeyboardInterrupt):
+            whole.save()
+    found = find_run(tmp_path / "run")
+    assert found is None or not found.resumable
+
+
 def test_run_killed_before_its_first_checkpoint_is_found(run: Path) -> None:
     for name in ("checkpoints", "tensorboard"):
         shutil.rmtree(run / name)
@@ -93,7 +127,7 @@ def test_run_killed_before_its_first_checkpoint_is_found(run: Path) -> None:
     assert not found.resumable
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "code"])
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/best", "checkpoints/newest", "tensorboard", "code"])
 def test_linked_folders_of_a_run_are_refused(name: str, run: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     if (run / name).exists():
@@ -105,6 +139,31 @@ def test_linked_folders_of_a_run_are_refused(name: str, run: Path, tmp_path: Pat
     with pytest.raises(UserError, match="symbolic link"):
         trains(run, Run.load(run).experiment)
     assert contents(victim) == before
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_lost_best_parameters_are_replaced(older: bool, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By those of the newest checkpoint, unless older ones with a higher score are left."""
+    experiment, best = Run.load(run).experiment, run / "checkpoints" / "best"
+    step = latest_step(best)
+    assert step is not None
+    if older:
+        shutil.move(best / str(step), best / "1")  # stands for an older checkpoint
+        lines = (run / "metrics.jsonl").read_text()
+        (run / "metrics.jsonl").write_text('{"kind": "validation", "step": 1, "CIDEr-D": 9.0}\n' + lines)
+    else:
+        shutil.rmtree(best)
+    said: list[str] = []
+    outcome = train(experiment, run, cache=run.parent / "cache", show=said.append)
+    assert f"note: the best parameters, of step {step}, are not in {best}" in said
+    assert latest_step(best) == (1 if older else 10)
+    if older:
+        assert outcome.best == 9.0
+    before = contents(run)
+    trains(run, experiment)
+    assert {name: value for name, value in contents(run).items() if "best" in name} == {
+        name: value for name, value in before.items() if "best" in name
+    }
 
 
 def test_smoke_empties_only_what_smoke_wrote(run: Path, tmp_path: Path) -> None:
@@ -156,6 +215,14 @@ def test_damaged_line_of_metrics_is_dropped(line: bytes, run: Path) -> None:
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_names_that_are_not_utf_8_are_refused(trained: Path, tmp_path: Path) -> None:
+    """JSON files and TensorStore cannot store them."""
+    folder = tmp_path / "r\udce9"
+    with pytest.raises(UserError, match=r"r\\xe9: the name is not UTF-8; rename"):
+        trains(folder, Run.load(trained).experiment)
+    assert not folder.exists()
+
+
 def test_metrics_are_not_written_through_a_link(run: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("mine")
@@ -205,7 +272,7 @@ def weights_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     return folder / "a.safetensors", folder / "b.safetensors"
 
 
-def test_weights_of_a_run(run: Path, weights_files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_weights_of_a_run(run: Path, trained: Path, weights_files: tuple[Path, Path], tmp_path: Path) -> None:
     place = tmp_path / "mine.safetensors"
     shutil.copy(weights_files[0], place)
     encoder = EfficientNetLite(weights=str(place))
@@ -223,6 +290,10 @@ def test_weights_of_a_run(run: Path, weights_files: tuple[Path, Path], tmp_path:
     place.unlink()
     with pytest.raises(UserError, match="--weights"):
         kept.check_weights()
+    small = Run.load(trained)  # whose encoder reads no file
+    with pytest.raises(UserError, match="reads no"):
+        use_weights([small], [weights_files[0]])
+    assert use_weights([small, kept], [weights_files[0]])[0] == small
     [moved] = use_weights([kept], [weights_files[0]])
     moved.check_weights()
     kept.check_same(moved.experiment, None)  # the place can change, and the run is resumed

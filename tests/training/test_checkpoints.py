@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import tempfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -144,6 +145,41 @@ def test_checkpoint_without_digests_is_read(saved: Path, tmp_path: Path) -> None
     for path in (tmp_path / "run").rglob("SHA256SUMS"):
         path.unlink()
     np.testing.assert_array_equal(restore_best(tmp_path / "run", STATE)[0]["w"], np.arange(300.0) - 3)
+
+
+def test_files_of_file_managers_are_no_damage(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "best" / "3" / ".DS_Store").write_text("x")
+    restore_best(tmp_path / "run", STATE)
+
+
+def test_checkpoint_that_was_killed_before_its_digests_gets_them(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
+    for kind in ("newest", "best"):
+        (tmp_path / "run" / "checkpoints" / kind / "3" / "SHA256SUMS").unlink()
+    checkpoints = Checkpoints(tmp_path / "run", writing=True)
+    checkpoints.restore(STATE)
+    checkpoints.save_best(3, STATE)
+    checkpoints.close()
+    for kind in ("newest", "best"):
+        assert (tmp_path / "run" / "checkpoints" / kind / "3" / "SHA256SUMS").is_file()
+
+
+def test_resuming_checks_the_best_parameters_too(saved: Path, tmp_path: Path) -> None:
+    """They could remain the best ones until the end."""
+    shutil.copytree(saved, tmp_path / "run")
+    next((tmp_path / "run" / "checkpoints" / "best" / "3" / "default" / "d").iterdir()).write_bytes(b"x")
+    checkpoints = Checkpoints(tmp_path / "run", writing=True)
+    with pytest.raises(UserError, match="best/3 is damaged"):
+        checkpoints.restore(STATE)
+    checkpoints.close()
+
+
+def test_folder_of_temporary_files_must_not_be_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tmp[1]").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp[1]"))
+    with pytest.raises(UserError, match="set TMPDIR"):
+        save(tmp_path / "a[1]", 1)
 
 
 def test_other_shape_is_not_called_damaged(saved: Path) -> None:
