@@ -21,6 +21,11 @@ def printable(text: str) -> str:
     return "".join(_escaped(character) for character in text)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: "1 photo", "1,200 photos"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def _escaped(character: str) -> str:
     if unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp"):
         return character

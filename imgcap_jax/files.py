@@ -200,17 +200,19 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_digests(folder: Path, names: Sequence[str] | None = None) -> None:
+def write_digests(folder: Path, names: Sequence[str] | None = None, comments: Sequence[str] = ()) -> None:
     """Writes the digests of files in ``folder`` to its SHA256SUMS, for ``damages`` and for ``sha256sum -c``.
 
     Args:
         folder: the folder.
         names: relative paths; None: all files below the folder.
+        comments: lines to write above the digests.
     """
     if names is None:
         names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
     lines = [f"{file_digest(folder / name)}  {name}\n" for name in names if name != DIGESTS]
-    write_text(folder / DIGESTS, "".join(lines) + f"# {len(lines)} files\n")
+    above = "".join(f"# {comment}\n" for comment in comments)
+    write_text(folder / DIGESTS, f"{above}{''.join(lines)}# {len(lines)} files\n")
 
 
 def read_digests(folder: Path) -> dict[str, str] | None:

@@ -56,7 +56,17 @@ def id_of_file_name(name: str) -> int:
     Args:
         name: the path as listed, with "/".
     """
-    if found := _COCO_NAME.fullmatch(PurePosixPath(name).stem):
-        return int(found["number"])
+    number = coco_number(name)
+    return hashed_id(name) if number is None else number
+
+
+def coco_number(name: str) -> int | None:
+    """The number of a file name of COCO, in any folder; None if the name has another form."""
+    found = _COCO_NAME.fullmatch(PurePosixPath(name).stem)
+    return int(found["number"]) if found else None
+
+
+def hashed_id(name: str) -> int:
+    """2^52 plus the first 52 bits of the SHA-256 digest of a name. Even the ids of similar names are unrelated."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
     return 2**52 + (int.from_bytes(digest[:8], "big") >> 12)

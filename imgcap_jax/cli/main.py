@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from imgcap_jax.cli.parser import build_parser
-from imgcap_jax.errors import UserError, printable
+from imgcap_jax.errors import UserError, counted, printable
 
 # Modules that import JAX or TFDS are imported where they are used, so that --help and errors are quick.
 
@@ -273,7 +273,8 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.check:
         if damaged := check_dataset(options.name, options.data_dir):
             print("\n".join(damaged))
-            raise UserError(f"{options.name}: {len(damaged)} damaged files; prepare the dataset again")
+            files = counted(len(damaged), "damaged file")
+            raise UserError(f"{options.name}: {files}; delete its folder and prepare the dataset again")
         print(f"{options.name}: not damaged")
         return 0
     tokenizer = _tokenizer(options)

@@ -143,7 +143,8 @@ def storable(image: bytes) -> bytes:
     """Decodes an image completely and returns what a dataset stores: an image that any reader decodes to its pixels.
 
     JPEG and PNG files are returned unchanged if other readers give them the same pixels. Everything else becomes a PNG
-    of the upright RGB image: other formats, CMYK, transparency, 16 bits, and PNG with an orientation.
+    of the upright RGB image: other formats, CMYK, transparency, 16 bits, PNG with an orientation, and images that only
+    a raised limit admits.
 
     Raises:
         ImageError: see `open_image`.
@@ -155,6 +156,7 @@ def storable(image: bytes) -> bytes:
         if fast is not None:
             with _explained():
                 try:
+                    _check_jpeg(image, *fast, _LARGEST)  # as training does, which has no raised limit
                     _scaled_jpeg(image, *fast, 8)  # the smallest scale; it reads all data
                     return image
                 except ValueError:
@@ -421,8 +423,8 @@ def _whole_jpeg(image: bytes) -> Image.Image:
         return _turned(_rgb(picture), _orientation(picture))
 
 
-def _check_jpeg(image: bytes, width: int, height: int) -> None:
-    limit, pixels = _limit(), width * height
+def _check_jpeg(image: bytes, width: int, height: int, limit: float | None = None) -> None:
+    limit, pixels = _limit() if limit is None else limit, width * height
     if _has_single_scan(image):
         return _check_size(width, height, 10 * limit, "JPEG images")
     _check_size(width, height, limit, "progressive JPEG images")

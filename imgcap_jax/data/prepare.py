@@ -1,14 +1,16 @@
 """Prepares datasets: draws or reads images and captions, and writes them as TFDS array_record."""
 
 import contextlib
+import errno
 import io
 import logging
+import os
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +18,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from imgcap_jax.data.builders import coco
-from imgcap_jax.data.builders.layout import ORIGIN_FILE, SKIPPED_FILE, Origin, write_digests, write_origin
+from imgcap_jax.data.builders.layout import (
+    INFO_FILE,
+    ORIGIN_FILE,
+    SKIPPED_FILE,
+    Origin,
+    check_ours,
+    check_small_files,
+    write_checksums,
+    write_origin,
+)
 from imgcap_jax.data.caption_checks import prepared_notes
 from imgcap_jax.data.sources import (
     CaptionSource,
-    check_dataset,
     default_data_dir,
     describe,
     find_prepared,
@@ -28,7 +38,7 @@ from imgcap_jax.data.sources import (
     read_origin,
 )
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import disk_errors, file_digest, write_text
+from imgcap_jax.files import check_name, disk_errors, file_digest, write_text
 from imgcap_jax.user_code import load_code
 
 if TYPE_CHECKING:  # these import TFDS, which takes a while
@@ -39,6 +49,8 @@ _RESERVED = ("scenes", "coco", coco.NAME)
 # Folders of killed runs are removed once no process can still be writing to them.
 _ABANDONED_AFTER_SECONDS = 3600.0
 _INCOMPLETE = "incomplete."  # the prefix that TFDS uses
+_ABANDONED = re.compile(r"incomplete\.[A-Za-z0-9_]{6,8}(_\d+\.\d+\.\d+)?")  # of this module, and of TFDS
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EFBIG)
 
 
 def prepare(
@@ -55,8 +67,9 @@ def prepare(
 ) -> Path:
     """Prepares `scenes`, `coco`, a folder of images with a caption file, or the dataset of a builder of your own.
 
-    Does nothing if the dataset is already prepared from the same data; otherwise replaces it. The folder appears under
-    its name only when it is complete.
+    Does nothing if the dataset is already prepared from the same data and its files have the right sizes; otherwise
+    replaces it. The folder appears under its name only when it is complete. A folder or a file that this function did
+    not write is never replaced.
 
     Args:
         name_or_path: "scenes", "coco", a folder, the annotation file in it (see `builders.annotations`), or a Python
@@ -73,7 +86,8 @@ def prepare(
         The folder of the dataset.
 
     Raises:
-        UserError: the folder, its annotations or the builder are not valid, or the disk is full.
+        UserError: the folder, its annotations or the builder are not valid, the disk is full, or the dataset's folder
+            contains files that were not written here.
     """
     data_dir = Path(data_dir or default_data_dir()).expanduser().absolute()
     known = str(name_or_path)
@@ -81,7 +95,7 @@ def prepare(
         raise UserError(f"--name has no effect on {known!r}, which keeps its name; leave it out")
     if name and name != known:
         _check_name(name)
-    with _disk_errors(data_dir):
+    with _file_errors(data_dir):
         if known == "scenes":
             return _prepare_scenes(scenes, name or known, data_dir, progress, say)
         if known in ("coco", coco.NAME):
@@ -95,7 +109,7 @@ def prepare(
 
 
 def _say_notes(name: str, data_dir: Path, say: Callable[[str], None]) -> None:
-    """Says what is odd about the captions of a dataset."""
+    """Reports the notes on the captions of a dataset, as on a low coverage of the vocabulary."""
     splits = describe(name, data_dir).splits
     training = "train" if "train" in splits else next(iter(splits))
     validation = open_source(name, "val", data_dir) if "val" in splits else None
@@ -141,6 +155,7 @@ def _prepare_folder(
     from imgcap_jax.data.builders.listed import WrongRows
 
     folder = path.resolve()
+    check_name(folder)
     name = name or _default_name(find_annotations(path)[0].resolve())
     _check_name(name)
     report = data_dir / f"{name}_problems.txt"
@@ -177,6 +192,7 @@ def _prepare_own(
 ) -> Path:
     from imgcap_jax.data.builders.base import CaptionBuilder
 
+    check_name(path.resolve())
     module = load_code(path)
     found = [
         value
@@ -221,13 +237,15 @@ def _prepare_coco(data_dir: Path, download_dir: Path | None, progress: bool, say
             raise UserError(f"{damaged} is damaged; delete this folder and give the same command again")
         with _quiet_tfds(progress=progress):
             folder = coco.build(data_dir, download_dir)
+        if not (folder / INFO_FILE).is_file():  # TFDS leaves a folder that exists as it is
+            raise UserError(f"{folder} is not a dataset; move it away and give the same command again")
         say(f"{coco.NAME}: prepared in {folder}")
     description = describe(coco.NAME, data_dir)
     coco.check_train_size(description.splits.get("train", 0), folder)
     for split in description.splits:
         CaptionSource(description, split, data_dir)  # writes the index of captions, so that it opens quickly
     if built:
-        write_digests(folder)
+        write_checksums(folder)
     return folder
 
 
@@ -241,18 +259,22 @@ def _already_prepared(name: str, origin: Origin, data_dir: Path, say: Callable[[
         # It is unknown what the dataset was prepared from, so it is not replaced.
         raise UserError(
             f"{folder} is damaged ({ORIGIN_FILE}); delete this folder and give the same command again"
-        ) from (error)
+        ) from error
     if before.fingerprint == origin.fingerprint:
-        if found := check_dataset(name, data_dir):
-            say(f"{name}: damaged ({found[0]}); preparing it again")
+        try:
+            check_small_files(folder)  # all files would take a minute for COCO
+        except UserError as error:
+            say(f"{name}: damaged ({error}); preparing it again")
             return None
         notes = replace(before, source=origin.source or before.source, licence=origin.licence or before.licence)
         if notes != before:
-            write_origin(folder, asdict(notes))
+            write_origin(folder, notes)
         say(f"{name}: already prepared in {folder}")
         return folder
     if before.folder != origin.folder:
-        raise UserError(f"{name!r} in {data_dir} was prepared from {before.folder}; use another --name")
+        raise UserError(
+            f"{name!r} in {data_dir} was prepared from {before.folder or before.source}; use another --name"
+        )
     say(f"{name}: has changed since it was prepared in {folder}; preparing it again")
     return None
 
@@ -267,12 +289,14 @@ def _write(
     staging = Path(tempfile.mkdtemp(prefix=_INCOMPLETE, dir=home))
     try:
         builder = make_builder(staging)
+        built = Path(builder.data_dir)
+        folder = home / built.name
+        check_ours(folder)
         with _quiet_tfds(progress=False):
             builder.download_and_prepare(file_format="array_record")
-        built = Path(builder.data_dir)
-        write_digests(built)
-        folder = home / built.name
-        if folder.exists():
+        write_checksums(built)
+        check_ours(folder)  # again, because building can take hours
+        if os.path.lexists(folder):
             folder.rename(staging / "replaced")
         built.rename(folder)
     finally:
@@ -290,7 +314,9 @@ def _write(
 
 def _remove_abandoned(home: Path) -> None:
     for leftover in home.glob(f"{_INCOMPLETE}*"):
-        newest = max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
+        if not _ABANDONED.fullmatch(leftover.name):
+            continue
+        newest = max(path.lstat().st_mtime for path in (leftover, *leftover.rglob("*")))
         if time.time() - newest > _ABANDONED_AFTER_SECONDS:
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -324,9 +350,24 @@ def _progress(total: int, title: str, shown: bool) -> Iterator[Callable[[], None
 
 
 @contextlib.contextmanager
-def _disk_errors(data_dir: Path) -> Iterator[None]:
-    try:
-        with disk_errors(str(data_dir)):
+def _file_errors(data_dir: Path) -> Iterator[None]:
+    """Turns errors of files into UserErrors that name the file, or the data folder if its disk fails.
+
+    Libraries raise errors without a file name, which are those of the data folder if they are of the disk.
+    """
+    with disk_errors(str(data_dir)):
+        try:
             yield
-    except PermissionError as error:
-        raise UserError(f"{error.filename or data_dir}: no permission; use another --data-dir") from error
+        except OSError as error:
+            place = Path(os.fsdecode(error.filename)).absolute() if isinstance(error.filename, str | bytes) else None
+            # The folder that cannot be made can be above the data folder.
+            ours = place is None or place.is_relative_to(data_dir) or data_dir.is_relative_to(place)
+            reason = error.strerror or type(error).__name__
+            if ours and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise UserError(f"{place or data_dir} can't be written ({reason}); use another --data-dir") from error
+            if error.errno in _DISK_ERRORS:
+                with disk_errors(str(data_dir if ours else place)):
+                    raise
+            if place is None:
+                raise
+            raise UserError(f"{place}: {reason}; check this path and give the same command again") from error

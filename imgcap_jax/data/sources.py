@@ -18,10 +18,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from imgcap_jax.data.builders import coco
+from imgcap_jax.data.builders import coco, layout
 from imgcap_jax.data.builders.layout import (
     INFO_FILE,
-    ORIGIN_FILE,
     PREPARE_AGAIN,
     SKIPPED_FILE,
     CaptionIndex,
@@ -251,11 +250,8 @@ def read_origin(folder: Path) -> Origin:
     Raises:
         UserError: the file is damaged.
     """
-    path = folder / ORIGIN_FILE
-    if path.exists():
-        saved = read_json(path, PREPARE_AGAIN)
-        with reading(path, PREPARE_AGAIN):
-            return Origin(**{name: _text(saved[name]) for name in Origin.__dataclass_fields__ if name in saved})
+    if (origin := layout.read_origin(folder)) is not None:
+        return origin
     if coco.NAME in folder.parts:
         return coco.ORIGIN
     return Origin("tfds", f"TFDS dataset {folder.parent.name}", "", f"{folder.parent.name}:{folder.name}")
@@ -288,6 +284,10 @@ def check_dataset(name: str, data_dir: Path | None = None) -> list[str]:
     """
     folder = find_prepared(_ALIASES.get(name, name), data_dir or default_data_dir())
     if folder is not None and read_digests(folder) is not None:
+        try:
+            read_origin(folder)
+        except UserError as error:
+            return [str(error)]
         return [f"{folder / found}" for found in damages(folder)]
     try:
         for split in split_names(name, data_dir):

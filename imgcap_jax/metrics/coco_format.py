@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from imgcap_jax.errors import UserError
-from imgcap_jax.files import replacing, write_text
-from imgcap_jax.image_ids import parse_image_id
+from imgcap_jax.errors import UserError, counted
+from imgcap_jax.files import reading, replacing, write_text
+from imgcap_jax.image_ids import coco_number, parse_image_id
 
+_IMAGE_ENDING = re.compile(r"\.(?:jpe?g|png|gif|bmp|webp|tiff?|avif|ppm)$", re.IGNORECASE)
 _RESULTS = 'a list of {"image_id": 1, "caption": "..."}'
 _REFERENCES = 'an object with "annotations": [{"image_id": 1, "caption": "..."}, ...]'
 
@@ -46,7 +47,7 @@ def read_captions(path: Path) -> Captions:
     """
     entries = _read(path, _RESULTS)
     if isinstance(entries, dict) and "annotations" in entries:
-        raise UserError(f"{path} holds references (COCO annotations), not results: expected {_RESULTS}")
+        raise UserError(f"{path} contains references (COCO annotations), not results: expected {_RESULTS}")
     captions = Captions()
     for image_id, caption in _entries(entries, path, "", _RESULTS):
         captions.setdefault(image_id, []).append(caption)
@@ -72,19 +73,41 @@ def _results(captions: Mapping[int, str]) -> list[dict[str, Any]]:
     return [{"image_id": int(image), "caption": caption} for image, caption in captions.items()]
 
 
-def check_file_names(path: Path, captions: Captions, references_path: Path, references: Captions) -> None:
-    """Checks that the images with the same id have the same file name, without its folders, in both files.
+def check_file_names(path: Path, captions: Captions, references_path: Path, references: Captions) -> list[str]:
+    """Checks that the images with the same id have the same file name in both files.
+
+    Folders, file endings and case do not matter, nor what precedes the number in a name of COCO: systems store the same
+    photo as `COCO_val2014_000000000042.jpg` and `000000000042.png`.
+
+    Returns:
+        A warning if some names differ; otherwise an empty list.
 
     Raises:
-        UserError: they do not, so that captions would be compared with references of other photos.
+        UserError: more than half of the names differ, so that captions would be compared with references of other
+            photos.
     """
-    for image_id, name in captions.file_names.items():
-        other = references.file_names.get(image_id)
-        if other is not None and PurePosixPath(other).name != PurePosixPath(name).name:
-            raise UserError(
-                f"image {image_id} is {name!r} in {path}, but {other!r} in {references_path}: the files are of "
-                "different datasets, or of one whose ids have changed; caption the images again"
-            )
+    both = [image_id for image_id in captions.file_names if image_id in references.file_names]
+    differ = [i for i in both if _photo(captions.file_names[i]) != _photo(references.file_names[i])]
+    if not differ:
+        return []
+    first = differ[0]
+    message = (
+        f"{counted(len(differ), 'image')} of {len(both):,} with another file name in {path} than in {references_path} "
+        f"(first: image {first}, {captions.file_names[first]!r} and {references.file_names[first]!r})"
+    )
+    if 2 * len(differ) > len(both):
+        raise UserError(
+            f"{message}: the files are of different datasets, or of one whose ids have changed; caption the images "
+            "again, or remove the file names from one file if the ids are right"
+        )
+    return [f"{message}: check that they are the same photos"]
+
+
+def _photo(name: str) -> int | str:
+    """What file names of the same photo have in common."""
+    name = _IMAGE_ENDING.sub("", PurePosixPath(name.replace("\\", "/")).name)
+    number = coco_number(name)
+    return name.casefold() if number is None else number
 
 
 _TEST_SERVER = {"val2014": 40_504, "test2014": 40_775}
@@ -132,7 +155,7 @@ def read_references(path: Path) -> Captions:
     """
     document = _read(path, _REFERENCES)
     if isinstance(document, list):
-        raise UserError(f"{path} holds a list, as results files do, not references: expected {_REFERENCES}")
+        raise UserError(f"{path} contains a list, as results files do, not references: expected {_REFERENCES}")
     if not isinstance(document, dict) or "annotations" not in document:
         raise UserError(f"{path} has no 'annotations': expected {_REFERENCES}")
     images = document.get("images", [])
@@ -168,14 +191,9 @@ def write_references(
 
 
 def _read(path: Path, expected: str) -> Any:
-    try:
+    # Unlike `files.read_json`, this accepts NaN in the many keys that are not used, such as a score.
+    with reading(path, f"give a JSON file with {expected}"):
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): give a file that holds {expected}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: give a JSON file that holds {expected}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): expected {expected}") from None
 
 
 def _entries(entries: Any, path: Path, key: str, expected: str) -> list[tuple[int, str]]:
@@ -188,7 +206,7 @@ def _entries(entries: Any, path: Path, key: str, expected: str) -> list[tuple[in
         where = f"{path}: entry {number}{' of ' + key if key else ''}"
         if not isinstance(entry, dict):
             raise UserError(f"{where} is not an object: expected {expected}")
-        several = entry.get("captions") if "caption" not in entry else None
+        several = entry.get("captions") if entry.get("caption") is None else None
         if several is not None and (not isinstance(several, list) or not several):
             raise UserError(
                 f"{where}: 'captions' is {several!r}, not a list of at least one caption: expected {expected}"
@@ -204,7 +222,9 @@ def _entries(entries: Any, path: Path, key: str, expected: str) -> list[tuple[in
             if not isinstance(caption, str):
                 raise UserError(f"{where}: caption {caption!r} is not a string: put the sentence in quotes")
             if re.search("[\ud800-\udfff]", caption):
-                raise UserError(f"{where}: caption {caption!r} contains half a character (a lone surrogate): remove it")
+                raise UserError(
+                    f"{where}: caption {caption!r} contains a lone surrogate, which no file can store: remove it"
+                )
             pairs.append((image_id, caption))
     return pairs
 

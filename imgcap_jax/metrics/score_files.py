@@ -129,7 +129,7 @@ def score_files(
     for path in (captions, compare):
         if path is not None:
             found = read_captions(path)
-            check_file_names(path, found, references, all_references)
+            warnings += check_file_names(path, found, references, all_references)
             systems[path] = _single(found, path, warnings)
     corpus = read_references(idf) if idf is not None else None
     seen = [text for texts in read_references(training).values() for text in texts] if training is not None else None
@@ -174,7 +174,7 @@ def _sets(
     path: Path, references_path: Path, references: Captions, tokenizer: Tokenizer, warnings: list[str]
 ) -> SetDiversity:
     captions = read_captions(path)
-    check_file_names(path, captions, references_path, references)
+    warnings += check_file_names(path, captions, references_path, references)
     strange = [image_id for image_id in captions if image_id not in references]
     if strange:
         warnings.append(

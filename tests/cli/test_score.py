@@ -111,8 +111,8 @@ def test_diversity_of_samples(references: str, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["missing.json", "{references}"], "cannot read missing.json"),
-        (["{references}", "{references}"], "holds references"),
+        (["missing.json", "{references}"], "missing.json is missing"),
+        (["{references}", "{references}"], "contains references"),
         (["{captions}", "{captions}"], "as results files do, not references"),
         (["{strange}", "{references}"], "none of the 1 images of .* has references"),
         (["{captions}", "{references}", "--compare", "{strange}"], "none of the 1 images"),
@@ -160,8 +160,8 @@ def test_captions_of_other_photos_under_the_same_ids_are_refused(
     for arguments in ([moved, str(references)], [same, str(references), "--compare", moved]):
         assert main(["score", *arguments]) == 2
         error = capsys.readouterr().err
-        assert "image 1 is '2.jpg' in" in error
-        assert "'val/1.jpg' in" in error
+        assert f"2 images of 3 with another file name in {moved} than in {references}" in error
+        assert "(first: image 1, '2.jpg' and 'val/1.jpg')" in error
         assert error.count("\n") == 1
 
 

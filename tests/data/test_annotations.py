@@ -16,10 +16,12 @@ from PIL import Image
 
 from imgcap_jax.data.builders.annotations import find_annotations, read_annotations
 from imgcap_jax.data.builders.folder import scan_folder
+from imgcap_jax.data.builders.listed import Row
+from imgcap_jax.data.builders.tables import random_split
 from imgcap_jax.data.prepare import prepare
 from imgcap_jax.data.sources import describe, open_source
 from imgcap_jax.errors import UserError
-from imgcap_jax.image_ids import id_of_file_name
+from imgcap_jax.image_ids import hashed_id, id_of_file_name
 
 
 def read(path: Path) -> dict[str, tuple[str, int, list[str]]]:
@@ -127,7 +129,10 @@ def test_flickr30k_results_csv_and_token_files(tmp_path: Path) -> None:
         "x.jpg": "test",
     }
     assert found["1.jpg"][2] == ["Dog 1, 0 .", "Dog 1, 1 ."]
-    assert any("1 photos in none are left out" in note for note in read_annotations(*find_annotations(tmp_path)).notes)
+    assert any(
+        "not in any of them, and left out: 1 photo" in note
+        for note in read_annotations(*find_annotations(tmp_path)).notes
+    )
 
 
 def test_splits_that_no_file_gives_depend_only_on_the_names(tmp_path: Path) -> None:
@@ -148,6 +153,97 @@ def test_splits_that_no_file_gives_depend_only_on_the_names(tmp_path: Path) -> N
     assert "5% are val, 5% test" in read_annotations(*find_annotations(tmp_path)).notes[0]
     (tmp_path / "captions.txt").write_text("image,caption,split\na.jpg,a dog,validation\nb.jpg,a dog,train\n")
     assert {name: split for name, (split, _, _) in read(tmp_path).items()} == {"a.jpg": "val", "b.jpg": "train"}
+
+
+@pytest.mark.parametrize("form", ["{:012d}.jpg", "images/{:012d}.jpg", "train2014/COCO_train2014_{:012d}.jpg"])
+def test_numbers_in_names_are_not_a_split(form: str) -> None:
+    split_of = random_split(rows := [Row(form.format(number), ("a dog",), "") for number in range(1000)])
+    counts = Counter(map(split_of, rows))
+    assert 850 < counts["train"] < 950
+    assert 25 < counts["val"] < 80
+    assert 25 < counts["test"] < 80
+
+
+def test_rows_without_a_split_are_reported(tmp_path: Path) -> None:
+    table = "image,caption,split\na.jpg,a dog,val\nb.jpg,a dog,\nc.jpg,a dog,train\nd.jpg,a dog,\n"
+    (tmp_path / "captions.txt").write_text(table)
+    found = read_annotations(tmp_path, [tmp_path / "captions.txt"])
+    assert [image.split for image in found.images] == ["val", "train", "train", "train"]
+    assert f"2 rows of 4 without a split: train (first: {tmp_path / 'captions.txt'} line 3)" in found.notes[0]
+    (tmp_path / "captions.txt").write_text(table.replace(",\n", ",train\n"))
+    assert read_annotations(tmp_path, [tmp_path / "captions.txt"]).notes == ()
+
+
+def test_captions_in_a_cell(tmp_path: Path) -> None:
+    """As in the table of Flickr30k at Hugging Face (JSON), and as pandas writes a list."""
+    file = tmp_path / "flickr_annotations_30k.csv"
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    texts = ['Two young guys, "outside"', "It's a \U0001f436"]
+    writer.writerow(["raw", "sentids", "split", "filename", "img_id"])
+    writer.writerow([json.dumps(texts), "[0, 1]", "train", "1.jpg", 7])
+    writer.writerow([repr(texts), "[2, 3]", "val", "2.jpg", 8])
+    writer.writerow(['["not a list" of texts]', "[4]", "val", "3.jpg", 9])
+    file.write_text(buffer.getvalue())
+    assert read(tmp_path) == {
+        "1.jpg": ("train", 7, texts),
+        "2.jpg": ("val", 8, texts),
+        "3.jpg": ("val", 9, ['["not a list" of texts]']),
+    }
+
+
+@pytest.mark.parametrize("separator", [",", "|", "\t"])
+def test_a_number_before_the_caption_is_not_part_of_it(separator: str, tmp_path: Path) -> None:
+    rows = [["a.jpg", "0", f"a dog{separator} runs"], ["a.jpg", "1", "a cat"], ["b.jpg", "broken"]]
+    (tmp_path / "captions.txt").write_text("".join(separator.join(row) + "\n" for row in rows))
+    assert [captions for _, _, captions in read(tmp_path).values()] == [[rows[0][2], "a cat"]]
+    (tmp_path / "captions.txt").write_text(f"a.jpg{separator}2{separator} dogs\na.jpg{separator}a cat\n")
+    assert [captions for _, _, captions in read(tmp_path).values()] == [[f"2{separator} dogs", "a cat"]]
+
+
+def test_a_key_without_a_value_does_not_hide_another(tmp_path: Path) -> None:
+    row = {"image": None, "file_name": "a.jpg", "captions": None, "caption": "a dog", "text": "a cat"}
+    assert [captions for _, _, captions in read(lines(tmp_path, [row])).values()] == [["a dog"]]
+
+
+def test_computed_ids_that_collide(tmp_path: Path) -> None:
+    """Names of 12 digits are COCO's only if they are unique in the dataset."""
+    names = ["cam1/000000000001.jpg", "cam2/000000000001.jpg", "cam1/000000000002.jpg", "3.jpg", "000000000003.jpg"]
+    rows: list[dict[str, Any]] = [{"image": name, "caption": "a dog"} for name in names]
+    rows[3]["image_id"] = 3  # ids that the file gives are never changed
+    expected = [hashed_id(names[0]), hashed_id(names[1]), 2, 3, hashed_id(names[4])]
+    for order in (rows, rows[::-1]):
+        ids = {name: image_id for name, (_, image_id, _) in read(lines(tmp_path, order)).items()}
+        assert [ids[name] for name in names] == expected
+    images = [
+        {"filename": "000000000001.jpg", "filepath": f"cam{n}", "split": "val", "sentences": [{"raw": "a dog"}]}
+        for n in (1, 2)
+    ]
+    (tmp_path / "dataset_x.json").write_text(json.dumps({"images": images}))
+    found = read_annotations(tmp_path, [tmp_path / "dataset_x.json"]).images
+    assert [image.image_id for image in found] == expected[:2]
+
+
+def test_paths_of_windows(tmp_path: Path) -> None:
+    photos(tmp_path, ["cam1/a.jpg", "cam2/a.jpg", "cam2/b\\c.jpg"])
+    rows = [{"image": name, "caption": "a dog"} for name in ("cam1\\a.jpg", "cam2\\a.jpg", "cam2/b\\c.jpg")]
+    contents = scan_folder(lines(tmp_path, rows))
+    assert contents.absent == ()
+    assert [path.relative_to(tmp_path).as_posix() for path in contents.paths] == [
+        "cam1/a.jpg",
+        "cam2/a.jpg",
+        "cam2/b\\c.jpg",
+    ]
+    outside = scan_folder(lines(tmp_path / "cam1", [{"image": "..\\cam2\\a.jpg", "caption": "a dog"}]))
+    assert "outside of" in outside.absent[0].reason
+
+
+def test_captions_of_emoji_only_are_named_once(tmp_path: Path) -> None:
+    photos(tmp_path, ["a.jpg", "b.jpg"])
+    rows = [{"image": name, "caption": "😀", "split": split} for name, split in (("a.jpg", "train"), ("b.jpg", "val"))]
+    message = refused(lines(tmp_path, rows), tmp_path / "data")
+    assert message.count("a.jpg") == 1
+    assert "a.jpg caption 0 (caption without a word)" in message
 
 
 def test_hugging_face_image_folders(
@@ -217,7 +313,7 @@ WRONG_LINES = {
     "negative id": ({"image_id": -1}, "line 2: image_id -1 is not between"),
     "NaN id": ('{"image": "b.jpg", "captions": ["x"], "image_id": NaN}', "line 2: image_id nan is not an integer"),
     "text id": ({"image_id": "cat"}, "line 2: image_id 'cat' is not an integer"),
-    "half a name": ({"image": "b\ud83d.jpg"}, r"line 2: the file name b\\ud83d\.jpg contains half a character"),
+    "half a name": ({"image": "b\ud83d.jpg"}, r"line 2: the file name b\\ud83d\.jpg contains a lone surrogate"),
     "same id": ({"image_id": 5}, "line 2: image id 5 is listed twice, for a.jpg and b.jpg"),
     "two ids": ({"image": "a.jpg", "image_id": 6}, "line 2: a.jpg has the image_id 6, but 5 in .* line 1"),
     "split": ({"split": "my/val"}, "line 2: b.jpg has the split 'my/val'"),
@@ -257,7 +353,7 @@ def test_wrong_tables(tmp_path: Path) -> None:
         ("hello\n", "line 1: no column of captions"),
         ("name,words\na.jpg,a dog\n", "line 1: neither a header"),
         ("image,words\na.jpg,a dog\n", "line 1: no column of captions; call it one of: caption"),
-        ("image,caption,image_id\na.jpg,a dog,cat\n", "line 2: image_id 'cat' is not an integer"),
+        ("image,caption,image_id\na.jpg,a dog,cat\n", "line 2: image_id 'cat' is not an integer; write a number, or"),
         ("image,caption\n", "lists no images"),
     ):
         (tmp_path / "captions.txt").write_text(text)
@@ -265,8 +361,21 @@ def test_wrong_tables(tmp_path: Path) -> None:
             read(tmp_path)
     os.mkfifo(tmp_path / "b.csv")
     (tmp_path / "captions.txt").unlink()
-    with pytest.raises(UserError, match="not a regular file"):
+    with pytest.raises(UserError, match="is a pipe or a device"):
         read(tmp_path)
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    photos(folder, ["a.jpg"])
+    rows = [{"image": "a.jpg", "caption": "a dog"}]
+    assert r"caf\xe9: the name is not UTF-8; rename the file or folder" in refused(
+        lines(folder, rows), tmp_path / "data"
+    )
+    folder = folder.rename(tmp_path / "cafe")
+    (folder / "list.jsonl").rename(folder / os.fsdecode(b"\xe9.jsonl"))
+    prepare(folder, name="named", data_dir=tmp_path / "data", progress=False)
+    assert len(open_source("named", "train", tmp_path / "data")) == 1
 
 
 def test_ids_in_karpathys_and_cocos_json(tmp_path: Path) -> None:
@@ -344,7 +453,7 @@ def test_damaged_lists_give_one_line(tmp_path: Path) -> None:
 
 
 def test_captions_that_cannot_be_used(tmp_path: Path) -> None:
-    """Up to 1 % are skipped and listed. Half a character is removed, and the caption is kept."""
+    """Up to 1 % are skipped and listed. A lone surrogate is removed, and the caption is kept."""
     names = [f"{number}.jpg" for number in range(60)]
     photos(tmp_path, names)
     rows = [{"image": name, "captions": ["a dog", "the dog"] * 5} for name in names]
@@ -359,7 +468,7 @@ def test_captions_that_cannot_be_used(tmp_path: Path) -> None:
         "empty caption",
         "empty caption",
         "caption without a word",
-        "half a character was removed",
+        "a lone surrogate was removed",
     ]
     source = open_source("odd", "train", data_dir)
     assert [len(source.captions(i)) for i in range(7)] == [9, 9, 9, 9, 9, 10, 10]
@@ -392,7 +501,7 @@ def test_one_refusal_lists_all_problems(tmp_path: Path) -> None:
     message = refused(lines(tmp_path, rows), data_dir)
     assert f"5 of its 201 images cannot be read: {missing[0]} (not found), " in message
     assert f"more than 1% of its 201 images cannot be used (6): {broken[0]} (" in message
-    assert "1 photos are listed twice: 000.jpg (in train and in val)" in message
+    assert "1 photo listed more than once: 000.jpg (in train and in val)" in message
     report = data_dir / "refused_problems.txt"
     assert str(report) in message
     listed = [line.split("\t")[0] for line in report.read_text().splitlines()]
@@ -430,7 +539,11 @@ def test_images_outside_of_the_folder_and_devices_are_refused(tmp_path: Path) ->
     (folder / "inside.jpg").symlink_to("below/b.jpg")
     os.mkfifo(folder / "pipe.jpg")
     os.link(tmp_path / "secret" / "secret.jpg", folder / "hard.jpg")
-    for name in ("../secret/secret.jpg", str(tmp_path / "secret" / "secret.jpg"), "link.jpg", "photos/secret.jpg"):
+    for name in ("link.jpg", "photos/secret.jpg"):
+        message = refused(lines(folder, [{"image": name, "captions": ["a dog"]}]), data_dir)
+        assert f"{name} (a link to outside of {folder.resolve()});" in message
+        assert message.endswith(f"with files in place of links: cp -rL {folder} COPY")
+    for name in ("../secret/secret.jpg", str(tmp_path / "secret" / "secret.jpg")):
         message = refused(lines(folder, [{"image": name, "captions": ["a dog"]}]), data_dir)
         assert f"{name} (outside of {folder.resolve()}; copy it into this folder)" in message
     for name in ("pipe.jpg", "/dev/zero"):
@@ -448,6 +561,6 @@ def test_images_outside_of_the_folder_and_devices_are_refused(tmp_path: Path) ->
     )
     assert len(open_source("inside", "train", data_dir)) == 3
     twice = [{"image": name, "captions": ["a dog"]} for name in ("inside.jpg", "below/b.jpg")]
-    assert "1 photos are listed twice: below/b.jpg (listed twice, with the ids" in refused(
+    assert "1 photo listed more than once: below/b.jpg (listed twice, with the ids" in refused(
         lines(folder, twice), data_dir
     )

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image
 from imgcap_jax.data.prepare import prepare
 from imgcap_jax.data.scenes.builder import SceneSplits
 from imgcap_jax.data.scenes.world import Scene, draw_scene
-from imgcap_jax.data.sources import describe, find_prepared, open_source
+from imgcap_jax.data.sources import check_dataset, describe, find_prepared, open_source
 from imgcap_jax.errors import UserError
 
 
@@ -266,6 +267,95 @@ def test_preparing_again_does_nothing_until_something_changes(folder: Path, data
         quietly(folder, data_dir)
     assert len(open_source("my_photos", "train", data_dir)) == 130
     assert [path.name for path in prepared.parent.iterdir()] == [prepared.name]
+
+
+def test_what_prepare_did_not_write_is_not_replaced(folder: Path, data_dir: Path) -> None:
+    place = data_dir / "my_photos" / "1.0.0"
+    place.mkdir(parents=True)
+    (place / "thesis.txt").write_text("my work")
+    with pytest.raises(UserError, match=r"1\.0\.0 was not written by imgcap data prepare; move it away"):
+        quietly(folder, data_dir)
+    assert (place / "thesis.txt").read_text() == "my work"
+    # A dataset that TFDS itself prepared.
+    (place / "thesis.txt").rename(place / "dataset_info.json")
+    for path in (folder, "scenes"):
+        (data_dir / "my_photos").rename(data_dir / ("my_photos" if path == folder else "scenes"))
+        with pytest.raises(UserError, match=r"was prepared from TFDS dataset|was not written by imgcap data prepare"):
+            quietly(path, data_dir, **({} if path == folder else {"scenes": SMALL}))
+    assert (data_dir / "scenes" / "1.0.0" / "dataset_info.json").read_text() == "my work"
+
+
+def test_files_that_were_put_into_a_dataset_are_kept(folder: Path, data_dir: Path) -> None:
+    prepared = quietly(folder, data_dir)
+    (prepared / "notes.txt").write_text("my work")
+    edit(folder, lambda x: x["images"][149]["sentences"][0].update(raw="A new caption"))
+    with pytest.raises(UserError, match=r"1\.0\.0 contains notes\.txt, which imgcap data prepare did not write; move"):
+        quietly(folder, data_dir)
+    assert (prepared / "notes.txt").read_text() == "my work"
+    assert open_source("my_photos", "val", data_dir).captions(19)[0] == "A dog, number 149."
+    (prepared / "notes.txt").unlink()
+    quietly(folder, data_dir)
+    assert open_source("my_photos", "val", data_dir).captions(19)[0] == "A new caption"
+
+
+def test_other_folders_next_to_a_dataset_are_kept(folder: Path, data_dir: Path) -> None:
+    mine = data_dir / "my_photos" / "incomplete.holiday pictures" / "a.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("my work")
+    for path in (mine, mine.parent):
+        os.utime(path, (0, 0))
+    quietly(folder, data_dir)
+    assert mine.read_text() == "my work"
+
+
+def test_a_dataset_that_is_up_to_date_is_not_read_again(
+    folder: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of COCO takes a minute; only `imgcap data inspect --check` reads everything."""
+    prepared = quietly(folder, data_dir)
+    records = next(prepared.glob("*-train.array_record*"))
+    content = bytearray(records.read_bytes())
+    content[len(content) // 2] ^= 1
+    records.write_bytes(content)
+    said: list[str] = []
+    quietly(folder, data_dir, say=said.append)
+    assert any("already prepared" in line for line in said)
+    assert check_dataset("my_photos", data_dir) == [f"{records} has changed"]
+    records.write_bytes(content[:-1])
+    quietly(folder, data_dir, say=said.append)
+    assert any("damaged" in line and "preparing it again" in line for line in said)
+    assert check_dataset("my_photos", data_dir) == []
+
+
+def test_errors_of_files_name_the_file(
+    tmp_path: Path, folder: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from imgcap_jax.data.builders.base import CaptionBuilder\n"
+        "class Own(CaptionBuilder):\n"
+        "    def record_shards(self):\n"
+        "        open('/nonexistent/captions.csv')\n"
+    )
+    with pytest.raises(UserError) as error:
+        quietly(own, data_dir)
+    assert str(error.value).startswith("/nonexistent/captions.csv: No such file or directory; check this path")
+
+    def refuse(number: int, path: Path) -> Any:
+        def make(**_: Any) -> str:
+            raise OSError(number, os.strerror(number), os.fspath(path))
+
+        return make
+
+    for number, path, words in (
+        (errno.EACCES, data_dir / "my_photos", f"{data_dir / 'my_photos'} can't be written .*; use another --data-dir"),
+        (errno.EROFS, data_dir.parent, f"{data_dir.parent} can't be written .*; use another --data-dir"),
+        (errno.ENOSPC, data_dir / "my_photos", f"{data_dir}: the disk is full; free some space"),
+        (errno.EIO, Path("/elsewhere"), "/elsewhere: Input/output error; check the disk"),
+    ):
+        monkeypatch.setattr(tempfile, "mkdtemp", refuse(number, path))
+        with pytest.raises(UserError, match=words):
+            quietly(folder, data_dir)
 
 
 def test_another_folder_cannot_take_over_a_name(folder: Path, tmp_path: Path, data_dir: Path) -> None:

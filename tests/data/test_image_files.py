@@ -470,6 +470,23 @@ def test_an_image_above_the_standard_limit_has_the_same_pixels_in_a_dataset(monk
         np.testing.assert_array_equal(decode(kept, 24), decode(file.getvalue(), 24))
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_only_a_raised_limit_admits_is_stored_reduced(
+    progressive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training has the standard limit, so it could not read the original."""
+    pixels = np.full((128, 160 if progressive else 1600, 3), 77, np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", progressive=progressive)
+    monkeypatch.setattr(image_files, "_LARGEST", 20_000)  # the standard limit
+    monkeypatch.setattr(image_files, "MAX_MEGAPIXELS", 0.1)
+    kept = storable(file.getvalue())
+    monkeypatch.setattr(image_files, "MAX_MEGAPIXELS", 0.02)
+    with pytest.raises(ImageError, match="raises the limit"):
+        decode(file.getvalue(), SIDE)
+    np.testing.assert_allclose(decode(kept, SIDE), 77, atol=2)
+
+
 def test_a_large_jpeg_is_decoded_at_a_reduced_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = np.meshgrid(np.linspace(0, 255, 640), np.linspace(0, 255, 320))
     pixels = np.stack([x, y, 0 * x], -1).astype(np.uint8)

@@ -5,17 +5,28 @@ import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 
 from imgcap_jax.cli.main import main
-from imgcap_jax.data.builders.layout import write_origin
+from imgcap_jax.data.builders import layout
+from imgcap_jax.data.builders.layout import Origin, write_origin
 from imgcap_jax.data.prepare import prepare
 from imgcap_jax.data.scenes.builder import SceneSplits
-from imgcap_jax.data.sources import CaptionExample, check_dataset, describe, open_source, parse_mixture, split_names
+from imgcap_jax.data.sources import (
+    CaptionExample,
+    check_dataset,
+    describe,
+    open_source,
+    parse_mixture,
+    read_origin,
+    split_names,
+)
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import file_digest, write_text
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +168,7 @@ def test_damaged_records_name_the_file(copy: Path, capsys: pytest.CaptureFixture
     assert main(["data", "inspect", "scenes", "--check", "--data-dir", str(copy)]) == 2
     output = capsys.readouterr()
     assert output.out == f"{records} has changed\n"
-    assert output.err == "imgcap: scenes: 1 damaged files; prepare the dataset again\n"
+    assert output.err == "imgcap: scenes: 1 damaged file; delete its folder and prepare the dataset again\n"
     records.write_bytes(content[:-1])
     with pytest.raises(UserError, match=r"array_record-00000-of-00001 is damaged \([\d,]+ bytes; expected [\d,]+\)"):
         open_source("scenes", "train", copy)  # the size of every file is checked at once
@@ -190,14 +201,85 @@ def test_sha256sum_reads_the_digests(data_dir: Path, copy: Path) -> None:
     folder = dataset_folder(copy)
     check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
     assert subprocess.run(check, cwd=folder, capture_output=True, text=True).stderr == ""
-    # A note that is added later changes the origin, and its digest with it.
-    splits = SceneSplits(40, 3, 3, 3, image_size=32)
-    prepare("scenes", data_dir=copy, scenes=splits, progress=False, licence="CC0")
-    write_origin(folder, {**json.loads((folder / "origin.json").read_text()), "licence": "my own"})
+    # A note that is added later changes only the origin, which contains its own digest.
+    write_origin(folder, replace(read_origin(folder), licence="my own"))
     assert describe("scenes", copy).licence == "my own"
     assert subprocess.run(check, cwd=folder, capture_output=True, text=True).stderr == ""
-    assert len((folder / "SHA256SUMS").read_text().splitlines()) == 2 * (len(list(folder.iterdir())) - 1)
+    assert len((folder / "SHA256SUMS").read_text().splitlines()) == 2 * (len(list(folder.iterdir())) - 2) + 1
     assert check_dataset("scenes", copy) == []
+    origin = (folder / "origin.json").read_text()
+    (folder / "origin.json").write_text(origin.replace("my own", "my owm"))
+    assert "origin.json is damaged (its digest has changed)" in check_dataset("scenes", copy)[0]
+    with pytest.raises(UserError, match=r"origin.json is damaged .its digest has changed"):
+        describe("scenes", copy)
+
+
+def test_the_origin_is_replaced_even_if_the_process_is_killed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = dataset_folder(copy)
+    origin = read_origin(folder)
+    # Older versions list the origin in SHA256SUMS.
+    sums = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
+    added = [
+        f"# {(folder / 'origin.json').stat().st_size} bytes: origin.json\n",
+        f"{file_digest(folder / 'origin.json')}  origin.json\n",
+        f"# {len(sums) // 2 + 1} files\n",
+    ]
+    (folder / "SHA256SUMS").write_text("".join([*sums[:-1], *added]))
+    assert check_dataset("scenes", copy) == []
+
+    class Killed(BaseException):
+        pass
+
+    for writes in range(3):
+        left = writes
+
+        def write(path: Path, text: str) -> None:
+            nonlocal left
+            if not left:
+                raise Killed
+            left -= 1
+            write_text(path, text)
+
+        monkeypatch.setattr(layout, "write_text", write)
+        if writes < 2:
+            with pytest.raises(Killed):
+                write_origin(folder, replace(origin, licence="CC0"))
+        else:
+            write_origin(folder, replace(origin, licence="CC0"))
+        assert check_dataset("scenes", copy) == [], writes
+        assert describe("scenes", copy).licence == ("CC0" if writes == 2 else origin.licence)
+        if writes < 2:
+            (folder / "SHA256SUMS").write_text("".join([*sums[:-1], *added]))
+
+
+def test_a_note_that_is_added_later_is_one_write(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(layout, "write_text", lambda path, text: written.append(path.name))
+    write_origin(dataset_folder(copy), Origin("scenes", "", "CC0", "x"))
+    assert written == ["origin.json"]
+
+
+@pytest.mark.parametrize("digests", [True, False])
+def test_pipes_in_place_of_files_are_refused(digests: bool, copy: Path) -> None:
+    folder = dataset_folder(copy)
+    if not digests:
+        (folder / "SHA256SUMS").unlink()
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)  # reading it would wait for ever
+        with pytest.raises(UserError, match=rf"{path.name} is a pipe or a device"):
+            open_source("scenes", "val", copy)
+        path.unlink()
+        path.write_bytes(content)
+    assert len(open_source("scenes", "val", copy)) == 3
+
+
+def test_digests_that_are_cut_off_are_damage(copy: Path) -> None:
+    sums = dataset_folder(copy) / "SHA256SUMS"
+    sums.write_text("".join(sums.read_text().splitlines(keepends=True)[:-3]))
+    with pytest.raises(UserError, match=r"SHA256SUMS is damaged \(not complete\)"):
+        describe("scenes", copy)
 
 
 def test_errors_say_what_to_do(data_dir: Path) -> None:

@@ -1,6 +1,7 @@
 """COCO file formats: files are read back as they were written, and each mistake gives an error of one line."""
 
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.metrics.coco_format import (
+    Captions,
+    check_file_names,
     read_captions,
     read_references,
     write_references,
@@ -48,6 +51,32 @@ def test_file_names_are_written_and_read(tmp_path: Path) -> None:
     assert read_references(path).file_names == {1: "1.jpg", 3: "3.jpg"}
 
 
+def named(tmp_path: Path, names: list[str]) -> tuple[Path, Captions]:
+    path = tmp_path / f"{names[0].replace('/', '_')}.json"
+    write_results(path, dict.fromkeys(range(len(names)), "a dog"), dict(enumerate(names)))
+    return path, read_captions(path)
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["COCO_val2014_000000000001.jpg", "val2014/000000000001.png", "val\\000000000001.JPG", "000000000001"],
+)
+def test_the_same_photo_under_another_name(tmp_path: Path, other: str) -> None:
+    references = named(tmp_path, ["000000000001.jpg", "A Dog.v2.jpeg"])
+    assert check_file_names(*named(tmp_path, [other, "photos/a dog.V2.png"]), *references) == []
+
+
+def test_other_photos_under_the_same_ids(tmp_path: Path) -> None:
+    names = [f"{number}.jpg" for number in range(4)]
+    references = named(tmp_path, names)
+    path, captions = named(tmp_path, ["8.jpg", "9.jpg", *names[2:]])  # a half of the names differs
+    (warning,) = check_file_names(path, captions, *references)
+    assert warning.startswith(f"2 images of 4 with another file name in {path} than in {references[0]} (first: image 0")
+    path, captions = named(tmp_path, ["7.jpg", "8.jpg", "9.jpg", names[3]])
+    with pytest.raises(UserError, match=r"3 images of 4 with another .* '7.jpg' and '0.jpg'\): the files are of diff"):
+        check_file_names(path, captions, *references)
+
+
 @pytest.mark.parametrize("image_id", ["7", "000007", 7.0, "COCO_val2014_000000000007.jpg"])
 def test_ids_in_other_notations(tmp_path: Path, image_id: Any) -> None:
     path = tmp_path / "captions.json"
@@ -83,7 +112,7 @@ def check(read: Any, path: Path, words: str) -> None:
             "entry 1 has no 'caption'",
         ),
         ([{"image_id": 1, "captions": []}], "not a list of at least one"),
-        ([{"image_id": 1, "caption": "a \ud83d"}], "half a character"),
+        ([{"image_id": 1, "caption": "a \ud83d"}], "a lone surrogate"),
         ([{"image_id": "9" * 5000, "caption": "a"}], "not an integer"),
         ([{"image_id": True, "caption": "a"}], "not an integer"),
         ([{"image_id": -1, "caption": "a"}], "not between 0 and"),
@@ -124,15 +153,18 @@ def test_bad_references(tmp_path: Path, document: Any, words: str) -> None:
 
 @pytest.mark.parametrize("read", [read_captions, read_references])
 def test_unreadable_files(tmp_path: Path, read: Any) -> None:
-    check(read, tmp_path / "missing.json", "No such file")
-    check(read, tmp_path, "directory")
+    check(read, tmp_path / "missing.json", "is missing: give a JSON file with a")
+    check(read, tmp_path, "Is a directory")
     path = tmp_path / "broken.json"
     path.write_text('[{"image_id": 1, "caption":')
-    check(read, path, "not JSON")
+    check(read, path, "is damaged")
     path.write_text("[" * 100_000)
-    check(read, path, "not JSON")
+    check(read, path, "is damaged")
     path.write_bytes(b'["\xff"]')
-    check(read, path, "not UTF-8")
+    check(read, path, "byte 2 is not utf-8")
+    path.unlink()
+    os.mkfifo(path)
+    check(read, path, "is a pipe")  # opening it would wait for ever
 
 
 def test_several_captions_per_image(tmp_path: Path) -> None:
@@ -142,7 +174,7 @@ def test_several_captions_per_image(tmp_path: Path) -> None:
             [
                 {"image_id": 1, "caption": "a dog"},
                 {"image_id": "2", "captions": ["a cat", {"caption": "the cat", "score": -1.0}]},
-                {"image_id": 1, "caption": "the dog"},
+                {"image_id": 1, "captions": ["the dog"], "caption": None},
             ]
         )
     )

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from imgcap_jax.data.builders import json_lists, tables
 from imgcap_jax.data.builders.layout import Skipped
-from imgcap_jax.data.builders.listed import ListedImage, Row, group, known_split, shown
-from imgcap_jax.errors import UserError
+from imgcap_jax.data.builders.listed import ListedImage, Row, group, known_split, shown, with_distinct_ids
+from imgcap_jax.errors import UserError, counted
 
 SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
 EXPECTED = (
@@ -126,11 +126,15 @@ def read_annotations(folder: Path, files: Sequence[Path]) -> Annotations:
                 )
             read_from[split] = file
         images += listed
+    images = with_distinct_ids(images)
     seen: dict[int, ListedImage] = {}
     for image in images:
         name = shown(image.filename)
         if re.search("[\ud800-\udfff]", image.filename + image.subfolder):
-            raise UserError(f"{image.where}: the file name {name} contains half a character; rename the file")
+            raise UserError(
+                f"{image.where}: the file name {name} contains a lone surrogate, which no file can store; "
+                "rename the file"
+            )
         if not SPLIT_NAME.fullmatch(image.split) or image.split == "all":
             raise UserError(f"{image.where}: {name} has the split {shown(repr(image.split))}; use train, val or test")
         if (other := seen.setdefault(image.image_id, image)) is not image and not _same_photo(image, other):
@@ -178,11 +182,15 @@ def _grouped(rows: list[Row], folder: Path, file: Path, notes: list[str]) -> lis
         return _with_splits(rows, file, notes)
     of_file = known_split(file.parent.name) if metadata else json_lists.split_in_file_name(file)
 
-    def split_of(row: Row) -> str:
-        of_path = json_lists.split_in_path(row.image) if metadata else None
-        return row.split or of_file or of_path or "train"
+    def given(row: Row) -> str | None:
+        return row.split or of_file or (json_lists.split_in_path(row.image) if metadata else None)
 
-    return group(rows, split_of)
+    if stated and (unstated := [row for row in rows if not given(row)]):
+        notes.append(
+            f"{counted(len(unstated), 'row')} of {len(rows):,} without a split: train (first: {unstated[0].where}); "
+            "write a split into each row if they belong to another one"
+        )
+    return group(rows, lambda row: given(row) or "train")
 
 
 def _with_splits(rows: list[Row], file: Path, notes: list[str]) -> list[ListedImage]:
@@ -190,8 +198,8 @@ def _with_splits(rows: list[Row], file: Path, notes: list[str]) -> list[ListedIm
     official = tables.official_splits(file.parent)
     if official:
         known = [row for row in rows if row.image in official]
-        left_out = len({row.image for row in rows} - official.keys())
-        notes.append(f"the splits are those of {file.parent}/*Images.txt; {left_out} photos in none are left out")
+        left_out = counted(len({row.image for row in rows} - official.keys()), "photo")
+        notes.append(f"the splits are those of {file.parent}/*Images.txt; not in any of them, and left out: {left_out}")
         return group(known, lambda row: official[row.image])
     notes.append(
         f"{file.name} gives no splits, so the name of each photo decides: about {tables.VAL_SHARE:.0%} are val, "

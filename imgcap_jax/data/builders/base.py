@@ -17,12 +17,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from imgcap_jax.data.builders.layout import (
-    ORIGIN_FILE,
     SKIPPED_FILE,
     CaptionIndex,
     Origin,
     Skipped,
     write_json,
+    write_origin,
 )
 from imgcap_jax.data.builders.listed import shown
 from imgcap_jax.errors import UserError
@@ -122,7 +122,7 @@ class CaptionBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
                     for text in (record.filename, *(text for _, text in record.captions)):
                         text.encode()
                 except UnicodeEncodeError as error:
-                    raise UserError(f"{name}: half a character (a lone surrogate) in its name or captions") from error
+                    raise UserError(f"{name}: a lone surrogate in its name or captions; remove it") from error
                 except ValueError as error:
                     raise UserError(f"{name}: image_id {error}") from error
                 where = f"{type(self).__name__}: image {image_id} ({shown(record.filename)})"
@@ -159,4 +159,4 @@ class CaptionBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
         for split, index in self._indices.items():
             index.save(folder, split)
         write_json(folder / SKIPPED_FILE, [asdict(entry) for entry in self.skipped])
-        write_json(folder / ORIGIN_FILE, asdict(self.origin))
+        write_origin(folder, self.origin)

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 import re
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from imgcap_jax.data.builders.base import CaptionBuilder, CaptionRecord, RecordS
 from imgcap_jax.data.builders.layout import Origin, Skipped
 from imgcap_jax.data.builders.listed import ListedImage, shown
 from imgcap_jax.data.image_files import ImageError, read_file, storable
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, counted
 from imgcap_jax.files import write_text
 from imgcap_jax.text import tokenize
 
@@ -25,7 +26,8 @@ SHARD_BYTES = 128 * 2**20
 # Largest share of the images, and of the captions, that may be skipped. Above it, the dataset as a whole is broken.
 MAX_SKIPPED = 0.01
 READ_AHEAD = 64
-_EMPTY, _WORDLESS = "empty caption", "caption without a word"
+_EMPTY, _WORDLESS, _NO_CAPTION = "empty caption", "caption without a word", "no caption"
+_LINK = "a link to outside of"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def scan_folder(path: Path) -> FolderContents:
             name = f"{image.filename} caption {number}"
             text, lost = _one_line(text)
             if lost:
-                mended.append(Skipped(name, "half a character was removed"))
+                mended.append(Skipped(name, "a lone surrogate was removed"))
             if reason := _unusable(text):
                 skipped.append(Skipped(name, reason))
             else:
@@ -91,7 +93,7 @@ def scan_folder(path: Path) -> FolderContents:
 
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.name.encode() + file.read_bytes())
+        digest.update(os.fsencode(file.name) + file.read_bytes())
     for image, _, size in there:
         digest.update(f"{image.filename} {size}\n".encode())
     for entry in skipped:
@@ -118,9 +120,10 @@ def scan_folder(path: Path) -> FolderContents:
 
 
 def _one_line(text: str) -> tuple[str, bool]:
-    """The caption as a single line, as line-based formats need it, and whether half a character was removed.
+    """The caption as a single line, as line-based formats need it, and whether a lone surrogate was removed.
 
-    Programs that cut texts in the middle of an emoji leave half of a surrogate pair, which no file can store.
+    JSON writes an emoji as two codes, a surrogate pair. Programs that cut texts can leave one of them, which no file
+    can store.
     """
     whole = re.sub("[\ud800-\udfff]", "", text)
     return " ".join(whole.split()), whole != text
@@ -148,10 +151,14 @@ def _find_images(folder: Path, images: Sequence[ListedImage]) -> list[tuple[Path
         return found
 
     def find(image: ListedImage) -> tuple[Path, int] | str:
-        exact = (place / image.subfolder / image.filename for place in places)
-        path, status = next(((path, found) for path in exact if (found := _status(path))), (None, None))
+        path, status = None, None
+        for name in dict.fromkeys((image.path, image.path.replace("\\", "/"))):  # as listed, or a path of Windows
+            exact = (place / name for place in places)
+            path, status = next(((path, found) for path in exact if (found := _status(path))), (None, None))
+            if path is not None:
+                break
         if path is None:
-            candidates = by_name().get(Path(image.filename).name, [])
+            candidates = by_name().get(Path(name).name, [])
             if len(candidates) > 1:
                 return f"found {len(candidates)} times below {folder}; list it with its path"
             path = next(iter(candidates), None)
@@ -162,7 +169,8 @@ def _find_images(folder: Path, images: Sequence[ListedImage]) -> list[tuple[Path
             return "a pipe or a device, not an image"
         real = path.resolve() if path.is_symlink() else resolved(path.parent) / path.name
         if not real.is_relative_to(root):
-            return f"outside of {root}; copy it into this folder"
+            lies_inside = Path(os.path.abspath(path)).is_relative_to(folder.absolute())
+            return f"{_LINK} {root}" if lies_inside else f"outside of {root}; copy it into this folder"
         return real, status.st_size
 
     return [find(image) for image in images]
@@ -172,7 +180,7 @@ def _status(path: Path) -> os.stat_result | None:
     """The status of anything except a folder; None if there is nothing at the path."""
     try:
         found = path.stat()
-    except (OSError, ValueError):  # ValueError: half a character or a NUL in the name
+    except (OSError, ValueError):  # ValueError: a lone surrogate or a NUL in the name
         return None
     return None if stat.S_ISDIR(found.st_mode) else found
 
@@ -280,7 +288,7 @@ class FolderBuilder(CaptionBuilder):
                     image = contents.images[i]
                     self._unread.discard(i)
                     self._on_image()
-                    reason = "" if image.captions else "no caption"
+                    reason = "" if image.captions else _NO_CAPTION
                     try:
                         encoded, digest = future.result()
                     except ValueError as error:
@@ -325,27 +333,44 @@ class FolderBuilder(CaptionBuilder):
         usable = {image.split for image in contents.images if image.filename not in unusable}
         empty = sorted({image.split for image in contents.images} - usable)
         limit = f"more than {MAX_SKIPPED:.0%}"
-        images, captions = f"of its {contents.listed} images", f"of its {contents.captions} captions"
+        images = f"of its {counted(contents.listed, 'image')}"
+        captions = f"of its {counted(contents.captions, 'caption')}"
+        too_many_captions = self._too_many_captions()
+        # The captions are named, so the images that are left without one are not.
+        named = [entry for entry in broken if not (too_many_captions and entry.reason == _NO_CAPTION)]
+        too_many_images = len(named) > MAX_SKIPPED * contents.listed
         # Whether the dataset is refused because of them, what is wrong, and the entries.
         problems: list[tuple[bool, str, Sequence[Skipped]]] = [
-            (True, f"{len(contents.absent)} {images} cannot be read", contents.absent),
-            (True, f"{len(contents.repeated)} photos are listed twice", contents.repeated),
-            (self._too_many_images(), f"{limit} {images} cannot be used ({len(broken)})", broken),
-            (bool(empty), f"no image of the split {' and '.join(empty)} can be used", broken),
+            (bool(contents.absent), f"{len(contents.absent)} {images} cannot be read", contents.absent),
             (
-                self._too_many_captions(),
+                bool(contents.repeated),
+                f"{counted(len(contents.repeated), 'photo')} listed more than once",
+                contents.repeated,
+            ),
+            (too_many_images, f"{limit} {images} cannot be used ({len(named)})", named),
+            (
+                bool(empty),
+                f"no image of the split {' and '.join(empty)} can be used",
+                () if too_many_images or too_many_captions else broken,
+            ),
+            (
+                too_many_captions,
                 f"{limit} {captions} cannot be used ({len(contents.skipped)})",
                 contents.skipped,
             ),
         ]
-        reasons = [f"{what}: {_first(entries)}" for refused, what, entries in problems if refused and entries]
+        reasons = [what + (f": {_first(entries)}" if entries else "") for refused, what, entries in problems if refused]
         lines = [
             f"{shown(entry.name)}\t{shown(entry.reason)}\n"
             for entries in (contents.absent, contents.repeated, broken, contents.skipped, self._copies)
             for entry in entries
         ]
         where = ", ".join(map(str, contents.annotation_files))
-        raise UserError(f"{where}: {'; '.join(reasons)}{self._saved(lines)}; fix or remove them")
+        advice = "fix or remove them"
+        if any(entry.reason.startswith(_LINK) for entry in contents.absent):
+            folder = shlex.quote(str(contents.folder))
+            advice += f"; this makes a copy with files in place of links: cp -rL {folder} COPY"
+        raise UserError(f"{where}: {'; '.join(reasons)}{self._saved(lines)}; {advice}")
 
     def _saved(self, lines: Sequence[str]) -> str:
         """Writes the report. Returns the part of the error message that names it."""

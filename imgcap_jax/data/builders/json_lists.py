@@ -11,6 +11,7 @@ from typing import Any
 
 from imgcap_jax.data.builders.listed import ListedImage, Row, collect, known_split, split_name
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import reading
 from imgcap_jax.image_ids import id_of_file_name, parse_image_id
 
 _IMAGE_KEYS = ("image", "file_name", "filename")
@@ -38,10 +39,10 @@ class _Entry:
         return value
 
     def any_of(self, keys: tuple[str, ...]) -> str:
-        """The first of the keys that the object has."""
-        for key in keys:
-            if key in self.value:
-                return key
+        """The first of the keys that has a value, or else the first that the object has."""
+        present = [key for key in keys if key in self.value]
+        if present:
+            return next((key for key in present if not _is_missing(self.value[key])), present[0])
         others = " or ".join(map(repr, keys[1:]))
         raise UserError(f"{self.where}: key {keys[0]!r} (or {others}) is missing")
 
@@ -73,8 +74,12 @@ def _is_missing(value: Any) -> bool:
 
 
 def _parse(text: str, where: str) -> Any:
+    """Parses JSON that other programs wrote.
+
+    Unlike `files.parse_json`, it accepts what a caption can contain and is mended or skipped later: line breaks and
+    other control characters, lone surrogates, and NaN, which pandas writes for a missing text.
+    """
     try:
-        # Not strict: line breaks and other control characters within a text are accepted.
         return json.loads(text, strict=False)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if "\n" not in text else f"line {error.lineno} column {error.colno}"
@@ -87,12 +92,8 @@ def _parse(text: str, where: str) -> Any:
 
 def read_text(file: Path) -> str:
     """The text of an annotation file. Raises a UserError if it cannot be read."""
-    try:
-        if not file.is_file():
-            raise UserError(f"{file}: not a regular file; pass a folder of images with an annotation file")
+    with reading(file, "it must be a text file in UTF-8"):
         return file.read_bytes().decode("utf-8-sig")  # not read_text, which changes line breaks
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); it must be a text file in UTF-8") from error
 
 
 def read_json(file: Path) -> list[ListedImage] | list[Row]:
@@ -161,6 +162,7 @@ def _read_karpathy(top: _Entry) -> Iterator[ListedImage]:
     for image in top.entries("images"):
         filename, subfolder = image.get("filename", str), image.get("filepath", str, "")
         image_id = image.optional_id("cocoid", "imgid")
+        computed = id_of_file_name(posixpath.join(subfolder, filename))
         captions = []
         for sentence in image.entries("sentences"):
             given = sentence.optional_id("sentid")
@@ -169,10 +171,11 @@ def _read_karpathy(top: _Entry) -> Iterator[ListedImage]:
         yield ListedImage(
             filename=filename,
             subfolder=subfolder,
-            image_id=id_of_file_name(posixpath.join(subfolder, filename)) if image_id is None else image_id,
+            image_id=computed if image_id is None else image_id,
             split=split_name(image.get("split", str)),
             captions=tuple(captions),
             where=image.where,
+            id_given=image_id is not None,
         )
 
 
@@ -204,5 +207,5 @@ def _read_coco(top: _Entry, file: Path) -> Iterator[ListedImage]:
 
 def split_in_path(name: str) -> str | None:
     """The split that the first folder of a path names, as in train/1.jpg; None if it names none."""
-    first, _, rest = name.partition("/")
+    first, _, rest = name.replace("\\", "/").partition("/")
     return known_split(first) if rest else None

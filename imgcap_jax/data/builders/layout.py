@@ -1,20 +1,25 @@
 """The files of a prepared dataset in addition to TFDS's records. Does not import TFDS, because that is slow."""
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from imgcap_jax import files
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, printable
 from imgcap_jax.files import DIGESTS, file_digest, read_digests, write_text
 
 ORIGIN_FILE = "origin.json"
 SKIPPED_FILE = "skipped.json"
 INFO_FILE = "dataset_info.json"  # written by TFDS
-PREPARE_AGAIN = "prepare the dataset again"
+PREPARE_AGAIN = "delete its folder and prepare the dataset again"
+_OURS = re.compile(
+    r"dataset_info\.json|features\.json|skipped\.json|captions_[a-z][a-z0-9_]*\.json|[^/]+\.array_record-\d+-of-\d+"
+)
 
 
 @dataclass(frozen=True)
@@ -50,49 +55,100 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False))
 
 
-def write_digests(folder: Path) -> None:
-    """Writes SHA256SUMS of a prepared dataset: the digest of each file, for `sha256sum -c`, and sizes as comments."""
-    files.write_digests(folder)
-    names = sorted(read_digests(folder) or ())
-    sizes = "".join(f"# {(folder / name).stat().st_size} bytes: {name}\n" for name in names)
-    write_text(folder / DIGESTS, sizes + (folder / DIGESTS).read_text(encoding="utf-8"))
+def write_checksums(folder: Path) -> None:
+    """Writes SHA256SUMS of a prepared dataset: the digests of its files, for `sha256sum -c`, and sizes as comments.
+
+    `origin.json` is not among them. It contains its own digest, so that notes on a dataset are changed by replacing a
+    single file.
+    """
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [name for name in names if name not in (DIGESTS, ORIGIN_FILE)]
+    files.write_digests(folder, names, [f"{(folder / name).stat().st_size} bytes: {name}" for name in names])
 
 
-def write_origin(folder: Path, origin: dict[str, str]) -> None:
-    """Replaces the origin of a prepared dataset. If the process is killed, the dataset stays valid."""
-    if (digests := read_digests(folder)) is None:
-        write_json(folder / ORIGIN_FILE, origin)
-        return
-    text = (folder / DIGESTS).read_text(encoding="utf-8", errors="surrogateescape")
-    others = [line for line in text.splitlines(keepends=True) if not line.rstrip("\n").endswith(f" {ORIGIN_FILE}")]
-    write_text(folder / DIGESTS, "".join(others))
-    write_json(folder / ORIGIN_FILE, origin)
-    if ORIGIN_FILE in digests:
-        added = [
-            f"# {(folder / ORIGIN_FILE).stat().st_size} bytes: {ORIGIN_FILE}\n",
-            f"{file_digest(folder / ORIGIN_FILE)}  {ORIGIN_FILE}\n",
-        ]
-        write_text(folder / DIGESTS, "".join([*others, *added]))
+def write_origin(folder: Path, origin: Origin) -> None:
+    """Writes or replaces the origin of a dataset. If the process is killed, the dataset stays valid."""
+    digests = read_digests(folder) or {}
+    if ORIGIN_FILE in digests:  # SHA256SUMS of an older version
+        lines = (folder / DIGESTS).read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
+        kept = [line for line in lines if not line.rstrip("\n").endswith(f" {ORIGIN_FILE}")]
+        if kept and re.fullmatch("# [0-9]+ files\n", kept[-1]):
+            kept[-1] = f"# {len(digests) - 1} files\n"
+        write_text(folder / DIGESTS, "".join(kept))
+    write_json(folder / ORIGIN_FILE, {**asdict(origin), "sha256": _origin_digest(origin)})
+
+
+def read_origin(folder: Path) -> Origin | None:
+    """The origin of a dataset; None: another program prepared it. Raises UserError if the file is damaged."""
+    path = folder / ORIGIN_FILE
+    if not path.exists():
+        return None
+    saved = files.read_json(path, PREPARE_AGAIN)
+    with files.reading(path, PREPARE_AGAIN):
+        values = {name: saved[name] for name in Origin.__dataclass_fields__ if name in saved}
+        if not all(isinstance(value, str) for value in values.values()):
+            raise ValueError("a text was expected")
+        origin = Origin(**values)
+        if saved.get("sha256", _origin_digest(origin)) != _origin_digest(origin):  # older versions wrote none
+            raise ValueError("its digest has changed")
+    return origin
+
+
+def _origin_digest(origin: Origin) -> str:
+    return hashlib.sha256(json.dumps(asdict(origin)).encode()).hexdigest()
 
 
 def check_small_files(folder: Path) -> None:
-    """Compares the files next to the records with their digests, except the indices of captions, and the sizes of all.
+    """Checks what is quick to check: the sizes of all files, and the digests of those next to the records.
+
+    The indices of captions are not checked, because they are made again if they are damaged.
 
     Raises:
-        UserError: a file is missing or was changed.
+        UserError: a file is missing or was changed, or is a pipe or a device, which could be read without end.
     """
+    with files.reading(folder, PREPARE_AGAIN):
+        for path in folder.iterdir():
+            files.refuse_pipes(path)
     digests = read_digests(folder)
     if digests is None:
         return
     with files.reading(folder / DIGESTS, PREPARE_AGAIN):
         text = (folder / DIGESTS).read_text(encoding="utf-8", errors="surrogateescape")
+    complete = text.endswith(f"\n# {len(digests)} files\n")
+    if not complete and ORIGIN_FILE not in digests and (folder / ORIGIN_FILE).exists():
+        raise UserError(f"{folder / DIGESTS} is damaged (not complete): {PREPARE_AGAIN}")
     for size, name in re.findall(r"^# ([0-9]+) bytes: (.+)$", text, flags=re.MULTILINE):
-        # An index of captions is made again if it is damaged.
         if name in digests and not is_index(name):
             _check_size(folder / name, int(size))
     for name in (INFO_FILE, "features.json", ORIGIN_FILE, SKIPPED_FILE):
-        if name in digests and file_digest(folder / name) != digests[name]:
-            raise UserError(f"{folder / name} is damaged (its digest has changed): {PREPARE_AGAIN}")
+        if name in digests:
+            with files.reading(folder / name, PREPARE_AGAIN):
+                changed = file_digest(folder / name) != digests[name]
+            if changed:
+                raise UserError(f"{folder / name} is damaged (its digest has changed): {PREPARE_AGAIN}")
+
+
+def check_ours(folder: Path) -> None:
+    """Checks that every file of a folder that is about to be replaced was written by `imgcap data prepare`.
+
+    Raises:
+        UserError: the folder, or a file in it, is someone else's.
+    """
+    if not os.path.lexists(folder):
+        return
+    if not (folder / ORIGIN_FILE).is_file():
+        raise UserError(f"{folder} was not written by imgcap data prepare; move it away, or use another --name")
+    known = {DIGESTS, ORIGIN_FILE, *(read_digests(folder) or ())}
+    foreign = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.name not in known and not _OURS.fullmatch(path.name) and not path.name.startswith(".new_")
+    ]
+    if foreign:
+        raise UserError(
+            f"{folder} contains {printable(foreign[0])}, which imgcap data prepare did not write; move it out of this "
+            "folder, which is replaced"
+        )
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -139,7 +195,7 @@ class CaptionIndex:
             with files.reading(path, PREPARE_AGAIN):
                 if digest is not None and file_digest(path) != digest:
                     return None
-                saved = json.loads(path.read_text(encoding="utf-8"))
+                saved = files.read_json(path, PREPARE_AGAIN)
                 index.image_id, index.filename, index.captions = (
                     saved[key] for key in ("image_id", "filename", "captions")
                 )

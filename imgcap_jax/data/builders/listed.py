@@ -1,10 +1,11 @@
 """What annotation files list, whatever their format: images with captions."""
 
+import posixpath
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from imgcap_jax.errors import UserError, printable
-from imgcap_jax.image_ids import id_of_file_name
+from imgcap_jax.image_ids import hashed_id, id_of_file_name
 
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -25,6 +26,7 @@ class ListedImage:
         split: train, val, test, ...
         captions: (id, raw text) pairs, unchanged.
         where: the place in the annotation file, for error messages.
+        id_given: whether the file gives the id.
     """
 
     filename: str
@@ -33,6 +35,12 @@ class ListedImage:
     split: str
     captions: tuple[tuple[int, str], ...]
     where: str
+    id_given: bool = True
+
+    @property
+    def path(self) -> str:
+        """The path as listed, below the subfolder if there is one."""
+        return posixpath.join(self.subfolder, self.filename)
 
 
 @dataclass(frozen=True)
@@ -105,11 +113,23 @@ def group(rows: Iterable[Row], split_of: Callable[[Row], str]) -> list[ListedIma
             for text in row.captions:
                 captions.append((number, text))
                 number += 1
-        image_id = next(iter(ids), None)
-        if image_id is None:
-            image_id = id_of_file_name(name)
-        images.append(ListedImage(name, "", image_id, split, tuple(captions), of_image[0].where))
+        image_id = next(iter(ids), id_of_file_name(name))
+        images.append(ListedImage(name, "", image_id, split, tuple(captions), of_image[0].where, bool(ids)))
     return images
+
+
+def with_distinct_ids(images: Sequence[ListedImage]) -> list[ListedImage]:
+    """Gives images with computed ids, if another image has the same id, that of the digest of their names.
+
+    Names of 12 digits are common outside of COCO, for example `cam1/000000000001.jpg` and `cam2/000000000001.jpg`.
+    """
+    paths: dict[int, set[str]] = {}
+    for image in images:
+        paths.setdefault(image.image_id, set()).add(image.path)
+    return [
+        image if image.id_given or len(paths[image.image_id]) == 1 else replace(image, image_id=hashed_id(image.path))
+        for image in images
+    ]
 
 
 def shown(name: str) -> str:

@@ -1,9 +1,12 @@
 """Annotation files in tables: Kaggle's captions.txt, Flickr30k's results.csv, Flickr8k.token.txt, metadata.csv."""
 
+import ast
 import csv
 import io
+import json
 import posixpath
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,15 +15,17 @@ from imgcap_jax.data.builders.json_lists import read_text
 from imgcap_jax.data.builders.layout import Skipped
 from imgcap_jax.data.builders.listed import Row, collect, split_name
 from imgcap_jax.errors import UserError
-from imgcap_jax.image_ids import id_of_file_name, parse_image_id
+from imgcap_jax.image_ids import hashed_id, parse_image_id
 
 _COLUMNS = {
     "image": ("image", "image_name", "file_name", "filename"),
     "caption": ("caption", "comment", "text", "captions", "raw"),
     "split": ("split",),
-    "image_id": ("image_id",),
+    "image_id": ("image_id", "img_id"),
 }
 _IMAGE_ENDING = re.compile(r"\.(?:jpe?g|png|gif|bmp|webp|tiff?|avif)(?:#\d+)?$", re.IGNORECASE)
+_TEXT = r"""(?:"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')"""
+_TEXT_LIST = re.compile(rf"\[\s*{_TEXT}(?:\s*,\s*{_TEXT})*\s*\]")
 _OFFICIAL_SPLITS = {"trainImages": "train", "devImages": "val", "testImages": "test"}
 VAL_SHARE = TEST_SHARE = 0.05
 
@@ -28,33 +33,33 @@ VAL_SHARE = TEST_SHARE = 0.05
 def read_table(file: Path) -> tuple[list[Row], list[Skipped]]:
     """Reads one caption per line: image and caption, separated by ",", "|" or a tab, with or without a header.
 
-    The header can also name the columns split and image_id. A line "name.jpg#0<tab>caption" is read as Flickr's token
-    files. Lines that are not of this form are returned as skipped.
+    The header can also name the columns split and image_id. A caption that is a list of texts, as in Hugging Face's
+    Flickr30k, is several captions. A line "name.jpg#0<tab>caption" is read as Flickr's token files. Lines that are not
+    of this form are returned as skipped.
 
     Raises:
-        UserError: the file cannot be read, its header has no column of images or captions, or an id is not one.
+        UserError: the file cannot be read, its header has no column of images or captions, or an id is not valid.
     """
     text = read_text(file)
     first = text.split("\n", 1)[0]
     separator = min((one for one in ",|\t" if one in first), key=first.index, default=None)
     if separator is None:
         raise UserError(f'{file} line 1: no column of captions; expected lines such as "a.jpg,a dog runs"')
-    lines = _records(text, separator)
+    lines = [(number, fields) for number, fields in _records(text, separator) if any(fields)]
     columns = _columns(first.rstrip("\r"), separator)
     if columns is None:
         if not _IMAGE_ENDING.search(first.split(separator)[0].strip().strip('"')):
             raise UserError(f'{file} line 1: neither a header such as "image,caption" nor the name of an image')
-        # Without a header, the caption is the last column. Two columns, or three with the number of the caption.
-        columns = {"image": 0, "caption": first.count(separator) if separator == "|" else 1}
+        # Two columns, or three with the number of the caption. A caption can contain separators.
+        numbered = sum(len(fields) > 2 and fields[1].strip().isdecimal() for _, fields in lines)
+        columns = {"image": 0, "caption": 2 if 2 * numbered > len(lines) else 1}
     elif missing := [name for name in ("image", "caption") if name not in columns]:
         known = ", ".join(_COLUMNS[missing[0]])
         raise UserError(f"{file} line 1: no column of {missing[0]}s; call it one of: {known}")
     else:
-        next(lines)
+        del lines[0]
     readers, skipped = [], []
     for number, fields in lines:
-        if not any(fields):
-            continue
         where = f"{file} line {number}"
         last = max(columns.values())
         if columns["caption"] == last and len(fields) > last + 1:  # a caption with unquoted commas
@@ -86,9 +91,25 @@ def _row(fields: dict[str, str], where: str) -> Row:
         try:
             image_id = parse_image_id(fields["image_id"])
         except ValueError as error:
-            raise UserError(f"{where}: image_id {error}") from error
+            raise UserError(f"{where}: image_id {error}; write a number, or remove the column") from error
     split = split_name(fields["split"]) if fields.get("split") else None
-    return Row(posixpath.normpath(name), (fields["caption"],), where, split, image_id)
+    return Row(posixpath.normpath(name), _captions(fields["caption"]), where, split, image_id)
+
+
+def _captions(cell: str) -> tuple[str, ...]:
+    """The captions in a cell: the texts of a list in JSON, or as pandas writes it, or else the cell itself."""
+    if not _TEXT_LIST.fullmatch(cell):
+        return (cell,)
+    try:
+        return tuple(json.loads(cell))
+    except ValueError:
+        pass
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on escape sequences
+            return tuple(ast.literal_eval(cell))
+    except (SyntaxError, ValueError):
+        return (cell,)
 
 
 def _records(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
@@ -137,7 +158,7 @@ def random_split(rows: list[Row]) -> Callable[[Row], str]:
     """
 
     def position(name: str) -> float:
-        return id_of_file_name(f"split of {name}") / 2**52 - 1  # uniform in [0, 1)
+        return hashed_id(f"split of {name}") / 2**52 - 1  # uniform in [0, 1)
 
     positions = {row.image: position(row.image) for row in rows}
     splits = {
