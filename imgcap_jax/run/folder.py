@@ -224,7 +224,10 @@ def _read_weights(path: Path) -> str | None:
 
 def without_weights_path(settings: Any) -> Any:
     """An encoder's settings with a fixed path of the weights file, to compare settings of which the files are equal."""
-    return with_weights(settings, Path("weights")) if hasattr(settings, "with_weights") else settings
+    try:
+        return with_weights(settings, Path("weights"))
+    except UserError:  # it reads no file
+        return settings
 
 
 def use_data_dir(run: Run, data_dir: Path | None) -> tuple[Run, str]:

@@ -24,11 +24,8 @@ def check_encoder(source: Path, new: Experiment) -> None:
     A decoder only understands the features that it was trained with, even if others have the same size.
     """
     run = Run.load(source)
-    digest = weights_digest(new.encoder)
-    if run.weights is not None and digest != run.weights:
-        raise UserError(f"--init-from {source}: that run has other encoder weights; use the same weights file")
     old_encoder, new_encoder = run.experiment.encoder, new.encoder
-    if run.weights is not None:
+    if run.weights is not None and type(old_encoder) is type(new_encoder):
         old_encoder, new_encoder = without_weights_path(old_encoder), without_weights_path(new_encoder)
     changed = _encoder_differences(old_encoder, new_encoder)
     if changed:
@@ -36,6 +33,8 @@ def check_encoder(source: Path, new: Experiment) -> None:
             f"--init-from {source}: that run has another encoder ({changed}); use the same one, except for "
             f"trainable_stages"
         )
+    if run.weights is not None and weights_digest(new.encoder) != run.weights:
+        raise UserError(f"--init-from {source}: that run has other encoder weights; use the same weights file")
 
 
 def _encoder_differences(old: Any, new: Any) -> str:

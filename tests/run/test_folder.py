@@ -16,6 +16,7 @@ from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.models.encoders.pretrained.weights import package_weights, read_weights
 from imgcap_jax.run.folder import CODE, Run, empty_smoke, find_run, use_data_dir, use_weights
+from imgcap_jax.run.transfer import check_encoder
 from imgcap_jax.train import train
 from imgcap_jax.training.checkpoints import latest_step
 
@@ -297,6 +298,15 @@ def test_weights_of_a_run(run: Path, trained: Path, weights_files: tuple[Path, P
     [moved] = use_weights([kept], [weights_files[0]])
     moved.check_weights()
     kept.check_same(moved.experiment, None)  # the place can change, and the run is resumed
+    check_encoder(run, moved.experiment)  # --init-from
+    for changed, message in (
+        (EfficientNetLite(weights=str(weights_files[1])), "that run has other encoder weights"),
+        (EfficientNetLite(variant=1, weights=str(weights_files[0])), r"another encoder \(variant: 0 -> 1"),
+        (EfficientNetLite(weights="random"), r"another encoder \(weights: "),
+        (small.experiment.encoder, r"another encoder \(EfficientNetLite -> SmallCNN"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_encoder(run, replace(moved.experiment, encoder=changed))
     other = replace(moved.experiment, encoder=EfficientNetLite(weights=str(weights_files[1])))
     with pytest.raises(UserError, match="contains another experiment"):
         kept.check_same(other, None)
