@@ -13,8 +13,8 @@ class UserError(Exception):
 def printable(text: str) -> str:
     """A file name or other text as it can be printed in one line.
 
-    Control characters, line separators and halves of characters are escaped. Python represents a byte of a file name
-    that is not UTF-8 by half a character; it becomes ``\\xe9``.
+    Control characters, line separators and lone surrogates are escaped. Python represents a byte of a file name that
+    is not UTF-8 by a lone surrogate; it becomes ``\\xe9``.
     """
     if text.isprintable():
         return text

@@ -254,7 +254,8 @@ def _add_prepare(actions: Commands) -> None:
         actions,
         "prepare",
         help="write a dataset in TFDS's format",
-        description="Write a dataset in TFDS's format. Nothing is done if it is up to date.",
+        description="Write a dataset in TFDS's format. Nothing is done if it is up to date: prepared from the same "
+        "data, with files of the right sizes. imgcap data inspect NAME --check reads all files.",
     )
     prepare.add_argument(
         "source",
@@ -301,7 +302,7 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         default="ptb",
-        help="how captions become words: ptb (default), characters (Chinese, Japanese, Thai, emoji), or MODULE:CLASS "
+        help="how captions become words: ptb (default), characters (Chinese, Japanese, Thai), or MODULE:CLASS "
         "of your own with --code",
     )
     _add_code(parser)

@@ -41,7 +41,7 @@ class SplitStatistics:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Statistics of a prepared dataset. `vocabulary_size` includes the four special tokens; `notes` say what is odd."""
+    """Statistics of a prepared dataset. `vocabulary_size` includes the four special tokens; `notes` are warnings."""
 
     dataset: DatasetDescription
     splits: dict[str, SplitStatistics]

@@ -63,7 +63,7 @@ class CaptionData:
     """Words that occur less often in the training captions become <unk>."""
     tokenizer: Tokenizer = DEFAULT
     """How captions become words: ptb (English and other text with blanks between words), characters (Chinese, Japanese,
-    Thai, emoji), or your own."""
+    Thai; keeps emoji), or your own."""
     views: int = 1
     """Feature views per image if the encoder is frozen: plain, mirrored, crops."""
     feature_dtype: Dtype = "float16"

@@ -134,7 +134,7 @@ def write_submission(path: Path, name: str, splits: Mapping[str, Mapping[int, st
         for split, captions in splits.items():
             archive.writestr(f"captions_{split}_{name}_results.json", _json(_results(captions)))
     return [
-        f"{split} has captions of {len(splits[split])} images; the server requires all {images}"
+        f"{split} has captions of {counted(len(splits[split]), 'image')}; the server requires all {images}"
         if split in splits
         else f"{split} is missing; the server requires it"
         for split, images in _TEST_SERVER.items()

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, counted
 from imgcap_jax.files import check_writable, write_text
 from imgcap_jax.metrics import spice
 from imgcap_jax.metrics.coco_format import Captions, check_file_names, first_captions, read_captions, read_references
@@ -162,7 +162,8 @@ def score_files(
         }
         if len(images) < _FEW:
             warnings.append(
-                f"with {len(images)} images neither interval nor p-value is reliable: compare on at least {_FEW} images"
+                f"with {counted(len(images), 'image')} neither interval nor p-value is reliable: compare on at least "
+                f"{_FEW} images"
             )
     named = {name: str(path) for name, path in files.items()}
     return ScoreReport(
@@ -194,8 +195,8 @@ def _single(captions: Mapping[int, Sequence[str]], path: Path, warnings: list[st
     single, several = first_captions(captions)
     if several:
         warnings.append(
-            f"{path} captions {len(several)} images more than once (first: image {several[0]}); only the first caption "
-            "of each is scored"
+            f"{path} captions {counted(len(several), 'image')} more than once (first: image {several[0]}); only the "
+            "first caption of each is scored"
         )
     return single
 
@@ -208,8 +209,8 @@ def _common(
         strange = [image_id for image_id in captions if image_id not in references]
         if len(strange) == len(captions):
             raise UserError(
-                f"none of the {len(captions)} images of {path} has references (first: image {strange[0]}): check that "
-                "both files belong to the same split"
+                f"none of the {counted(len(captions), 'image')} of {path} has references (first: image {strange[0]}): "
+                "check that both files belong to the same split"
             )
         if strange:
             warnings.append(

@@ -114,8 +114,8 @@ def test_diversity_of_samples(references: str, tmp_path: Path, capsys: pytest.Ca
         (["missing.json", "{references}"], "missing.json is missing"),
         (["{references}", "{references}"], "contains references"),
         (["{captions}", "{captions}"], "as results files do, not references"),
-        (["{strange}", "{references}"], "none of the 1 images of .* has references"),
-        (["{captions}", "{references}", "--compare", "{strange}"], "none of the 1 images"),
+        (["{strange}", "{references}"], "none of the 1 image of .* has references"),
+        (["{captions}", "{references}", "--compare", "{strange}"], "none of the 1 image"),
         (
             ["{captions}", "{references}", "--compare", "{captions}", "--bootstrap", "0"],
             "--bootstrap is 0; it must be",

@@ -527,7 +527,7 @@ def test_pictures_that_are_also_in_another_split(tmp_path: Path) -> None:
     prepare(lines(tmp_path, rows), name="copies", data_dir=data_dir, progress=False, say=said.append)
     (entry,) = describe("copies", data_dir).skipped
     assert (entry.name, entry.reason) == ("300.jpg", "in train, is the same picture as 0.jpg in val")
-    assert "note: 1 pictures are in two splits under different names (300.jpg, in train, is the same" in "\n".join(said)
+    assert "note: 1 picture in two splits under different names (300.jpg, in train, is the same" in "\n".join(said)
     assert describe("copies", data_dir).splits["train"] == 300
 
 

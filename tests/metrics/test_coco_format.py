@@ -191,7 +191,7 @@ def test_submission(tmp_path: Path) -> None:
     path = tmp_path / "results.zip"
     whole = dict.fromkeys(range(40504), "a dog")
     warnings = write_submission(path, "soft-attention", {"val2014": whole, "test2014": {16: "a cat"}})
-    assert warnings == ["test2014 has captions of 1 images; the server requires all 40775"]
+    assert warnings == ["test2014 has captions of 1 image; the server requires all 40775"]
     with zipfile.ZipFile(path) as archive:
         names = [f"captions_{split}_soft-attention_results.json" for split in ("val2014", "test2014")]
         assert archive.namelist() == names

@@ -314,7 +314,7 @@ class FolderBuilder(CaptionBuilder):
         if self._copies:
             first = self._copies[0]
             self.notes.append(
-                f"{len(self._copies)} pictures are in two splits under different names ({shown(first.name)}, "
+                f"{counted(len(self._copies), 'picture')} in two splits under different names ({shown(first.name)}, "
                 f"{shown(first.reason)}); scores on them are not those of unseen pictures"
             )
 
@@ -379,8 +379,8 @@ class FolderBuilder(CaptionBuilder):
         try:
             write_text(self._report, "".join(lines))
         except (UserError, OSError) as error:
-            return f"; the list of all {len(lines)} could not be written ({error})"
-        return f"; all {len(lines)} are listed in {self._report}"
+            return f"; the list of {counted(len(lines), 'problem')} could not be written ({error})"
+        return f"; {counted(len(lines), 'problem')} listed in {self._report}"
 
 
 def _read_with_digest(path: Path) -> tuple[bytes, bytes]:
