@@ -18,6 +18,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from imgcap_jax.data.builders.layout import PREPARE_AGAIN
 from imgcap_jax.data.feature_files import (
     DTYPES,
     Dtype,
@@ -171,7 +172,7 @@ class FeatureStore:
             try:
                 return _view(example, i, view, image_size, resize, augmentation)
             except ImageError as error:
-                raise UserError(f"{source.name}: {example.filename}: {error}; prepare the dataset again") from error
+                raise UserError(f"{source.name}: {example.filename}: {error}; {PREPARE_AGAIN}") from error
 
         shape = (len(source), views, *regions)
         writer = FeatureWriter(folder, identity, fingerprint, shape, dtype)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from absl import flags
 
+from imgcap_jax.data.builders.layout import PREPARE_AGAIN
 from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.feature_files import DTYPES, Dtype
 from imgcap_jax.data.image_files import ImageError
@@ -340,7 +341,7 @@ class _TrainRows(grain.transforms.RandomMap):
         if len(unreadable) > _UNREADABLE_MAX * len(source):
             raise UserError(
                 f"{source.name}: {len(unreadable)} of {len(source)} images cannot be read, more than 1 % "
-                f"(the last: {what}); prepare the dataset again"
+                f"(the last: {what}); {PREPARE_AGAIN}"
             )
 
 
@@ -398,8 +399,7 @@ class _EvalRows(grain.transforms.Map):
             return decode(example.image, self._config.image_size, self._config.resize)
         except ImageError as error:
             raise UserError(
-                f"{self._source.name}, split {self._source.split}: {example.filename}: {error}; "
-                "prepare the dataset again"
+                f"{self._source.name}, split {self._source.split}: {example.filename}: {error}; {PREPARE_AGAIN}"
             ) from error
 
 

@@ -50,6 +50,7 @@ _RESERVED = ("scenes", "coco", coco.NAME)
 _ABANDONED_AFTER_SECONDS = 3600.0
 _INCOMPLETE = "incomplete."  # the prefix that TFDS uses
 _ABANDONED = re.compile(r"incomplete\.[A-Za-z0-9_]{6,8}(_\d+\.\d+\.\d+)?")  # of this module, and of TFDS
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EFBIG)
 
 
@@ -363,7 +364,7 @@ def _file_errors(data_dir: Path) -> Iterator[None]:
             # The folder that cannot be made can be above the data folder.
             ours = place is None or place.is_relative_to(data_dir) or data_dir.is_relative_to(place)
             reason = error.strerror or type(error).__name__
-            if ours and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            if ours and error.errno in _UNWRITABLE:
                 raise UserError(f"{place or data_dir} can't be written ({reason}); use another --data-dir") from error
             if error.errno in _DISK_ERRORS:
                 with disk_errors(str(data_dir if ours else place)):

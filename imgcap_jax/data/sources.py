@@ -198,7 +198,7 @@ def open_source(name: str, split: str, data_dir: Path | None = None) -> CaptionS
     if split not in description.splits:
         raise UserError(f"{description.name} has no split {split!r}; it has {', '.join(description.splits)}")
     if not description.splits[split]:
-        raise UserError(f"{description.name}: split {split!r} is empty; prepare the dataset again")
+        raise UserError(f"{description.name}: split {split!r} is empty; {PREPARE_AGAIN}")
     if description.name == coco.NAME and split == "train":
         coco.check_train_size(description.splits["train"], description.folder)
     return CaptionSource(description, split, data_dir)

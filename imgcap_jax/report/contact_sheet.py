@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from imgcap_jax.data.builders.layout import PREPARE_AGAIN
 from imgcap_jax.data.image_files import ImageError
 from imgcap_jax.data.images import view
 from imgcap_jax.data.sources import CaptionExample, CaptionSource
@@ -94,7 +95,7 @@ def example_picture(example: CaptionExample, longest: int) -> np.ndarray:
     try:
         return view(example.image, longest)
     except ImageError as error:
-        raise UserError(f"{example.filename}: {error}; prepare the dataset again") from error
+        raise UserError(f"{example.filename}: {error}; {PREPARE_AGAIN}") from error
 
 
 def _fit(image: np.ndarray) -> Image.Image:

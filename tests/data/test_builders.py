@@ -341,6 +341,10 @@ def test_errors_of_files_name_the_file(
         quietly(own, data_dir)
     assert str(error.value).startswith("/nonexistent/captions.csv: No such file or directory; check this path")
 
+    own.touch()
+    with pytest.raises(UserError, match=r"my_photos can't be written .Not a directory.; use another --data-dir"):
+        quietly(folder, own / "data")
+
     def refuse(number: int, path: Path) -> Any:
         def make(**_: Any) -> str:
             raise OSError(number, os.strerror(number), os.fspath(path))
