@@ -17,7 +17,7 @@ from imgcap_jax.data.images import decode, view
 from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError, printable
-from imgcap_jax.files import check_writable, local_path
+from imgcap_jax.files import check_writable, local_path, reason
 from imgcap_jax.image_ids import LIMIT
 from imgcap_jax.metrics.coco_format import write_results
 from imgcap_jax.models.model import split_trained
@@ -25,6 +25,7 @@ from imgcap_jax.report.attention import attention_picture
 from imgcap_jax.run.evaluation import check_ensemble
 from imgcap_jax.run.folder import Run, use_weights
 from imgcap_jax.run.generation import attention_function, caption_function, caption_rows, check_decoding
+from imgcap_jax.tokenizers import text_of
 from imgcap_jax.training.checkpoints import restore_best
 from imgcap_jax.user_code import load_all_code
 
@@ -182,7 +183,7 @@ class Captioner:
             words = tuple(vocabulary.decode_words(decoded.tokens[row, m]))
             captions.append(
                 Caption(
-                    vocabulary.tokenizer.join(words),
+                    text_of(words, vocabulary.tokenizer),
                     float(decoded.log_prob[row, m]),
                     words,
                     tuple(map(float, decoded.word_log_probs[row, m, : len(words)])),
@@ -270,7 +271,7 @@ def caption_files(
                 try:
                     _draw(captioner, path, found[0], picture)
                 except (ImageError, OSError, UserError) as error:
-                    yield f"imgcap: {_shown(path)}: {_reason(error)}; no picture of its attention", True
+                    yield f"imgcap: {_shown(path)}: {reason(error)}; no picture of its attention", True
                     picture = None
             for line in _lines(path, found, picture, as_json=as_json):
                 yield line, False
@@ -292,7 +293,7 @@ def _captioned(captioner: Captioner, files: Sequence[Path]) -> Iterator[tuple[Pa
                 images.append(captioner.pixels(path))
                 read.append(path)
             except (ImageError, OSError) as error:
-                yield path, _reason(error)
+                yield path, reason(error)
         if images:
             captions = [one for part in captioner.stream(images, done) for one in part]
             done += len(images)
@@ -302,10 +303,6 @@ def _captioned(captioner: Captioner, files: Sequence[Path]) -> Iterator[tuple[Pa
 def _draw(captioner: Captioner, path: Path, caption: Caption, picture: Path) -> None:
     assert caption.attention is not None
     attention_picture(captioner.view(path), caption.words, caption.log_probs, caption.attention, picture)
-
-
-def _reason(error: Exception) -> str:
-    return printable(error.strerror if isinstance(error, OSError) and error.strerror else str(error))
 
 
 def _shown(path: Path) -> str:

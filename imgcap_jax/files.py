@@ -105,7 +105,7 @@ def replacing(path: Path) -> Iterator[Path]:
             # A new folder with a random name: nobody can have put a link in the place of the temporary file.
             folder = Path(tempfile.mkdtemp(prefix=".new_", dir=path.absolute().parent))
     except UserError as error:
-        raise UserError(f"{path} can't be written ({_reason(error)}): choose another place") from error
+        raise UserError(f"{path} can't be written ({reason(error)}): choose another place") from error
     try:
         with disk_errors(str(path)):
             yield folder / path.name
@@ -147,24 +147,25 @@ def reading(path: Path, advice: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: {advice}") from error
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror or _reason(error)}): {advice}") from error
+        raise UserError(f"{path} can't be read ({reason(error)}): {advice}") from error
     except Exception as error:
-        raise UserError(f"{path} is damaged ({_reason(error)}): {advice}") from error
+        raise UserError(f"{path} is damaged ({reason(error)}): {advice}") from error
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of an error's message, cut to a readable length."""
-    cause = error.__cause__
-    if isinstance(error, UserError) and isinstance(cause, OSError) and cause.strerror:
+def reason(error: BaseException) -> str:
+    """What went wrong, in one printable line, for a message that names the file. Foreign messages are cut."""
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is not {error.encoding}"
     if isinstance(error, RecursionError):
         return "too deeply nested"
     if isinstance(error, KeyError):
-        return f"{error} is missing"
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+        return printable(f"{error} is missing"[:200])
+    if isinstance(error, UserError):
+        return printable(str(error))
+    return printable(" ".join(str(error).split())[:200]) or type(error).__name__
 
 
 def read_json(path: Path, advice: str) -> Any:

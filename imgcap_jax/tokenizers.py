@@ -14,13 +14,15 @@ A tokeniser of your own is a frozen dataclass that implements ``Tokenizer``; doc
 """
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import regex
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import reason
 from imgcap_jax.text import tokenize
 from imgcap_jax.user_code import UnknownClassError, find_class
 
@@ -34,7 +36,7 @@ class Tokenizer(Protocol):
         ...
 
     def __call__(self, caption: str, /) -> list[str]:
-        """The tokens of a caption. The list can be empty; tokens must not be.
+        """The tokens of a caption. The list can be empty; tokens must not be empty or blank.
 
         Scores are computed on the tokens of the joined text. A tokeniser should therefore return the same tokens again:
         ``tokenizer(tokenizer.join(tokens)) == tokens``.
@@ -151,7 +153,7 @@ def check_tokenizer(tokenizer: Tokenizer, setting: str) -> None:
             )
     label = tokenizer.label
     if not isinstance(label, str) or not label or any(character in "|," or character.isspace() for character in label):
-        raise UserError(f"{setting}: the label {label!r} must be a text without blanks, | and commas")
+        raise UserError(f"{setting}: the label {label!r} must be text without blanks, '|' or ','")
     if label in _LABELS and not isinstance(tokenizer, _LABELS[label]):
         raise UserError(f"{setting}: the label {label!r} belongs to a tokeniser of imgcap_jax; choose another label")
 
@@ -159,7 +161,57 @@ def check_tokenizer(tokenizer: Tokenizer, setting: str) -> None:
 _LABELS = {kind().label: kind for kind in NAMES.values()}
 
 
-def is_english_only(tokenizer: Tokenizer) -> bool:
+def tokens_of(caption: str, tokenizer: Tokenizer) -> list[str]:
+    """The tokens of a caption. A tokeniser of the user's own is checked.
+
+    Raises:
+        UserError: it raises an exception, or returns something other than a list of words.
+    """
+    if type(tokenizer) in _OWN:
+        return tokenizer(caption)
+    with _naming(tokenizer, f"the caption {caption!r:.80}"):
+        tokens = tokenizer(caption)
+    if not isinstance(tokens, list) or not all(isinstance(token, str) and token.strip() for token in tokens):
+        raise UserError(
+            f"tokenizer {type(tokenizer).__name__}: it returned {tokens!r:.80}; it must return a list of words, which "
+            f"must not be empty or blank"
+        )
+    return tokens
+
+
+def text_of(tokens: Sequence[str], tokenizer: Tokenizer) -> str:
+    """The text of tokens.
+
+    Raises:
+        UserError: a tokeniser of the user's own raises an exception, or does not return text.
+    """
+    if type(tokenizer) in _OWN:
+        return tokenizer.join(tokens)
+    with _naming(tokenizer, f"join of the tokens {list(tokens)!r:.80}"):
+        text = tokenizer.join(tokens)
+    if not isinstance(text, str):
+        raise UserError(f"tokenizer {type(tokenizer).__name__}: join returned {text!r:.80}; it must return text")
+    return text
+
+
+_OWN = (PennTreebank, Characters)
+
+
+@contextmanager
+def _naming(tokenizer: Tokenizer, given: str) -> Iterator[None]:
+    """Turns an exception of a user's tokeniser into a UserError that names the class."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"tokenizer {type(tokenizer).__name__}: {given} raised {type(error).__name__} ({reason(error)}); mend the "
+            f"class"
+        ) from error
+
+
+def splits_english_words(tokenizer: Tokenizer) -> bool:
     """Whether metrics that are defined for English words (METEOR, SPICE) can read the tokens."""
     return isinstance(tokenizer, PennTreebank)
 
@@ -170,37 +222,65 @@ def unspaced_length(token: str) -> int:
 
 
 _LONGEST_UNSPACED = 5.0  # characters; segmented Chinese and Japanese words have about two, Thai ones three
-_LONGEST_MEAN = 12.0  # characters; words of German and Finnish captions have six to eight
+LONGEST_MEAN = 12.0  # characters; words of German and Finnish captions have six to eight
 _ENOUGH_TOKENS = 100
 
 
-def why_unsegmented(captions: Sequence[Sequence[str]]) -> str:
-    """Why tokenised captions do not seem to be separated into words; "" if they do."""
-    found = unspaced = words = characters = 0
-    for caption in captions:
-        for token in caption:
-            words, characters = words + 1, characters + len(token)
-            if not token.isascii() and (length := unspaced_length(token)):
-                found, unspaced = found + 1, unspaced + length
-    if 2 * found > len(captions) and unspaced > _LONGEST_UNSPACED * found:
+def why_unsegmented(counts: Mapping[str, int], captions: int, tokenizer: Tokenizer) -> str:
+    """Why captions do not seem to be separated into words; "" if they do, and for ``Characters``, which needs no words.
+
+    Args:
+        counts: the number of occurrences of each token.
+        captions: the number of captions.
+        tokenizer: what split the captions.
+    """
+    if isinstance(tokenizer, Characters):
+        return ""
+    found = unspaced = 0
+    for token, count in counts.items():
+        if not token.isascii() and (length := unspaced_length(token)):
+            found, unspaced = found + count, unspaced + count * length
+    if 2 * found > captions and unspaced > _LONGEST_UNSPACED * found:
         return f"their Chinese, Japanese or similar words have {unspaced / found:.0f} characters on average"
-    if words >= _ENOUGH_TOKENS and characters > _LONGEST_MEAN * words:
+    words, characters = sum(counts.values()), sum(len(token) * count for token, count in counts.items())
+    if words >= _ENOUGH_TOKENS and characters > LONGEST_MEAN * words:
         return f"their words have {characters / words:.0f} characters on average"
     return ""
 
 
 _ENGLISH = frozenset({"an", "the", "is", "are", "and", "of", "with", "on"})
+# Function words of languages that have few letters outside ASCII, or can be written without them. Words that English
+# captions contain, such as "van" and "die", are left out.
+_FOREIGN_WORDS = (
+    "ein eine einem einen einer und der das dem mit auf ist sind zwei "  # German
+    "een het en op zijn naar aan bij twee "  # Dutch
+    "un une le la les des du et dans sur est avec qui deux "  # French
+    "el los las una uno de del por para que y "  # Spanish
+    "um uma o e os da das em na ao duas "  # Portuguese
+    "il lo gli di che nel nella sul sulla della "  # Italian
+    "och ett som med av till og det er til ja ei "  # Swedish, Danish, Norwegian, Finnish
+    "w z na nie jest ze po dla ve bir az egy je se su "  # Polish, Turkish, Hungarian, Czech, Croatian
+    "yang dengan dari untuk seorang sebuah ang ng sa mga ya wa kwa katika"  # Indonesian, Filipino, Swahili
+)
+_FOREIGN = frozenset(_FOREIGN_WORDS.split())
 
 
-def looks_english(captions: Sequence[Sequence[str]]) -> bool:
-    """Whether tokenised captions seem to be English.
+def looks_english(counts: Mapping[str, int]) -> bool:
+    """Whether captions seem to be English, from the number of occurrences of each token.
 
     In English captions, nine function words make up about 30 % of the tokens ("a" alone 14 %, in Flickr8k). Captions
     count as English if the nine make up at least 12 %, and those other than "a" at least 3 %. ("a" alone is frequent in
-    Hungarian and Portuguese, for example.) Fewer than 100 tokens are too few to decide. They count as English.
+    Hungarian and Portuguese, for example.) English titles, keywords and reports can have fewer of them. Such captions
+    count as English unless at least 10 % of the tokens have letters outside ASCII or are function words of other
+    languages. Fewer than 100 tokens are too few to decide. They count as English.
     """
-    tokens = [token for caption in captions for token in caption]
-    common = sum(token in _ENGLISH for token in tokens)
-    return len(tokens) < _ENOUGH_TOKENS or (
-        common >= 0.03 * len(tokens) and common + tokens.count("a") >= 0.12 * len(tokens)
+    tokens = sum(counts.values())
+    common = sum(counts.get(word, 0) for word in _ENGLISH)
+    if tokens < _ENOUGH_TOKENS or (common >= 0.03 * tokens and common + counts.get("a", 0) >= 0.12 * tokens):
+        return True
+    foreign = sum(
+        count
+        for token, count in counts.items()
+        if token in _FOREIGN or (not token.isascii() and any(map(str.isalpha, token)))
     )
+    return foreign < 0.1 * tokens

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from imgcap_jax.data.caption_tokens import CaptionTokens, total_counts
 from imgcap_jax.data.mixtures import describe_mixture, rows_per_epoch
 from imgcap_jax.data.pipeline import train_batches
 from imgcap_jax.data.prefetch import device_prefetch
@@ -297,8 +298,9 @@ def _open_run(experiment: Experiment, folder: Path, data: Data, init_from: Path 
     check_together(experiment)
     if init_from is not None:
         check_encoder(init_from, experiment)  # before hours of feature extraction; a resumed run has passed it
-    captions = (caption for source in data.sources for i in range(len(source)) for caption in source.captions(i))
-    vocabulary = Vocabulary.build(captions, experiment.data.min_count, experiment.data.tokenizer)
+    tokenizer = experiment.data.tokenizer
+    words = total_counts(CaptionTokens.of(source, tokenizer) for source in data.sources)
+    vocabulary = Vocabulary.from_counts(words, experiment.data.min_count, tokenizer)
     if init_from is not None:
         vocabulary = Run.load(init_from).vocabulary.extended(vocabulary)
     run = Run(folder, experiment, vocabulary, init_from, weights_digest(experiment.encoder))

@@ -390,7 +390,7 @@ def read_weights(folder: Path) -> str:
 
     path = str(next((folder / name for name in ("w.pth", "model.safetensors") if (folder / name).exists()), folder))
     loaded = load_tensors(path, family="resnet", network="resnet50", shapes=SHAPES)
-    weights_digest(path, family="resnet", network="resnet50")
+    weights_digest(path, family="resnet", network="resnet50", shapes=SHAPES)
     return digest([loaded.tensors, loaded.mean, loaded.std])
 
 

@@ -1,14 +1,15 @@
 """Notes on captions that a vocabulary or a training setting does not fit, for people who prepare data or train."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from imgcap_jax.data.caption_tokens import CaptionTokens, total_counts
 from imgcap_jax.data.sources import CaptionSource
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
-from imgcap_jax.tokenizers import DEFAULT, Tokenizer, looks_english, why_unsegmented
+from imgcap_jax.tokenizers import DEFAULT, LONGEST_MEAN, Characters, looks_english, why_unsegmented
 
 LOWEST_COVERAGE = 0.8
 _FEW = 20  # captions; fewer show no pattern
@@ -16,11 +17,11 @@ _FEW = 20  # captions; fewer show no pattern
 
 @dataclass(frozen=True)
 class CaptionCounts:
-    """What the notes depend on, counted in one pass over the captions of a split.
+    """What the notes depend on.
 
     Attributes:
         captions: the number of captions.
-        lengths: captions[n] is the number of captions with n words.
+        lengths: lengths[n] is the number of captions with n words.
         words, known: the number of words, and of those in the vocabulary.
         unsegmented: why the text does not seem to be separated into words; "" if it does.
         english: whether the captions seem to be English.
@@ -34,21 +35,24 @@ class CaptionCounts:
     english: bool
 
     @classmethod
-    def of(cls, captions: Iterable[str], vocabulary: Vocabulary | None, tokenizer: Tokenizer) -> "CaptionCounts":
+    def of(cls, splits: Sequence[CaptionTokens], vocabulary: Vocabulary | None) -> "CaptionCounts":
         """Counts the words of captions. Without a vocabulary, none is known."""
-        tokens = [tokenizer(caption) for caption in captions]
-        known = sum(map(vocabulary.count_known, tokens)) if vocabulary is not None else 0
-        lengths = np.bincount([len(caption) for caption in tokens], minlength=1)
-        unsegmented = why_unsegmented(tokens)
-        if not unsegmented and len(tokens) >= _FEW and 2 * sum(lengths[:2]) > len(tokens):
+        counts = total_counts(splits)
+        lengths = np.bincount(np.concatenate([split.lengths for split in splits]), minlength=1)
+        captions, words = int(lengths.sum()), sum(counts.values())
+        unsegmented = why_unsegmented(counts, captions, splits[0].tokenizer)
+        # Characters that the tokeniser drops count here, such as emoji.
+        long = sum(split.characters for split in splits) > LONGEST_MEAN * words
+        own = isinstance(splits[0].tokenizer, Characters)
+        if not unsegmented and not own and long and captions >= _FEW and 2 * sum(lengths[:2]) > captions:
             unsegmented = "most of them have one word or none"
         return cls(
-            len(tokens),
+            captions,
             tuple(map(int, lengths)),
-            sum(map(len, tokens)),
-            known,
+            words,
+            0 if vocabulary is None else sum(count for word, count in counts.items() if word in vocabulary),
             unsegmented,
-            looks_english(tokens),
+            looks_english(counts),
         )
 
     @property
@@ -71,16 +75,16 @@ def vocabulary_notes(
         vocabulary: None if no word occurs ``min_count`` times.
         min_count: the smallest count of a word of the vocabulary.
     """
+    notes = []
     if training.unsegmented:
-        return [
+        notes.append(
             f"the captions do not seem to be separated into words ({training.unsegmented}); use "
             f"--data.tokenizer characters, or put blanks between words"
-        ]
-    notes = []
+        )
     if training.lengths[0]:
         notes.append(
-            f"{training.lengths[0]} of {training.captions} training captions have no words, and train only the end of "
-            f"a caption; remove them, or use another --data.tokenizer if it drops their characters"
+            f"{training.lengths[0]} of {training.captions} training captions have no words, so the model learns only "
+            f"to stop; remove them, or use another --data.tokenizer if it drops their characters"
         )
     if vocabulary is None:
         return [*notes, f"no word occurs {min_count} times in the training captions; use a smaller --data.min-count"]
@@ -98,15 +102,10 @@ def vocabulary_notes(
 def prepared_notes(training: CaptionSource, validation: CaptionSource | None) -> list[str]:
     """The notes on a prepared dataset, with the default tokeniser and min_count."""
     min_count = 5
-    captions = list(captions_of([training]))
+    tokens = CaptionTokens.of(training, DEFAULT)
     try:
-        vocabulary = Vocabulary.build(captions, min_count)
+        vocabulary = Vocabulary.from_counts(tokens.counts(), min_count, DEFAULT)
     except UserError:
         vocabulary = None
-    theirs = CaptionCounts.of(captions_of([validation]), vocabulary, DEFAULT) if validation is not None else None
-    return vocabulary_notes(CaptionCounts.of(captions, vocabulary, DEFAULT), theirs, vocabulary, min_count)
-
-
-def captions_of(sources: Sequence[CaptionSource]) -> Iterable[str]:
-    """All captions of sources."""
-    return (caption for source in sources for i in range(len(source)) for caption in source.captions(i))
+    theirs = None if validation is None else CaptionCounts.of([CaptionTokens.of(validation, DEFAULT)], vocabulary)
+    return vocabulary_notes(CaptionCounts.of([tokens], vocabulary), theirs, vocabulary, min_count)

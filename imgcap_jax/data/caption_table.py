@@ -2,13 +2,13 @@
 
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from imgcap_jax.special_tokens import EOS, PAD, UNK
+from imgcap_jax.data.caption_tokens import CaptionTokens
+from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
 
 if TYPE_CHECKING:
     from imgcap_jax.data.sources import CaptionSource
@@ -24,31 +24,20 @@ class CaptionTable:
         words: the largest id plus 1.
     """
 
-    def __init__(self, captions: Sequence[Sequence[Sequence[int] | npt.NDArray[np.int32]]], length: int) -> None:
-        """Builds the table.
-
-        Args:
-            captions: for each image its captions, each at most `length` ids.
-            length: number of ids per row, T.
-        """
-        self.first = np.concatenate([[0], np.cumsum([len(of_image) for of_image in captions])])
-        self.tokens = np.full((self.first[-1], length), PAD, np.int32)
-        for row, caption in enumerate(chain.from_iterable(captions)):
-            self.tokens[row, : len(caption)] = caption
+    def __init__(self, tokens: npt.NDArray[np.int32], per_image: npt.ArrayLike) -> None:
+        """Takes rows of ids [C, T], and the number of captions of each image [images]."""
+        self.first = np.concatenate([[0], np.cumsum(per_image, dtype=np.int64)])
+        self.tokens = tokens
         self.words = int(self.tokens.max(initial=0)) + 1
 
     @classmethod
     def for_training(cls, sources: "Sequence[CaptionSource]", vocabulary: "Vocabulary", length: int) -> "CaptionTable":
-        """Encodes the captions with `Vocabulary.encode`: bos, words, eos.
+        """Encodes the captions as `Vocabulary.encode` does: bos, words, eos.
 
         Captions are cut to `length` ids. Words outside the vocabulary become unk.
         """
-        captions = [
-            [vocabulary.encode(caption, length) for caption in source.captions(i)]
-            for source in sources
-            for i in range(len(source))
-        ]
-        return cls(captions, length)
+        splits = [CaptionTokens.of(source, vocabulary.tokenizer) for source in sources]
+        return cls._filled(splits, [vocabulary.ids(split.words) for split in splits], length, bos=True, eos=True)
 
     @classmethod
     def as_references(
@@ -60,16 +49,38 @@ class CaptionTable:
         Such a word counts towards the length of a reference, but no generated word matches it.
         """
         known = {word: number for number, word in enumerate(vocabulary.words) if number > UNK}
-        captions = [
-            [
-                [known.setdefault(word, len(known) + UNK + 1) for word in vocabulary.tokenizer(caption)] + [EOS] * eos
-                for caption in source.captions(i)
-            ]
-            for source in sources
-            for i in range(len(source))
-        ]
-        longest = max((len(caption) for caption in chain.from_iterable(captions)), default=0)
-        return cls(captions, max(longest, 1))
+        splits = [CaptionTokens.of(source, vocabulary.tokenizer) for source in sources]
+        ids = [[known.setdefault(word, len(known) + UNK + 1) for word in split.words] for split in splits]
+        longest = max((int(split.lengths.max(initial=0)) + eos for split in splits if len(split.lengths)), default=0)
+        return cls._filled(splits, ids, max(longest, 1), bos=False, eos=eos)
+
+    @classmethod
+    def _filled(
+        cls, splits: Sequence[CaptionTokens], ids: Sequence[Sequence[int]], length: int, *, bos: bool, eos: bool
+    ) -> "CaptionTable":
+        """Fills the rows of a table. A caption that does not fit with its bos and eos has no eos and is cut.
+
+        Args:
+            splits: the captions.
+            ids: the id of each of `words`, for each split.
+            length: number of ids per row, T.
+            bos, eos: whether captions begin with bos and end with eos.
+        """
+        tokens = np.full((sum(len(split.lengths) for split in splits), length), PAD, np.int32)
+        first = 0
+        for split, of_words in zip(splits, ids, strict=True):
+            rows = tokens[first : first + len(split.lengths)]
+            first += len(rows)
+            if bos:
+                rows[:, 0] = BOS
+            room = length - bos - eos
+            column, end = np.arange(length), bos + np.minimum(split.lengths, room)
+            kept = split.numbers[split.places < room]
+            rows[(column >= bos) & (column < end[:, None])] = np.asarray(of_words, np.int32)[kept]
+            if eos:
+                (whole,) = np.nonzero(split.lengths <= room)
+                rows[whole, split.lengths[whole] + bos] = EOS
+        return cls(tokens, np.concatenate([split.per_image for split in splits]) if splits else [])
 
     @property
     def fingerprint(self) -> str:

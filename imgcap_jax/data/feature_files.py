@@ -3,8 +3,8 @@
 `regions.npy` [I, views, N, D] has its full size from the beginning. Its rows are computed in blocks. A process locks
 the block that it computes. An empty file marks each block whose rows have reached the disk. `digests.bin` contains the
 first eight bytes of the SHA-256 of each row, so that a reader can check the rows that it reads: a digest of the whole
-file would mean to read all of it before training. `manifest.json` describes the rows, records whether all of them are
-computed, and has the digests of itself and of `digests.bin`. Stores of earlier versions have no digests.
+file would require reading all of it before training. `manifest.json` describes the rows, records whether all of them
+are computed, and has the digests of itself and of `digests.bin`. Stores of earlier versions have no digests.
 """
 
 import contextlib

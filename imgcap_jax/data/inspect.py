@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from imgcap_jax.data.caption_checks import CaptionCounts, captions_of, vocabulary_notes
+from imgcap_jax.data.caption_checks import CaptionCounts, vocabulary_notes
+from imgcap_jax.data.caption_tokens import CaptionTokens
 from imgcap_jax.data.sources import CaptionSource, DatasetDescription, describe, open_source
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.tokenizers import DEFAULT, Tokenizer
@@ -90,10 +91,9 @@ def inspect(
     dataset = describe(name, data_dir)
     sources = {split: open_source(name, split, data_dir) for split in dataset.splits}
     training = sources.get("train") or next(iter(sources.values()))
-    vocabulary = Vocabulary.build(captions_of([training]), min_count, tokenizer)
-    counts = {
-        split: CaptionCounts.of(captions_of([source]), vocabulary, tokenizer) for split, source in sources.items()
-    }
+    tokens = {split: CaptionTokens.of(source, tokenizer) for split, source in sources.items()}
+    vocabulary = Vocabulary.from_counts(tokens[training.split].counts(), min_count, tokenizer)
+    counts = {split: CaptionCounts.of([of_split], vocabulary) for split, of_split in tokens.items()}
     statistics = {split: _statistics(source, counts[split]) for split, source in sources.items()}
     notes = vocabulary_notes(counts[training.split], counts.get("val"), vocabulary, min_count)
     return Inspection(dataset, statistics, len(vocabulary), min_count, tokenizer, tuple(notes))

@@ -1,8 +1,7 @@
 """The vocabulary: words and their ids."""
 
 import json
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from imgcap_jax.data.caption_tokens import CaptionTokens
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import read_json, write_text
 from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
-from imgcap_jax.tokenizers import DEFAULT, Tokenizer
+from imgcap_jax.tokenizers import DEFAULT, Tokenizer, text_of, tokens_of
 
 __all__ = ["BOS", "EOS", "PAD", "UNK", "Vocabulary"]
 
@@ -40,12 +40,24 @@ class Vocabulary:
         """Builds a vocabulary of the words that occur at least `min_count` times in the captions.
 
         Raises:
-            UserError: no word occurs that often, or the tokeniser returns something other than a list of words.
+            UserError: no word occurs that often; see also `tokens_of`.
         """
-        counter = Counter(token for caption in captions for token in _checked(tokenizer(caption), tokenizer))
+        counts = CaptionTokens.of_images(([caption] for caption in captions), tokenizer).counts()
+        return cls.from_counts(counts, min_count, tokenizer)
+
+    @classmethod
+    def from_counts(cls, counts: Mapping[str, int], min_count: int, tokenizer: Tokenizer) -> "Vocabulary":
+        """Builds a vocabulary of the words that occur at least `min_count` times, from the count of each word.
+
+        Raises:
+            UserError: no word occurs that often.
+        """
         # The text "<unk>" in a caption is one token. It must not become a second unknown word.
-        rare = sum(counter.pop(token, 0) for token in _SPECIAL)
-        ordered = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
+        rare = sum(counts.get(token, 0) for token in _SPECIAL)
+        ordered = sorted(
+            ((word, count) for word, count in counts.items() if word not in _SPECIAL),
+            key=lambda item: (-item[1], item[0]),
+        )
         known = [(word, count) for word, count in ordered if count >= min_count]
         if not known:
             most = f"the most frequent one, {ordered[0][0]!r}, {ordered[0][1]} times" if ordered else "there are none"
@@ -68,6 +80,9 @@ class Vocabulary:
         """The id of each word; unk for words that are not in the vocabulary."""
         return tuple(self._ids.get(word, UNK) for word in words)
 
+    def __contains__(self, word: str) -> bool:
+        return word in self._ids
+
     def known_ids(self, words: Iterable[str]) -> tuple[int, ...]:
         """The ids of those words that are in the vocabulary, in ascending order."""
         return tuple(sorted(self._ids[word] for word in words if word in self._ids))
@@ -83,7 +98,7 @@ class Vocabulary:
         """
         if length < 3:
             raise ValueError(f"length {length} leaves no room for bos, a word and eos")
-        words = self.ids(self.tokenizer(caption))
+        words = self.ids(tokens_of(caption, self.tokenizer))
         tokens = [BOS, *words, EOS] if len(words) <= length - 2 else [BOS, *words[: length - 2]]
         encoded = np.full(length, PAD, np.int32)
         encoded[: len(tokens)] = tokens
@@ -91,7 +106,7 @@ class Vocabulary:
 
     def decode(self, ids: ArrayLike) -> str:
         """The text of token ids [T] up to the first eos, without bos and pad."""
-        return self.tokenizer.join(self.decode_words(ids))
+        return text_of(self.decode_words(ids), self.tokenizer)
 
     def decode_words(self, ids: ArrayLike) -> list[str]:
         """The words of token ids [T] up to the first eos, without bos and pad."""
@@ -102,19 +117,6 @@ class Vocabulary:
             if index not in (BOS, PAD):
                 words.append(self.words[index])
         return words
-
-    def coverage(self, captions: Iterable[str]) -> float:
-        """The share of the captions' tokens that are in the vocabulary, 0 to 1; 1 if there are no tokens."""
-        known = total = 0
-        for caption in captions:
-            tokens = self.tokenizer(caption)
-            total += len(tokens)
-            known += self.count_known(tokens)
-        return known / total if total else 1.0
-
-    def count_known(self, words: Iterable[str]) -> int:
-        """How many words are in the vocabulary, repetitions included."""
-        return sum(word in self._ids for word in words)
 
     def extended(self, other: "Vocabulary") -> "Vocabulary":
         """A vocabulary of these words with their ids, then the new words of `other`. Counts are added.
@@ -168,9 +170,3 @@ class Vocabulary:
                 f"use the experiment of this run, with its fields and code"
             )
         return cls(tuple(words), tuple(counts), tokenizer)
-
-
-def _checked(tokens: list[str], tokenizer: Tokenizer) -> list[str]:
-    if not isinstance(tokens, list) or not all(isinstance(token, str) and token for token in tokens):
-        raise UserError(f"data.tokenizer: {tokenizer!r} returned {tokens!r:.80}; it must return a list of words")
-    return tokens

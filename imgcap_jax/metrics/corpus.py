@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from imgcap_jax.tokenizers import DEFAULT, Tokenizer
+from imgcap_jax.tokenizers import DEFAULT, Tokenizer, tokens_of
 
 ORDERS = 4  # unigrams to 4-grams
 _SHIFT = 32  # bits of the second number of a pair
@@ -165,8 +165,9 @@ class References:
 
     @classmethod
     def from_captions(cls, captions: Mapping[int, Sequence[str]], tokenizer: Tokenizer = DEFAULT) -> "References":
-        """Tokenises raw captions: image id -> captions."""
-        return cls(tuple(captions), tuple(tuple(map(tokenizer, texts)) for texts in captions.values()))
+        """Tokenises raw captions: image id -> captions. Raises UserError as ``tokens_of``."""
+        split = (tuple(tokens_of(text, tokenizer) for text in texts) for texts in captions.values())
+        return cls(tuple(captions), tuple(split))
 
     @cached_property
     def per_image(self) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from imgcap_jax.metrics.cider import Vectors
 from imgcap_jax.metrics.corpus import Candidates, References
-from imgcap_jax.tokenizers import DEFAULT, Tokenizer
+from imgcap_jax.tokenizers import DEFAULT, Tokenizer, tokens_of
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def diversity(
 
     Captions are compared as tokens, without case and punctuation.
     """
-    tokens = [tuple(tokenizer(caption)) for caption in captions]
+    tokens = [tuple(tokens_of(caption, tokenizer)) for caption in captions]
     often = Counter(tokens)
     words = sum(map(len, tokens))
     novel = None
     if training is not None:
-        seen = {tuple(tokenizer(caption)) for caption in training}
+        seen = {tuple(tokens_of(caption, tokenizer)) for caption in training}
         novel = sum(caption not in seen for caption in tokens) / len(tokens)
     return Diversity(
         len({word for caption in tokens for word in caption}),
@@ -84,7 +84,7 @@ def set_diversity(
         references: image id -> raw captions, from which self-CIDEr's document frequencies are computed.
         tokenizer: splits both.
     """
-    several = {image: [tokenizer(caption) for caption in captions] for image, captions in sets.items()}
+    several = {image: [tokens_of(caption, tokenizer) for caption in captions] for image, captions in sets.items()}
     several = {image: captions for image, captions in several.items() if len(captions) > 1}
     if not several:
         return None

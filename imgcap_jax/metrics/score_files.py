@@ -14,7 +14,7 @@ from imgcap_jax.metrics.coco_format import Captions, check_file_names, first_cap
 from imgcap_jax.metrics.compare import SAMPLES, Difference, paired_bootstrap
 from imgcap_jax.metrics.diversity import Diversity, SetDiversity, diversity, set_diversity
 from imgcap_jax.metrics.scoring import CaptionScorer, Scores, available_metrics, why_english_only
-from imgcap_jax.tokenizers import DEFAULT, Tokenizer, is_english_only
+from imgcap_jax.tokenizers import DEFAULT, Tokenizer, splits_english_words
 
 _FEW = 50  # images; with fewer the bootstrap reports differences that do not exist
 
@@ -108,7 +108,7 @@ def score_files(
         UserError: a file cannot be read, the files have no image in common, SPICE is not installed, or options
             contradict each other.
     """
-    english = is_english_only(tokenizer)
+    english = splits_english_words(tokenizer)
     if with_spice and english and (reason := spice.obstacle()):
         raise UserError(reason)
     if bootstrap is not None and compare is None:

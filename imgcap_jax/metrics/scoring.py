@@ -32,8 +32,8 @@ all metrics. One metric can return several names (BLEU returns BLEU-1 to BLEU-4)
 ``mean_score(images)`` returns a ``MetricScore`` whose score of a set is the mean over its images. Scores must be
 finite. The built-in scores range from 0 to 1 (CIDEr: 0 to 10). Reports print all scores times 100.
 
-The function can have an attribute ``warnings``: lines that say why the references alone make its scores misleading.
-``CaptionScorer.warnings`` contains them.
+The function can have an attribute ``warnings``: lines (or one line) that say why the references alone make its scores
+misleading. ``CaptionScorer.warnings`` contains them.
 
 Labels and signatures: ``CaptionScorer`` takes metrics as a dictionary from labels to metrics. A label states the
 name of the metric and every parameter that changes its scores: ``"CIDEr-D:s6:idf=references"``. It must not contain "|"
@@ -67,6 +67,7 @@ A metric that is part of this package is added to ``available_metrics``.
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -78,7 +79,7 @@ from imgcap_jax.metrics import bleu, cider, rouge
 from imgcap_jax.metrics.corpus import Candidates, MetricScore, MetricScores, References
 from imgcap_jax.metrics.meteor import metric as meteor
 from imgcap_jax.metrics.meteor.tables import HOW_TO_ADD, package_folder
-from imgcap_jax.tokenizers import DEFAULT, Tokenizer, is_english_only, looks_english, why_unsegmented
+from imgcap_jax.tokenizers import DEFAULT, Tokenizer, looks_english, splits_english_words, tokens_of, why_unsegmented
 
 Metric = Callable[[References], Callable[[Candidates], MetricScores]]
 """Takes references and returns a function that scores candidates. The module docstring describes the contract."""
@@ -142,7 +143,7 @@ def available_metrics(
 
 def missing_metrics(tokenizer: Tokenizer = DEFAULT) -> dict[str, str]:
     """The metrics that cannot be computed, each with the command that installs it, or the reason."""
-    if not is_english_only(tokenizer):
+    if not splits_english_words(tokenizer):
         return {"METEOR": why_english_only("METEOR", tokenizer)}
     return {} if package_folder() else {"METEOR": HOW_TO_ADD}
 
@@ -225,8 +226,8 @@ class CaptionScorer:
         self.references = References.from_captions(references, tokenizer)
         self._metrics = {label: prepare(self.references) for label, prepare in metrics.items()}
         self.signature = self._sign(list(metrics))
-        own = (line for score in self._metrics.values() for line in getattr(score, "warnings", ()))
-        self.warnings: tuple[str, ...] = (*_reference_warnings(self.references, metrics), *own)
+        own = (line for score in self._metrics.values() for line in _lines(getattr(score, "warnings", ())))
+        self.warnings: tuple[str, ...] = (*_reference_warnings(self.references, metrics, tokenizer), *own)
 
     def score(self, candidates: Mapping[int, str]) -> Scores:
         """Scores one candidate per image.
@@ -251,7 +252,7 @@ class CaptionScorer:
                 f"the candidate for image {strange[0]} has no references{_and_more(strange)}: "
                 "check that captions and references belong to the same split"
             )
-        tokens = [self._tokenizer(candidates[image_id]) for image_id in image_ids]
+        tokens = [tokens_of(candidates[image_id], self._tokenizer) for image_id in image_ids]
         prepared = Candidates(tokens, self.references)
         found: dict[str, MetricScore] = {}
         signatures: dict[str, str] = {}
@@ -283,7 +284,11 @@ class CaptionScorer:
         )
 
 
-def _reference_warnings(references: References, metrics: Mapping[str, Metric]) -> list[str]:
+def _lines(warnings: str | Sequence[str]) -> Sequence[str]:
+    return [warnings] if isinstance(warnings, str) else warnings
+
+
+def _reference_warnings(references: References, metrics: Mapping[str, Metric], tokenizer: Tokenizer) -> list[str]:
     warnings = []
     bare = [image for image, texts in zip(references.image_ids, references.tokens, strict=True) if not any(texts)]
     if bare:
@@ -296,14 +301,14 @@ def _reference_warnings(references: References, metrics: Mapping[str, Metric]) -
         warnings.append(
             f"{empty} of {len(references.lengths)} references have no words; they lower CIDEr-D: remove them"
         )
-    captions = [words for texts in references.tokens for words in texts]
-    if reason := why_unsegmented(captions):
+    counts = Counter(word for texts in references.tokens for words in texts for word in words)
+    if reason := why_unsegmented(counts, len(references.lengths), tokenizer):
         warnings.append(
             f"the references do not seem to be separated into words ({reason}): use the tokenizer characters, or put "
             f"blanks between words"
         )
-    if _METEOR in metrics and not looks_english(captions):
-        warnings.append("the references do not seem to be English, but METEOR is for English: do not report it")
+    if _METEOR in metrics and not looks_english(counts):
+        warnings.append("the references do not seem to be English; METEOR is for English: check that they are English")
     return warnings
 
 

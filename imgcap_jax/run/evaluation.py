@@ -31,6 +31,7 @@ from imgcap_jax.run.extraction import Extraction, uses_store
 from imgcap_jax.run.folder import Run
 from imgcap_jax.run.generation import caption_function, caption_rows, check_decoding
 from imgcap_jax.special_tokens import EOS
+from imgcap_jax.tokenizers import tokens_of
 from imgcap_jax.training.checkpoints import restore_best
 from imgcap_jax.training.losses import LossSums, caption_loss
 from imgcap_jax.training.parallel import DataParallel
@@ -146,7 +147,7 @@ class SplitEvaluator:
     def degeneration(self, captioned: Captioned) -> tuple[Degeneration, tuple[str, ...]]:
         """Defects of the captions that scores do not show, and a warning for each that is more frequent than in the
         references."""
-        texts = map(self._vocabulary.tokenizer, captioned.captions.values())
+        texts = (tokens_of(text, self._vocabulary.tokenizer) for text in captioned.captions.values())
         found = Degeneration.of(texts, captioned.unfinished)
         return found, found.warnings(self._references_degeneration)
 

@@ -33,6 +33,7 @@ from imgcap_jax.metrics.degeneration import BAD_ENDINGS
 from imgcap_jax.models.decoders.contract import DecoderSettings, check_length
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
 from imgcap_jax.special_tokens import BOS, UNK
+from imgcap_jax.tokenizers import tokens_of
 
 
 def check_decoding(decoding: Decoding, vocabulary: Vocabulary, decoder: DecoderSettings) -> None:
@@ -73,7 +74,7 @@ def _rules(decoding: Decoding, vocabulary: Vocabulary) -> tuple[Rule, ...]:
 
 def _known(text: str, vocabulary: Vocabulary, setting: str) -> tuple[int, ...]:
     """The ids of a text's words. Raises UserError if the vocabulary lacks one."""
-    words = vocabulary.tokenizer(text)
+    words = tokens_of(text, vocabulary.tokenizer)
     ids = vocabulary.ids(words)
     for word, number in zip(words, ids, strict=True):
         if number == UNK:

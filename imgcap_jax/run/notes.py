@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from imgcap_jax.data.caption_checks import CaptionCounts, captions_of, vocabulary_notes
+from imgcap_jax.data.caption_checks import CaptionCounts, vocabulary_notes
+from imgcap_jax.data.caption_tokens import CaptionTokens
 from imgcap_jax.data.images import SIDE_WORDS
 from imgcap_jax.data.regions import has_ready_regions
 from imgcap_jax.data.sources import CaptionSource
@@ -12,6 +13,7 @@ from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.models.decoders.contract import has_attention
+from imgcap_jax.run.extraction import uses_store
 from imgcap_jax.training.cross_entropy import CrossEntropy
 from imgcap_jax.training.optimizer import Optimizer
 from imgcap_jax.training.self_critical import SelfCritical
@@ -44,7 +46,8 @@ def starting_notes(
     """
     data = experiment.data
     training, theirs = (
-        CaptionCounts.of(captions_of(split), vocabulary, vocabulary.tokenizer) for split in (sources, [validation])
+        CaptionCounts.of([CaptionTokens.of(source, vocabulary.tokenizer) for source in split], vocabulary)
+        for split in (sources, [validation])
     )
     notes = [*without_effect(experiment), *vocabulary_notes(training, theirs, vocabulary, data.min_count)]
     cut = training.share_longer(data.max_words)
@@ -66,14 +69,20 @@ def starting_notes(
 def without_effect(experiment: Experiment) -> list[str]:
     """One line per option that differs from its default and has no effect in this combination."""
     data, optimizer, decoder = experiment.data, experiment.optimizer, experiment.decoder
-    ready = has_ready_regions(experiment.encoder)
+    ready, trained = has_ready_regions(experiment.encoder), not experiment.encoder.frozen
     found: list[tuple[str, Any, Sequence[str], str]] = []
     if ready:
-        found.append(("data", data, ["augmentation"], "ready-made regions"))
-    if not ready and not experiment.encoder.frozen:
-        found.append(("data", data, ["views"], "an encoder that is trained"))
-    elif isinstance(optimizer, Optimizer):
+        unread = ["augmentation", "image_size", "resize", "feature_dtype"]
+        found.append(("data", data, unread, "ready-made regions"))
+    elif trained:
+        found.append(("data", data, ["views", "feature_dtype"], "an encoder that is trained"))
+    elif not uses_store(experiment):
+        found.append(("data", data, ["feature_dtype"], "views 1 and augmentation, for which no features are stored"))
+    if (ready or not trained) and isinstance(optimizer, Optimizer):
         found.append(("optimizer", optimizer, ["encoder_factor", "encoder_start_epochs"], "an encoder that is frozen"))
+    if isinstance(experiment.objective, SelfCritical):
+        reason = "self-critical training, except on the teacher-forced loss of validations"
+        found.append(("data", data, ["captions_per_image"], reason))
     if not data.augmentation.flip:
         found.append(("data.augmentation", data.augmentation, ["side_words"], "flip false"))
     if isinstance(optimizer, Optimizer):

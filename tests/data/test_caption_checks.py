@@ -5,6 +5,7 @@ import random
 import pytest
 
 from imgcap_jax.data.caption_checks import CaptionCounts, vocabulary_notes
+from imgcap_jax.data.caption_tokens import CaptionTokens
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.tokenizers import DEFAULT, Characters, Tokenizer
@@ -19,12 +20,16 @@ def texts(words: list[str], separator: str, end: str = "") -> list[str]:
     return [separator.join(rng.choices(words, k=rng.randint(5, 9))) + end for _ in range(60)]
 
 
+def tokens(captions: list[str], tokenizer: Tokenizer = DEFAULT) -> CaptionTokens:
+    return CaptionTokens.of_images([captions], tokenizer)
+
+
 def notes(captions: list[str], tokenizer: Tokenizer = DEFAULT, min_count: int = 5) -> list[str]:
     try:
         vocabulary = Vocabulary.build(captions, min_count, tokenizer)
     except UserError:
         vocabulary = None
-    counts = CaptionCounts.of(captions, vocabulary, tokenizer)
+    counts = CaptionCounts.of([tokens(captions, tokenizer)], vocabulary)
     return vocabulary_notes(counts, counts, vocabulary, min_count)
 
 
@@ -38,9 +43,10 @@ def notes(captions: list[str], tokenizer: Tokenizer = DEFAULT, min_count: int = 
     ],
 )
 def test_text_that_is_not_separated_into_words(captions: list[str]) -> None:
-    (note,) = notes(captions)
+    note, *others = notes(captions)
     assert note.startswith("the captions do not seem to be separated into words")
     assert "use --data.tokenizer characters" in note
+    assert others  # the words are rare, or there are none; this note does not hide it
 
 
 @pytest.mark.parametrize("captions", [texts(CHINESE, "", "。"), texts(THAI, ""), texts(["😀", "🔴"], " ")])
@@ -53,6 +59,18 @@ def test_text_with_blanks_between_words_has_no_note(captions: list[str]) -> None
     assert notes(captions) == []
 
 
+@pytest.mark.parametrize("tokenizer", [DEFAULT, Characters()])
+@pytest.mark.parametrize("words", [["dog", "cat", "airplane"], ["狗", "猫"], ["A dog.", "Cat!", "zebra"]])
+def test_short_captions_are_words(words: list[str], tokenizer: Tokenizer) -> None:
+    assert notes(words * 20, tokenizer) == []
+
+
+def test_long_captions_of_a_single_character_token() -> None:
+    (note,) = notes(["dog_on_green_grass_in_the_park"] * 30)
+    assert "most of them have one word or none" in note
+    assert notes(["dogongreengrassinthepark"] * 30, Characters()) == []
+
+
 def test_low_coverage() -> None:
     rare = [f"a dog w{number} x{number} y{number}" for number in range(30)]
     (note,) = notes(rare)
@@ -60,7 +78,9 @@ def test_low_coverage() -> None:
     assert "use a smaller --data.min-count" in note
     assert notes(rare, min_count=1) == []
     vocabulary = Vocabulary.build(["a dog runs"], 1)
-    training, validation = (CaptionCounts.of(caption, vocabulary, DEFAULT) for caption in (["a dog"], ["two dogs run"]))
+    training, validation = (
+        CaptionCounts.of([tokens(caption)], vocabulary) for caption in (["a dog"], ["two dogs run"])
+    )
     assert (
         "are only 0 % of the validation words; the others" in vocabulary_notes(training, validation, vocabulary, 1)[0]
     )
@@ -70,13 +90,13 @@ def test_low_coverage() -> None:
 
 def test_captions_without_words() -> None:
     assert notes(["a dog runs", "the cat", "😀", "."], min_count=1) == [
-        "2 of 4 training captions have no words, and train only the end of a caption; remove them, or use another "
+        "2 of 4 training captions have no words, so the model learns only to stop; remove them, or use another "
         "--data.tokenizer if it drops their characters"
     ]
 
 
 def test_counts() -> None:
     vocabulary = Vocabulary.build(["a dog"], 1)
-    counts = CaptionCounts.of(["a dog runs", "红色", "a dog", ""], vocabulary, DEFAULT)
+    counts = CaptionCounts.of([tokens(["a dog runs", "红色"]), tokens(["a dog", ""])], vocabulary)
     assert (counts.captions, counts.lengths, counts.words, counts.known) == (4, (1, 1, 1, 1), 6, 4)
     assert (counts.unsegmented, counts.coverage, counts.share_longer(2)) == ("", pytest.approx(4 / 6), 0.25)

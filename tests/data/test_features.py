@@ -406,20 +406,39 @@ def test_the_store_of_other_features_under_this_name_is_refused(tmp_path: Path) 
         build(tmp_path, Encode())
 
 
-@pytest.mark.parametrize("name", ["lock", "regions.npy", "digests.bin", "manifest.json"])
-def test_links_in_a_store_are_not_followed(tmp_path: Path, name: str) -> None:
+def link(folder: Path, name: str, target: Path) -> None:
+    """Moves a file out of a half-built store and puts a link in its place."""
+    (folder / name).rename(target)
+    (folder / name).symlink_to(target)
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> Path:
     with pytest.raises(RuntimeError):
         build(tmp_path / "stores", Encode(fail_at=5))
     (folder,) = (tmp_path / "stores").iterdir()
-    target = tmp_path / "target"
-    (folder / name).rename(target)
-    (folder / name).symlink_to(target)
-    before = target.read_bytes()
-    try:
+    return folder
+
+
+@pytest.mark.parametrize("name", ["lock", "regions.npy", "digests.bin"])
+def test_links_in_a_store_are_not_followed(tmp_path: Path, half: Path, name: str) -> None:
+    link(half, name, tmp_path / "target")
+    if name == "lock":
+        (tmp_path / "target").write_bytes(b"content of another file")
+    before = (tmp_path / "target").read_bytes()
+    with pytest.raises(UserError, match=f"{name} is a symbolic link; delete it"):
         build(tmp_path / "stores", Encode())
-    except UserError as error:
-        assert f"{name} is a symbolic link; delete it" in str(error)  # noqa: PT017
-    assert target.read_bytes() == before
+    assert (tmp_path / "target").read_bytes() == before
+
+
+def test_a_link_in_the_place_of_the_manifest_is_replaced(tmp_path: Path, half: Path) -> None:
+    link(half, "manifest.json", tmp_path / "target")
+    before = (tmp_path / "target").read_bytes()
+    assert b'"done": false' in before
+    build(tmp_path / "stores", Encode())
+    assert (tmp_path / "target").read_bytes() == before
+    assert not (half / "manifest.json").is_symlink()
+    assert b'"done": true' in (half / "manifest.json").read_bytes()
 
 
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:

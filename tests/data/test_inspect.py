@@ -11,7 +11,7 @@ from imgcap_jax.data.inspect import inspect
 from imgcap_jax.data.prepare import prepare
 from imgcap_jax.data.sources import open_source
 from imgcap_jax.data.vocabulary import Vocabulary
-from imgcap_jax.special_tokens import UNK
+from imgcap_jax.special_tokens import EOS, PAD, UNK
 from imgcap_jax.tokenizers import Characters
 
 
@@ -53,7 +53,7 @@ def test_captions_without_blanks(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     said: list[str] = []
     prepare(tmp_path, name="chinese", data_dir=tmp_path / "data", progress=False, say=said.append)
-    assert "chinese: note: the captions do not seem to be separated into words" in said[-1]
+    assert "chinese: note: the captions do not seem to be separated into words" in "\n".join(said)
     words = inspect("chinese", tmp_path / "data", min_count=5)
     assert words.splits["train"].mean_words < 2
     assert "note: the captions do not seem to be separated into words" in "\n".join(words.lines())
@@ -66,6 +66,8 @@ def test_captions_without_blanks(tmp_path: Path) -> None:
     # References of self-critical training: unknown characters have ids of their own.
     table = CaptionTable.as_references([source.first(1)], vocabulary, eos=True)
     assert table.tokens.shape == (2, 9)
+    assert [row[row != PAD].tolist().count(EOS) for row in table.tokens] == [1, 1]
+    assert [len(row[row != PAD]) for row in table.tokens] == [9, 7]  # 8 and 6 characters, and eos
     known = {vocabulary.words[number] for number in table.tokens[0] if UNK < number < len(vocabulary)}
     assert known == set("红色的")
     assert table.words == len(vocabulary) + len(set("方块在上面一个蓝圆"))

@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from imgcap_jax.data.prefetch import device_prefetch
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.special_tokens import EOS
+from imgcap_jax.tokenizers import DEFAULT
 
 # Worker processes cannot import this file by its name.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -80,11 +81,12 @@ class Source:
 
 
 class Numbers:
-    """A stand-in for Vocabulary, for captions that are numbers: "7 2" is [bos, 7, 2 + 4, eos, pad...]."""
+    """A stand-in for Vocabulary, for captions that are numbers: "1007 2" is [bos, 1007, 2 + 4, eos, pad...]."""
 
-    def encode(self, caption: str, length: int) -> np.ndarray:
-        image, number = map(int, caption.split())
-        return np.array([1, image, number + 4, 2] + [0] * (length - 4), np.int32)
+    tokenizer = DEFAULT
+
+    def ids(self, words: Sequence[str]) -> list[int]:
+        return [int(word) + 4 * (len(word) == 1) for word in words]
 
 
 def batches(config: CaptionData = AUGMENTED, source: Any = None, **options: Any) -> TrainBatches:
@@ -239,11 +241,11 @@ def test_a_batch_that_cannot_be_divided_is_refused() -> None:
 
 
 def test_an_epoch_of_a_mixture_has_each_image_as_often_as_its_weight() -> None:
-    small, large = Source(4, "small", 0), Source(20, "large", 1000)
+    small, large = Source(4, "small", 500), Source(20, "large", 1000)
     plain = take(batches(source=[(small, 1.0), (large, 1.0)]), 8)
     epochs = np.concatenate([batch["image_id"] for batch in plain]).reshape(2, 24)
     for epoch in epochs:  # each image once, whatever the sizes
-        assert set(epoch) == {*range(4), *range(1000, 1020)}
+        assert set(epoch) == {*range(500, 504), *range(1000, 1020)}
     for batch in plain:
         assert (batch["image_id"] < 1000).sum() == 1  # spread evenly: 4 of 24 rows
         np.testing.assert_array_equal(batch["tokens"][:, 0, 1], batch["image_id"])
@@ -252,7 +254,7 @@ def test_an_epoch_of_a_mixture_has_each_image_as_often_as_its_weight() -> None:
     weighted = take(batches(source=mixture), 11)
     epochs = np.concatenate([batch["image_id"] for batch in weighted]).reshape(3, 22)
     for epoch in epochs:
-        assert Counter(epoch[epoch < 1000].tolist()) == dict.fromkeys(range(4), 3)
+        assert Counter(epoch[epoch < 1000].tolist()) == dict.fromkeys(range(500, 504), 3)
     assert Counter(epochs[:2][epochs[:2] >= 1000].tolist()) == dict.fromkeys(range(1000, 1020), 1)
     assert rows_per_epoch(mixture) == [12, 10]
     assert describe_mixture(mixture) == (

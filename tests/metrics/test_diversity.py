@@ -5,6 +5,7 @@ import math
 import pytest
 
 from imgcap_jax.metrics.diversity import diversity, set_diversity
+from imgcap_jax.tokenizers import Characters
 
 
 def test_diversity_of_one_caption_per_image() -> None:
@@ -54,3 +55,12 @@ def test_diversity_of_several_captions_per_image() -> None:
     assert (found.images, found.captions) == (2, 2)
     assert found.distinct == (pytest.approx((3 / 5 + 2 / 4) / 2), pytest.approx((2 / 5 + 1 / 4) / 2))
     assert set_diversity({2: ["one caption only"]}, REFERENCES) is None
+
+
+def test_characters_are_the_words_of_another_tokeniser() -> None:
+    found = diversity(["红色狗", "红猫"], training=["红 色 狗"], tokenizer=Characters())
+    assert (found.vocabulary, found.length, found.novel) == (4, 2.5, 0.5)
+    several = set_diversity({1: ["红色狗", "红猫"]}, {1: ["红狗"], 2: ["大猫"]}, Characters())
+    assert several is not None
+    assert several.distinct == (pytest.approx(4 / 5), pytest.approx(3 / 5))
+    assert several.self_cider > 0  # red and dog occur in both captions and references; words would have no idf

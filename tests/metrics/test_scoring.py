@@ -321,12 +321,15 @@ def test_references_without_words_are_reported() -> None:
 
 def test_warnings_of_a_custom_metric() -> None:
     class Short:
-        warnings = ("references are short",)
+        def __init__(self, warnings: object) -> None:
+            self.warnings = warnings
 
         def __call__(self, candidates: Candidates) -> MetricScores:
             return {"short": mean_score(candidates.lengths)}
 
-    assert CaptionScorer(OTHERS, {"short": lambda references: Short()}).warnings == ("references are short",)
+    for warnings in (("references are short",), "references are short"):  # several lines, or one
+        scorer = CaptionScorer(OTHERS, {"short": lambda references, warnings=warnings: Short(warnings)})
+        assert scorer.warnings == ("references are short",)
 
 
 def test_scores_of_characters() -> None:
@@ -348,7 +351,7 @@ def test_scores_of_characters() -> None:
 
 def test_meteor_of_other_languages_is_warned_about() -> None:
     texts = {i: ["ein mann in einem roten hemd steht auf einer leiter", f"zwei hunde {i}"] for i in range(12)}
-    warned = "do not seem to be English, but METEOR is for English"
+    warned = "do not seem to be English; METEOR is for English: check that they are English"
     metrics = {"METEOR:1.5-en-norm": lambda references: lambda candidates: {}}
     assert warned in CaptionScorer(texts, metrics).warnings[0]
     english = {i: ["a man in a red shirt stands on a ladder", f"the two dogs {i}"] for i in range(12)}

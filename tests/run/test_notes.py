@@ -1,8 +1,11 @@
 """What is said or refused before training: options without effect, cut captions, captions in other languages."""
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -25,6 +28,7 @@ from imgcap_jax.training.optimizer import Optimizer
 from imgcap_jax.training.self_critical import SelfCritical
 
 PLAIN, FLIP = Augmentation(), Augmentation(flip=True)
+BFLOAT: Any = {"feature_dtype": "bfloat16"}
 GERMAN = ["ein mann in einem roten hemd steht auf einer leiter", "zwei hunde rennen nach links"]
 ENGLISH = ["a man in a red shirt stands on a ladder", "the two dogs run to the left"]
 
@@ -42,6 +46,29 @@ def data(augmentation: Augmentation = PLAIN, views: int = 1) -> CaptionData:
         (
             Experiment(data=data(FLIP), encoder=RegionFiles("x")),
             ["data.augmentation has no effect with ready-made regions"],
+        ),
+        (
+            Experiment(data=replace(data(), image_size=32, resize="crop", **BFLOAT), encoder=RegionFiles("x")),
+            [
+                f"data.{name} has no effect with ready-made regions"
+                for name in ("image_size", "resize", "feature_dtype")
+            ],
+        ),
+        (
+            Experiment(data=replace(data(), **BFLOAT)),
+            ["data.feature_dtype has no effect with an encoder that is trained"],
+        ),
+        (
+            Experiment(data=replace(data(FLIP), **BFLOAT), encoder=EfficientNetLite()),
+            ["data.feature_dtype has no effect with views 1 and augmentation, for which no features are stored"],
+        ),
+        (Experiment(data=replace(data(), **BFLOAT), encoder=EfficientNetLite()), []),
+        (
+            Experiment(data=replace(data(), captions_per_image=3), objective=SelfCritical()),
+            [
+                "data.captions_per_image has no effect with self-critical training, except on the teacher-forced loss "
+                "of validations"
+            ],
         ),
         (
             Experiment(data=data(Augmentation(side_words=("links",)))),
@@ -88,6 +115,17 @@ def test_attention_penalty_needs_attention() -> None:
         check_together(Experiment(decoder=ShowTell(), objective=penalty))
     check_together(Experiment(decoder=ShowTell()))
     check_together(Experiment(decoder=ShowAttendTell(), objective=penalty))
+
+
+def test_attention_penalty_without_attention_is_refused_by_train(
+    tiny_file: Path, tiny_data: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    text = re.sub(r"ShowAttendTell\(.*?\)", "ShowTell()", tiny_file.read_text(), flags=re.DOTALL)
+    (tmp_path / "plain.py").write_text(text.replace("attend import ShowAttendTell", "show_tell import ShowTell"))
+    command = ["train", str(tmp_path / "plain.py"), "--run", str(tmp_path / "run"), "--data.data-dir", str(tiny_data)]
+    line = refused([*command, "--objective.attention-penalty", "1"])
+    assert "objective.attention_penalty has no effect on ShowTell" in line
+    assert not (tmp_path / "run" / "experiment.json").exists()
 
 
 def source(folder: Path, name: str, captions: list[str]) -> CaptionSource:

@@ -21,6 +21,7 @@ from imgcap_jax.run.evaluation import SplitEvaluator
 from imgcap_jax.run.folder import Run
 from imgcap_jax.train import Outcome, _select, train
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
+from imgcap_jax.training.step import first_state
 
 
 @pytest.fixture
@@ -145,6 +146,50 @@ def test_validation_beam_selects_checkpoints_by_beam_search(experiment: Experime
 def test_run_cannot_be_trained_twice_at_the_same_time(experiment: Experiment, tmp_path: Path) -> None:
     with owning(tmp_path / "run", "training"), pytest.raises(UserError, match="another process is training"):
         run(experiment, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def started(tiny: Experiment, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run of one step that starts from another run and has an option without effect; and what it said."""
+    folder, said = tmp_path_factory.mktemp("started") / "run", []
+    train(one_step(tiny), folder, cache=folder.parent / "cache", init_from=trained, show=said.append)
+    return folder, said
+
+
+def one_step(tiny: Experiment) -> Experiment:
+    data = replace(tiny.data, feature_dtype="bfloat16")
+    return replace(tiny, data=data, training=replace(tiny.training, epochs=0.2))
+
+
+def test_trained_parameters_are_averaged_with_the_decay_itself(
+    tiny: Experiment, trained: Path, started: tuple[Path, list[str]]
+) -> None:
+    """The decay of random parameters at the first step is 0.1."""
+    initial = best(trained)[1]
+    decay = tiny.training.ema_decay
+    assert decay == 0.9
+    _, params, _ = split_trained(Run.load(started[0]).model(with_encoder=True))
+    checkpoints = Checkpoints(started[0])
+    transformation = tiny.optimizer.build(5, 1)
+    state, progress = checkpoints.restore(first_state(params, transformation, ema=True))
+    checkpoints.close()
+    assert progress.step == 1
+    for old, new, average in zip(initial, *map(jax.tree.leaves, (state.params, state.ema)), strict=True):
+        np.testing.assert_allclose(average, decay * old + (1 - decay) * np.asarray(new), rtol=1e-5, atol=1e-7)
+    moved = [
+        np.abs(np.asarray(new) - old).max() for new, old in zip(jax.tree.leaves(state.params), initial, strict=True)
+    ]
+    assert max(moved) > 1e-4
+
+
+def test_notes_are_printed_once_by_a_new_run(tiny: Experiment, started: tuple[Path, list[str]]) -> None:
+    folder, said = started
+    note = "note: data.feature_dtype has no effect with an encoder that is trained"
+    assert said.count(note) == 1
+    resumed: list[str] = []
+    train(one_step(tiny), folder, cache=folder.parent / "cache", show=resumed.append)
+    assert any(line.startswith("resuming") for line in resumed)
+    assert not any(line.startswith("note:") for line in resumed)
 
 
 @pytest.fixture(scope="module")

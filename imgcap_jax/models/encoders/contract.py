@@ -104,10 +104,25 @@ def weights_digest(settings: Any) -> str | None:
         settings: an encoder's settings, or those of ready-made regions.
 
     Raises:
-        UserError: the file is missing, or can't be downloaded or read.
+        UserError: the file is missing, or can't be downloaded or read; or the settings' own `weights_digest` is not a
+            method that returns text.
     """
-    own = getattr(settings, "weights_digest", None)
-    return None if own is None else own()
+    own = _method(settings, "weights_digest")
+    digest = None if own is None else own()
+    if digest is not None and not isinstance(digest, str):
+        raise UserError(
+            f"encoder: weights_digest of {type(settings).__name__} returned {digest!r:.80}; it must return text, "
+            f"such as that of digest_of_file, or None"
+        )
+    return digest
+
+
+def _method(settings: Any, name: str) -> Any:
+    """A method that settings can have, or None. Raises UserError if it is something else, such as a property."""
+    found = getattr(settings, name, None)
+    if found is not None and not callable(found):
+        raise UserError(f"encoder: {name} of {type(settings).__name__} is not a method; define it without @property")
+    return found
 
 
 def with_weights(settings: Any, path: Path) -> Any:
@@ -120,7 +135,7 @@ def with_weights(settings: Any, path: Path) -> Any:
     Raises:
         UserError: the encoder reads no weights file.
     """
-    own = getattr(settings, "with_weights", None)
+    own = _method(settings, "with_weights")
     if own is None:
         raise UserError(f"encoder: {type(settings).__name__} reads no weights file; leave out --weights")
     return own(path)

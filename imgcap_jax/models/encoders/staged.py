@@ -52,7 +52,7 @@ class Staged:
         if self.weights == "random":
             return None
         network = self.architecture()
-        return weights_digest(self.weights, family=network.family, network=network.name)
+        return weights_digest(self.weights, family=network.family, network=network.name, shapes=network.shapes())
 
     def with_weights(self, path: Path) -> Self:
         """See `contract.with_weights`."""

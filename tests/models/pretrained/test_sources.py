@@ -174,7 +174,7 @@ def test_damaged_and_missing_files_are_user_errors(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"not this")
     with pytest.raises(UserError, match=r"w\.safetensors is damaged"):
         load(tmp_path / "w.safetensors", "vgg")
-    with pytest.raises(UserError, match=r"absent\.pth can't be read: No such file"):
+    with pytest.raises(UserError, match=r"absent\.pth is missing: download it again"):
         load(tmp_path / "absent.pth", "vgg")
 
 
@@ -275,7 +275,7 @@ def test_config_without_normalisation_is_a_user_error(
     config: object, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "fetch", Hub("resnet", timm=True, config=config))
-    with pytest.raises(UserError, match=r"config\.json does not specify the normalisation of images \("):
+    with pytest.raises(UserError, match=r"config\.json is damaged \(.+\): delete it and run the command again"):
         load("timm/resnet50.a1_in1k", "resnet")
 
 
@@ -300,14 +300,52 @@ def test_digest_identifies_the_file_and_its_normalisation(tmp_path: Path) -> Non
     # Only the file of this name has a config.json, which changes the regions as other weights do.
     (tmp_path / "moved" / "config.json").write_text('{"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}')
     assert len({digest, weights_digest(with_weights(settings, moved))}) == 2
+    # The usual normalisation is that of a file without config.json.
+    usual = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    (tmp_path / "moved" / "config.json").write_text(json.dumps({"pretrained_cfg": usual}))
+    assert weights_digest(with_weights(settings, moved)) == digest
     # Another file of the same name and size, such as that of another network of the same shapes.
     save_safetensors({name: tensor[::-1] for name, tensor in state.items()}, mine)
     assert weights_digest(settings) != digest
 
 
+@pytest.mark.parametrize("timm", [True, False])
+def test_usual_normalisation_of_a_lite_network_depends_on_its_names(timm: bool, tmp_path: Path) -> None:
+    state = tensors("efficientnet_lite")
+    path = save_safetensors(as_timm("efficientnet_lite", state) if timm else state, tmp_path / "model.safetensors")
+    of_file = hashlib.sha256(path.read_bytes()).hexdigest()
+    network: Any = {
+        "family": "efficientnet_lite",
+        "network": "efficientnet_lite0",
+        "shapes": SHAPES["efficientnet_lite"],
+    }
+    for mean, std, usual in ((127.5, 127.5, timm), (127, 128, not timm), (127, 127, False)):
+        (tmp_path / "config.json").write_text(json.dumps({"mean": [mean / 255] * 3, "std": [std / 255] * 3}))
+        assert (sources.weights_digest(str(path), **network) == of_file) is usual
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (property(lambda self: "0" * 64), "weights_digest of Own is not a method; define it without @property"),
+        (lambda self: b"bytes", r"weights_digest of Own returned b'bytes'; it must return text"),
+    ],
+)
+def test_own_digest_of_the_wrong_type_is_a_user_error(member: object, message: str) -> None:
+    own = type("Own", (), {"weights_digest": member})()
+    with pytest.raises(UserError, match=f"encoder: {message}"):
+        weights_digest(own)
+
+
+def test_own_settings_with_a_property_instead_of_a_method() -> None:
+    own = type("Own", (), {"with_weights": property(lambda self: self)})()
+    with pytest.raises(UserError, match="encoder: with_weights of Own is not a method"):
+        with_weights(own, Path("w.pth"))
+
+
 def test_digest_of_a_missing_file_says_where_to_give_it(tmp_path: Path) -> None:
     for use in (weights_digest, lambda settings: load(settings.weights, "resnet")):
-        with pytest.raises(UserError, match=r"absent\.pth can't be read: No such file.* --weights PATH in evaluate"):
+        with pytest.raises(UserError, match=r"absent\.pth is missing: download .* --weights PATH in evaluate"):
             use(ResNet(depth=50, weights=str(tmp_path / "absent.pth")))
 
 

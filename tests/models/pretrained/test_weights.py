@@ -21,6 +21,7 @@ from flax import nnx
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite, tensor_shapes
+from imgcap_jax.models.encoders.pretrained.torch_files import MAX_PICKLE
 from imgcap_jax.models.encoders.pretrained.weights import (
     FrozenVariable,
     digest_of_file,
@@ -290,6 +291,27 @@ def test_hostile_pickles_cost_little_and_are_refused(zipped: bool, attack: str, 
     assert time.monotonic() - began < 5
 
 
+@both_formats
+def test_a_training_checkpoint_says_what_to_save(zipped: bool, tmp_path: Path) -> None:
+    state = tensor_pickle(2, 0, (2,), (1,))[2:-1]  # without protocol and end
+    optimizer = pickle.dumps({"state": {0: {"step": 1}}, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}, 2)[2:-1]
+    for name in ("model", "state_dict"):
+        items = text("epoch") + b"K\x03" + text(name) + state + text("optimizer") + optimizer
+        data = b"\x80\x02}(" + items + b"u."
+        with pytest.raises(
+            UserError,
+            match=rf"w\.pth is refused: it is a training checkpoint, not a state dict; save checkpoint\['{name}'\]",
+        ):
+            read_torch(write_pickle(data, tmp_path / "w.pth", zipped, bytes(8)))
+
+
+def test_a_pickle_beyond_the_limit_says_so(tmp_path: Path) -> None:
+    pickled = pickle.dumps({"a" * (MAX_PICKLE + 1): 1}, 2)
+    for zipped in (True, False):
+        with pytest.raises(UserError, match="its pickle is larger than 16 MB; use"):
+            read_torch(write_pickle(pickled, tmp_path / "w.pth", zipped))
+
+
 def test_two_descriptions_of_a_storage_are_refused(tmp_path: Path) -> None:
     one = tensor_pickle(2, 0, (2,), (1,))
     other = one.replace(b"FloatStorage", b"IntStorage").replace(b"X\x01\x00\x00\x00w", b"X\x01\x00\x00\x00v")
@@ -367,7 +389,7 @@ def test_entries_that_are_not_tensors_are_refused_by_name(zipped: bool, tmp_path
 
 
 def test_missing_file_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.pth can't be read: No such file"):
+    with pytest.raises(UserError, match=r"absent\.pth is missing: download it again, or give"):
         read_torch(tmp_path / "absent.pth")
 
 
@@ -393,7 +415,7 @@ def test_every_truncation_of_safetensors_is_a_user_error(tmp_path: Path) -> None
     path = tmp_path / "cut.safetensors"
     for length in range(0, len(whole), 5):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"cut\.safetensors is damaged or not a safetensors file \(.+\); download"):
+        with pytest.raises(UserError, match=r"cut\.safetensors is damaged \(.+\): download it again, or give"):
             read_safetensors(path)
 
 
@@ -401,10 +423,10 @@ def test_files_that_are_not_safetensors_are_user_errors(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     for content in (b"<html>" * 50, pickle.dumps(Attack(tmp_path / "owned")), b"\xff" * 64):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="not a safetensors file"):
+        with pytest.raises(UserError, match=r"w\.safetensors is damaged \(.+\): download it"):
             read_safetensors(path)
     assert not (tmp_path / "owned").exists()
-    with pytest.raises(UserError, match=r"absent\.safetensors can't be read: No such file or directory\."):
+    with pytest.raises(UserError, match=r"absent\.safetensors is missing: download"):
         read_safetensors(tmp_path / "absent.safetensors")
     with pytest.raises(UserError, match="Is a directory"):
         read_safetensors(tmp_path)
@@ -425,7 +447,7 @@ def test_files_that_are_not_safetensors_are_user_errors(tmp_path: Path) -> None:
 def test_hostile_safetensors_are_user_errors(header: bytes, length: int | None, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + bytes(8))
-    with pytest.raises(UserError, match=r"w\.safetensors is damaged or not a safetensors file \(.{1,200}\); download"):
+    with pytest.raises(UserError, match=r"w\.safetensors is damaged \(.{1,200}\): download it"):
         read_safetensors(path)
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import cache_folder
+from imgcap_jax.files import cache_folder, reading
 from imgcap_jax.models.encoders.pretrained.downloads import fetch
 from imgcap_jax.models.encoders.pretrained.naming import Family, names_in_file
-from imgcap_jax.models.encoders.pretrained.torch_files import cannot_read, one_line
 from imgcap_jax.models.encoders.pretrained.weights import (
     digest_of_file,
+    names_in_safetensors,
     package_weights,
     read_weights,
     select_tensors,
@@ -113,23 +113,30 @@ def load_tensors(weights: str, *, family: Family, network: str, shapes: Mapping[
     return _load_file(_file(weights, family, network), family, shapes)
 
 
-def weights_digest(weights: str, *, family: Family, network: str) -> str:
+def weights_digest(weights: str, *, family: Family, network: str, shapes: Mapping[str, Sequence[int]]) -> str:
     """The SHA-256 of the file that `load_tensors` reads, in hexadecimal digits. The file is downloaded if necessary.
 
-    If a `config.json` next to the file determines the normalisation of images, the digest covers the normalisation as
-    well.
+    If a `config.json` next to the file specifies another normalisation of images than is usual for such a file, the
+    digest covers the normalisation as well.
 
     Args:
         weights: see `load_tensors`.
-        family: the family of the network.
+        family: see `load_tensors`.
         network: see `load_tensors`.
+        shapes: see `load_tensors`.
 
     Raises:
         UserError: the name is unknown, or the file can't be downloaded or read.
     """
     path = _file(weights, family, network)
     digest, normalisation = digest_of_file(path), _hub_normalisation(path)
-    return digest if normalisation is None else hashlib.sha256(f"{digest} {normalisation}".encode()).hexdigest()
+    if normalisation is None:
+        return digest
+    # Only for EfficientNet-Lite, the usual normalisation depends on the names in the file.
+    named_by_timm = family == "efficientnet_lite" and names_in_file(family, shapes, names_in_safetensors(path))[1]
+    if normalisation == _usual_normalisation(family, named_by_timm):
+        return digest
+    return hashlib.sha256(f"{digest} {normalisation}".encode()).hexdigest()
 
 
 def _file(weights: str, family: Family, network: str) -> Path:
@@ -204,21 +211,17 @@ def _hub_normalisation(path: Path) -> tuple[Pixel, Pixel] | None:
     if path.name != "model.safetensors" or not config.is_file():
         return None
     try:
-        read = json.loads(config.read_text(encoding="utf-8"))
-        # The oldest repositories have a flat config; see timm's `_hub.py`.
-        settings = read.get("pretrained_cfg", read)
-        mean, std = _pixel(settings["mean"]), _pixel(settings["std"])
-        if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-            raise ValueError("a mean is not finite, or a standard deviation is not positive")
-    except OSError as error:
-        raise cannot_read(config, error) from error
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        if not path.is_relative_to(cache_folder("weights")):
-            return None  # next to a user's own file, it may belong to something else
-        raise UserError(
-            f"{config} does not specify the normalisation of images ({one_line(error)}); delete it and run the command "
-            "again"
-        ) from error
+        with reading(config, "delete it and run the command again"):
+            read = json.loads(config.read_text(encoding="utf-8"))
+            # The oldest repositories have a flat config; see timm's `_hub.py`.
+            settings = read.get("pretrained_cfg", read)
+            mean, std = _pixel(settings["mean"]), _pixel(settings["std"])
+            if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+                raise ValueError("a mean is not finite, or a standard deviation is not positive")
+    except UserError as error:
+        if isinstance(error.__cause__, OSError) or path.is_relative_to(cache_folder("weights")):
+            raise
+        return None  # next to a user's own file, it may belong to something else
     return mean, std
 
 

@@ -19,7 +19,13 @@ import ml_dtypes
 import numpy as np
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import refuse_pipes
+from imgcap_jax.files import reading
+
+ADVICE = (
+    "download it again, or give the path of a .pth or .safetensors file: --encoder.weights PATH in training, --weights "
+    "PATH in evaluate and caption"
+)
+"""What to do about a weights file that cannot be read."""
 
 MAX_INSTRUCTIONS = 1_000_000
 """Instructions of one pickle. ResNet-152's file has 29,000."""
@@ -49,7 +55,19 @@ _OLD_PROTOCOL = 1001
 
 
 class _Unreadable(Exception):
-    """The reason why a file is refused; `read_torch` adds the name of the file."""
+    """The reason why a file is refused, and what to do; `read_torch` adds the name of the file."""
+
+    def __init__(self, why: str, advice: str = "use a state dict written by torch.save") -> None:
+        super().__init__(f"{why}; {advice}")
+
+
+class _Dict(dict[str, Any]):
+    """A dict of the pickle. Entries whose key is not text are left out, such as those of an optimizer's state.
+
+    `wrong` is the type of the first such key, or None.
+    """
+
+    wrong: type | None = None
 
 
 @dataclass
@@ -110,7 +128,7 @@ class _Machine:
         self.memo: list[Any] = []
 
     def run(self, data: BinaryIO) -> Any:
-        """Runs the pickle at the current position of `data`, which is then behind the pickle."""
+        """Runs the pickle at the current position of `data`, which is afterwards at the end of the pickle."""
         for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if number >= MAX_INSTRUCTIONS:
                 raise _Unreadable(f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions")
@@ -142,7 +160,7 @@ class _Machine:
             case "EMPTY_LIST":
                 stack.append([])
             case "EMPTY_DICT":
-                stack.append({})
+                stack.append(_Dict())
             case "MARK":
                 self.marked.append(stack)
                 self.stack = []
@@ -158,10 +176,10 @@ class _Machine:
                 _expect(self.stack[-1], list).extend(items)
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                _add(_expect(stack[-1], dict), [(key, value)])
+                _add(_expect(stack[-1], _Dict), [(key, value)])
             case "SETITEMS":
                 items = self._items()
-                _add(_expect(self.stack[-1], dict), _pairs(items))
+                _add(_expect(self.stack[-1], _Dict), _pairs(items))
             case "GLOBAL":
                 stack.append(_name(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
@@ -174,7 +192,7 @@ class _Machine:
                 stack.append(_call(_expect(function, _Name), _expect(arguments, tuple)))
             case "BUILD":  # attributes of a dict, such as the versions of a module's layers
                 stack.pop()
-                _expect(stack[-1], dict)
+                _expect(stack[-1], _Dict)
             case "PROTO" | "FRAME" | "STOP":
                 pass
             case _:
@@ -221,7 +239,10 @@ class _Machine:
 def _name(module: str, name: str) -> _Name:
     known = module == "torch" and name in _STORAGE_DTYPES
     if not known and (module, name) not in {*_REBUILD_TENSOR, _REBUILD_PARAMETER, _ORDERED_DICT}:
-        raise _Unreadable(f"it refers to {module[:40]}.{name[:40]}, which a file of tensors does not need")
+        raise _Unreadable(
+            f"it refers to {module[:40]}.{name[:40]}, which a file of tensors does not need",
+            "use a state dict written by torch.save, without the rest of a training checkpoint",
+        )
     return _Name(module, name)
 
 
@@ -250,19 +271,23 @@ def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
     return list(zip(items[::2], items[1::2], strict=True))
 
 
-def _dict(pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+def _dict(pairs: Iterable[tuple[Any, Any]]) -> _Dict:
+    made = _Dict()
     _add(made, pairs)
     return made
 
 
-def _add(to: dict[str, Any], pairs: Iterable[tuple[Any, Any]]) -> None:
+def _add(to: _Dict, pairs: Iterable[tuple[Any, Any]]) -> None:
     for key, value in pairs:
         if type(key) is not str:
-            raise _Unreadable(f"a name in it is not text but of type {type(key).__name__}")
+            to.wrong = to.wrong or type(key)
+            continue
         if key in to:
             raise _Unreadable(f"it has two entries {key[:40]!r}")
         to[key] = value
+
+
+_TOO_LARGE = f"its pickle is larger than {MAX_PICKLE >> 20} MB"
 
 
 def _no_storage(dtype: np.dtype, key: str, size: int) -> _Storage:
@@ -270,10 +295,15 @@ def _no_storage(dtype: np.dtype, key: str, size: int) -> _Storage:
 
 
 def _load(file: BinaryIO, storage: Callable[[np.dtype, str, int], _Storage]) -> Any:
-    """Reads one pickle from the current position of a file, which is then behind the pickle."""
+    """Reads one pickle from the current position of a file, which is afterwards at the end of the pickle."""
     start = file.tell()
     data = io.BytesIO(file.read(MAX_PICKLE))
-    loaded = _Machine(storage).run(data)
+    try:
+        loaded = _Machine(storage).run(data)
+    except Exception:
+        if data.tell() == MAX_PICKLE:  # the end of what was read
+            raise _Unreadable(_TOO_LARGE) from None
+        raise
     file.seek(start + data.tell())
     return loaded
 
@@ -283,7 +313,7 @@ def _read_old(file: BinaryIO) -> Any:
     header = [_load(file, _no_storage) for _ in range(3)]
     if header[:2] != [_OLD_MAGIC, _OLD_PROTOCOL]:
         raise _Unreadable("it does not have the header of a torch file")
-    if _expect(header[2], dict).get("little_endian", True) is not True:
+    if _expect(header[2], _Dict).get("little_endian", True) is not True:
         raise _Unreadable("it was written on a big-endian machine")
     storages: dict[str, _Storage] = {}
 
@@ -319,7 +349,7 @@ def _read_zip(file: BinaryIO) -> Any:
         if sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
             raise _Unreadable("its members are larger than the file")
         if names[pickles[0]].file_size > MAX_PICKLE:
-            raise _Unreadable(f"its pickle is larger than {MAX_PICKLE >> 20} MB")
+            raise _Unreadable(_TOO_LARGE)
         folder = pickles[0].removesuffix("data.pkl")
         if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":
             raise _Unreadable("it was written on a big-endian machine")
@@ -357,44 +387,31 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
         UserError: the file is missing, damaged or not a torch file, contains anything except tensors, refers to
             code, or exceeds the limits of this module.
     """
-    try:
-        refuse_pipes(path)
-        with path.open("rb") as file:
+    with reading(path, ADVICE), path.open("rb") as file:
+        try:
             zipped = file.read(4) == b"PK\x03\x04"
             file.seek(0)
             loaded = _read_zip(file) if zipped else _read_old(file)
-            if type(loaded) is not dict:
-                raise _Unreadable("it does not contain a dict of tensors")
-            wrong = next((name for name, tensor in loaded.items() if type(tensor) is not _Tensor), None)
-            if wrong is not None:
-                raise _Unreadable(f"its entry {wrong[:40]!r} is not a tensor")
+            _check_tensors(loaded)
             return {name: tensor.array() for name, tensor in loaded.items()}
-    except UserError:
-        raise
-    except _Unreadable as reason:
-        raise UserError(f"Weights file {path} is refused: {reason}; use a state dict written by torch.save.") from None
-    except OSError as error:
-        raise cannot_read(path, error) from None
-    except Exception as error:  # a damaged pickle or archive can raise any exception
-        raise damaged(path, "torch", error) from None
+        except _Unreadable as why:
+            raise UserError(f"Weights file {path} is refused: {why}.") from None
 
 
-def cannot_read(path: Path, error: OSError) -> UserError:
-    """The error for a weights file that is missing or that the system cannot read."""
-    moved = ""
-    if isinstance(error, FileNotFoundError):
-        moved = (
-            " If it has another path on this machine, give it: --encoder.weights PATH in training, --weights PATH in "
-            "evaluate and caption."
-        )
-    return UserError(f"Weights file {path} can't be read: {error.strerror or error}.{moved}")
+def _check_tensors(loaded: Any) -> None:
+    """Raises `_Unreadable` unless a value is a dict of tensors only."""
+    if type(loaded) is not _Dict:
+        raise _Unreadable("it does not contain a dict of tensors")
+    inner = [name for name, value in loaded.items() if type(value) is _Dict and value and _has_tensors_only(value)]
+    if inner:
+        keys = " or ".join(f"checkpoint[{name[:40]!r}]" for name in inner[:3])
+        raise _Unreadable("it is a training checkpoint, not a state dict", f"save {keys} with torch.save")
+    if loaded.wrong is not None:
+        raise _Unreadable(f"a name in it is not text but of type {loaded.wrong.__name__}")
+    wrong = next((name for name, tensor in loaded.items() if type(tensor) is not _Tensor), None)
+    if wrong is not None:
+        raise _Unreadable(f"its entry {wrong[:40]!r} is not a tensor")
 
 
-def damaged(path: Path, kind: str, error: BaseException) -> UserError:
-    """The error for a weights file that is not of its kind."""
-    return UserError(f"Weights file {path} is damaged or not a {kind} file ({one_line(error)}); download it again.")
-
-
-def one_line(error: BaseException) -> str:
-    """The message of another library's error in one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _has_tensors_only(value: _Dict) -> bool:
+    return value.wrong is None and all(type(tensor) is _Tensor for tensor in value.values())

@@ -12,8 +12,8 @@ import safetensors
 from flax import nnx
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import file_digest, refuse_pipes
-from imgcap_jax.models.encoders.pretrained.torch_files import cannot_read, damaged, read_torch
+from imgcap_jax.files import file_digest, reading
+from imgcap_jax.models.encoders.pretrained.torch_files import ADVICE, read_torch
 
 
 class FrozenVariable(nnx.Variable):
@@ -26,17 +26,18 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: the file is missing, damaged or not a safetensors file.
     """
-    try:
-        refuse_pipes(path)
+    with reading(path, ADVICE):
         path.open("rb").close()  # the library's own errors do not separate the cause from the file name
         with safetensors.safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a dict
-    except UserError:
-        raise
-    except OSError as error:
-        raise cannot_read(path, error) from None
-    except Exception as error:  # an error of the library, a dtype that NumPy lacks, or a name that is not text
-        raise damaged(path, "safetensors", error) from None
+
+
+def names_in_safetensors(path: Path) -> list[str]:
+    """The names of the tensors of a `.safetensors` file, without reading the tensors. Raises as `read_safetensors`."""
+    with reading(path, ADVICE):
+        path.open("rb").close()
+        with safetensors.safe_open(path, framework="np") as file:
+            return list(file.keys())
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
@@ -50,12 +51,9 @@ def digest_of_file(path: Path) -> str:
     Raises:
         UserError: the file is missing or can't be read.
     """
-    try:
-        refuse_pipes(path)
+    with reading(path, ADVICE):
         found = path.stat()
         return _digest(path, found.st_size, found.st_mtime_ns)
-    except OSError as error:
-        raise cannot_read(path, error) from None
 
 
 @functools.lru_cache
