@@ -28,6 +28,7 @@ from imgcap_jax.data.pipeline import CaptionData
 from imgcap_jax.data.regions import RegionSettings, has_ready_regions
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import reason
 from imgcap_jax.metrics.scoring import CustomMetric
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.decoders.contract import DecoderSettings
@@ -177,9 +178,8 @@ def from_json(text: str | bytes, where: str, hint: str = "") -> Experiment:
         if not missing and not isinstance(experiment, Experiment):
             raise ValueError("it contains no experiment")
     except (ValueError, TypeError, KeyError, AttributeError, NameError, RecursionError, UserError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"{where} is not an experiment that this version of imgcap_jax can read ({reason}); "
+            f"{where} is not an experiment that this version of imgcap_jax can read ({reason(error)}); "
             f"train again, or use the version that wrote it"
         ) from error
     if experiment is None:

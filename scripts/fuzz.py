@@ -6,11 +6,12 @@
 
 Each kind is made by this script: small valid files, and the function of imgcap that reads them. An input is the files
 with one to three mutations. It depends on kind, seed and number only, except for checkpoints and datasets, whose
-writers choose names and times; ``--keep FOLDER`` saves each input that failed.
+writers choose names and times. ``--keep FOLDER`` saves the files of each input that failed, as they were before they
+were read.
 
 Allowed outcomes:
     fine        the same value as from the intact files
-    clear       a UserError or ImageError of one line, which names a file of the input
+    clear       a UserError or ImageError of one line, which names a file of the input (see ``Kind.naming``)
     changed     another value, without a digest that promises detection
 
 Failures, for which the script exits with 1:
@@ -50,10 +51,12 @@ from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 from PIL import Image
 
+READING = "reading"  # folder of the input that a worker reads
 SECONDS = 10.0
 MEMORY = 1 << 30
 ALLOWED = ("fine", "clear", "changed")
@@ -66,15 +69,14 @@ class Kind:
 
     make: writes valid files into an empty folder. read: reads them as imgcap does and returns a digest of the value.
     checked: whether a digest in the files promises that another value is reported. files: glob patterns of the files to
-    damage. named: whether errors name a file. (Callers add the name to errors of image data. A package that is not
-    installed has none.)
+    damage. naming: texts that an error can have instead of the name of a file; "" for kinds whose errors name none.
     """
 
     make: Callable[[Path], None]
     read: Callable[[Path], str]
     checked: bool = False
     files: tuple[str, ...] = ("**/*",)
-    named: bool = True
+    naming: tuple[str, ...] = ()
 
 
 class Outcome(NamedTuple):
@@ -221,6 +223,18 @@ def make_metadata(folder: Path) -> None:
             (folder / split / name).write_bytes(encoded(number, "JPEG"))
         lines = [json.dumps({"file_name": name, "text": "a dog"}) + "\n" for name in names]
         (folder / split / "metadata.jsonl").write_text("".join(lines))
+
+
+def make_blip(folder: Path) -> None:
+    make_photos(folder)
+    for split in ("train", "val"):
+        entries = [
+            {"image": name, "caption": f"a dog, number {k}", "image_id": f"coco_{number}"}
+            for number, name in enumerate(photo_names())
+            for k in range(2)
+            if split_of(number) == split
+        ]
+        (folder / f"mine_{split}.json").write_text(json.dumps(entries))
 
 
 def read_list(folder: Path) -> str:
@@ -385,13 +399,58 @@ def make_safetensors(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}))
 
 
-def read_weights(folder: Path) -> str:
+def read_weights(folder: Path, name: str) -> str:
     from imgcap_jax.models.encoders.pretrained.sources import load_tensors, weights_digest
 
-    path = str(next((folder / name for name in ("w.pth", "model.safetensors") if (folder / name).exists()), folder))
+    path = str(folder / name)
     loaded = load_tensors(path, family="resnet", network="resnet50", shapes=SHAPES)
     weights_digest(path, family="resnet", network="resnet50", shapes=SHAPES)
     return digest([loaded.tensors, loaded.mean, loaded.std])
+
+
+def make_download(folder: Path) -> None:
+    (folder / "w.pth.part").write_bytes(DOWNLOAD[:3000])
+    record = {"url": URL, "version": '"v1"', "size": len(DOWNLOAD), "sha256": hashlib.sha256(DOWNLOAD).hexdigest()}
+    (folder / "w.pth.part.json").write_text(json.dumps(record))
+
+
+def read_download(folder: Path) -> str:
+    from rich.console import Console
+
+    from imgcap_jax.models.encoders.pretrained import downloads
+
+    quiet = functools.partial(Console, quiet=True)
+    with (
+        mock.patch.object(downloads, "_open", open_download),
+        mock.patch.object(downloads, "_PAUSE_SECONDS", 0.0),
+        mock.patch.object(downloads, "Console", quiet),
+    ):
+        return digest(downloads.fetch(URL, folder / "w.pth", sha256=hashlib.sha256(DOWNLOAD).hexdigest()).read_bytes())
+
+
+URL = "https://hub.example/w.pth"
+DOWNLOAD = bytes(range(256)) * 20
+
+
+class Response(io.BytesIO):
+    """The answer of a server that honours ranges."""
+
+    def __init__(self, start: int) -> None:
+        super().__init__(DOWNLOAD[start:])
+        self.status = 206 if start else 200
+        self.headers = {"ETag": '"v1"', "Content-Length": str(len(DOWNLOAD) - start)}
+        if start:
+            self.headers["Content-Range"] = f"bytes {start}-{len(DOWNLOAD) - 1}/{len(DOWNLOAD)}"
+
+
+def open_download(request: Any, redirects: Any) -> Response:
+    from imgcap_jax.models.encoders.pretrained import downloads
+
+    asked = re.fullmatch(r"bytes=(\d+)-", request.get_header("Range", ""))
+    start = int(asked[1]) if asked and request.get_header("If-range") == '"v1"' else 0
+    if start >= len(DOWNLOAD):
+        raise downloads._Unreachable("the server answers 416", 416)
+    return Response(start)
 
 
 def make_run(folder: Path) -> None:
@@ -516,6 +575,20 @@ def read_scores(folder: Path) -> str:
     return digest({name: repr(metric) for name, metric in report.scores.metrics.items()})
 
 
+def make_idf(folder: Path) -> None:
+    make_scores(folder)
+    shutil.copyfile(folder / "references.json", folder / "idf.json")
+
+
+def read_idf(folder: Path) -> str:
+    from imgcap_jax.metrics.meteor import tables
+    from imgcap_jax.metrics.score_files import score_files
+
+    tables.official_folder = lambda part: None
+    report = score_files(folder / "results.json", folder / "references.json", idf=folder / "idf.json")
+    return digest({name: repr(metric) for name, metric in report.scores.metrics.items()})
+
+
 def make_meteor(folder: Path) -> None:
     (folder / "package" / "data").mkdir(parents=True)
     with zipfile.ZipFile(folder / "package" / "meteor-1.5.jar", "w") as jar:
@@ -537,31 +610,39 @@ def read_meteor(folder: Path) -> str:
     return digest([found.number, found.stems, *map(np.asarray, arrays)])
 
 
-_LIST = functools.partial(Kind, read=read_list)
+# The only file of annotations is gone.
+_LIST = functools.partial(Kind, read=read_list, naming=("no annotation file",))
 KINDS: dict[str, Kind] = {
-    "image": Kind(make_images, read_images, named=False),
+    "image": Kind(make_images, read_images, naming=("",)),  # callers add the name
     "karpathy": _LIST(make_karpathy, files=("*.json",)),
     "coco": _LIST(make_coco, files=("annotations/*",)),
     "jsonl": _LIST(make_jsonl, files=("*.jsonl",)),
     "csv": _LIST(make_csv, files=("*.csv",)),
     "captions_txt": _LIST(make_captions_txt, files=("*.txt",)),
     "metadata": _LIST(make_metadata, files=("*/metadata.jsonl",)),
+    "blip": _LIST(make_blip, files=("*.json",)),
     "dataset": Kind(make_dataset, read_dataset, checked=True),
     "features": Kind(build_features, read_features, checked=True),
     "half_features": Kind(make_half_features, read_features, checked=True),
-    "regions": Kind(make_regions, read_regions),
-    "torch_zip": Kind(make_torch_zip, read_weights),
-    "torch_old": Kind(make_torch_old, read_weights),
-    "safetensors": Kind(make_safetensors, read_weights),
+    "regions": Kind(make_regions, read_regions, naming=("have no region file",)),
+    "torch_zip": Kind(make_torch_zip, functools.partial(read_weights, name="w.pth")),
+    "torch_old": Kind(make_torch_old, functools.partial(read_weights, name="w.pth")),
+    "safetensors": Kind(make_safetensors, functools.partial(read_weights, name="model.safetensors")),
+    "download": Kind(make_download, read_download, checked=True),
     "run": Kind(make_run, read_run),
     "metrics": Kind(make_metrics, read_metrics),
     "sweep": Kind(make_sweep, read_sweep),
-    "newest": Kind(make_checkpoints, read_newest, checked=True, files=("checkpoints/newest/**/*",)),
-    "best": Kind(make_checkpoints, read_best, checked=True, files=("checkpoints/best/**/*",)),
+    "newest": Kind(
+        make_checkpoints, read_newest, checked=True, files=("checkpoints/newest/**/*",), naming=("checkpoints/newest",)
+    ),
+    "best": Kind(
+        make_checkpoints, read_best, checked=True, files=("checkpoints/best/**/*",), naming=("checkpoints/best",)
+    ),
     "frequencies": Kind(make_frequencies, read_frequencies, checked=True),
     "scores": Kind(make_scores, read_scores),
+    "idf": Kind(make_idf, read_idf, files=("idf.json",)),
     "meteor_cache": Kind(make_meteor, read_meteor, checked=True, files=("cache/**/*",)),
-    "meteor_package": Kind(make_meteor, read_meteor, files=("package/**/*",), named=False),
+    "meteor_package": Kind(make_meteor, read_meteor, files=("package/**/*",), naming=("",)),  # not installed
 }
 
 
@@ -721,14 +802,15 @@ class Input:
         from imgcap_jax.data.image_files import ImageError
         from imgcap_jax.errors import UserError
 
-        names = {self.folder.name, *(path.name for path in self._intact.rglob("*.*"))}
+        files = [path.relative_to(self._intact) for path in self._intact.rglob("*") if path.is_file()]
+        names = [*self.kind.naming, *map(str, files), *(path.name for path in files if path.suffix)]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 value = self.kind.read(self.folder)
         except (UserError, ImageError) as error:
             line = str(error)
-            clear = "\n" not in line and (not self.kind.named or any(name in line for name in names))
+            clear = "\n" not in line and any(name in line for name in names)
             return Outcome(number, "clear" if clear else "UNCLEAR", line.replace(str(self.folder), "...")[:300])
         except Exception as error:
             frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "imgcap_jax" in frame.filename]
@@ -740,8 +822,12 @@ class Input:
         return Outcome(number, "SILENT" if self.kind.checked else "changed")
 
 
-def work(name: str, seed: int, numbers: Sequence[int]) -> None:
-    """Reads inputs in this process. Prints a line when it begins with an input, and a line of JSON for its outcome."""
+def work(name: str, seed: int, numbers: Sequence[int], keep: Path | None) -> None:
+    """Reads inputs in this process. Prints a line when it begins with an input, and a line of JSON for its outcome.
+
+    If ``keep`` is given, the files of the present input are in ``keep/READING``, from before they are read until the
+    outcome is allowed.
+    """
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="imgcap_fuzz_") as home:
         source = Input(name, Path(home))
@@ -750,13 +836,24 @@ def work(name: str, seed: int, numbers: Sequence[int]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         for number in numbers:
             source.damage(seed, number)
+            if keep is not None:
+                shutil.rmtree(keep / READING, ignore_errors=True)
+                shutil.copytree(source.folder, keep / READING)
             print(f"begin {number}", flush=True)
             before = _reset_peak()
             outcome = source.read(number)
             used = _status("VmHWM") - before
             if used > MEMORY:
                 outcome = Outcome(number, "MEMORY", f"{used / 1e6:,.0f} MB; {outcome.result} {outcome.line}")
+            if keep is not None and outcome.result in FAILURES:
+                _keep(keep, number)
             print(json.dumps(outcome), flush=True)
+
+
+def _keep(folder: Path, number: int) -> None:
+    """Keeps the files of the present input of a worker, which failed."""
+    shutil.rmtree(folder / str(number), ignore_errors=True)
+    (folder / READING).replace(folder / str(number))
 
 
 def _status(name: str) -> int:
@@ -775,11 +872,15 @@ def _reset_peak() -> int:
 # --- Running workers ------------------------------------------------------------------------------------------------
 
 
-def run(name: str, seed: int, numbers: Sequence[int], until: float) -> Iterator[Outcome]:
-    """Reads inputs in worker processes, which are replaced when they die or take too long."""
+def run(name: str, seed: int, numbers: Sequence[int], until: float, keep: Path | None = None) -> Iterator[Outcome]:
+    """Reads inputs in worker processes, which are replaced when they die or take too long.
+
+    ``keep`` gets a folder for each input that failed, named by its number.
+    """
     left = list(numbers)
     while left and time.monotonic() < until:
         command = [sys.executable, __file__, "--worker", name, "--seed", str(seed), "--only", *map(str, left)]
+        command += [] if keep is None else ["--keep", str(keep)]
         with tempfile.TemporaryFile("w+") as errors:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
             lines: Queue[str | None] = Queue()
@@ -804,12 +905,18 @@ def run(name: str, seed: int, numbers: Sequence[int], until: float) -> Iterator[
                 if begun is None:
                     raise SystemExit(f"{name}: the worker does not start") from None
                 left.remove(begun)
+                process.kill()
+                process.wait()
+                if keep is not None:
+                    _keep(keep, begun)
                 yield Outcome(begun, "TIME", f"more than {SECONDS:.0f} s")
                 continue
             finally:
                 process.kill()
                 process.wait()
             if begun is not None:
+                if keep is not None:
+                    _keep(keep, begun)
                 errors.seek(0)
                 last = (errors.read().strip().splitlines() or [""])[-1]
                 left.remove(begun)
@@ -837,7 +944,7 @@ def main() -> int:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options.worker, options.seed, options.only)
+        work(options.worker, options.seed, options.only, options.keep)
         return 0
     inputs = 10**9 if options.minutes else options.inputs
     print(f"seed {options.seed}\n{'kind':16}{'inputs':>8}" + "".join(f"{name:>10}" for name in (*ALLOWED, *FAILURES)))
@@ -849,7 +956,10 @@ def main() -> int:
         first, until = 0, time.monotonic() + share
         while first < inputs and time.monotonic() < until:
             numbers = options.only or range(first, min(first + 500, inputs))
-            outcomes += run(name, options.seed, numbers, until)
+            keep = None if options.keep is None else options.keep / name
+            outcomes += run(name, options.seed, numbers, until, keep)
+            if keep is not None:
+                shutil.rmtree(keep / READING, ignore_errors=True)
             first += 500 if not options.only else inputs
         counts = Counter(outcome.result for outcome in outcomes)
         print(f"{name:16}{len(outcomes):8}" + "".join(f"{counts[one]:10}" for one in (*ALLOWED, *FAILURES)), flush=True)
@@ -857,8 +967,6 @@ def main() -> int:
         if options.only:
             print("".join(f"  {outcome}\n" for outcome in outcomes), end="")
     _report(failures, options.seed)
-    if options.keep:
-        _keep(failures, options.seed, options.keep)
     return 1 if failures else 0
 
 
@@ -869,18 +977,8 @@ def _report(failures: Sequence[tuple[str, Outcome]], seed: int) -> None:
         line = re.sub(r"\d+", "N", outcome.line)[:80] if outcome.result != "TRACEBACK" else outcome.line.split(":")[0:2]
         places.setdefault((name, outcome.result, str(line)), []).append(outcome)
     for (name, result, _), found in places.items():
-        print(f"{len(found):6} x {result}: {found[0].line}")
+        print(f"{len(found):6} x {result}: {found[0].line.encode(errors='backslashreplace').decode()}")
         print(f"         --kind {name} --seed {seed} --only {found[0].number}")
-
-
-def _keep(failures: Sequence[tuple[str, Outcome]], seed: int, folder: Path) -> None:
-    made: dict[str, Input] = {}
-    with tempfile.TemporaryDirectory(prefix="imgcap_fuzz_") as home:
-        for name, outcome in failures:
-            if name not in made:
-                made[name] = Input(name, Path(home) / name)
-            made[name].damage(seed, outcome.number)
-            shutil.copytree(made[name].folder, folder / name / str(outcome.number), dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -89,14 +89,17 @@ def test_failures_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for name, kind in {
             "traceback": fuzz.Kind(make, careless),
             "unclear": fuzz.Kind(make, explained("damaged")),
-            "lines": fuzz.Kind(make, explained("{}\ndamaged")),
-            "clear": fuzz.Kind(make, explained("{} is damaged")),
-            "silent": fuzz.Kind(make, explained("{} is damaged"), checked=True),
+            "folder": fuzz.Kind(make, explained("{} is damaged")),
+            "lines": fuzz.Kind(make, explained("{}/numbers.json\ndamaged")),
+            "clear": fuzz.Kind(make, explained("{}/numbers.json is damaged")),
+            "named": fuzz.Kind(make, explained("{} has no numbers"), naming=("has no numbers",)),
+            "silent": fuzz.Kind(make, explained("{}/numbers.json is damaged"), checked=True),
         }.items()
     }
     errors = found["traceback"]["TRACEBACK"]
     assert errors > 0
-    assert found["unclear"]["UNCLEAR"] == found["lines"]["UNCLEAR"] == found["clear"]["clear"] == errors
+    assert [found[name]["UNCLEAR"] for name in ("unclear", "folder", "lines")] == [errors] * 3
+    assert found["clear"]["clear"] == found["named"]["clear"] == errors
     assert found["clear"]["changed"] == found["silent"]["SILENT"] > 0
     assert found["clear"]["fine"] == found["silent"]["fine"] == 30 - errors - found["silent"]["SILENT"]
 
@@ -120,6 +123,7 @@ def read(folder):
     text = (folder / "numbers.json").read_text(errors="replace")
     if text == "1" * 1000:
         return ""
+    (folder / "numbers.json").write_text("written by the reader")
     {}
 
 fuzz["KINDS"]["regions"] = fuzz["Kind"](make, read)
@@ -139,13 +143,30 @@ sys.exit(fuzz["main"]())
         ("b = bytearray(b'x') * (100 << 20); return ''", "MEMORY: 10"),
     ],
 )
-def test_dead_slow_and_large_workers_are_reported(what: str, result: str, tmp_path: Path) -> None:
+def test_dead_slow_and_large_workers_are_reported_and_their_files_kept(
+    what: str, result: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = tmp_path / "ends.py"
     script.write_text(
         ENDS.replace("{}", what).replace("sys.argv[1]", repr(str(SCRIPT))).replace("sys.argv[1:2] = []", "")
     )
-    command = [sys.executable, str(script), "--kind", "regions", "--inputs", "1"]
+    keep = tmp_path / "keep"
+    command = [sys.executable, str(script), "--kind", "regions", "--inputs", "1", "--keep", str(keep)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert f"1 x {result}" in done.stdout
     assert "--kind regions --seed 0 --only 0" in done.stdout
+    # The files as they were before they were read.
+    kind = fuzz.Kind(lambda folder: (folder / "numbers.json").write_text("1" * 1000), lambda folder: "")
+    monkeypatch.setitem(fuzz.KINDS, "regions", kind)
+    source = fuzz.Input("regions", tmp_path / "again")
+    source.damage(0, 0)
+    assert [path.name for path in (keep / "regions").iterdir()] == ["0"]
+    kept = (keep / "regions" / "0" / "numbers.json").read_bytes()
+    assert kept == (source.folder / "numbers.json").read_bytes() != b"1" * 1000
+
+
+def test_inputs_that_did_not_fail_are_not_kept(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--kind", "torch_zip", "--inputs", "3", "--keep", str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert list((tmp_path / "torch_zip").iterdir()) == []

@@ -195,7 +195,7 @@ def _read_experiment(folder: Path) -> Experiment:
     hint = f". The run keeps a copy in {kept}; read it before you use it" if kept.is_dir() else ""
     with reading(folder / EXPERIMENT, "restore it from a backup, or train again"):
         text = (folder / EXPERIMENT).read_text(encoding="utf-8")
-    return from_json(text, str(folder), hint)
+    return from_json(text, str(folder / EXPERIMENT), hint)
 
 
 def _read_init_from(path: Path) -> Path | None:

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import reason
 
 AXIS = "devices"
 Step = Callable[[Any, Any, Mapping[str, Array]], tuple[Any, Any]]
@@ -38,8 +39,7 @@ def join_processes(where: str) -> None:
     try:
         jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--distributed {where}: {reason}; use HOST:PORT,COUNT,INDEX on each host") from error
+        raise UserError(f"--distributed {where}: {reason(error)}; use HOST:PORT,COUNT,INDEX on each host") from error
 
 
 def is_first_process() -> bool:

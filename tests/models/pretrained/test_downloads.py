@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import socket
 import threading
 import time
@@ -316,3 +317,17 @@ def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytes
     assert cache_folder("weights") == tmp_path / "xdg" / "imgcap_jax" / "weights"
     monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path / "own"))
     assert cache_folder("weights") == tmp_path / "own" / "weights"
+
+
+def test_a_record_of_size_0_without_its_part_is_ignored(server: Server, tmp_path: Path) -> None:
+    record = {"url": server.base + "/weights.pth", "version": '"1"', "size": 0, "sha256": ""}
+    (tmp_path / "w.pth.part.json").write_text(json.dumps(record))
+    assert fetch(server.base + "/weights.pth", tmp_path / "w.pth").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.pth.part", "w.pth.part.json", ".w.pth.lock"])
+def test_a_folder_in_the_place_of_a_file_is_one_line(name: str, server: Server, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "content").touch()
+    with pytest.raises(UserError, match=rf"{re.escape(name)}.*: Is a directory; check this path and run"):
+        fetch(server.base + "/weights.pth", tmp_path / "w.pth")

@@ -5,7 +5,6 @@ file it is a part of.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import http.client
@@ -27,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import disk_full, reason
 
 _log = logging.getLogger(__name__)
 
@@ -84,18 +84,29 @@ def fetch(url: str, path: Path, *, sha256: str = "", by_hand: str | None = None)
 
     Raises:
         UserError: the server can't be reached or lacks the file, the connection fails repeatedly, a redirect leads away
-            from https, the checksum is wrong, or the disk is full.
+            from https, the checksum is wrong, the disk is full, or the destination can't be written.
     """
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
-        if not path.is_file():
-            part, record = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
-            published = _receive_all(url, part, record, by_hand or url)
-            record.unlink(missing_ok=True)  # before its part, so that it never outlives it
-            _check(url, part, [sha256, published])
-            os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            if not path.is_file():
+                part, record = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
+                published = _receive_all(url, part, record, by_hand or url)
+                record.unlink(missing_ok=True)  # before its part, so that it never outlives it
+                _check(url, part, [sha256, published])
+                os.replace(part, path)
+    except OSError as error:
+        if disk_full(error):
+            raise UserError(
+                f"{path.parent}: the disk is full; free some space and run the same command again, or set IMGCAP_CACHE "
+                "to a folder on another disk"
+            ) from error
+        raise UserError(
+            f"{error.filename or path}: {reason(error)}; check this path and run the same command again, or set "
+            "IMGCAP_CACHE to another folder"
+        ) from error
     return path
 
 
@@ -141,13 +152,6 @@ def _receive_all(url: str, part: Path, record: Path, by_hand: str) -> str:
                         f"the download of {url} stopped after {size / 1e6:.1f} MB ({problem}); run the same command "
                         "again to resume it"
                     ) from problem
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise UserError(
-                        f"{part.parent}: the disk is full; free some space and run the same command again, or set "
-                        "IMGCAP_CACHE to a folder on another disk"
-                    ) from error
-                raise
             time.sleep(_PAUSE_SECONDS)
 
 
@@ -156,7 +160,7 @@ def _receive(url: str, part: Path, record: Path, show: Callable[[int, int | None
     have, known = _size(part), _read_record(record)
     if known is None or known.url != url or not known.version:
         have = 0
-    elif have == known.size:
+    elif have and have == known.size:
         return known.sha256
     headers = {"User-Agent": "imgcap_jax"}
     if known and have:
