@@ -1,6 +1,8 @@
 """Decoding, resizing and augmenting generated images."""
 
 import io
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -260,3 +262,25 @@ def test_jitter_is_brightness_contrast_and_saturation_as_pil_defines_them() -> N
             expected = kind(expected).enhance(factor)
         changed = augment(pixels, [], 32, np.random.default_rng(seed), Augmentation(jitter=0.2))
         np.testing.assert_allclose(changed.astype(int), np.asarray(expected).astype(int), atol=3)
+
+
+# Forms of "left" and "right" that captions use, and words that name no side.
+SIDES = {
+    "German": ("links rechts linke linken linker linkes rechte rechten rechter rechtes linksseitig", "recht flink"),
+    "French": ("gauche gauches droite droites droit droits", "adroit endroit"),
+    "Spanish": ("izquierda izquierdo izquierdas derecha derecho derechos", "derrumbe"),
+    "Portuguese": ("esquerda esquerdo direita direito direitas", "diretor"),
+    "Italian": ("sinistra sinistro destra destro", "destino maldestro"),
+    "Dutch": ("links rechts linker rechter linkerkant rechterhand linkse rechtse", "recht flink"),
+    "Chinese, Japanese": ("左边 右侧 左手 右の犬 在左", "上 下"),
+}
+
+
+@pytest.mark.parametrize("language", SIDES)
+def test_side_words_of_the_documentation(language: str) -> None:
+    table = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (listed,) = re.findall(rf"^\| {language} \| `(.+)` \|$", table, re.MULTILINE)
+    words = tuple(listed.split(","))
+    sides, others = SIDES[language]
+    assert [form for form in sides.split() if not names_side([f"xx {form} xx"], words)] == []
+    assert [form for form in others.split() if names_side([f"xx {form} xx"], words)] == []
