@@ -119,7 +119,7 @@ def test_a_picture_that_fails_loses_neither_its_caption_nor_the_photos_after_it(
     assert [line for line in lines if "attention of its words" not in line] == [
         f"{tmp_path}/photo_{red}.png: red {red}" for red in reds
     ]
-    reasons = ("No space left on device", "damaged\\nin two lines", "the folder can't be written")
+    reasons = ("No space left on device", "damaged in two lines", "the folder can't be written")
     assert failures == [
         f"imgcap: {tmp_path}/photo_{red}.png: {reason}; no picture of its attention"
         for red, reason in zip(reds, reasons, strict=False)
