@@ -621,7 +621,7 @@ KINDS: dict[str, Kind] = {
     "captions_txt": _LIST(make_captions_txt, files=("*.txt",)),
     "metadata": _LIST(make_metadata, files=("*/metadata.jsonl",)),
     "blip": _LIST(make_blip, files=("*.json",)),
-    "dataset": Kind(make_dataset, read_dataset, checked=True),
+    "dataset": Kind(make_dataset, read_dataset, checked=True, naming=("is not prepared in", "fuzzed/1.0.0 is damaged")),
     "features": Kind(build_features, read_features, checked=True),
     "half_features": Kind(make_half_features, read_features, checked=True),
     "regions": Kind(make_regions, read_regions, naming=("have no region file",)),

@@ -348,6 +348,9 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
 
 
 def _not_prepared(name: str, data_dir: Path) -> NoReturn:
+    for digests in (data_dir / name).glob("*/SHA256SUMS") if _NAME.fullmatch(name) else ():
+        if _VERSION.fullmatch(digests.parent.name):
+            raise UserError(f"{digests.parent / layout.INFO_FILE} is missing: {PREPARE_AGAIN}")
     command = {"scenes": "scenes", coco.NAME: "coco"}.get(name, f"FOLDER --name {name}")
     there = sorted(folder.name for folder in data_dir.glob("*/") if find_prepared(folder.name, data_dir) is not None)
     raise UserError(

@@ -305,3 +305,11 @@ def test_mixtures() -> None:
     for wrong in ("", "a+", "a*0", "a*x", "a*-1", "a*inf", "a+a", "A b", "a*nan"):
         with pytest.raises(UserError):
             parse_mixture(wrong)
+
+
+@pytest.mark.parametrize("name", ["origin.json", "dataset_info.json"])
+def test_a_missing_file_of_a_dataset_is_damage(name: str, copy: Path) -> None:
+    """Without these files it would pass for the dataset of another program, or for none."""
+    (dataset_folder(copy) / name).unlink()
+    with pytest.raises(UserError, match=rf"{name} is missing: delete its folder"):
+        open_source("scenes", "val", copy)

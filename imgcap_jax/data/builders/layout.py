@@ -112,6 +112,8 @@ def check_small_files(folder: Path) -> None:
     digests = read_digests(folder)
     if digests is None:
         return
+    if not (folder / ORIGIN_FILE).is_file():  # it has no digest in SHA256SUMS
+        raise UserError(f"{folder / ORIGIN_FILE} is missing: {PREPARE_AGAIN}")
     with files.reading(folder / DIGESTS, PREPARE_AGAIN):
         text = (folder / DIGESTS).read_text(encoding="utf-8", errors="surrogateescape")
     complete = text.endswith(f"\n# {len(digests)} files\n")
