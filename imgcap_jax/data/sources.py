@@ -97,6 +97,8 @@ class CaptionSource:
                 ) from error
             self._length = len(self._records)
             self._files = [Path(file) for part in parts for file in builder.info.splits[part].filepaths]
+            if any(file.parent != folder for file in self._files):
+                raise ValueError("its records are in another folder")
             counts = [count for part in parts for count in builder.info.splits[part].shard_lengths]
         self._ends = list(itertools.accumulate(counts))  # the number of the first record after each file
         if self._length != sum(stored[part] for part in parts):

@@ -313,3 +313,27 @@ def test_a_missing_file_of_a_dataset_is_damage(name: str, copy: Path) -> None:
     (dataset_folder(copy) / name).unlink()
     with pytest.raises(UserError, match=rf"{name} is missing: delete its folder"):
         open_source("scenes", "val", copy)
+
+
+def test_records_outside_of_the_dataset_are_not_read(copy: Path) -> None:
+    folder = dataset_folder(copy)
+    (folder / "SHA256SUMS").unlink()
+    info = (folder / "dataset_info.json").read_text().replace("{DATASET}-", "/etc/{DATASET}-")
+    (folder / "dataset_info.json").write_text(info)
+    with pytest.raises(UserError, match="its records are in another folder"):
+        open_source("scenes", "val", copy)
+
+
+def test_an_origin_without_its_digest_is_damage(copy: Path) -> None:
+    path = dataset_folder(copy) / "origin.json"
+    origin = json.loads(path.read_text())
+    del origin["sha256"]
+    path.write_text(json.dumps(origin))
+    with pytest.raises(UserError, match=r"origin\.json is damaged \(its digest has changed\)"):
+        describe("scenes", copy)
+
+
+def test_a_long_number_in_the_digests_is_ignored(copy: Path) -> None:
+    path = dataset_folder(copy) / "SHA256SUMS"
+    path.write_text(f"# {'9' * 5000} bytes: features.json\n" + path.read_text())
+    assert len(open_source("scenes", "val", copy))

@@ -89,7 +89,9 @@ def read_origin(folder: Path) -> Origin | None:
         if not all(isinstance(value, str) for value in values.values()):
             raise ValueError("a text was expected")
         origin = Origin(**values)
-        if saved.get("sha256", _origin_digest(origin)) != _origin_digest(origin):  # older versions wrote none
+        digests = read_digests(folder)
+        elsewhere = digests is None or ORIGIN_FILE in digests  # in datasets of older versions
+        if saved.get("sha256", _origin_digest(origin) if elsewhere else "") != _origin_digest(origin):
             raise ValueError("its digest has changed")
     return origin
 
@@ -119,7 +121,7 @@ def check_small_files(folder: Path) -> None:
     complete = text.endswith(f"\n# {len(digests)} files\n")
     if not complete and ORIGIN_FILE not in digests and (folder / ORIGIN_FILE).exists():
         raise UserError(f"{folder / DIGESTS} is damaged (not complete): {PREPARE_AGAIN}")
-    for size, name in re.findall(r"^# ([0-9]+) bytes: (.+)$", text, flags=re.MULTILINE):
+    for size, name in re.findall(r"^# ([0-9]{1,18}) bytes: (.+)$", text, flags=re.MULTILINE):
         if name in digests and not is_index(name):
             _check_size(folder / name, int(size))
     for name in (INFO_FILE, "features.json", ORIGIN_FILE, SKIPPED_FILE):
