@@ -22,6 +22,8 @@ DIGESTS = "SHA256SUMS"  # digests of the files in a folder, as `sha256sum` write
 
 def local_path(text: str) -> Path:
     """The path that a user gave. Raises UserError for the URL of a bucket, which would become a local folder."""
+    if not text:
+        raise UserError("an empty path; give a folder or a file")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
         raise UserError(f"{text} is a URL; only paths of local or mounted file systems are supported")
     return Path(text)

@@ -382,7 +382,8 @@ def _select(progress: Progress, scores: Mapping[str, float]) -> tuple[Progress, 
     If CIDEr-D is equal, BLEU-4 decides, then the teacher-forced loss, and then the later parameters are the best: on
     few images CIDEr-D can be 0 for every caption, and the first validation would remain the best forever.
     """
-    cider, ties = scores["CIDEr-D"], (scores["BLEU-4"], -scores["teacher_forced_loss"])
+    # BLEU-4 of captions without a common 4-gram is not exactly 0 in the official tools, but about 1e-13.
+    cider, ties = scores["CIDEr-D"], (round(scores["BLEU-4"], 6), -scores["teacher_forced_loss"])
     best = progress.best, progress.best_ties
     if progress.best is None or (cider, ties) >= best:
         better = progress.best is None or (cider, ties) > best
@@ -395,7 +396,10 @@ def _select(progress: Progress, scores: Mapping[str, float]) -> tuple[Progress, 
             note = [f"CIDEr-D equals that of the best parameters so far; {why}"]
         misses = 0 if better else progress.misses + 1
         return replace(progress, best=cider, best_step=progress.step, best_ties=ties, misses=misses), note
-    return replace(progress, misses=progress.misses + 1), []
+    note = [
+        f"CIDEr-D equals that of the best parameters, of step {progress.best_step}, which are better in BLEU-4 or loss"
+    ]
+    return replace(progress, misses=progress.misses + 1), note if cider == progress.best else []
 
 
 def _device_part(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

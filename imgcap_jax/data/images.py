@@ -40,9 +40,13 @@ class Augmentation:
     jitter: float = 0.0
     """Multiply brightness, contrast and saturation each by a random factor from 1 - jitter to 1 + jitter."""
     side_words: tuple[str, ...] = SIDE_WORDS
-    """The beginnings of the words that name a side, in the language of the captions; docs/training.md has a list."""
+    """The beginnings of the words that name a side, in the language of the captions, also separated by commas;
+    docs/training.md has a list."""
 
     def __post_init__(self) -> None:
+        if all(isinstance(word, str) for word in self.side_words):  # as on the command line: left,right
+            words = (word.strip() for part in self.side_words for word in part.split(","))
+            object.__setattr__(self, "side_words", tuple(words))
         if not all(isinstance(word, str) and word.strip() for word in self.side_words):
             raise UserError(f"data.augmentation.side_words is {self.side_words!r}; it must be a list of words")
 

@@ -1,7 +1,8 @@
 """The vocabulary: words and their ids."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -138,6 +139,7 @@ class Vocabulary:
     def save(self, path: Path) -> None:
         """Writes the vocabulary as JSON."""
         document = {"tokenizer": self.tokenizer.label, "words": self.words, "counts": self.counts}
+        document["sha256"] = _digest(self.words, self.counts)
         write_text(path, json.dumps(document, ensure_ascii=False))
 
     @classmethod
@@ -147,7 +149,7 @@ class Vocabulary:
         Raises:
             UserError: the file is missing, is not a vocabulary, or was built with another tokeniser.
         """
-        hint = "choose the folder of a training run, or train again"
+        hint = "restore it from a backup or from a run of the same experiment"
         document = read_json(path, hint)
         fields = document if isinstance(document, dict) else {}
         words, counts = fields.get("words"), fields.get("counts")
@@ -163,6 +165,8 @@ class Vocabulary:
                 f"{path} is not a vocabulary ('words' must be distinct and begin with {' '.join(_SPECIAL)}; 'counts' "
                 f"must have one number per word): {hint}"
             )
+        if fields.get("sha256", _digest(words, counts)) != _digest(words, counts):  # older versions wrote none
+            raise UserError(f"{path} is damaged (its digest has changed): {hint}")
         label = fields.get("tokenizer", DEFAULT.label)
         if label != tokenizer.label:
             raise UserError(
@@ -170,3 +174,8 @@ class Vocabulary:
                 f"use the experiment of this run, with its fields and code"
             )
         return cls(tuple(words), tuple(counts), tokenizer)
+
+
+def _digest(words: Sequence[str], counts: Sequence[int]) -> str:
+    """A digest of a vocabulary: other words would be other captions, without an error."""
+    return hashlib.sha256(json.dumps([*zip(words, counts, strict=True)]).encode()).hexdigest()

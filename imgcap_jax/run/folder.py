@@ -39,6 +39,7 @@ CODE = "code"  # copies of users' files, and their digests
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+FREQUENCIES = "document_frequencies.npz"  # of self-critical training
 SMOKE = ".smoke"  # marks the folder of a smoke run, which the next one empties
 
 
@@ -324,11 +325,10 @@ def empty_smoke(folder: Path) -> None:
     """
     if not (folder / SMOKE).is_file() and any(path.name != OWNER for path in folder.iterdir()):
         raise UserError(f"{folder} was not written by --smoke, which would empty it; move it away")
-    for path in list(folder.iterdir()):
-        if path.name in (OWNER, SMOKE):
-            continue
+    written = (EXPERIMENT, VOCABULARY, INIT_FROM, WEIGHTS, CODE, CHECKPOINTS, METRICS, TENSORBOARD, FREQUENCIES)
+    for path in (folder / name for name in written):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
     write_text(folder / SMOKE, "")

@@ -136,7 +136,10 @@ class Checkpoints:
         """
         step = self.best_step
         if step is None:
-            raise UserError(f"{self.folder.parent} has no finished validation yet; train it longer first")
+            raise UserError(
+                f"{self.folder.parent} has no best parameters, because no validation is finished or {self.folder} has "
+                f"lost them; give its training command again"
+            )
         return self._read("best", step, template)
 
     def close(self) -> None:
@@ -223,6 +226,8 @@ class Checkpoints:
                 f"restore it from a backup, or train again in another --run with --init-from {self.folder.parent}, "
                 f"which starts from its best parameters"
             )
+        elif kind == "best" and self.step is not None:
+            advice = "move it away and give the training command again, which puts the newest parameters in its place"
         else:
             advice = "restore it from a backup, or train again in another --run"
         return UserError(f"the checkpoint {folder / str(step)} is damaged ({what}); {advice}")

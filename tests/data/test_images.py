@@ -284,3 +284,12 @@ def test_side_words_of_the_documentation(language: str) -> None:
     sides, others = SIDES[language]
     assert [form for form in sides.split() if not names_side([f"xx {form} xx"], words)] == []
     assert [form for form in others.split() if names_side([f"xx {form} xx"], words)] == []
+
+
+def test_side_words_can_be_separated_by_commas() -> None:
+    """As in docs/training.md and on the command line."""
+    augmentation = Augmentation(side_words=("links,rechts", "oben"))
+    assert augmentation.side_words == ("links", "rechts", "oben")
+    assert names_side(["ein Hund links im Bild"], augmentation.side_words)
+    with pytest.raises(UserError, match="must be a list of words"):
+        Augmentation(side_words=("links,,rechts",))

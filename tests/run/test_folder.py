@@ -179,8 +179,11 @@ def test_smoke_empties_only_what_smoke_wrote(run: Path, tmp_path: Path) -> None:
     (victim / "file").write_text("mine")
     (smoke / "link").symlink_to(victim, target_is_directory=True)
     (smoke / "checkpoints").mkdir()
+    (smoke / "checkpoints").rmdir()
+    (smoke / "checkpoints").symlink_to(victim, target_is_directory=True)
+    (smoke / "notes.txt").write_text("mine")
     empty_smoke(smoke)
-    assert [path.name for path in smoke.iterdir()] == [".smoke"]
+    assert sorted(path.name for path in smoke.iterdir()) == [".smoke", "link", "notes.txt"]
     assert (victim / "file").read_text() == "mine"
 
 
@@ -206,6 +209,13 @@ def test_damaged_file_is_one_line(name: str, damage: str, run: Path) -> None:
         Run.load(run)
     assert str(run) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_changed_word_is_damage(run: Path) -> None:
+    text = (run / "vocabulary.json").read_text()
+    (run / "vocabulary.json").write_text(text.replace('"a"', '"b"', 1))
+    with pytest.raises(UserError, match=r"vocabulary\.json is damaged"):
+        Run.load(run)
 
 
 @pytest.mark.parametrize("line", [b'{"step": Infinity}', b"\xff\xfe", b"[" * 100_000, b'{"step": 1', b"9" * 5000])

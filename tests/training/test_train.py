@@ -109,11 +109,14 @@ def test_equal_cider_is_decided_by_bleu_then_loss_then_time() -> None:
     best, misses, [note] = after((0.0, 0.1, 3.0), (0.0, 0.2, 4.0))
     assert (best, misses) == (2, 0)
     assert "BLEU-4 is higher" in note
-    assert after((0.0, 0.2, 3.0), (0.0, 0.1, 1.0)) == (1, 1, [])
+    best, misses, [note] = after((0.0, 0.2, 3.0), (0.0, 0.1, 1.0))
+    assert (best, misses) == (1, 1)
+    assert "of step 1, which are better" in note
+    assert after((0.0, 3.4e-13, 3.0), (0.0, 2.2e-13, 2.0))[0] == 2  # BLEU-4 is 0 except for rounding
     best, misses, [note] = after((0.0, 0.0, 3.0), (0.0, 0.0, 2.0))
     assert (best, misses) == (2, 0)
     assert "loss is lower" in note
-    assert after((0.0, 0.0, 2.0), (0.0, 0.0, 3.0)) == (1, 1, [])
+    assert after((0.0, 0.0, 2.0), (0.0, 0.0, 3.0))[:2] == (1, 1)
     # Equal in everything: the later one is kept, but patience runs.
     best, misses, [note] = after((0.0, 0.0, 2.0), (0.0, 0.0, 2.0), (0.0, 0.0, 2.0))
     assert (best, misses) == (3, 2)
