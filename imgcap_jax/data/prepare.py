@@ -246,6 +246,7 @@ def _prepare_coco(data_dir: Path, download_dir: Path | None, progress: bool, say
     for split in description.splits:
         CaptionSource(description, split, data_dir)  # writes the index of captions, so that it opens quickly
     if built:
+        write_origin(folder, coco.ORIGIN)  # as every dataset with checksums has one
         write_checksums(folder)
     return folder
 

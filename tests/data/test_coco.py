@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,7 @@ from PIL import Image
 from imgcap_jax.data.builders import coco
 from imgcap_jax.data.builders.folder import FolderBuilder, scan_folder
 from imgcap_jax.data.prepare import prepare
-from imgcap_jax.data.sources import open_source
+from imgcap_jax.data.sources import check_dataset, describe, open_source
 from imgcap_jax.errors import UserError
 
 # Image ids by Karpathy's split. The images of train are in COCO's train2014, all others in its val2014.
@@ -88,6 +89,30 @@ def test_preparing_without_tensorflow_names_the_extra(tmp_path: Path, monkeypatc
     )
     with pytest.raises(UserError, match=r"pip install 'imgcap_jax\[coco\]'"):
         prepare("coco", data_dir=tmp_path, progress=False)
+
+
+def test_a_built_dataset_is_read_and_is_up_to_date(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without TensorFlow: a dataset of scenes stands for what the official builder writes."""
+
+    def build(data_dir: Path, download_dir: Path | None = None) -> Path:
+        folder = data_dir / coco.NAME / coco.CONFIG / "1.1.0"
+        shutil.copytree(next((tiny_data / "scenes").iterdir()), folder)
+        for name in ("origin.json", "skipped.json", "SHA256SUMS"):  # which only this package writes
+            (folder / name).unlink()
+        return folder
+
+    monkeypatch.setattr(coco, "build", build)
+    monkeypatch.setattr(coco, "TRAIN_IMAGES", 40)
+    folder = prepare("coco", data_dir=tmp_path, progress=False)
+    assert (folder / "SHA256SUMS").is_file()
+    assert describe("coco", tmp_path).source == coco.ORIGIN.source
+    assert len(open_source("coco", "val", tmp_path)) == 8
+    assert check_dataset("coco", tmp_path) == []
+    said: list[str] = []
+    assert prepare("coco", data_dir=tmp_path, progress=False, say=said.append) == folder
+    assert said == [f"coco_captions: already prepared in {folder}"]
 
 
 def test_the_official_builder(archives: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
