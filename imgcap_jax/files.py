@@ -130,9 +130,7 @@ def refuse_pipes(path: Path) -> None:
 
 @contextmanager
 def reading(path: Path, advice: str) -> Iterator[None]:
-    """Turns every error while a file is read into one line that names the file.
-
-    Readers of foreign formats raise almost any type of exception on damaged files.
+    """Refuses pipes and devices, and turns every error while a file is read into one line, as ``explaining`` does.
 
     Args:
         path: the file.
@@ -141,8 +139,19 @@ def reading(path: Path, advice: str) -> Iterator[None]:
     Raises:
         UserError: the file is missing, cannot be read or is damaged.
     """
-    try:
+    with explaining(path, advice):
         refuse_pipes(path)
+        yield
+
+
+@contextmanager
+def explaining(path: Path, advice: str) -> Iterator[None]:
+    """Turns every error into one line that names the file, for a file that is open or was checked by ``reading``.
+
+    Readers of foreign formats raise almost any type of exception on damaged files. Arguments and errors are those of
+    ``reading``. The file system is not accessed.
+    """
+    try:
         yield
     except UserError:
         raise

@@ -30,7 +30,7 @@ from imgcap_jax.data.builders.layout import (
     index_file,
 )
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import damages, local_path, read_digests, read_json, reading
+from imgcap_jax.files import damages, explaining, local_path, read_digests, read_json, reading
 
 _ALIASES = {"coco": coco.NAME}
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -148,7 +148,8 @@ class CaptionSource:
         """Example i, 0 <= i < len(self). Raises an IndexError otherwise."""
         if not 0 <= i < self._length:
             raise IndexError(f"example {i} is out of range; there are {len(self)}")
-        with reading(self._files[bisect.bisect_right(self._ends, i)], f"{PREPARE_AGAIN} ({self.name}, image {i})"):
+        file = self._files[bisect.bisect_right(self._ends, i)]
+        with explaining(file, f"{PREPARE_AGAIN} ({self.name}, image {i})"):  # pipes were refused when it was opened
             features = self._records[i]
             image_id = int(features["image/id"])
             if self._index is not None and self._index.image_id[i] != image_id:
