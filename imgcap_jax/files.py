@@ -212,6 +212,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_digest(value: Any) -> str:
+    """The SHA-256 digest of a JSON value, in hexadecimal. The order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def write_digests(folder: Path, names: Sequence[str] | None = None, comments: Sequence[str] = ()) -> None:
     """Writes the digests of files in ``folder`` to its SHA256SUMS, for ``damages`` and for ``sha256sum -c``.
 
@@ -253,7 +258,7 @@ def damages(folder: Path) -> list[str]:
     digests = read_digests(folder)
     if digests is None:
         return []
-    if DIGESTS in digests or not _is_complete(folder, digests):
+    if DIGESTS in digests or not are_complete(digests, (folder / DIGESTS).read_text("utf-8", "surrogateescape")):
         return [f"{DIGESTS} has changed"]
     found = []
     for name, digest in digests.items():
@@ -264,12 +269,8 @@ def damages(folder: Path) -> list[str]:
     return found
 
 
-def _is_complete(folder: Path, digests: Mapping[str, str]) -> bool:
-    """Whether SHA256SUMS has as many digests as its last line says."""
-    try:
-        text = (folder / DIGESTS).read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        return False
+def are_complete(digests: Mapping[str, str], text: str) -> bool:
+    """Whether the text of a SHA256SUMS has as many digests as its last line says."""
     return text.endswith(f"\n# {len(digests)} files\n") or text == "# 0 files\n"
 
 

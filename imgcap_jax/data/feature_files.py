@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from imgcap_jax.array_files import read_header
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import appending, disk_full, file_digest, read_json, reading, replacing
+from imgcap_jax.files import appending, disk_full, file_digest, json_digest, read_json, reading, replacing
 
 Dtype = Literal["float16", "bfloat16"]
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -300,7 +300,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not isinstance(done, bool) or dtype not in DTYPES:
             raise ValueError(f"done {done}, dtype {dtype}")
         digest = manifest.pop("digest", None)
-        if digest not in (None, _manifest_digest(manifest)):
+        if digest not in (None, json_digest(manifest)):
             raise ValueError("its digest differs")
         if digest is not None or "digests" not in manifest:
             return dict(manifest)
@@ -368,12 +368,8 @@ def _check_digests_size(folder: Path, rows: int) -> None:
         raise damaged(path, "its size does not match the manifest")
 
 
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     with replacing(folder / _MANIFEST) as temporary, temporary.open("w", encoding="utf-8") as file:
-        json.dump({**manifest, "digest": _manifest_digest(manifest)}, file, indent=2)
+        json.dump({**manifest, "digest": json_digest(manifest)}, file, indent=2)
         file.flush()
         os.fsync(file.fileno())

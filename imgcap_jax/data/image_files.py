@@ -35,6 +35,8 @@ from PIL import (
 )
 from PIL.JpegImagePlugin import JpegImageFile
 
+from imgcap_jax.files import reason
+
 Pixels = npt.NDArray[np.uint8]
 AnyImage = bytes | Pixels | Image.Image
 """An encoded image, RGB pixels uint8 [h,w,3], or a PIL image of any mode."""
@@ -198,8 +200,7 @@ def _explained() -> Iterator[None]:
     except MemoryError as error:
         raise ImageError("there is not enough memory to decode it") from error
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"cannot be decoded ({reason})") from error
+        raise ImageError(f"cannot be decoded ({reason(error)})") from error
 
 
 @contextlib.contextmanager

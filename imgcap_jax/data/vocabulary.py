@@ -1,6 +1,5 @@
 """The vocabulary: words and their ids."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from imgcap_jax.data.caption_tokens import CaptionTokens
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import read_json, write_text
+from imgcap_jax.files import json_digest, read_json, write_text
 from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
 from imgcap_jax.tokenizers import DEFAULT, Tokenizer, text_of, tokens_of
 
@@ -178,4 +177,4 @@ class Vocabulary:
 
 def _digest(words: Sequence[str], counts: Sequence[int]) -> str:
     """A digest of a vocabulary: other words would be other captions, without an error."""
-    return hashlib.sha256(json.dumps([*zip(words, counts, strict=True)]).encode()).hexdigest()
+    return json_digest([*zip(words, counts, strict=True)])

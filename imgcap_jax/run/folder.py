@@ -28,7 +28,9 @@ from imgcap_jax.files import (
 )
 from imgcap_jax.models.encoders.contract import build_encoder, weights_digest, with_weights
 from imgcap_jax.models.model import CaptionModel
-from imgcap_jax.training.checkpoints import latest_step
+from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
+from imgcap_jax.training.log import METRICS, TENSORBOARD
+from imgcap_jax.training.self_critical import FREQUENCIES
 from imgcap_jax.user_code import source_files
 
 EXPERIMENT = "experiment.json"
@@ -36,10 +38,6 @@ VOCABULARY = "vocabulary.json"
 INIT_FROM = "init_from.json"
 WEIGHTS = "weights.json"
 CODE = "code"  # copies of users' files, and their digests
-CHECKPOINTS = "checkpoints"
-METRICS = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
-FREQUENCIES = "document_frequencies.npz"  # of self-critical training
 SMOKE = ".smoke"  # marks the folder of a smoke run, which the next one empties
 
 
@@ -201,26 +199,27 @@ def _read_experiment(folder: Path) -> Experiment:
 
 def _read_init_from(path: Path) -> Path | None:
     """The run that a run started from. Raises UserError if the file is damaged."""
-    if not path.is_file():
-        return None
     advice = "it must name the run that this one started from; restore it from a backup"
-    value = read_json(path, advice)
-    with reading(path, advice):
-        if not isinstance(value["run"], str) or "\0" in value["run"]:
-            raise ValueError("'run' is not a path")
-        return Path(value["run"])
+    found = _read_text(path, "run", r"[^\0]*", advice)
+    return None if found is None else Path(found)
 
 
 def _read_weights(path: Path) -> str | None:
     """The digest of the encoder's weights file. Raises UserError if the file is damaged."""
+    advice = "restore it from a backup; it has the digest of the encoder's weights file"
+    return _read_text(path, "encoder", "[0-9a-f]{64}", advice)
+
+
+def _read_text(path: Path, key: str, pattern: str, advice: str) -> str | None:
+    """The text under a key of a JSON file; None if there is no file. Raises UserError if it has another form."""
     if not path.is_file():
         return None
-    advice = "restore it from a backup; it has the digest of the encoder's weights file"
     value = read_json(path, advice)
     with reading(path, advice):
-        if not re.fullmatch("[0-9a-f]{64}", value["encoder"]):
-            raise ValueError("'encoder' is not a digest")
-        return str(value["encoder"])
+        text: str = value[key]
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"{key!r} is {text!r:.80}")
+        return text
 
 
 def without_weights_path(settings: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -19,8 +18,9 @@ from jax import Array
 from orbax.checkpoint import checkpoint_managers
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import damages, disk_errors, read_digests, write_digests
+from imgcap_jax.files import damages, disk_errors, read_digests, reason, write_digests
 
+CHECKPOINTS = "checkpoints"  # folder in a run's folder
 _PATTERN = re.compile(r"[\[\]*?\\]")  # characters that make a path a pattern
 _KEPT = 2  # checkpoints: if the newest is damaged, the one before it remains
 
@@ -57,7 +57,7 @@ class Checkpoints:
 
         ``writing`` is for the process that trains the run. Another writing process could disturb a save.
         """
-        self.folder = run.absolute() / "checkpoints"
+        self.folder = run.absolute() / CHECKPOINTS
         self._writing = writing
         self._link: Path | None = None
         self._managers: dict[str, ocp.CheckpointManager] = {}
@@ -166,7 +166,7 @@ class Checkpoints:
             weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
             if _PATTERN.search(str(place)) is not None:
                 raise UserError(f"{place.parent}: the folder of temporary files contains one of [ ] * ? \\; set TMPDIR")
-            self._link = place / "checkpoints"
+            self._link = place / CHECKPOINTS
             self._link.symlink_to(self.folder, target_is_directory=True)
         return self._link / kind
 
@@ -243,14 +243,13 @@ class Checkpoints:
         except Exception as error:  # of almost any type, if files are damaged
             if read_digests(folder) is None and not isinstance(error, OSError):
                 # Written without digests: damaged files and other shapes look alike.
-                reason = "its files are damaged, or it was written by another experiment or version"
+                cause = "its files are damaged, or it was written by another experiment or version"
             elif isinstance(error, OSError) and error.errno is not None:
-                raise UserError(f"the checkpoint {folder} can't be read ({os.strerror(error.errno)})") from error
+                raise UserError(f"the checkpoint {folder} can't be read ({reason(error)})") from error
             else:
-                reason = "it was written by another experiment or version"
-            text = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+                cause = "it was written by another experiment or version"
             raise UserError(
-                f"the checkpoint {folder} does not fit this experiment ({text}); {reason}: choose another --run"
+                f"the checkpoint {folder} does not fit this experiment ({reason(error)}); {cause}: choose another --run"
             ) from error
 
 

@@ -9,6 +9,9 @@ from tensorboardX import SummaryWriter
 
 from imgcap_jax.files import appending, disk_errors, reading, write_text
 
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
 
 class MetricsLog:
     """Appends metrics to ``metrics.jsonl`` (one JSON object per line) and to TensorBoard.
@@ -20,7 +23,7 @@ class MetricsLog:
     def __init__(self, folder: Path, resumed_step: int, *, writing: bool = True) -> None:
         """Opens both. If ``writing`` is False, nothing is written. Only the first process writes."""
         self._writing = writing
-        self._path = path = folder / "metrics.jsonl"
+        self._path = path = folder / METRICS
         if not writing:
             return
         with reading(path, "move it away"):
@@ -29,7 +32,7 @@ class MetricsLog:
                 kept = [line for line in text.split("\n") if _step(line) <= resumed_step]
                 write_text(path, "".join(line + "\n" for line in kept))
             self._file = appending(path)
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+        self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=resumed_step + 1)
 
     def write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line; kind is "train" or "validation". Raises UserError if the disk is full."""

@@ -62,6 +62,9 @@ class Reward(Protocol):
         ...
 
 
+FREQUENCIES = "document_frequencies.npz"  # file in a run's folder
+
+
 @dataclass(frozen=True)
 class SelfCritical:
     """REINFORCE with a baseline: maximises the expected reward, starting from a run trained with cross-entropy.
@@ -182,7 +185,7 @@ class SelfCritical:
 
 def _document_frequencies(setup: StepSetup, references: CaptionTable) -> DocumentFrequencies:
     """Document frequencies of the training captions, counted once and kept in the run."""
-    path = setup.folder / "document_frequencies.npz"
+    path = setup.folder / FREQUENCIES
     if setup.checkpoints.step is not None and path.is_file():
         return DocumentFrequencies.load(path, references.fingerprint)
     frequencies = document_frequencies(list(references.captions()), references.words)

@@ -1,6 +1,5 @@
 """The files of a prepared dataset in addition to TFDS's records. Does not import TFDS, because that is slow."""
 
-import hashlib
 import json
 import os
 import re
@@ -11,7 +10,7 @@ from typing import Any
 
 from imgcap_jax import files
 from imgcap_jax.errors import UserError, printable
-from imgcap_jax.files import DIGESTS, file_digest, read_digests, write_text
+from imgcap_jax.files import DIGESTS, file_digest, json_digest, read_digests, write_text
 
 ORIGIN_FILE = "origin.json"
 SKIPPED_FILE = "skipped.json"
@@ -75,7 +74,7 @@ def write_origin(folder: Path, origin: Origin) -> None:
         if kept and re.fullmatch("# [0-9]+ files\n", kept[-1]):
             kept[-1] = f"# {len(digests) - 1} files\n"
         write_text(folder / DIGESTS, "".join(kept))
-    write_json(folder / ORIGIN_FILE, {**asdict(origin), "sha256": _origin_digest(origin)})
+    write_json(folder / ORIGIN_FILE, {**asdict(origin), "sha256": json_digest(asdict(origin))})
 
 
 def read_origin(folder: Path) -> Origin | None:
@@ -91,13 +90,10 @@ def read_origin(folder: Path) -> Origin | None:
         origin = Origin(**values)
         digests = read_digests(folder)
         elsewhere = digests is None or ORIGIN_FILE in digests  # in datasets of older versions
-        if saved.get("sha256", _origin_digest(origin) if elsewhere else "") != _origin_digest(origin):
+        digest = json_digest(asdict(origin))
+        if saved.get("sha256", digest if elsewhere else "") != digest:
             raise ValueError("its digest has changed")
     return origin
-
-
-def _origin_digest(origin: Origin) -> str:
-    return hashlib.sha256(json.dumps(asdict(origin)).encode()).hexdigest()
 
 
 def check_small_files(folder: Path) -> None:
@@ -118,8 +114,7 @@ def check_small_files(folder: Path) -> None:
         raise UserError(f"{folder / ORIGIN_FILE} is missing: {PREPARE_AGAIN}")
     with files.reading(folder / DIGESTS, PREPARE_AGAIN):
         text = (folder / DIGESTS).read_text(encoding="utf-8", errors="surrogateescape")
-    complete = text.endswith(f"\n# {len(digests)} files\n")
-    if not complete and ORIGIN_FILE not in digests and (folder / ORIGIN_FILE).exists():
+    if not files.are_complete(digests, text) and ORIGIN_FILE not in digests:
         raise UserError(f"{folder / DIGESTS} is damaged (not complete): {PREPARE_AGAIN}")
     for size, name in re.findall(r"^# ([0-9]{1,18}) bytes: (.+)$", text, flags=re.MULTILINE):
         if name in digests and not is_index(name):
