@@ -142,11 +142,11 @@ def read_file(path: Path) -> bytes:
 
 
 def storable(image: bytes) -> bytes:
-    """Decodes an image completely and returns what a dataset stores: an image that any reader decodes to its pixels.
+    """Decodes an image completely and returns the file that a dataset stores.
 
-    JPEG and PNG files are returned unchanged if other readers give them the same pixels. Everything else becomes a PNG
-    of the upright RGB image: other formats, CMYK, transparency, 16 bits, PNG with an orientation, and images that only
-    a raised limit admits.
+    Every image reader gives the stored file the same pixels. JPEG and PNG files for which this is already true are
+    returned unchanged. All other images become a PNG of the upright RGB image: other formats, CMYK, transparency,
+    16 bits, a PNG with an orientation, and images above the default limit on size.
 
     Raises:
         ImageError: see `open_image`.
@@ -311,9 +311,9 @@ def _rgb(picture: Image.Image) -> Image.Image:
 def _grey(picture: Image.Image) -> Image.Image:
     """Scales an image of mode I;16, I or F to 8 bits.
 
-    16-bit values are divided by 257 and rounded. 32-bit integers and floats have no standard range. It is the smallest
-    of 0 to 1 (floats only), 0 to 255 and 0 to 65535 that contains all values. If there is none, it is that of the
-    values. NaN becomes black.
+    16-bit values are divided by 257 and rounded. 32-bit integers and floats have no standard range. The range used is
+    the smallest of 0 to 1 (floats only), 0 to 255 and 0 to 65535 that contains all values. If none does, the range is
+    from the smallest to the largest value. NaN becomes black.
     """
     tags = getattr(picture, "tag_v2", {})
     lowest, highest = 0.0, 65535.0

@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from imgcap_jax.data.image_files import ImageError
 from imgcap_jax.data.images import Augmentation, augment, decode, names_side
 from imgcap_jax.errors import UserError
 
+AsStored = Callable[[Image.Image, int], Image.Image]
 RED, GREEN, BLUE, WHITE = (250, 20, 20), (20, 250, 20), (20, 20, 250), (250, 250, 250)
 
 
@@ -43,19 +45,8 @@ def assert_quadrants(pixels: np.ndarray, tolerance: int = 12) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_an_image_is_upright_for_every_exif_orientation(orientation: int, kind: str) -> None:
-    # How a camera in that orientation stores an upright scene: the inverse of what PIL does to display it.
-    stored_as = {
-        1: None,
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }[orientation]
-    picture = quadrants() if stored_as is None else quadrants().transpose(stored_as)
+def test_an_image_is_upright_for_every_exif_orientation(orientation: int, kind: str, as_stored: AsStored) -> None:
+    picture = as_stored(quadrants(), orientation)
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(picture, kind, exif=exif)
