@@ -23,6 +23,7 @@ from imgcap_jax.cli.main import main
 from imgcap_jax.data.scenes.language import scene_captions
 from imgcap_jax.data.scenes.world import draw_scene, sample_scene
 from imgcap_jax.experiment import Experiment
+from imgcap_jax.metrics.meteor.tables import HOW_TO_ADD
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -137,6 +138,24 @@ def _run(command: str, where: str) -> None:
     else:
         assert program == "imgcap", where
         assert main(arguments) == 0, where
+
+
+def test_installation_hints_work() -> None:
+    """The package is on no index, so its extras are installed from a clone; messages name the packages themselves."""
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    folders = [REPOSITORY / name for name in ("imgcap_jax", "experiments", "scripts", "docs", "tests")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".md", ".sh")]
+    named: set[str] = set()
+    for path in [REPOSITORY / "README.md", *files]:
+        text = path.read_text()
+        assert not re.search(r"(?:pip )?install [\"']?imgcap_jax\[", text), f"{path}: imgcap_jax[...] is on no index"
+        for found in re.findall(r"""\.\[([\w,]+)\]["']|\(extra:? `?(\w+)`?\)""", text):
+            names = {name for group in found for name in group.split(",") if name}
+            assert names <= set(setup["options.extras_require"]), f"{path}: {names}"
+            named |= names
+    assert {"meteor", "torch"} <= named
+    assert HOW_TO_ADD.startswith(f"pip install {setup['options.extras_require']['meteor']} ")
 
 
 def test_pages_link_to_what_exists() -> None:

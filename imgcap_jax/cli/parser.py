@@ -1,11 +1,13 @@
 """The arguments of the ``imgcap`` command: one function per command."""
 
 import argparse
+import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from imgcap_jax import __version__
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import check_name, local_path
 
@@ -51,6 +53,19 @@ class _DecodingHelp(argparse.Action):
         parser.exit()
 
 
+class _Version(argparse.Action):
+    """``--version``. The version of JAX is read from its metadata, because importing it takes a second."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str = argparse.SUPPRESS, **_: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="show the versions of imgcap_jax, Python and jax")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"imgcap_jax {__version__} (Python {platform.python_version()}, jax {version('jax')})")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line. The option ``command`` names the command, ``parser`` is its parser."""
     parser = _Parser(
@@ -60,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (_add_train, _add_features, _add_evaluate, _add_caption, _add_score, _add_submission):
         add(commands)

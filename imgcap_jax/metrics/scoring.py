@@ -71,9 +71,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from importlib.metadata import version
 from typing import Protocol
 
+from imgcap_jax import __version__
 from imgcap_jax.errors import UserError
 from imgcap_jax.metrics import bleu, cider, rouge
 from imgcap_jax.metrics.corpus import Candidates, MetricScore, MetricScores, References
@@ -335,7 +335,7 @@ _MARKER = re.compile(
     r"\b(?:startseq|endseq)\b|<(?:unk|eos|bos|pad|s|/s|start|end|sos)>|\[(?:SEP|CLS|PAD|UNK)\]|<\|endoftext\|>",
     re.IGNORECASE,
 )
-_VERSION = f"imgcap-{version('imgcap_jax')}"
+_VERSION = f"imgcap-{__version__}"
 
 
 def _and_more(image_ids: Sequence[int]) -> str:

@@ -34,7 +34,7 @@ def obstacle() -> str | None:
         return "SPICE needs Java 8 or later on the PATH; the other metrics do not need it"
     folder = _folder()
     if folder is None:
-        return "SPICE needs its jar: install it with pip install pycocoevalcap (extra java)"
+        return "SPICE needs its jar: install it with pip install pycocoevalcap"
     missing = [name for name in _MODELS if not (folder / "lib" / name).is_file()]
     if missing:
         return (

@@ -4,9 +4,12 @@ import contextlib
 import errno
 import io
 import json
+import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import imgcap_jax
 from imgcap_jax.cli.main import main
 from imgcap_jax.data.scenes.builder import encode_png
 from imgcap_jax.data.scenes.world import draw_scene, sample_scene
@@ -58,6 +62,20 @@ def test_usage_error_is_one_line(capsys: pytest.CaptureFixture[str], refused: Re
         assert error.count("\n") == 1
         assert said in error
     assert "no experiment" in refused(["train"])
+
+
+def test_version_is_printed_without_importing_jax(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from imgcap_jax.cli.main import main\n"
+        "try: main(['--version'])\n"
+        "finally: print('jax' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    line, imported = done.stdout.splitlines()
+    assert line == f"imgcap_jax {version('imgcap_jax')} (Python {platform.python_version()}, jax {version('jax')})"
+    assert imported == "False"
+    assert imgcap_jax.__version__ == version("imgcap_jax")
 
 
 def test_missing_folder(refused: Refused) -> None:

@@ -315,7 +315,7 @@ def test_meteor_is_reported_as_missing_without_its_tables(monkeypatch: pytest.Mo
     scores = CaptionScorer({1: ["a dog"], 2: ["a cat"]}).score({1: "a dog", 2: "a cat"})
     assert "METEOR" not in scores.values
     assert "METEOR" not in scores.signature
-    assert "imgcap_jax[meteor]" in scores.missing["METEOR"]
+    assert scores.missing["METEOR"] == "pip install pycocoevalcap adds its tables"
     monkeypatch.setattr(tables, "package_folder", lambda: None)
-    with pytest.raises(UserError, match="meteor"):
+    with pytest.raises(UserError, match="METEOR needs its tables: pip install pycocoevalcap"):
         Tables.load()

@@ -28,7 +28,7 @@ from imgcap_jax.files import cache_folder, damages, read_digests, write_digests
 from imgcap_jax.metrics.corpus import pairs
 from imgcap_jax.metrics.official import official_folder
 
-HOW_TO_ADD = 'pip install "imgcap_jax[meteor]" (or: pip install pycocoevalcap) adds its tables'
+HOW_TO_ADD = "pip install pycocoevalcap adds its tables"
 LONGEST = 7  # words of the longest phrase in the table
 _FORMAT = 3  # version of the compiled tables; must be increased when their format changes
 _ARRAYS = ("function", "synset_start", "synset", "base_start", "base", "paraphrase_start", "paraphrase")

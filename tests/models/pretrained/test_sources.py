@@ -100,7 +100,7 @@ def assert_same(loaded: Pretrained, family: Family) -> None:
 
 
 def save_torch(state: dict[str, np.ndarray], path: Path, *, zipped: bool = True) -> Path:
-    torch = pytest.importorskip("torch", reason="PyTorch writes the files; install imgcap_jax[torch]")
+    torch = pytest.importorskip("torch", reason="PyTorch writes the files (extra: torch)")
     saved = {name: torch.from_numpy(tensor) for name, tensor in state.items()}
     torch.save(saved, path, _use_new_zipfile_serialization=zipped)
     return path

