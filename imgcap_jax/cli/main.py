@@ -286,6 +286,16 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _list(options: argparse.Namespace) -> int:
+    from imgcap_jax.data.catalogue import list_datasets
+    from imgcap_jax.data.sources import default_data_dir
+    from imgcap_jax.report.datasets import lines
+
+    data_dir = options.data_dir or default_data_dir()
+    print("\n".join(map(printable, lines(list_datasets(data_dir), data_dir))))
+    return 0
+
+
 def _tokenizer(options: argparse.Namespace) -> Any:
     """The tokeniser that the user named, after the code that defines it."""
     from imgcap_jax.tokenizers import find_tokenizer
@@ -345,6 +355,7 @@ _COMMANDS = {
     "submission": _submission,
     "prepare": _prepare,
     "inspect": _inspect,
+    "list": _list,
 }
 
 

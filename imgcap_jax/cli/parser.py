@@ -13,6 +13,7 @@ from imgcap_jax.files import check_name, local_path
 
 _EPILOG = """examples:
   imgcap data prepare scenes
+  imgcap data list
   imgcap train scenes_demo
   imgcap train flickr8k --run runs/mine --decoder.hidden-size 768
   imgcap train flickr8k_scst --init-from runs/flickr8k
@@ -79,10 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (_add_train, _add_features, _add_evaluate, _add_caption, _add_score, _add_submission):
         add(commands)
-    data = commands.add_parser("data", allow_abbrev=False, help="prepare and inspect datasets")
+    data = commands.add_parser("data", allow_abbrev=False, help="prepare, inspect and list datasets")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
     _add_prepare(actions)
     _add_inspect(actions)
+    _add_list(actions)
     return parser
 
 
@@ -302,6 +304,17 @@ def _add_inspect(actions: Commands) -> None:
     inspect.add_argument("--check", action="store_true", help="only check that no file of the dataset is damaged")
     _add_tokenizer(inspect)
     _add_data_dir(inspect)
+
+
+def _add_list(actions: Commands) -> None:
+    listing = _add_command(
+        actions,
+        "list",
+        help="the prepared datasets",
+        description="List the prepared datasets with their splits, sizes and origins. Only sizes and small files are "
+        "checked; imgcap data inspect NAME --check reads all files.",
+    )
+    _add_data_dir(listing)
 
 
 def _add_code(parser: argparse.ArgumentParser) -> None:

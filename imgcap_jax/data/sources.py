@@ -30,7 +30,7 @@ from imgcap_jax.data.builders.layout import (
     index_file,
 )
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import damages, explaining, local_path, read_digests, read_json, reading
+from imgcap_jax.files import DIGESTS, damages, explaining, local_path, read_digests, read_json, reading
 
 _ALIASES = {"coco": coco.NAME}
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -320,6 +320,12 @@ def find_prepared(name: str, data_dir: Path) -> Path | None:
     return max(versions, key=lambda folder: [int(part) for part in folder.name.split(".")], default=None)
 
 
+def find_damaged(name: str, data_dir: Path) -> Path | None:
+    """The folder of a version that has checksums but has lost the file that TFDS finds it by; None if there is none."""
+    digests = (data_dir / name).glob(f"*/{DIGESTS}") if _NAME.fullmatch(name) else ()
+    return next((path.parent for path in digests if _VERSION.fullmatch(path.parent.name)), None)
+
+
 def parse_mixture(text: str) -> list[tuple[str, float]]:
     """Parses datasets and weights: "flickr8k*2+coco_subset" is [("flickr8k", 2.0), ("coco_subset", 1.0)].
 
@@ -351,9 +357,8 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
 
 
 def _not_prepared(name: str, data_dir: Path) -> NoReturn:
-    for digests in (data_dir / name).glob("*/SHA256SUMS") if _NAME.fullmatch(name) else ():
-        if _VERSION.fullmatch(digests.parent.name):
-            raise UserError(f"{digests.parent / layout.INFO_FILE} is missing: {PREPARE_AGAIN}")
+    if (damaged := find_damaged(name, data_dir)) is not None:
+        raise UserError(f"{damaged / layout.INFO_FILE} is missing: {PREPARE_AGAIN}")
     command = {"scenes": "scenes", coco.NAME: "coco"}.get(name, f"FOLDER --name {name}")
     there = sorted(folder.name for folder in data_dir.glob("*/") if find_prepared(folder.name, data_dir) is not None)
     raise UserError(
