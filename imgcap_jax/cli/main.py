@@ -328,31 +328,12 @@ def _score(options: argparse.Namespace) -> int:
     return 0
 
 
-def _submission(options: argparse.Namespace) -> int:
-    from imgcap_jax.metrics.coco_format import first_captions, read_captions, write_submission
-
-    files = {"val2014": options.val, "test2014": options.test}
-    if not any(files.values()):
-        raise UserError("no captions; give --val, --test or both")
-    splits = {}
-    for split, path in files.items():
-        if path is not None:
-            splits[split], several = first_captions(read_captions(path))
-            if several:
-                raise UserError(f"{path} captions image {several[0]} more than once: keep one caption per image")
-    for warning in write_submission(options.output, options.name, splits):
-        print(f"imgcap: warning: {warning}", file=sys.stderr)
-    print(f"submission: {options.output}")
-    return 0
-
-
 _COMMANDS = {
     "train": _train,
     "features": _features,
     "evaluate": _evaluate,
     "caption": _caption,
     "score": _score,
-    "submission": _submission,
     "prepare": _prepare,
     "inspect": _inspect,
     "list": _list,

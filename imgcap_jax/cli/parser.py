@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_features, _add_evaluate, _add_caption, _add_score, _add_submission):
+    for add in (_add_train, _add_features, _add_evaluate, _add_caption, _add_score):
         add(commands)
     data = commands.add_parser("data", allow_abbrev=False, help="prepare, inspect and list datasets")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -252,19 +252,6 @@ def _add_score(commands: Commands) -> None:
     )
     score.add_argument("--spice", action="store_true", help="also SPICE, by the official Java tool (minutes)")
     _add_tokenizer(score)
-
-
-def _add_submission(commands: Commands) -> None:
-    submission = _add_command(
-        commands,
-        "submission",
-        help="pack captions for COCO's test server",
-        description="Pack results of val2014 and test2014 into the zip that COCO's test server takes.",
-    )
-    submission.add_argument("--name", required=True, help="the name of the system")
-    submission.add_argument("--val", type=_path, metavar="CAPTIONS", help="results of the 40,504 images of val2014")
-    submission.add_argument("--test", type=_path, metavar="CAPTIONS", help="results of the 40,775 images of test2014")
-    submission.add_argument("--output", type=_path, default=Path("results.zip"), help="(default: results.zip)")
 
 
 def _add_prepare(actions: Commands) -> None:

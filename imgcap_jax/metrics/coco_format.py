@@ -1,4 +1,4 @@
-"""Captions in COCO's file formats, which all caption scorers and the COCO test server read.
+"""Captions in COCO's file formats, which all caption scorers read.
 
 Results have one caption per image: ``[{"image_id": 1, "caption": "a dog"}, ...]``.
 
@@ -11,13 +11,12 @@ belongs to, and `check_file_names` finds captions and references of different ph
 
 import json
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from imgcap_jax.errors import UserError, counted
-from imgcap_jax.files import reading, replacing, write_text
+from imgcap_jax.files import reading, write_text
 from imgcap_jax.image_ids import coco_number, parse_image_id
 
 _IMAGE_ENDING = re.compile(r"\.(?:jpe?g|png|gif|bmp|webp|tiff?|avif|ppm)$", re.IGNORECASE)
@@ -63,14 +62,10 @@ def first_captions(captions: Mapping[int, Sequence[str]]) -> tuple[dict[int, str
 
 def write_results(path: Path, captions: Mapping[int, str], file_names: Mapping[int, str] | None = None) -> None:
     """Writes one candidate caption per image. `file_names` maps all image ids to file names, if they are known."""
-    results = _results(captions)
+    results: list[dict[str, Any]] = [{"image_id": int(i), "caption": caption} for i, caption in captions.items()]
     if file_names is not None:
         results = [{**result, "file_name": file_names[result["image_id"]]} for result in results]
     write_text(path, _json(results))
-
-
-def _results(captions: Mapping[int, str]) -> list[dict[str, Any]]:
-    return [{"image_id": int(image), "caption": caption} for image, caption in captions.items()]
 
 
 def check_file_names(path: Path, captions: Captions, references_path: Path, references: Captions) -> list[str]:
@@ -108,38 +103,6 @@ def _photo(name: str) -> int | str:
     name = _IMAGE_ENDING.sub("", PurePosixPath(name.replace("\\", "/")).name)
     number = coco_number(name)
     return name.casefold() if number is None else number
-
-
-_TEST_SERVER = {"val2014": 40_504, "test2014": 40_775}
-"""The splits that COCO's test server requires, and the number of images in each."""
-
-
-def write_submission(path: Path, name: str, splits: Mapping[str, Mapping[int, str]]) -> list[str]:
-    """Writes a submission to COCO's test server: a zip file of ``captions_<split>_<name>_results.json``.
-
-    Args:
-        path: the zip file.
-        name: the name of the system on the server. It can contain letters, digits, "-" and "_".
-        splits: "val2014" and "test2014" -> image id -> caption.
-
-    Returns:
-        One warning for each split that does not have the number of images that the server requires.
-
-    Raises:
-        UserError: the server does not accept the name, or the disk is full.
-    """
-    if not re.fullmatch(r"[\w-]+", name, re.ASCII):
-        raise UserError(f"{name!r} is not a valid submission name: use only letters, digits, - and _")
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        for split, captions in splits.items():
-            archive.writestr(f"captions_{split}_{name}_results.json", _json(_results(captions)))
-    return [
-        f"{split} has captions of {counted(len(splits[split]), 'image')}; the server requires all {images}"
-        if split in splits
-        else f"{split} is missing; the server requires it"
-        for split, images in _TEST_SERVER.items()
-        if len(splits.get(split, ())) != images
-    ]
 
 
 def read_references(path: Path) -> Captions:

@@ -1,8 +1,7 @@
-"""The commands ``imgcap score`` and ``imgcap submission``."""
+"""The command ``imgcap score``."""
 
 import json
 import re
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,17 +220,3 @@ def test_spice_is_checked_before_files_are_read(
     monkeypatch.setenv("PATH", "")
     assert main(["score", "missing.json", references, "--spice"]) == 2
     assert "SPICE needs Java" in capsys.readouterr().err
-
-
-def test_submission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    test = results(tmp_path / "test.json", {16: "a dog"})
-    output = tmp_path / "results.zip"
-    assert main(["submission", "--name", "mine", "--test", test, "--output", str(output)]) == 0
-    assert "val2014 is missing" in capsys.readouterr().err
-    with zipfile.ZipFile(output) as archive:
-        assert archive.namelist() == ["captions_test2014_mine_results.json"]
-    assert main(["submission", "--name", "mine"]) == 2
-    assert main(["submission", "--name", "my/model", "--test", test]) == 2
-    twice = results(tmp_path / "twice.json", [{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}])
-    assert main(["submission", "--name", "mine", "--test", twice]) == 2
-    assert "image 1 more than once" in capsys.readouterr().err

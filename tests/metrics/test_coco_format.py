@@ -2,7 +2,6 @@
 
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from imgcap_jax.metrics.coco_format import (
     read_references,
     write_references,
     write_results,
-    write_submission,
 )
 
 
@@ -185,20 +183,3 @@ def test_references_with_string_ids(tmp_path: Path) -> None:
     path = tmp_path / "references.json"
     path.write_text(json.dumps({"images": [{"id": "7"}], "annotations": [{"image_id": "7", "caption": "a dog"}]}))
     assert read_references(path) == {7: ["a dog"]}
-
-
-def test_submission(tmp_path: Path) -> None:
-    path = tmp_path / "results.zip"
-    whole = dict.fromkeys(range(40504), "a dog")
-    warnings = write_submission(path, "soft-attention", {"val2014": whole, "test2014": {16: "a cat"}})
-    assert warnings == ["test2014 has captions of 1 image; the server requires all 40775"]
-    with zipfile.ZipFile(path) as archive:
-        names = [f"captions_{split}_soft-attention_results.json" for split in ("val2014", "test2014")]
-        assert archive.namelist() == names
-        assert json.loads(archive.read(names[1])) == [{"image_id": 16, "caption": "a cat"}]
-        assert len(json.loads(archive.read(names[0]))) == 40_504
-    assert write_submission(path, "a", {"test2014": whole | dict.fromkeys(range(40504, 40775), "")}) == [
-        "val2014 is missing; the server requires it"
-    ]
-    with pytest.raises(UserError, match="not a valid submission name"):
-        write_submission(path, "my/model", {})
