@@ -14,6 +14,7 @@ from PIL import Image
 
 from imgcap_jax.data.image_files import AnyImage, ImageError, read_file
 from imgcap_jax.data.images import decode, view
+from imgcap_jax.data.photo_files import photo_path
 from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError, printable
@@ -32,11 +33,6 @@ from imgcap_jax.user_code import load_all_code
 Photo = str | Path | AnyImage
 BATCH = 8
 _VIEW = 512  # the longer side of a photo in a picture of attention, in pixels
-# The files of a folder that are taken for photos. The last four formats are not read, which is reported by name.
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"}
-    | {".pbm", ".pgm", ".ppm", ".pnm", ".heic", ".heif", ".jp2", ".jxl"}
-)
 
 
 @dataclass(frozen=True)
@@ -139,6 +135,7 @@ class Captioner:
             TypeError: a single photo instead of a list.
             ImageError: a photo cannot be decoded, or is larger than ``data.image_files.MAX_MEGAPIXELS``.
             OSError: a path cannot be opened.
+            UserError: a text is a URL, not a path.
         """
         return [captions[0] for captions in self.n_best(photos)]
 
@@ -217,7 +214,9 @@ class Captioner:
 
 
 def _image(photo: Photo) -> AnyImage:
-    return read_file(Path(photo)) if isinstance(photo, str | Path) else photo
+    if isinstance(photo, str):
+        photo = photo_path(photo)
+    return read_file(photo) if isinstance(photo, Path) else photo
 
 
 def _is_batch(photos: object) -> bool:
@@ -226,13 +225,13 @@ def _is_batch(photos: object) -> bool:
 
 def caption_files(
     captioner: Captioner,
-    paths: Sequence[Path],
+    files: Sequence[Path],
     *,
     as_json: bool,
     pictures: Path | None = None,
     results: Path | None = None,
 ) -> Iterator[tuple[str, bool]]:
-    """Captions image files and the images in folders. Yields (line to print, whether it reports a failure).
+    """Captions image files. Yields (line to print, whether it reports a failure).
 
     An unreadable file is reported by name; the other files are still captioned. So is a picture that cannot be drawn or
     written; its photo keeps its caption.
@@ -241,7 +240,7 @@ def caption_files(
 
     Args:
         captioner: the model.
-        paths: image files and folders.
+        files: image files (see ``data.photo_files``), which can be missing.
         as_json: yield lines of JSON instead of text.
         pictures: folder for a picture of each photo with the attention of its words; None: no pictures.
         results: file for the best captions in COCO's format, where `COCO_test2014_000000000016.jpg` is image 16; None:
@@ -250,14 +249,11 @@ def caption_files(
     Raises:
         UserError: results are requested, and a file name does not end in a number, or two end in the same one.
     """
-    files = list(_files(paths))
     image_ids = _image_ids(files) if results is not None else {}
     if results is not None:
         check_writable(results)
     found_results: dict[int, str] = {}
     names: set[str] = set()
-    if not files:
-        yield f"imgcap: no images in {', '.join(map(_shown, paths))}", True
     try:
         for path, found in _captioned(captioner, files):
             if isinstance(found, str):
@@ -353,15 +349,6 @@ def _new_name(path: Path, taken: set[str]) -> str:
         name, number = f"{path.stem}_{number}_attention.png", number + 1
     taken.add(name)
     return name
-
-
-def _files(paths: Sequence[Path]) -> Iterator[Path]:
-    for path in paths:
-        if path.is_dir():
-            children = (child for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES)
-            yield from sorted(child for child in children if not child.is_dir())
-        else:
-            yield path
 
 
 def _chunks(items: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:

@@ -20,12 +20,12 @@ OWNER = ".lock"  # file in a locked folder
 DIGESTS = "SHA256SUMS"  # digests of the files in a folder, as `sha256sum` writes them
 
 
-def local_path(text: str) -> Path:
-    """The path that a user gave. Raises UserError for the URL of a bucket, which would become a local folder."""
+def local_path(text: str, advice: str = "only paths of local or mounted file systems are supported") -> Path:
+    """The path that a user gave. Raises UserError, with advice, for a URL, which would become a local path."""
     if not text:
         raise UserError("an empty path; give a folder or a file")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
-        raise UserError(f"{text} is a URL; only paths of local or mounted file systems are supported")
+        raise UserError(f"{text} is a URL; {advice}")
     return Path(text)
 
 

@@ -206,22 +206,25 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _caption(options: argparse.Namespace) -> int:
-    from imgcap_jax.captioner import Captioner, caption_files
+    from imgcap_jax.data.photo_files import photo_files
 
     _set_largest_image(options)
+    if options.attention_dir is not None and not options.attention:
+        raise UserError("--attention-dir has no effect without --attention; give both")
+    files = photo_files(options.photos)  # before the model is loaded, in case there are none
+    from imgcap_jax.captioner import Captioner, caption_files
+
     runs = _load_runs(options.run, options)
     decodings, swept = _decodings(options, runs[0])
     if swept:
         raise UserError(f"--decode.{swept[0]} has several values; only imgcap evaluate sweeps")
     _keep_compiled()
-    if options.attention_dir is not None and not options.attention:
-        raise UserError("--attention-dir has no effect without --attention; give both")
     captioner = Captioner(runs, decodings[0], attention=options.attention)
     pictures = (options.attention_dir or Path()) if options.attention else None
     bad = 0
     for line, failed in caption_files(
         captioner,
-        options.photos,
+        files,
         as_json=options.json,
         pictures=pictures,
         results=options.results,

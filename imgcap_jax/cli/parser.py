@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from imgcap_jax import __version__
+from imgcap_jax.data.photo_files import photo_path
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import check_name, local_path
 
@@ -92,6 +93,14 @@ def _path(text: str) -> Path:
     """The type of options that name a local folder or file."""
     try:
         return local_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _photo(text: str) -> Path:
+    """The type of arguments that name a photo, or a folder of photos."""
+    try:
+        return photo_path(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -200,7 +209,7 @@ def _add_caption(commands: Commands) -> None:
         help="caption photos",
         description="Caption photos with the best parameters of a run, or of an ensemble.",
     )
-    caption.add_argument("photos", nargs="+", type=_path, help="image files, or folders of them")
+    caption.add_argument("photos", nargs="+", type=_photo, help="image files, or folders of them")
     caption.add_argument(
         "--run", type=_folder, required=True, action="append", help="the run's folder; several make an ensemble"
     )

@@ -16,8 +16,10 @@ from imgcap_jax import captioner as module
 from imgcap_jax.captioner import Caption, Captioner, caption_files
 from imgcap_jax.cli.main import main
 from imgcap_jax.data import image_files
+from imgcap_jax.data.photo_files import photo_files
 from imgcap_jax.data.scenes.builder import encode_png
 from imgcap_jax.data.scenes.world import draw_scene, sample_scene
+from imgcap_jax.errors import UserError
 
 
 class Stub(Captioner):
@@ -41,7 +43,7 @@ def photo(path: Path | bytes, red: int = 200, size: tuple[int, int] = (8, 8), ki
 
 def caption(*paths: Path, **options: object) -> tuple[list[str], list[str]]:
     """The lines of captions and the lines of failures."""
-    lines = list(caption_files(Stub(), paths, **{"as_json": False, **options}))  # type: ignore[arg-type]
+    lines = list(caption_files(Stub(), photo_files(paths), **{"as_json": False, **options}))  # type: ignore[arg-type]
     return [line for line, failed in lines if not failed], [line for line, failed in lines if failed]
 
 
@@ -93,6 +95,27 @@ def test_all_photos_of_a_folder_are_captioned_or_reported(tmp_path: Path) -> Non
         f"{image_files.READS} are read); not captioned",
         f"imgcap: {tmp_path}/pipe.png: is a device or a pipe, not a file; not captioned",
     ]
+
+
+def test_photos_that_are_all_missing_are_an_error_before_the_run_is_loaded(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    end = ["--run", str(tmp_path / "no_run")]
+    assert refused(["caption", "gone.jpg", *end]) == "imgcap: gone.jpg: no such file or folder; check the path"
+    assert "a.jpg, b.jpg, c.jpg and 1 more: no such" in refused(["caption", "a.jpg", "b.jpg", "c.jpg", "d.jpg", *end])
+    (tmp_path / "empty").mkdir()
+    assert f"no images in {tmp_path / 'empty'}; give" in refused(["caption", str(tmp_path / "empty"), *end])
+    photo(tmp_path / "there.png")
+    assert "no_run" in refused(["caption", "gone.jpg", str(tmp_path / "there.png"), *end])
+
+
+def test_a_url_is_shown_as_given(capsys: pytest.CaptureFixture[str]) -> None:
+    url = "https://example.org/photos//1.jpg"
+    with pytest.raises(SystemExit):
+        main(["caption", url, "--run", "no_run"])
+    assert f"{url} is a URL; download the photo first" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"{url} is a URL; download the photo first"):
+        Stub()([url])
 
 
 def test_a_picture_that_fails_loses_neither_its_caption_nor_the_photos_after_it(
