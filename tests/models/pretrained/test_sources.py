@@ -195,11 +195,15 @@ class Hub:
         self._state = as_timm(family, tensors(family)) if timm else tensors(family)
         self._config = config
 
-    def __call__(self, url: str, path: Path, *, sha256: str = "", by_hand: str | None = None) -> Path:
+    def __call__(self, url: str, path: Path, *, by_hand: str, elsewhere: str, sha256: str = "") -> Path:
         self.asked.append((url, path, sha256))
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.name == "config.json":
-            assert by_hand == url.replace("config.json", "model.safetensors")
+            weights = url.replace("config.json", "model.safetensors")
+            assert by_hand == (
+                f"download {weights} on another machine and set the path of the file: "
+                "--encoder.weights /path/to/model.safetensors"
+            )
             path.write_text(self._config if isinstance(self._config, str) else json.dumps(self._config))
             return path
         return (save_torch if path.suffix == ".pth" else save_safetensors)(self._state, path)

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from imgcap_jax.downloads import fetch
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import cache_folder, reading
-from imgcap_jax.models.encoders.pretrained.downloads import fetch
 from imgcap_jax.models.encoders.pretrained.naming import Family, names_in_file
 from imgcap_jax.models.encoders.pretrained.weights import (
     digest_of_file,
@@ -179,14 +179,22 @@ def _unknown(weights: str, network: str) -> UserError:
 def _from_torchvision(name: str) -> Path:
     file = _TORCHVISION[name]
     digits = Path(file).stem.rsplit("-", 1)[1]
-    return fetch(_TORCHVISION_URL + file, cache_folder("weights") / "torchvision" / file, sha256=digits)
+    return _fetch(_TORCHVISION_URL + file, cache_folder("weights") / "torchvision" / file, sha256=digits)
 
 
 def _from_timm(name: str) -> Path:
     url, folder = f"{_TIMM_URL}{name}/resolve/main/", cache_folder("weights") / "timm" / name
     weights = url + "model.safetensors"
-    fetch(url + "config.json", folder / "config.json", by_hand=weights)
-    return fetch(weights, folder / "model.safetensors")
+    _fetch(url + "config.json", folder / "config.json", weights=weights)
+    return _fetch(weights, folder / "model.safetensors")
+
+
+def _fetch(url: str, path: Path, *, sha256: str = "", weights: str = "") -> Path:
+    """Downloads a file of weights, or one that belongs to the file `weights`."""
+    what, name = (weights, weights) if weights else ("it", url)
+    by_hand = f"download {what} on another machine and set the path of the file: --encoder.weights /path/to/"
+    elsewhere = "set IMGCAP_CACHE to a folder on another disk"
+    return fetch(url, path, sha256=sha256, by_hand=by_hand + name.rsplit("/", 1)[1], elsewhere=elsewhere)
 
 
 def _load_file(path: Path, family: Family, shapes: Mapping[str, Sequence[int]]) -> Pretrained:

@@ -1,7 +1,9 @@
-"""Downloads weights over HTTPS: interrupted downloads resume, complete ones are verified and renamed into place.
+"""Downloads files: interrupted downloads resume, complete ones are verified and renamed into place.
 
 A download is kept next to its destination as `.part` until its SHA-256 has been verified. `.part.json` records which
 file it is a part of.
+
+Only files whose SHA-256 is known are downloaded without HTTPS.
 """
 
 import contextlib
@@ -22,11 +24,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 from urllib.parse import urlsplit
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import disk_full, reason
+from imgcap_jax.terminal import Work, working
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ _STALLED_SECONDS = 30.0
 _FRUITLESS_TRIES = 4
 _PAUSE_SECONDS = 2.0
 _CHUNK = 1 << 20
+_MEGABYTE = 1_000_000
 _CHANGED = "the file on the server has changed"
 
 
@@ -66,25 +67,49 @@ class _Remote:
     sha256: str
 
 
-def fetch(url: str, path: Path, *, sha256: str = "", by_hand: str | None = None) -> Path:
+@dataclass(frozen=True)
+class _Wanted:
+    """The file that the caller wants; see `fetch`."""
+
+    url: str
+    sha256: str
+    size: int | None
+
+    @property
+    def verified(self) -> bool:
+        """Whether the checksum identifies the file, so that nobody on the way can replace it."""
+        return len(self.sha256) == 64
+
+
+class DownloadError(UserError):
+    """The server cannot be reached, lacks the file, sends another one, or breaks the connection repeatedly."""
+
+
+def fetch(
+    url: str, path: Path, *, by_hand: str, elsewhere: str, sha256: str = "", size: int | None = None, shown: bool = True
+) -> Path:
     """Downloads a file unless it exists already.
 
     A download that was interrupted, in this process or an earlier one, resumes where it stopped if the server still has
     the same file. Processes that need the same file wait for the first one.
 
     Args:
-        url: the https URL of the file.
+        url: the URL of the file: https, unless the whole SHA-256 is given.
         path: the destination.
+        by_hand: what the user can do if the server can't be reached, for the error message.
+        elsewhere: how to choose another folder than that of `path`, for the error message of a full disk.
         sha256: its SHA-256 in hexadecimal digits, or the start of it. A SHA-256 published by the Hugging Face Hub is
             checked as well.
-        by_hand: the URL that the error message says to download by hand if the server can't be reached; None: `url`.
+        size: its size in bytes; None if it is not known.
+        shown: whether to show the progress.
 
     Returns:
         The path.
 
     Raises:
-        UserError: the server can't be reached or lacks the file, the connection fails repeatedly, a redirect leads away
-            from https, the checksum is wrong, the disk is full, or the destination can't be written.
+        DownloadError: the server can't be reached, lacks the file or sends another one, or the connection fails
+            repeatedly.
+        UserError: the URL or a redirect is not https, the disk is full, or the destination can't be written.
     """
     if path.is_file():
         return path
@@ -93,19 +118,17 @@ def fetch(url: str, path: Path, *, sha256: str = "", by_hand: str | None = None)
         with _locked(path):
             if not path.is_file():
                 part, record = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
-                published = _receive_all(url, part, record, by_hand or url)
+                published = _receive_all(_Wanted(url, sha256, size), part, record, by_hand, shown)
                 record.unlink(missing_ok=True)  # before its part, so that it never outlives it
                 _check(url, part, [sha256, published])
                 os.replace(part, path)
     except OSError as error:
         if disk_full(error):
             raise UserError(
-                f"{path.parent}: the disk is full; free some space and run the same command again, or set IMGCAP_CACHE "
-                "to a folder on another disk"
+                f"{path.parent}: the disk is full; free some space and run the same command again, or {elsewhere}"
             ) from error
         raise UserError(
-            f"{error.filename or path}: {reason(error)}; check this path and run the same command again, or set "
-            "IMGCAP_CACHE to another folder"
+            f"{error.filename or path}: {reason(error)}; check this path and run the same command again, or {elsewhere}"
         ) from error
     return path
 
@@ -122,41 +145,43 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _receive_all(url: str, part: Path, record: Path, by_hand: str) -> str:
+def _receive_all(wanted: _Wanted, part: Path, record: Path, by_hand: str, shown: bool) -> str:
     """Completes the part, in several requests if the connection breaks; returns the published SHA-256 or ""."""
+    url = wanted.url
     start = most = _size(part)
     fruitless = 0
-    bar = _progress_bar()
-    task = bar.add_task(PurePosixPath(urlsplit(url).path).name, total=None)
-    with contextlib.ExitStack() as shown:
+    work: Work | None = None
+    with contextlib.ExitStack() as stack:
 
         def show(done: int, total: int | None) -> None:
-            if not bar.live.is_started:  # only once data arrives, so that an earlier error is printed alone
-                shown.enter_context(bar)
-            bar.update(task, completed=done, total=total)
+            nonlocal work
+            if work is None:  # only once data arrives, so that an earlier error is printed alone
+                title = f"downloading {PurePosixPath(urlsplit(url).path).name}"
+                megabytes = None if total is None else -(-total // _MEGABYTE)
+                work = stack.enter_context(
+                    working(title, megabytes, "MB", done=done // _MEGABYTE, shown=shown, announced=True)
+                )
+            work.update(done // _MEGABYTE)
 
         while True:
             try:
-                return _receive(url, part, record, show)
+                return _receive(wanted, part, record, show)
             except (_Unreachable, _Broken) as problem:
                 size = _size(part)
                 most, fruitless = max(most, size), 0 if size > most else fruitless + 1
                 if isinstance(problem, _Unreachable) and most == start:
-                    raise UserError(
-                        f"{url} can't be downloaded ({problem}); download {'it' if by_hand == url else by_hand} on "
-                        "another machine and set the path of the file: "
-                        f"--encoder.weights /path/to/{by_hand.rsplit('/', 1)[1]}"
-                    ) from problem
+                    raise DownloadError(f"{url} can't be downloaded ({problem}); {by_hand}") from problem
                 if fruitless >= _FRUITLESS_TRIES:
-                    raise UserError(
+                    raise DownloadError(
                         f"the download of {url} stopped after {size / 1e6:.1f} MB ({problem}); run the same command "
                         "again to resume it"
                     ) from problem
             time.sleep(_PAUSE_SECONDS)
 
 
-def _receive(url: str, part: Path, record: Path, show: Callable[[int, int | None], None]) -> str:
+def _receive(wanted: _Wanted, part: Path, record: Path, show: Callable[[int, int | None], None]) -> str:
     """Requests the missing bytes of the part once; returns the published SHA-256 or ""."""
+    url = wanted.url
     have, known = _size(part), _read_record(record)
     if known is None or known.url != url or not known.version:
         have = 0
@@ -165,7 +190,7 @@ def _receive(url: str, part: Path, record: Path, show: Callable[[int, int | None
     headers = {"User-Agent": "imgcap_jax"}
     if known and have:
         headers |= {"Range": f"bytes={have}-", "If-Range": known.version}
-    redirects = _HttpsRedirects()
+    redirects = _Redirects(insecure=wanted.verified)
     try:
         answer = _open(urllib.request.Request(url, headers=headers), redirects)
     except _Unreachable as problem:
@@ -178,6 +203,13 @@ def _receive(url: str, part: Path, record: Path, show: Callable[[int, int | None
         if start and (start != have or remote != known):
             part.unlink()
             raise _Broken(_CHANGED)
+        if wanted.size is not None and remote.size not in (None, wanted.size):
+            raise DownloadError(
+                f"{url} is not the published file: the server sends {remote.size:,} bytes instead of "
+                f"{wanted.size:,}; check the connection (a proxy or a login page) and run the same command again"
+            )
+        if have and not start:
+            _log.warning("%s: the server sends the whole file again instead of the rest", url)
         with part.open("ab" if start else "wb") as file:
             # Only after the old part is gone, because the record does not describe the old part.
             if not start:
@@ -191,8 +223,8 @@ def _receive(url: str, part: Path, record: Path, show: Callable[[int, int | None
     return remote.sha256
 
 
-def _open(request: urllib.request.Request, redirects: "_HttpsRedirects") -> HTTPResponse:
-    _refuse_unless_secure(request.full_url)
+def _open(request: urllib.request.Request, redirects: "_Redirects") -> HTTPResponse:
+    redirects.check(request.full_url)
     try:
         response: HTTPResponse = urllib.request.build_opener(redirects).open(request, timeout=_STALLED_SECONDS)
     except urllib.error.HTTPError as error:
@@ -242,23 +274,24 @@ def _published_sha256(headers: HTTPMessage) -> str:
     return etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
 
 
-class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to https only, and keeps the first SHA-256 that a redirect publishes."""
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https, and to http if `insecure`. Keeps the first SHA-256 that a redirect publishes."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, insecure: bool) -> None:
         self.sha256 = ""
+        self._insecure = insecure
+
+    def check(self, url: str) -> None:
+        """Raises UserError unless the URL is secure enough."""
+        if not (_is_secure(url) or (self._insecure and urlsplit(url).scheme == "http")):
+            raise UserError(f"{url} is refused: files whose SHA-256 is not known are downloaded over https only")
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
-        _refuse_unless_secure(newurl)
+        self.check(newurl)
         self.sha256 = self.sha256 or _published_sha256(headers)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _refuse_unless_secure(url: str) -> None:
-    if not _is_secure(url):
-        raise UserError(f"{url} is refused: weights are downloaded over https only")
 
 
 def _is_secure(url: str) -> bool:
@@ -271,9 +304,10 @@ def _check(url: str, part: Path, checksums: list[str]) -> None:
     for expected in checksums:
         if not digest.startswith(expected):
             part.unlink()
-            raise UserError(
-                f"{url} is not the published file: its SHA-256 starts with {digest[: len(expected)]}, not "
-                f"with {expected}; the download was deleted, run the same command again to repeat it"
+            digits = min(len(expected), 16)
+            raise DownloadError(
+                f"{url} is not the published file: its SHA-256 starts with {digest[:digits]}, not "
+                f"with {expected[:digits]}; the download was deleted, run the same command again to repeat it"
             )
 
 
@@ -291,14 +325,3 @@ def _read_record(path: Path) -> _Remote | None:
         return None  # missing, or half written by a killed process; the download then starts from scratch
     texts = all(isinstance(text, str) for text in (remote.url, remote.version, remote.sha256))
     return remote if texts and isinstance(remote.size, int | None) else None
-
-
-def _progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
+from imgcap_jax import downloads
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import cache_folder
-from imgcap_jax.models.encoders.pretrained import downloads
-from imgcap_jax.models.encoders.pretrained.downloads import fetch
 
 CONTENT = bytes(range(256)) * 400
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -32,6 +31,7 @@ class Server(ThreadingHTTPServer):
         limits: the number of bytes after which each of the next responses breaks off; the last value is repeated.
         statuses: the HTTP status of each of the next responses, 0 for the file itself; the last value is repeated.
         delay: seconds before the connection of a response is closed.
+        ranges: whether parts of files are sent at all.
         honours_if_range: whether a range request for another version returns the whole file, as it should.
     """
 
@@ -43,6 +43,7 @@ class Server(ThreadingHTTPServer):
         self.statuses = [0]
         self.delay = 0.0
         self.honours_if_range = True
+        self.ranges = True
         self.asked: list[tuple[str, str | None]] = []
 
     @property
@@ -73,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
         content = self.server.files[self.path]
         etag, start = f'"{hashlib.md5(content).hexdigest()}"', 0
         wanted = self.headers["Range"]
-        if wanted and (not self.server.honours_if_range or self.headers["If-Range"] == etag):
+        if wanted and self.server.ranges and (not self.server.honours_if_range or self.headers["If-Range"] == etag):
             start = int(wanted.removeprefix("bytes=").removesuffix("-"))
             if start >= len(content):
                 self.send_error(416)
@@ -104,6 +105,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         yield server
         server.shutdown()
         thread.join()
+
+
+def fetch(url: str, path: Path, **options: Any) -> Path:
+    return downloads.fetch(url, path, **{"by_hand": "copy it here", "elsewhere": "use another folder", **options})
 
 
 @pytest.fixture
@@ -244,8 +249,8 @@ def test_redirected_download_is_resumed(server: Server, path: Path) -> None:
 def test_redirect_away_from_https_is_refused(server: Server, path: Path) -> None:
     insecure = f"http://localhost:{server.server_port}/weights.pth"
     server.redirects["/resolve"] = (insecure, SHA256)
-    with pytest.raises(UserError, match=rf"{insecure} is refused: weights are downloaded over https only"):
-        fetch(f"{server.base}/resolve", path)
+    with pytest.raises(UserError, match=rf"{insecure} is refused: files whose SHA-256 is not known are .* https only"):
+        fetch(f"{server.base}/resolve", path, sha256=SHA256[:63])
     assert server.asked == [("/resolve", None)]
     assert not path.exists()
 
@@ -258,18 +263,46 @@ def test_urls_without_https_are_refused(url: str, path: Path) -> None:
         fetch(url, path)
 
 
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/y"])
+def test_a_checksum_admits_http_only(url: str, path: Path) -> None:
+    with pytest.raises(UserError, match="over https only"):
+        fetch(url, path, sha256=SHA256)
+
+
+def test_a_checksum_admits_http(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "_is_secure", lambda url: url.startswith("https:"))
+    server.redirects["/resolve"] = (f"{server.base}/weights.pth", "")
+    fetch(f"{server.base}/resolve", path, sha256=SHA256)
+    assert path.read_bytes() == CONTENT
+    server.files["/weights.pth"] = CONTENT[::-1]
+    with pytest.raises(UserError, match="is not the published file: its SHA-256"):
+        fetch(f"{server.base}/resolve", path.with_name("other"), sha256=SHA256)
+
+
+def test_a_file_of_another_size_is_refused_before_it_is_received(server: Server, path: Path) -> None:
+    server.files["/weights.pth"] = b"<html>log in</html>"
+    with pytest.raises(UserError, match=r"the server sends 19 bytes instead of 102,400; check the connection"):
+        fetch(f"{server.base}/weights.pth", path, size=len(CONTENT))
+    assert visible(path.parent) == []
+
+
+def test_a_server_without_ranges_sends_the_whole_file_again(
+    server: Server, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = broken_off(server, path)
+    server.ranges = False
+    fetch(url, path, sha256=SHA256, size=len(CONTENT))
+    assert path.read_bytes() == CONTENT
+    assert caplog.messages == [f"{url}: the server sends the whole file again instead of the rest"]
+
+
 def test_offline_message_says_what_to_do(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "_is_secure", lambda url: True)
     with socket.create_server(("127.0.0.1", 0)) as closed_again:
         url = f"http://127.0.0.1:{closed_again.getsockname()[1]}/models/weights.pth"
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(downloads.DownloadError) as raised:
         fetch(url, path)
-    assert str(raised.value) == (
-        f"{url} can't be downloaded (Connection refused); download it on another machine and set the path of the file: "
-        "--encoder.weights /path/to/weights.pth"
-    )
-    with pytest.raises(UserError, match=r"download https://hub/model\.bin on another .* /path/to/model\.bin$"):
-        fetch(url, path, by_hand="https://hub/model.bin")
+    assert str(raised.value) == f"{url} can't be downloaded (Connection refused); copy it here"
     assert visible(path.parent) == []
 
 
@@ -284,7 +317,7 @@ def test_full_disk_is_a_user_error(server: Server, path: Path) -> None:
         pytest.skip("needs /dev/full")
     path.parent.mkdir()
     (path.parent / "weights.pth.part").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"cache: the disk is full; free some space"):
+    with pytest.raises(UserError, match=r"cache: the disk is full; free some space .* or use another folder$"):
         fetch(f"{server.base}/weights.pth", path)
     assert not path.exists()
 
