@@ -52,6 +52,10 @@ class Work:
         if not self._quiet and time.monotonic() >= self._next_line:
             self._line()
 
+    def restart(self) -> None:
+        """Restarts the measurement of the rate, after a compilation or another pause."""
+        self._began, self._first = time.monotonic(), self.done
+
     def parts(self) -> Sequence[str]:
         """The texts to show. A narrow terminal shows only the first ones."""
         if self._parts is not None:

@@ -7,6 +7,7 @@ computed. A build that was killed continues where it stopped.
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from imgcap_jax.data.builders.layout import PREPARE_AGAIN
 from imgcap_jax.data.feature_files import (
@@ -34,6 +33,7 @@ from imgcap_jax.data.feature_files import (
 from imgcap_jax.data.image_files import ImageError, Pixels
 from imgcap_jax.data.images import Augmentation, Resize, augment, decode, names_side
 from imgcap_jax.errors import UserError
+from imgcap_jax.terminal import working
 
 if TYPE_CHECKING:
     from imgcap_jax.data.sources import CaptionExample, CaptionSource
@@ -215,11 +215,15 @@ def _fill(
             yield from (block[start : start + batch_size] for start in range(0, len(block), batch_size))
 
     images = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, _progress_bar(progress) as bar:
+    if progress:
         size = f"{writer.rows:,} x {writer.shape[2]} x {writer.shape[3]}, {writer.nbytes / 1e9:.2f} GB"
-        bar.console.print(f"features: {size} in {writer.folder}", highlight=False)
-        task = bar.add_task("features", total=writer.rows, completed=writer.done, rate="")
-        began, mine, done = time.monotonic(), 0, writer.done
+        print(f"features: {size} in {writer.folder}", file=sys.stderr, flush=True)
+    unit = "images" if writer.shape[1] == 1 else "views"
+    done, compiled = writer.done, False
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        working("features", writer.rows, unit, done=done, shown=progress) as work,
+    ):
 
         def decoded(rows: range | None) -> list[Future[Pixels]]:
             return [pool.submit(view_of, row) for row in rows or ()]
@@ -237,28 +241,22 @@ def _fill(
                     # The next batch is decoded while this one is encoded.
                     following = next(waiting, None)
                     pending = decoded(following)
-                    writer.write(rows.start, np.asarray(encode(images), np.float32)[: len(rows)])
-                    mine, done = mine + len(rows), done + len(rows)
+                    with working("compiling the encoder", shown=progress and not compiled):
+                        regions = np.asarray(encode(images), np.float32)
+                    writer.write(rows.start, regions[: len(rows)])
+                    done += len(rows)
                     if following is None or following.start != rows.stop:
                         done = writer.done  # includes the rows of other processes
-                    bar.update(task, completed=done, rate=f"{mine / (time.monotonic() - began):.0f} images/s")
+                    work.update(done)
+                    if not compiled:
+                        work.restart()
+                        compiled = True
                     rows = following
                 if writer.done < writer.rows:
                     time.sleep(_WAIT_SECONDS)
+                    work.update(writer.done)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _progress_bar(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True, quiet=not shown),
-        disable=not shown,
-    )
 
 
 def _captions_fingerprint(source: "CaptionSource") -> str:
