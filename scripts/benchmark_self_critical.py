@@ -104,6 +104,7 @@ def self_critical_benchmark(options: argparse.Namespace) -> None:
                 key=jax.random.key(0),
                 max_words=WORDS,
                 bad_endings=range(4, 44),
+                function_words=range(4, 144),
                 rewards=rewards,
             )
         )

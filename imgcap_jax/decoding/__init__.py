@@ -11,6 +11,7 @@ from imgcap_jax.decoding.decoded import Decoded, StepFn
 from imgcap_jax.decoding.greedy import greedy
 from imgcap_jax.decoding.rules import (
     ForbidBadEnding,
+    ForbidRepeatedWords,
     ForcedPrefix,
     MinLength,
     NoRepeatNgram,
@@ -25,6 +26,7 @@ from imgcap_jax.decoding.sampling import sample
 __all__ = [
     "Decoded",
     "ForbidBadEnding",
+    "ForbidRepeatedWords",
     "ForcedPrefix",
     "MinLength",
     "NoRepeatNgram",

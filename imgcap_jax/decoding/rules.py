@@ -51,10 +51,12 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from imgcap_jax.decoding.limits import check_limits
 from imgcap_jax.errors import UserError
+from imgcap_jax.metrics.degeneration_device import repeating_words
 from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
 
 FORBIDDEN = -1e30
@@ -177,6 +179,24 @@ class ForbidBadEnding:
         ends_badly = (t > 0) & jnp.any(last == bad, axis=-1)  # [B,M]
         logits = logits.at[..., EOS].min(jnp.where(ends_badly, FORBIDDEN, jnp.inf))  # [B,M,V]
         return logits.at[..., bad].min(jnp.where(t == length - 1, FORBIDDEN, jnp.inf))  # [B,M,V]
+
+
+@dataclass(frozen=True)
+class ForbidRepeatedWords:
+    """Forbids content words that would complete a repetition, as in "a car in a car" and "a red hat and a red hat".
+
+    A word completes a repetition if it ends a word or phrase that directly follows itself when function words, given as
+    ids, are left out (see ``imgcap_jax.metrics.degeneration.repeated_words``). Function words are never forbidden.
+    """
+
+    function_words: tuple[int, ...]
+
+    def __call__(self, logits: Array, tokens: Array, t: Array) -> Array:
+        words = repeating_words(tokens, self.function_words)  # [B,M,S]
+        # Pad fills the places of phrases that cannot be completed. The id V is ignored by mode="drop".
+        words = jnp.where(words == PAD, logits.shape[-1], words)
+        b, m = np.indices(tokens.shape[:2])[..., None]  # [B,M,1] both
+        return logits.at[b, m, words].set(FORBIDDEN, mode="drop")  # [B,M,V]
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ class Decoding:
     """No n-gram of this size occurs twice in a caption (3: trigram blocking); 0: off."""
     forbid_bad_endings: bool = False
     """No caption ends on a word such as "a", "of" or "with"."""
+    forbid_repeated_words: bool = False
+    """No word or phrase follows itself with only words such as "a" or "in" between, as in "a car in a car"."""
     prefix: str = ""
     """The first words of every caption."""
     must: tuple[str, ...] = ()

@@ -1,9 +1,10 @@
 """Degeneration of captions: bad endings, repetitions, missing ends and short captions.
 
 Training on a reward that counts n-grams can produce captions that break off ("a man riding a wave on a"), repeat a
-phrase, never end, or are too short (bad endings: Guo et al., EMNLP 2018; their cause: Hu et al. 2023,
-https://arxiv.org/abs/2305.12254). The usual metrics do not show this, so it is measured separately. The values are
-compared with those of the references, because people also end a caption on a word like "on" from time to time.
+phrase or a word ("a man sits on a car in a car"), never end, or are too short (bad endings: Guo et al., EMNLP 2018;
+their cause: Hu et al. 2023, https://arxiv.org/abs/2305.12254). The usual metrics do not show this, so it is measured
+separately. The values are compared with those of the references, because people also end a caption on a word like "on"
+from time to time.
 """
 
 import math
@@ -19,6 +20,23 @@ BAD_ENDINGS = frozenset(
 )
 """Words that should not end an English caption: articles, possessives, prepositions, conjunctions, auxiliaries."""
 
+FUNCTION_WORDS = BAD_ENDINGS | frozenset(
+    {
+        *("he", "she", "it", "they", "him", "them", "himself", "herself", "itself", "themselves", "i", "you", "we"),
+        *("who", "whom", "whose", "which", "what", "there", "here", "some", "any", "each", "every", "both", "all"),
+        *("off", "out", "up", "down", "through", "across", "around", "along", "against", "above", "below", "beside"),
+        *("between", "among", "during", "after", "before", "towards", "toward", "inside", "outside", "past", "about"),
+        *("within", "without", "underneath", "beneath", "beyond", "atop", "upon", "front", "next", "like", "than"),
+        *("be", "been", "being", "am", "has", "have", "had", "having", "do", "does", "did", "can", "could", "will"),
+        *("would", "so", "then", "when", "where", "whilst", "if", "because", "until", "since", "also", "just", "too"),
+        *("not", "no", "'s", "'re", "'m", "'ve", "'ll", "'d", "n't"),
+    }
+)
+"""English words without a content of their own, with the nouns of "in front of" and "next to".
+
+"another" and "other" are left out, because they introduce a second thing: "a man and another man".
+"""
+
 
 @dataclass(frozen=True)
 class Degeneration:
@@ -30,6 +48,9 @@ class Degeneration:
         bad_endings: share of captions that end with one of ``BAD_ENDINGS``.
         repetitions: share of captions with a repetition: a phrase directly after itself ("a man in a man in", "the
             the"), or the same four words at two positions.
+        repeated_words: share of captions with a repeated content word: a word or phrase directly after itself if
+            ``FUNCTION_WORDS`` are left out ("a car in a car", "a red hat and a red hat"). 0 if no caption has a
+            function word, because the list is English.
         unfinished: share of captions that reached the maximum number of words without an end; None: unknown.
     """
 
@@ -37,18 +58,28 @@ class Degeneration:
     length: float
     bad_endings: float
     repetitions: float
+    repeated_words: float
     unfinished: float | None = None
 
     @classmethod
     def of(cls, captions: Iterable[Sequence[str]], unfinished: float | None = None) -> "Degeneration":
         """Measures tokenised captions. There must be at least one."""
-        lengths, endings, repetitions = [], [], []
+        lengths, endings, repetitions, repeated, english = [], [], [], [], False
         for words in captions:
             lengths.append(len(words))
             endings.append(bool(words) and words[-1] in BAD_ENDINGS)
             repetitions.append(repeats(words))
+            english = english or not FUNCTION_WORDS.isdisjoint(words)
+            repeated.append(english and repeated_words(words) > 0)
         count = len(lengths)
-        return cls(count, sum(lengths) / count, sum(endings) / count, sum(repetitions) / count, unfinished)
+        return cls(
+            captions=count,
+            length=sum(lengths) / count,
+            bad_endings=sum(endings) / count,
+            repetitions=sum(repetitions) / count,
+            repeated_words=sum(repeated) / count,
+            unfinished=unfinished,
+        )
 
     def warnings(self, references: "Degeneration") -> tuple[str, ...]:
         """One line for each value that is worse than that of the references by more than chance."""
@@ -62,6 +93,12 @@ class Degeneration:
             said.append(
                 f"{_percent(self.repetitions)} of the captions repeat a phrase (references "
                 f"{_percent(references.repetitions)})"
+            )
+        if self._above(self.repeated_words, references.repeated_words):
+            said.append(
+                f"{_percent(self.repeated_words)} of the captions repeat a word as in 'a car in a car' (references "
+                f"{_percent(references.repeated_words)}); imgcap evaluate --decode.forbid-repeated-words true prevents "
+                f"this"
             )
         if self.unfinished is not None and self._above(self.unfinished, 0.0):
             said.append(f"{_percent(self.unfinished)} of the captions have no end and were cut at the maximum length")
@@ -84,14 +121,32 @@ _FAR = 4  # words that count as a repetition at any distance; good captions ofte
 
 def repeats(words: Sequence[str]) -> bool:
     """Whether a caption contains a phrase twice in a row, or the same four words at two positions."""
+    if _ends_of_repetitions(words):
+        return True
+    phrases = [tuple(words[i : i + _FAR]) for i in range(len(words) - _FAR + 1)]
+    return len(set(phrases)) < len(phrases)
+
+
+def repeated_words(words: Sequence[str]) -> int:
+    """The number of content words that complete a repetition: a word or phrase directly after itself.
+
+    Function words are left out: "sits on a car in a car" becomes "sits car car", and the second "car" counts. "a dog
+    and another dog" and "a man in a red shirt and a woman in a red shirt" have no repetition. Singular and plural are
+    different words.
+    """
+    return len(_ends_of_repetitions([word for word in words if word not in FUNCTION_WORDS]))
+
+
+def _ends_of_repetitions(words: Sequence[str]) -> set[int]:
+    """The positions at which a phrase that directly follows itself ends."""
+    ends = set()
     for size in range(1, len(words) // 2 + 1):
         run = 0
         for place in range(size, len(words)):
             run = run + 1 if words[place] == words[place - size] else 0
-            if run == size:
-                return True
-    phrases = [tuple(words[i : i + _FAR]) for i in range(len(words) - _FAR + 1)]
-    return len(set(phrases)) < len(phrases)
+            if run >= size:
+                ends.add(place)
+    return ends
 
 
 def _percent(share: float) -> str:

@@ -18,6 +18,7 @@ from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding.greedy import greedy
 from imgcap_jax.decoding.rules import (
     ForbidBadEnding,
+    ForbidRepeatedWords,
     ForcedPrefix,
     MinLength,
     NoRepeatNgram,
@@ -29,7 +30,7 @@ from imgcap_jax.decoding.rules import (
 from imgcap_jax.decoding.sampling import sample
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
-from imgcap_jax.metrics.degeneration import BAD_ENDINGS
+from imgcap_jax.metrics.degeneration import BAD_ENDINGS, FUNCTION_WORDS
 from imgcap_jax.models.decoders.contract import DecoderSettings, check_length
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
 from imgcap_jax.special_tokens import BOS, UNK
@@ -59,6 +60,14 @@ def _rules(decoding: Decoding, vocabulary: Vocabulary) -> tuple[Rule, ...]:
                 "not end; leave it out"
             )
         rules.append(ForbidBadEnding(endings))
+    if decoding.forbid_repeated_words:
+        function_words = vocabulary.known_ids(FUNCTION_WORDS)
+        if not function_words:
+            raise UserError(
+                "forbid_repeated_words has no effect: the vocabulary has none of the English function words that it "
+                "leaves out; leave it out"
+            )
+        rules.append(ForbidRepeatedWords(function_words))
     if decoding.top_k:
         rules.append(TopK(decoding.top_k))
     if decoding.top_p < 1:

@@ -29,7 +29,8 @@ from imgcap_jax.metrics.cider_device import (
     document_frequencies,
     prepare_references,
 )
-from imgcap_jax.metrics.degeneration import BAD_ENDINGS
+from imgcap_jax.metrics.degeneration import BAD_ENDINGS, FUNCTION_WORDS
+from imgcap_jax.metrics.degeneration_device import repeated_words
 from imgcap_jax.models.layers import row_keys
 from imgcap_jax.models.model import DRAW_KEYS, START_KEYS, UNROLL_KEYS, CaptionModel, Frozen, Params
 from imgcap_jax.special_tokens import BOS, EOS, PAD
@@ -87,6 +88,9 @@ class SelfCritical:
     """Weight of BLEU-4 (0 to 1) in the reward."""
     reward: Reward | None = None
     """A custom reward that is added to these, with weight 1."""
+    repetition: float = 0.0
+    """Weight of the penalty for repeated words: subtracted from the reward per content word that repeats the one before
+    it, as in "a car in a car"."""
     reward_eos: bool = True
     """Whether the end of a caption counts as a word in candidates, references and document frequencies. Without it,
     captions break off (Hu et al. 2023, https://arxiv.org/abs/2305.12254). SacreEOS calls True STANDARD and False
@@ -107,7 +111,7 @@ class SelfCritical:
             raise UserError(f"objective.samples is {self.samples}; it must be at least 1")
         if not 0.01 <= self.temperature < math.inf:
             raise UserError(f"objective.temperature is {self.temperature}; it must be at least 0.01")
-        for name in ("cider", "bleu", "entropy", "kl"):
+        for name in ("cider", "bleu", "repetition", "entropy", "kl"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"objective.{name} is {getattr(self, name)}; it must be finite and not negative")
         if not self.cider + self.bleu and self.reward is None:
@@ -126,7 +130,12 @@ class SelfCritical:
         named = ",".join(names + ([repr(self.reward)] if self.reward is not None else []))
         mode = "STANDARD" if self.reward_eos else "NO<EOS>"
         base = "average" if self.baseline == "mean" else "greedy"
-        others = [(self.temperature, 1.0, "temperature"), (self.entropy, 0.0, "entropy"), (self.kl, 0.0, "kl")]
+        others = [
+            (self.temperature, 1.0, "temperature"),
+            (self.repetition, 0.0, "repetition"),
+            (self.entropy, 0.0, "entropy"),
+            (self.kl, 0.0, "kl"),
+        ]
         more = "".join(f", {name} {value:g}" for value, default, name in others if value != default)
         return f"self-critical, {mode}_wInit+{named}+{base}[nspi{self.samples}]+1.0.0{more}"
 
@@ -149,6 +158,12 @@ class SelfCritical:
     def make_step(self, setup: StepSetup) -> tuple[Step, "Constants"]:
         """See ``Objective``. The run keeps the document frequencies and, for a KL penalty, the initial parameters."""
         assert setup.references is not None
+        function_words = setup.vocabulary.known_ids(FUNCTION_WORDS)
+        if self.repetition and not function_words:
+            raise UserError(
+                "objective.repetition has no effect: the vocabulary has none of the English function words that it "
+                "leaves out; leave it out"
+            )
         frequencies = _document_frequencies(setup, setup.references)
         start = _start(setup.params, setup.checkpoints) if self.kl else None
         step = self_critical_step(
@@ -158,6 +173,7 @@ class SelfCritical:
             key=setup.key,
             max_words=setup.max_words,
             bad_endings=setup.vocabulary.known_ids(BAD_ENDINGS),
+            function_words=function_words,
             accumulate=setup.accumulate,
             ema_decay=setup.ema_decay,
         )
@@ -225,6 +241,7 @@ class _Sums(NamedTuple):
     words: Array
     ended: Array
     bad_endings: Array
+    repeated_words: Array
     surprisal: Array
     divergence: Array
 
@@ -237,6 +254,7 @@ def self_critical_step(
     key: Array,
     max_words: int,
     bad_endings: Sequence[int],
+    function_words: Sequence[int],
     rewards: Reward | None = None,
     accumulate: int = 1,
     ema_decay: float | optax.Schedule = 0.0,
@@ -259,15 +277,17 @@ def self_critical_step(
         key: PRNG key of samples and dropout.
         max_words: T, the maximum length of a caption with its eos. A longer caption is cut and scored without eos.
         bad_endings: ids of the words that count as a bad ending.
-        rewards: the reward; None: ``objective.rewards``.
+        function_words: ids of the words between which a repeated word counts; see ``repeated_words``.
+        rewards: the reward before the penalty for repeated words; None: ``objective.rewards``.
         accumulate: microbatches per step.
         ema_decay: see ``train_step``.
 
     Returns:
         The step. Its metrics are float32 [], the same on every device, and means over the sampled captions: "loss" (the
-        objective), "reward", "reward_deviation" (standard deviation), "baseline", "length" (words without eos), "ended"
-        and "bad_endings" (shares of captions), "surprisal" (-log p in nats) and "kl" (in nats; only with a KL penalty).
-        Further metrics are "gradient_norm" and "captions", the number of sampled captions.
+        objective), "reward", "reward_deviation" (standard deviation), "baseline", "length" (words without eos),
+        "ended", "bad_endings" and "repeated_words" (shares of captions), "surprisal" (-log p in nats) and "kl" (in
+        nats; only with a KL penalty). Further metrics are "gradient_norm" and "captions", the number of sampled
+        captions.
     """
     rewards = rewards or objective.rewards
 
@@ -294,14 +314,19 @@ def self_critical_step(
 
             return feed, (first, jnp.zeros((regions.shape[0], count), jnp.int32))
 
+        def rewarded(tokens: Array) -> tuple[Array, Array]:
+            """The rewards of captions [B,M,T], and the number of repeated words of each, both [B,M]."""
+            repeated = repeated_words(tokens, tuple(function_words))
+            return rewards(tokens, references, constants.frequencies) - objective.repetition * repeated, repeated
+
         draws = row_keys(keys, DRAW_KEYS)
         assert draws is not None
         feed, carry = begun(objective.samples, keys)
         drawn = sample(feed, carry, draws, max_steps=max_words, temperature=objective.temperature)
-        reward = rewards(drawn.tokens, references, constants.frequencies)
+        reward, repeated = rewarded(drawn.tokens)
         if objective.baseline == "greedy":
             best = greedy(*begun(1, None), max_steps=max_words)
-            baseline = jnp.broadcast_to(rewards(best.tokens, references, constants.frequencies), reward.shape)
+            baseline = jnp.broadcast_to(rewarded(best.tokens)[0], reward.shape)
             advantage = reward - baseline
         else:
             advantage = _above_others(reward)
@@ -322,6 +347,7 @@ def self_critical_step(
             "words": words,
             "ended": (drawn.tokens == EOS).any(-1),
             "bad_endings": jnp.isin(last, jnp.array(bad_endings, jnp.int32)),
+            "repeated_words": repeated > 0,
             "surprisal": -drawn.score,
             "divergence": divergence,
         }
@@ -355,6 +381,7 @@ def self_critical_step(
             "length": mean.words,
             "ended": mean.ended,
             "bad_endings": mean.bad_endings,
+            "repeated_words": mean.repeated_words,
             "surprisal": mean.surprisal,
             "captions": sums.captions,
         }

@@ -15,6 +15,7 @@ import imgcap_jax.decoding.search as search_module
 from imgcap_jax.decoding import (
     Decoded,
     ForbidBadEnding,
+    ForbidRepeatedWords,
     MinLength,
     NoRepeatNgram,
     SuppressUnk,
@@ -73,6 +74,8 @@ def forbidden(prefix: tuple[int, ...], rules: tuple[Any, ...]) -> set[int]:
             case ForbidBadEnding(bad):
                 words |= {EOS} if prefix and prefix[-1] in bad else set()
                 words |= set(bad) if len(prefix) == STEPS - 1 else set()
+            case ForbidRepeatedWords(function_words):  # without phrases, which need more words than RULES allow
+                words |= set([w for w in prefix if w not in function_words][-1:])
     return words
 
 
@@ -138,7 +141,7 @@ def test_beam_as_wide_as_the_live_prefixes_finds_the_most_likely_caption(toy: An
         assert captions(decoded, image)[0] == exhaustive(toy, parameters, image, 0.0)[0][0]
 
 
-RULES = (SuppressUnk(), NoRepeatNgram(2), MinLength(2), ForbidBadEnding((4,)))
+RULES = (SuppressUnk(), NoRepeatNgram(2), MinLength(2), ForbidBadEnding((4,)), ForbidRepeatedWords((4,)))
 
 
 @pytest.mark.parametrize(

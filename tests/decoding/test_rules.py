@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from imgcap_jax.decoding import (
     ForbidBadEnding,
+    ForbidRepeatedWords,
     ForcedPrefix,
     MinLength,
     NoRepeatNgram,
@@ -47,6 +48,16 @@ def banned_by_ngram(n: int, words: list[int]) -> set[int]:
     return {w for w in range(V) if len(words) >= n - 1 and tuple([*words, w][-n:]) in grams}
 
 
+def banned_by_repetition(function_words: set[int], words: list[int]) -> set[int]:
+    content = [word for word in words if word not in function_words]
+    sizes = range(1, len(content) // 2 + 2)
+    return {
+        word
+        for word in set(content)
+        if any([*content, word][-n:] == [*content, word][-2 * n : -n] for n in sizes if 2 * n <= len(content) + 1)
+    }
+
+
 def nucleus(logits: np.ndarray, p: float) -> set[int]:
     probs = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
     kept: set[int] = set()
@@ -69,6 +80,8 @@ BANS = {
     ForbidBadEnding((4, 6)): lambda logits, words: (
         ({EOS} if words and words[-1] in (4, 6) else set()) | ({4, 6} if len(words) == T - 1 else set())
     ),
+    ForbidRepeatedWords(()): lambda logits, words: banned_by_repetition(set(), words),
+    ForbidRepeatedWords((4,)): lambda logits, words: banned_by_repetition({4}, words),
     TopK(1): lambda logits, words: set(range(V)) - {int(logits.argmax())},
     TopK(3): lambda logits, words: set(np.argsort(-logits)[3:].tolist()),
     TopK(V + 5): lambda logits, words: set(),

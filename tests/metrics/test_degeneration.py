@@ -1,11 +1,17 @@
 """Which captions count as degenerate, and which do not."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
-from imgcap_jax.metrics.degeneration import Degeneration, repeats
+from imgcap_jax.metrics import degeneration_device
+from imgcap_jax.metrics.degeneration import Degeneration, repeated_words, repeats
+from imgcap_jax.special_tokens import EOS, PAD
 from imgcap_jax.text import tokenize
 
 
@@ -28,25 +34,93 @@ def test_repetitions(caption: str, bad: bool) -> None:
     assert repeats(caption.split()) is bad
 
 
+@pytest.mark.parametrize(
+    ("caption", "count"),
+    [
+        ("a man sits on a car in a car", 1),
+        ("people on a bus with a bus", 1),
+        ("a dog in the window of a window", 1),
+        ("a man in a hat and a hat and hat", 2),
+        ("a man in a red jacket and a red jacket is skiing", 1),  # a phrase
+        ("a man in a red shirt and a man in a red shirt", 1),
+        ("a man in a red shirt and a woman in a red shirt", 0),
+        ("a black dog and a white dog", 0),
+        ("a man and another man", 0),
+        ("two men and a man", 0),
+        ("a black and black dog", 1),
+        ("a man jumps up and up on the on the grass", 0),  # function words
+        ("dog dog dog", 2),
+        ("the the", 0),
+        ("", 0),
+    ],
+)
+def test_repeated_words(caption: str, count: int) -> None:
+    assert repeated_words(caption.split()) == count
+
+
+FUNCTION_IDS = (4, 5)
+
+
+def completions(words: Sequence[int]) -> set[int]:
+    """The content words that would complete a repetition after these words, by comparing slices."""
+    content = [word for word in words if word not in FUNCTION_IDS]
+    return {
+        word
+        for word in range(EOS + 1, 9)
+        if word not in FUNCTION_IDS
+        for size in range(1, len(content) // 2 + 2)
+        if len(longer := [*content, word]) >= 2 * size and longer[-size:] == longer[-2 * size : -size]
+    }
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 13])
+def test_device_finds_the_repeated_words_of_plain_python(length: int) -> None:
+    rng = np.random.default_rng(length)
+    words = [rng.integers(EOS + 1, 9, rng.integers(0, length + 1)).tolist() for _ in range(300)]
+    ended = np.array([(row + [EOS] * (len(row) < length) + [PAD] * length)[:length] for row in words], np.int32)
+    so_far = np.where(ended == EOS, PAD, ended)
+
+    def jitted(function: Any, tokens: np.ndarray) -> Any:
+        return np.asarray(jax.jit(function, static_argnums=1)(tokens.reshape(100, 3, length), FUNCTION_IDS))
+
+    counts = jitted(degeneration_device.repeated_words, ended).reshape(300)
+    assert counts.tolist() == [sum(row[i] in completions(row[:i]) for i in range(len(row))) for row in words]
+    assert counts.any() == (length > 1)
+    following = jitted(degeneration_device.repeating_words, so_far).reshape(300, -1)
+    for row, found in zip(words, following.tolist(), strict=True):
+        if len(row) < length:
+            assert set(found) - {PAD} == completions(row)
+
+
 def test_shares_and_warnings() -> None:
-    good = [f"a dog number {i} runs on the beach".split() for i in range(97)]
-    found = Degeneration.of([*good, ["a", "man", "with", "a"], ["dog", "dog"], []], unfinished=0.01)
-    assert found == Degeneration(100, (97 * 8 + 6) / 100, 0.01, 0.01, 0.01)
-    references = Degeneration(500, 9.0, 0.0, 0.0)
+    good = [f"a dog number {i} runs on the beach".split() for i in range(96)]
+    bad = ["a man with a", "dog dog", "", "a hat and a hat"]
+    found = Degeneration.of([*good, *(caption.split() for caption in bad)], unfinished=0.01)
+    assert found == Degeneration(100, (96 * 8 + 11) / 100, 0.01, 0.01, 0.02, 0.01)
+    references = Degeneration(500, 9.0, 0.0, 0.0, 0.0)
     assert found.warnings(references) == ()
-    worse = Degeneration(1000, 6.0, 0.05, 0.04, 0.03)
+    worse = Degeneration(1000, 6.0, 0.05, 0.04, 0.07, 0.03)
     said = worse.warnings(references)
-    assert len(said) == 4
-    for line, part in zip(said, ("5.0 % of the captions end with", "4.0 %", "3.0 %", "6.0 words"), strict=True):
+    assert len(said) == 5
+    parts = ("5.0 % of the captions end with", "4.0 %", "7.0 % of the captions repeat a word", "3.0 %", "6.0 words")
+    for line, part in zip(said, parts, strict=True):
         assert part in line
+    assert "--decode.forbid-repeated-words true" in said[2]
     # Only the missing ends are worse than in these references.
-    assert worse.warnings(Degeneration(500, 6.0, 0.05, 0.04))[:1] == (said[2],)
+    assert worse.warnings(Degeneration(500, 6.0, 0.05, 0.04, 0.07)) == (said[3],)
+
+
+def test_words_are_not_repeated_in_a_language_without_the_function_words() -> None:
+    """Reduplication, as in Chinese, counts only as a repetition."""
+    captions = [list("人人看球"), list("一个人看看球")]
+    found = Degeneration.of(captions)
+    assert (found.repetitions, found.repeated_words) == (1.0, 0.0)
 
 
 def test_small_excess_in_few_captions_gives_no_warning() -> None:
-    references = Degeneration(5000, 10.9, 0.013, 0.002)
-    assert Degeneration(16, 10.0, 1 / 16, 1 / 16, 1 / 16).warnings(references) == ()
-    assert len(Degeneration(16, 10.0, 8 / 16, 8 / 16, 8 / 16).warnings(references)) == 3
+    references = Degeneration(5000, 10.9, 0.013, 0.002, 0.003)
+    assert Degeneration(16, 10.0, *[1 / 16] * 4).warnings(references) == ()
+    assert len(Degeneration(16, 10.0, *[8 / 16] * 4).warnings(references)) == 4
 
 
 def test_human_captions_give_no_warning(shared: Path) -> None:

@@ -77,7 +77,9 @@ def test_words_of_decoding_settings_are_characters(place: Path, refused: Refused
         [*command, "--decode.must", "蓝色"]
     )
     assert "lacks the word '狗'" in refused([*command, "--decode.prefix", "狗"])
-    assert "forbid_bad_endings has no effect" in refused([*command, "--decode.forbid-bad-endings", "true"])
+    for rule in ("forbid_bad_endings", "forbid_repeated_words"):
+        option = "--decode." + rule.replace("_", "-")
+        assert f"{rule} has no effect" in refused([*command, option, "true"])
 
 
 def test_runs_of_other_tokenizers_are_not_mixed_with_it(

@@ -12,6 +12,7 @@ from flax import nnx
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
+from imgcap_jax.metrics.degeneration import repeated_words
 from imgcap_jax.models.decoders.adaptive import Adaptive
 from imgcap_jax.models.decoders.aoa import AttentionOnAttention
 from imgcap_jax.models.decoders.att2in import Att2in
@@ -158,6 +159,33 @@ def test_decoding_settings_take_effect() -> None:
         captions(must=("red dog",))
     with pytest.raises(UserError, match="prefix has 6 words"):
         captions(prefix="a a a a a a")
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        pytest.param({"beam": 1}, marks=slow),
+        {"beam": 3, "n_best": 3},
+        {"samples": 4},
+        pytest.param({"beam": 2, "must": ("frisbee",)}, marks=slow),
+        pytest.param({"beam": 4, "groups": 2}, marks=slow),
+    ],
+    ids=str,
+)
+def test_no_search_repeats_words_if_they_are_forbidden(search: dict[str, Any]) -> None:
+    """Of an ensemble, whose captions repeat words without the rule."""
+    members = [parts("show_tell", seed=1, scale=6.0), parts("show_tell", seed=2, scale=6.0)]
+    graphs, params, frozen = (list(column) for column in zip(*members, strict=True))
+
+    def repeated(forbid: bool) -> int:
+        settings = Decoding(max_words=8, min_words=8, forbid_repeated_words=forbid, **search)
+        tokens = np.asarray(
+            caption_function(graphs, settings, VOCABULARY)(params, frozen, [regions(), regions(1)]).tokens
+        )
+        return sum(repeated_words(VOCABULARY.decode_words(row)) for row in tokens.reshape(-1, 8))
+
+    assert repeated(False) > 0
+    assert repeated(True) == 0
 
 
 def test_max_length_is_checked_before_decoding() -> None:

@@ -18,6 +18,7 @@ from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.metrics.cider_device import document_frequencies, prepare_references
+from imgcap_jax.metrics.degeneration import repeated_words
 from imgcap_jax.metrics.scoring import CaptionScorer
 from imgcap_jax.models.decoders.aoa import AttentionOnAttention
 from imgcap_jax.models.decoders.attend import ShowAttendTell
@@ -65,7 +66,7 @@ def batch_of(images: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 def compiled(graph: Any, objective: SelfCritical, mode: Any = "pmap", devices: int = 1, **options: Any) -> Any:
     parallel = DataParallel(mode, jax.devices()[:devices])
-    settings = {"key": jax.random.key(3), "max_words": T, "bad_endings": [4], **options}
+    settings = {"key": jax.random.key(3), "max_words": T, "bad_endings": [4], "function_words": [4], **options}
     return parallel, parallel.compile(self_critical_step(graph, objective, SGD, **settings))
 
 
@@ -112,7 +113,7 @@ _SLOW = pytest.mark.slow
             id="mixture",
             marks=_SLOW,
         ),
-        pytest.param(SelfCritical(samples=3, temperature=0.7, entropy=0.8, kl=0.9), id="penalties"),
+        pytest.param(SelfCritical(samples=3, temperature=0.7, repetition=0.6, entropy=0.8, kl=0.9), id="penalties"),
     ],
 )
 def test_mean_gradient_equals_the_gradient_of_the_expected_reward(objective: SelfCritical) -> None:
@@ -127,7 +128,11 @@ def test_mean_gradient_equals_the_gradient_of_the_expected_reward(objective: Sel
     references = prepare_references(
         jnp.asarray(batch["references"][:1]), jnp.asarray(batch["reference_count"][:1]), frequencies
     )
-    reward = objective.rewards(captions[None], references, frequencies)[0]  # [C]
+    # Word 4 is the only function word.
+    repeated = np.array(
+        [repeated_words(["a" if word == 4 else str(word) for word in row if word > EOS]) for row in captions]
+    )
+    reward = objective.rewards(captions[None], references, frequencies)[0] - objective.repetition * repeated  # [C]
     before = log_probs(graph, start, frozen, batch["regions"], captions, objective.temperature)
 
     def expected(params: Any) -> Any:
@@ -172,6 +177,7 @@ def test_mean_gradient_equals_the_gradient_of_the_expected_reward(objective: Sel
     np.testing.assert_allclose(mean["ended"], p @ (captions == EOS).any(1), rtol=0.03)
     last = np.where(words > 0, captions[np.arange(len(captions)), np.maximum(words - 1, 0)], 0)
     np.testing.assert_allclose(mean["bad_endings"], p @ (last == 4), rtol=0.05)
+    np.testing.assert_allclose(mean["repeated_words"], p @ (repeated > 0), rtol=0.05)
     if objective.kl:
         np.testing.assert_allclose(mean["kl"], p @ (np.log(p) - np.asarray(before)), rtol=0.05)
 
@@ -303,6 +309,7 @@ def test_invalid_settings_are_an_error() -> None:
         ({"cider": 0.0}, "cider and bleu are both 0"),
         ({"entropy": -1.0}, "finite and not negative"),
         ({"kl": float("nan")}, "finite and not negative"),
+        ({"repetition": -0.5}, "finite and not negative"),
         ({"temperature": 0.0}, "at least 0.01"),
         ({"baseline": "other"}, "mean or greedy"),
     ):
@@ -316,6 +323,7 @@ def test_title_is_a_sacreeos_signature() -> None:
     assert SelfCritical(reward_eos=False).title.endswith("NO<EOS>_wInit+Cider-D[n4,s6.0]+average[nspi5]+1.0.0")
     assert "greedy[nspi1]" in SelfCritical(samples=1, baseline="greedy").title
     assert SelfCritical(temperature=0.6, kl=0.1).title.endswith("+1.0.0, temperature 0.6, kl 0.1")
+    assert SelfCritical(repetition=0.5).title.endswith("+1.0.0, repetition 0.5")
     assert "+0.5*BLEU[n4]+" in SelfCritical(cider=0, bleu=0.5).title
 
 

@@ -58,12 +58,13 @@ def test_interrupted_run_ends_the_same_without_its_initial_run(
     run(experiment, tmp_path / "whole", trained)
     logged = lines(tmp_path / "whole")
     assert [line["step"] for line in logged if line["kind"] == "validation"] == [0, 3, 6]
-    reported = {"reward", "reward_deviation", "baseline", "length", "ended", "bad_endings", "surprisal", "kl"}
+    reported = {"reward", "reward_deviation", "baseline", "length", "ended", "bad_endings", "repeated_words"}
+    reported |= {"surprisal", "kl"}
     steps = [line for line in logged if line["kind"] == "train"]
     assert len(steps) == 6
     assert all(reported < line.keys() for line in steps)
     assert abs(steps[0]["kl"]) < 1e-5 < abs(steps[-1]["kl"])  # the parameters are the initial ones, then they differ
-    assert {"length", "bad_endings", "repetitions", "unfinished"} < logged[0].keys()
+    assert {"length", "bad_endings", "repetitions", "repeated_words", "unfinished"} < logged[0].keys()
 
     # The document frequencies are those of the training captions with eos.
     source = open_source("scenes", "train", experiment.data.data_dir)
