@@ -22,7 +22,8 @@ def lines(evaluation: Evaluation) -> list[str]:
     captioned, found = evaluation.captioned, evaluation.degeneration
     report.append(
         f"  {found.length:.1f} words per caption; {100 * found.bad_endings:.1f} % with a bad ending, "
-        f"{100 * found.repetitions:.1f} % with a repeated phrase, {100 * (found.unfinished or 0):.1f} % unfinished"
+        f"{100 * found.repetitions:.1f} % with a repeated phrase, {100 * found.repeated_words:.1f} % with a repeated "
+        f"word, {100 * (found.unfinished or 0):.1f} % unfinished"
     )
     report.append(
         f"  {captioned.mean_steps:.1f} decoder steps per batch on average (at most {captioned.max_steps}); "
