@@ -4,10 +4,11 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,29 +20,31 @@ from imgcap_jax.data.prefetch import device_prefetch
 from imgcap_jax.data.regions import RegionSource
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, counted
 from imgcap_jax.experiment import Experiment, differences, signature
 from imgcap_jax.files import check_name, local_path, owning, write_text
 from imgcap_jax.models.decoders.contract import check_length
 from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import Frozen, parameter_count, split_trained
+from imgcap_jax.report import smoke as smoke_report
 from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator
 from imgcap_jax.run.extraction import Extraction, uses_store
 from imgcap_jax.run.folder import Run, empty_smoke, find_run
 from imgcap_jax.run.generation import check_decoding
 from imgcap_jax.run.notes import check_together, starting_notes
 from imgcap_jax.run.transfer import check_encoder, transfer
+from imgcap_jax.terminal import Say, working
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
-from imgcap_jax.training.log import MetricsLog
+from imgcap_jax.training.log import MetricsLog, Sample
 from imgcap_jax.training.meter import Meter
 from imgcap_jax.training.objective import StepSetup
-from imgcap_jax.training.parallel import DataParallel
+from imgcap_jax.training.optimizer import learning_rates
+from imgcap_jax.training.parallel import DataParallel, Step, is_first_process
 from imgcap_jax.training.signals import StopRequest
 from imgcap_jax.training.step import TrainState, average_decay, first_state
 
 SMOKE_IMAGES = 48
-
-Show = Callable[[str], None]
+_SAMPLES = 5  # validation images whose captions are logged
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def train(
     cache: Path,
     init_from: Path | None = None,
     smoke: bool = False,
-    show: Show = print,
+    show: Say = print,
 ) -> Outcome:
     """Trains ``experiment`` in ``folder``. Resumes from the newest checkpoint if there is one.
 
@@ -73,7 +76,7 @@ def train(
         cache: folder of the features of frozen encoders.
         init_from: another run, whose best parameters are the start; its vocabulary is mapped by word.
         smoke: use only the first images of each split, and start from scratch.
-        show: receives the lines for the user.
+        show: receives the lines for the user. A terminal also shows a bar.
 
     Raises:
         UserError: bad input, another experiment in the folder, another process that trains in it, a loss that is not
@@ -92,7 +95,7 @@ def train(
 
 
 def _train(
-    experiment: Experiment, folder: Path, cache: Path, init_from: Path | None, smoke: bool, show: Show
+    experiment: Experiment, folder: Path, cache: Path, init_from: Path | None, smoke: bool, show: Say
 ) -> Outcome:
     training = experiment.training
     parallel = DataParallel(training.parallel)
@@ -143,7 +146,7 @@ def _train(
             checkpoints=checkpoints,
         )
     )
-    train_step = parallel.compile(per_device_step)
+    train_step = _announced(parallel.compile(per_device_step), show)
     batches = train_batches(
         experiment.data,
         data.mixture,
@@ -174,12 +177,16 @@ def _train(
         # From here on, a folder without newest checkpoint has lost it (see find_run).
         checkpoints.save(state, progress)
     # Step 0 has no metrics except those of the start's validation, which is repeated.
-    log = MetricsLog(folder, progress.step or -1, writing=jax.process_index() == 0)
-    meter = Meter(
-        total_steps, steps_per_epoch, training.log_steps, progress.step, log, show, experiment.objective.progress
+    log = MetricsLog(
+        folder,
+        progress.step or -1,
+        steps_per_epoch=steps_per_epoch,
+        seconds=progress.seconds,
+        writing=is_first_process(),
     )
     member = Member(graph, experiment.data, data.validation_store)
-    validate = Validation(experiment, member, frozen, data, run.vocabulary, parallel, checkpoints, log, show)
+    validate = Validation(experiment, member, frozen, data, run.vocabulary, parallel, checkpoints, log, show, not smoke)
+    rates = learning_rates(experiment.optimizer, steps_per_epoch, total_steps)
 
     # The loop.
     evaluate_steps = max(1, round(training.evaluate_epochs * steps_per_epoch))
@@ -189,7 +196,24 @@ def _train(
     prefetched = device_prefetch(batches, lambda batch: parallel.put(_device_part(batch)))
     # Within StopRequest, Ctrl-C and SIGTERM set stop.signal, and the loop ends after the present step. A second Ctrl-C
     # raises KeyboardInterrupt.
-    with closing(checkpoints), closing(log), StopRequest() as stop, prefetched:
+    with (
+        closing(checkpoints),
+        closing(log),
+        StopRequest() as stop,
+        prefetched,
+        working("", total_steps, "steps", done=progress.step, shown=is_first_process(), say=show) as work,
+    ):
+        meter = Meter(
+            total_steps,
+            steps_per_epoch,
+            training.log_steps,
+            progress,
+            log,
+            work,
+            experiment.objective.progress,
+            rates,
+            judged=not smoke,
+        )
         if run.init_from is not None and progress.step == 0 and progress.best is None:
             # The start is a candidate for the best parameters too: a run never ends worse than it began.
             progress = validate(state, progress)
@@ -199,7 +223,7 @@ def _train(
             batch, data_state = next(prefetched)
             state, metrics = train_step(state, constants, batch)
             progress = replace(progress, step=progress.step + 1, data=data_state)
-            meter.add(progress.step, metrics)
+            meter.add(progress, metrics)
 
             validates = progress.step % evaluate_steps == 0
             if validates or progress.step == total_steps:
@@ -215,11 +239,23 @@ def _train(
                 overdue = 0
             if done or interrupted or overdue or validates:
                 meter.flush()  # raises if the loss is not finite, before the state is saved
-                checkpoints.save(state, progress)
+                checkpoints.save(state, replace(progress, seconds=log.seconds))
                 saved = time.monotonic()
-                meter.restart(progress.step)
+                meter.restart(progress)
             if interrupted:
                 break
+        if smoke and not interrupted:
+            _check_restored(checkpoints, state)
+    if smoke and not interrupted:
+        for line in smoke_report.lines(
+            experiment,
+            images=data.images,
+            validation_images=len(data.validation),
+            steps=progress.step,
+            losses=meter.losses,
+            metrics=validate.metrics,
+        ):
+            show(line)
     return Outcome(progress.step, progress.best, interrupted or None)
 
 
@@ -270,7 +306,7 @@ def _with_features(data: Data, experiment: Experiment, cache: Path) -> Data:
     """The data with stored regions, which are computed if they are missing, unless the encoder runs in each step."""
     if not uses_store(experiment):
         return data
-    extraction = Extraction(experiment, cache, progress=jax.process_index() == 0)
+    extraction = Extraction(experiment, cache, progress=is_first_process())
     return replace(
         data,
         stores=[extraction.regions(source, views=experiment.data.views) for source in data.sources],
@@ -289,7 +325,7 @@ def _open_run(experiment: Experiment, folder: Path, data: Data, init_from: Path 
     if found is not None:
         if found.resumable:
             found.check_same(experiment, init_from)
-            found = found.with_free_fields(experiment, save=jax.process_index() == 0)
+            found = found.with_free_fields(experiment, save=is_first_process())
             found.check_weights()
             return found
         if init_from is None and not differences(found.experiment, experiment):
@@ -299,12 +335,13 @@ def _open_run(experiment: Experiment, folder: Path, data: Data, init_from: Path 
     if init_from is not None:
         check_encoder(init_from, experiment)  # before hours of feature extraction; a resumed run has passed it
     tokenizer = experiment.data.tokenizer
-    words = total_counts(CaptionTokens.of(source, tokenizer) for source in data.sources)
+    with working("tokenising the training captions", shown=is_first_process()):
+        words = total_counts(CaptionTokens.of(source, tokenizer) for source in data.sources)
     vocabulary = Vocabulary.from_counts(words, experiment.data.min_count, tokenizer)
     if init_from is not None:
         vocabulary = Run.load(init_from).vocabulary.extended(vocabulary)
     run = Run(folder, experiment, vocabulary, init_from, weights_digest(experiment.encoder))
-    if jax.process_index() == 0:
+    if is_first_process():
         run.save()
     return run
 
@@ -319,7 +356,7 @@ def _check_processes(run: Run, step: int | None, parallel: DataParallel) -> None
         return
     note = run.folder / ".processes"
     nonce = parallel.broadcast(secrets.randbits(31))
-    if jax.process_index() == 0:
+    if is_first_process():
         write_text(note, str(nonce))
     parallel.wait()  # until it is written
     shared = note.is_file() and note.read_text() == str(nonce)
@@ -332,9 +369,30 @@ def _check_processes(run: Run, step: int | None, parallel: DataParallel) -> None
         raise UserError("the processes have different experiments, data or runs; use the same command on all of them")
 
 
+def _announced(step: Step, show: Say) -> Step:
+    """The step, with a line or a bar while its first call compiles it."""
+    compiled = False
+
+    def call(*arguments: Any) -> tuple[Any, Any]:
+        nonlocal compiled
+        if compiled:
+            return step(*arguments)
+        compiled = True
+        with working("compiling the training step", shown=is_first_process(), say=show, announced=True):
+            result: tuple[Any, Any] = jax.block_until_ready(step(*arguments))
+        return result
+
+    return call
+
+
 @dataclass
 class Validation:
-    """Decodes and scores the validation split, and saves the parameters if they are the best (see ``_select``)."""
+    """Decodes and scores the validation split, and saves the parameters if they are the best (see ``_select``).
+
+    Attributes:
+        judged: whether scores and defects of captions are shown. Those of a smoke run mean nothing.
+        metrics: the names of the scores; empty before the first validation.
+    """
 
     experiment: Experiment
     member: Member
@@ -344,12 +402,21 @@ class Validation:
     parallel: DataParallel
     checkpoints: Checkpoints
     log: MetricsLog
-    show: Show
+    show: Say
+    judged: bool
 
     def __post_init__(self) -> None:
+        self.metrics: list[str] = []
         self._evaluator = SplitEvaluator(
-            [self.member], self.data.validation, self.vocabulary, self.parallel, self.experiment.metrics
+            [self.member],
+            self.data.validation,
+            self.vocabulary,
+            self.parallel,
+            self.experiment.metrics,
+            say=self.show,
         )
+        ids = list(self._evaluator.references)
+        self._sampled = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, _SAMPLES).astype(int))]
         self._shown: set[str] = set()  # notes about the references, which would repeat at each validation
 
     def __call__(self, state: TrainState, progress: Progress) -> Progress:
@@ -367,13 +434,25 @@ class Validation:
         progress, note = _select(progress, scores)
         if progress.best_step == progress.step:
             self.checkpoints.save_best(progress.step, params)
-        self.log.write("validation", progress.step, scores)
+        self.metrics = list(scored.values)
+        self.log.write("validation", progress.step, {**scores, "images_per_second": captioned.images_per_second})
+        self.log.write_samples(progress.step, [self._sample(image_id, captioned) for image_id in self._sampled])
+        if not self.judged:
+            count = counted(len(captioned.captions), "image")
+            self.show(f"validation at step {progress.step}: {count} decoded and scored")
+            return progress
         self.show(_validation_line(progress, scores, captioned))
         for line in dict.fromkeys([*scored.warnings, *warnings, *note]):
             if line not in self._shown or line in warnings:
                 self.show(f"  note: {line}")
                 self._shown.add(line)
         return progress
+
+    def _sample(self, image_id: int, captioned: Captioned) -> Sample:
+        evaluator = self._evaluator
+        return Sample(
+            image_id, evaluator.file_names[image_id], captioned.captions[image_id], evaluator.references[image_id]
+        )
 
 
 def _select(progress: Progress, scores: Mapping[str, float]) -> tuple[Progress, list[str]]:
@@ -400,6 +479,18 @@ def _select(progress: Progress, scores: Mapping[str, float]) -> tuple[Progress, 
         f"CIDEr-D equals that of the best parameters, of step {progress.best_step}, which are better in BLEU-4 or loss"
     ]
     return replace(progress, misses=progress.misses + 1), note if cider == progress.best else []
+
+
+def _check_restored(checkpoints: Checkpoints, state: TrainState) -> None:
+    """Raises UserError unless the newest checkpoint contains this state, and the best one can be restored."""
+    restored, _ = checkpoints.restore(state)
+    checkpoints.restore_best(state.best_guess)
+    for (path, ours), theirs in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(restored), strict=True):
+        if not np.array_equal(np.asarray(ours), np.asarray(theirs)):
+            raise UserError(
+                f"{checkpoints.folder}: {jax.tree_util.keystr(path)} of the restored checkpoint differs from what was "
+                f"saved; check the disk"
+            )
 
 
 def _device_part(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -483,7 +483,7 @@ def make_metrics(folder: Path) -> None:
 def read_metrics(folder: Path) -> str:
     from imgcap_jax.training.log import MetricsLog
 
-    log = MetricsLog(folder, 3)
+    log = MetricsLog(folder, 3, steps_per_epoch=5)
     log.close()
     return digest((folder / "metrics.jsonl").read_text(encoding="utf-8"))
 

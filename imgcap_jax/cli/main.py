@@ -18,8 +18,8 @@ from imgcap_jax.errors import UserError, counted, printable
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code (2 for a user's mistake)."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # as the standard error: no character fails to be printed
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as the standard error: lines appear at once, no character fails
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged metadata in images
     given = list(sys.argv[1:] if arguments is None else arguments)
     decoding: list[str] = []
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = build_parser().parse_known_args(given)
     options.decoding = decoding
     options.rest = rest
+    options.given = given
     try:
         if rest and options.command not in ("train", "features"):
             raise _unknown_argument(rest[0], options.parser)
@@ -158,12 +159,22 @@ def _train(options: argparse.Namespace) -> int:
         # The other processes wait for this one in a collective; they end when it does.
         print(f"imgcap: {error}", file=sys.stderr, flush=True)
         os._exit(2)
-    ended = f"done: {folder}, best validation CIDEr-D {100 * (outcome.best or 0):.1f}"
-    if outcome.interrupted:
-        ended = f"stopped at step {outcome.step}; the same command resumes"
     if is_first_process():
-        print(ended)
+        print("\n".join(_after(options, experiment, folder, outcome)))
     return 128 + outcome.interrupted if outcome.interrupted else 0
+
+
+def _after(options: argparse.Namespace, experiment: Any, folder: Path, outcome: Any) -> list[str]:
+    """How training ended, and the commands to give next."""
+    from imgcap_jax.cli.next_commands import after_smoke, after_training
+
+    if outcome.interrupted:
+        return [f"stopped at step {outcome.step}; the same command resumes"]
+    if options.smoke:
+        return [f"the path works; now run: {after_smoke(options.given)}"]
+    evaluate, *others = after_training(experiment, folder, code=options.code, cache=options.cache)
+    ended = f"done: {folder}, best validation CIDEr-D {100 * (outcome.best or 0):.1f}"
+    return [ended, f"next: {evaluate}", *(f"      {command}" for command in others)]
 
 
 def _features(options: argparse.Namespace) -> int:
@@ -244,7 +255,17 @@ def _decodings(options: argparse.Namespace, run: Any) -> tuple[list[Any], list[s
         name = option.partition("=")[0].removeprefix("--decode.").replace("_", "-")
         if short.get(name) is not None:
             raise UserError(f"--{name} and --decode.{name} are the same option; give one of them")
-    return combinations(run.experiment.decoding, [*given, *options.decoding])
+    try:
+        decodings, swept = combinations(run.experiment.decoding, [*given, *options.decoding])
+    except UserError as error:
+        message = str(error)
+        for name in (name for name, value in short.items() if value is not None):
+            message = message.replace(f"--decode.{name} ", f"--{name} ")
+        raise UserError(message) from error
+    widest, before = max(decodings, key=lambda one: one.beam), run.experiment.decoding.beam
+    if widest.beam > before and not any(option.startswith("--decode.beam=") for option in [*given, *options.decoding]):
+        _note(f"beam is {widest.beam} instead of {before}, for n-best {widest.n_best}")
+    return decodings, swept
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -261,6 +282,9 @@ def _prepare(options: argparse.Namespace) -> int:
         data_dir=options.data_dir,
         licence=options.licence,
         source=options.source_note,
+        images=options.images,
+        annotations=options.annotations,
+        split_file=options.split_file,
         download_dir=options.download_dir,
         scenes=splits,
         say=print,

@@ -4,6 +4,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from imgcap_jax.data.scenes.world import Scene
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.decoding.settings import Decoding
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, counted
 from imgcap_jax.files import read_json, reading, write_text
 from imgcap_jax.metrics.coco_format import write_references, write_results
 from imgcap_jax.metrics.degeneration import Degeneration
@@ -31,10 +32,11 @@ from imgcap_jax.run.extraction import Extraction, uses_store
 from imgcap_jax.run.folder import Run
 from imgcap_jax.run.generation import caption_function, caption_rows, check_decoding
 from imgcap_jax.special_tokens import EOS
+from imgcap_jax.terminal import Say, Work, working
 from imgcap_jax.tokenizers import tokens_of
 from imgcap_jax.training.checkpoints import restore_best
 from imgcap_jax.training.losses import LossSums, caption_loss
-from imgcap_jax.training.parallel import DataParallel
+from imgcap_jax.training.parallel import DataParallel, is_first_process
 
 BATCH = 64  # images decoded at a time
 
@@ -90,16 +92,28 @@ class SplitEvaluator:
         vocabulary: Vocabulary,
         parallel: DataParallel,
         metrics: Sequence[CustomMetric] = (),
+        say: Say | None = None,
     ) -> None:
-        """Prepares the references. ``metrics`` are computed in addition to ``available_metrics``."""
+        """Prepares the references.
+
+        Args:
+            members: the models.
+            source: the split.
+            vocabulary: the words of the models.
+            parallel: the devices.
+            metrics: computed in addition to ``available_metrics``.
+            say: see ``working``, which shows the progress; if given, compilations are announced.
+        """
         self.source = source
+        self._say = say
         self._members, self._vocabulary, self._parallel = members, vocabulary, parallel
         self._ids = [int(image_id) for image_id in source.image_ids()]
         self.references = {image_id: source.captions(i) for i, image_id in enumerate(self._ids)}
         self.file_names = dict(zip(self._ids, source.filenames(), strict=True))
         tokenizer = vocabulary.tokenizer
         known = with_custom(available_metrics(tokenizer=tokenizer), metrics)
-        self._scorer = CaptionScorer(self.references, known, tokenizer=tokenizer)
+        with self._working("processing the references"):
+            self._scorer = CaptionScorer(self.references, known, tokenizer=tokenizer)
         self._functions: dict[Decoding, Any] = {}
         devices = len(parallel.devices)
         self._size = -(-min(BATCH, len(source)) // devices) * devices
@@ -115,25 +129,30 @@ class SplitEvaluator:
             graphs = [member.graph for member in self._members]
             function = self._functions[decoding] = caption_function(graphs, decoding, self._vocabulary)
             # Compiled before the time is measured.
-            first = [next(self._on_devices(images))[0] for images in self._images]
-            jax.block_until_ready(function(params, frozen, first).tokens)
+            with self._working(f"compiling decoding ({decoding.title})", announced=self._say is not None):
+                first = [next(self._on_devices(images))[0] for images in self._images]
+                jax.block_until_ready(function(params, frozen, first).tokens)
         captions: dict[int, str] = {}
         hypotheses: dict[int, list[Hypothesis]] = {}
         steps: list[int] = []
         unfinished = 0
         start = time.perf_counter()
-        for batches in zip(*map(self._on_devices, self._images), strict=True):
-            parts, first = [batch for batch, _ in batches], batches[0][1]
-            decoded = self._functions[decoding](params, frozen, parts)
-            tokens, log_probs, scores = map(self._parallel.fetch, (decoded.tokens, decoded.log_prob, decoded.score))
-            steps.append(int(decoded.steps))
-            for row, image_id in enumerate(self._ids[first : first + len(tokens)]):
-                hypotheses[image_id] = [
-                    Hypothesis(self._vocabulary.decode(tokens[row, m]), float(log_probs[row, m]), float(scores[row, m]))
-                    for m in caption_rows(tokens[row], decoding)
-                ]
-                captions[image_id] = hypotheses[image_id][0].caption
-                unfinished += EOS not in tokens[row, 0]
+        with self._working("decoding", len(self._ids)) as work:
+            for batches in zip(*map(self._on_devices, self._images), strict=True):
+                parts, first = [batch for batch, _ in batches], batches[0][1]
+                decoded = self._functions[decoding](params, frozen, parts)
+                tokens, log_probs, scores = map(self._parallel.fetch, (decoded.tokens, decoded.log_prob, decoded.score))
+                steps.append(int(decoded.steps))
+                for row, image_id in enumerate(self._ids[first : first + len(tokens)]):
+                    hypotheses[image_id] = [
+                        Hypothesis(
+                            self._vocabulary.decode(tokens[row, m]), float(log_probs[row, m]), float(scores[row, m])
+                        )
+                        for m in caption_rows(tokens[row], decoding)
+                    ]
+                    captions[image_id] = hypotheses[image_id][0].caption
+                    unfinished += EOS not in tokens[row, 0]
+                work.update(len(captions))
         seconds = time.perf_counter() - start
         rate = len(captions) / seconds
         return Captioned(
@@ -142,7 +161,8 @@ class SplitEvaluator:
 
     def score(self, captions: Mapping[int, str]) -> Scores:
         """The scores of one caption per image."""
-        return self._scorer.score(captions)
+        with self._working(f"scoring {counted(len(captions), 'caption')}"):
+            return self._scorer.score(captions)
 
     def degeneration(self, captioned: Captioned) -> tuple[Degeneration, tuple[str, ...]]:
         """Defects of the captions that scores do not show, and a warning for each that is more frequent than in the
@@ -175,10 +195,12 @@ class SplitEvaluator:
                 member.data, self.source, batch_size=self._size, features=member.store, vocabulary=self._vocabulary
             )
         log_likelihood = words = 0.0
-        for batch, _ in self._on_devices(self._with_tokens):
-            sums = self._teacher_forced(params, frozen, batch)
-            log_likelihood += float(sums.log_likelihood)
-            words += float(sums.words)
+        with self._working("teacher-forced loss", len(self._ids)) as work:
+            for batch, first in self._on_devices(self._with_tokens):
+                sums = self._teacher_forced(params, frozen, batch)
+                log_likelihood += float(sums.log_likelihood)
+                words += float(sums.words)
+                work.update(min(first + self._size, len(self._ids)))
         loss = -log_likelihood / max(words, 1.0)
         return {"teacher_forced_loss": loss, "teacher_forced_perplexity": float(np.exp(loss))}
 
@@ -186,6 +208,12 @@ class SplitEvaluator:
         model = nnx.merge(self._members[0].graph, params, frozen)
         hidden = model.teacher_forced(batch).hidden
         return caption_loss(model.score_words, hidden, batch["tokens"], batch["weight"])
+
+    def _working(
+        self, title: str, images: int | None = None, *, announced: bool = False
+    ) -> AbstractContextManager[Work]:
+        """Shows the progress of this process, if it is the one that prints."""
+        return working(title, images, "images", shown=is_first_process(), say=self._say, announced=announced)
 
     def _on_devices(self, batches: EvalBatches) -> Iterator[tuple[dict[str, Array], int]]:
         """Batches on the devices, each with the number of its first image."""

@@ -29,7 +29,7 @@ from imgcap_jax.files import (
 from imgcap_jax.models.encoders.contract import build_encoder, weights_digest, with_weights
 from imgcap_jax.models.model import CaptionModel
 from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
-from imgcap_jax.training.log import METRICS, TENSORBOARD
+from imgcap_jax.training.log import METRICS, SAMPLES, TENSORBOARD
 from imgcap_jax.training.self_critical import FREQUENCIES
 from imgcap_jax.user_code import source_files
 
@@ -39,6 +39,7 @@ INIT_FROM = "init_from.json"
 WEIGHTS = "weights.json"
 CODE = "code"  # copies of users' files, and their digests
 SMOKE = ".smoke"  # marks the folder of a smoke run, which the next one empties
+_WRITTEN = (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, VOCABULARY, INIT_FROM, WEIGHTS, CODE)
 
 
 @dataclass(frozen=True)
@@ -302,8 +303,7 @@ def find_run(folder: Path) -> "Run | None":
         return Run.load(folder)
     # Training writes the experiment first, and a checkpoint before metrics. Without an experiment, files are those of
     # another program; with metrics, the checkpoints are lost.
-    names = (METRICS, TENSORBOARD, CHECKPOINTS, VOCABULARY, INIT_FROM, WEIGHTS, CODE)
-    foreign = [name for name in names if os.path.lexists(folder / name)]
+    foreign = [name for name in _WRITTEN if os.path.lexists(folder / name)]
     if METRICS in foreign or (foreign and not experiment):
         raise UserError(
             f"{folder} contains {foreign[0]}, but no checkpoint to resume from; choose another --run, or move the "
@@ -324,8 +324,7 @@ def empty_smoke(folder: Path) -> None:
     """
     if not (folder / SMOKE).is_file() and any(path.name != OWNER for path in folder.iterdir()):
         raise UserError(f"{folder} was not written by --smoke, which would empty it; move it away")
-    written = (EXPERIMENT, VOCABULARY, INIT_FROM, WEIGHTS, CODE, CHECKPOINTS, METRICS, TENSORBOARD, FREQUENCIES)
-    for path in (folder / name for name in written):
+    for path in (folder / name for name in (EXPERIMENT, FREQUENCIES, *_WRITTEN)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -32,7 +32,7 @@ class Progress:
     step: the number of steps done. data: the state of the data iterator after the batch of that step.
     best: the highest validation CIDEr-D so far; None before the first validation. best_step: the step of the best
     parameters. best_ties: their BLEU-4 and negative teacher-forced loss, which decide between equal CIDEr-D.
-    misses: the number of validations since the last better one.
+    misses: the number of validations since the last better one. seconds: those of training so far.
     """
 
     step: int
@@ -41,6 +41,7 @@ class Progress:
     best_step: int | None = None
     best_ties: tuple[float, ...] = ()
     misses: int = 0
+    seconds: float = 0.0
 
 
 class Checkpoints:

@@ -1,51 +1,83 @@
-"""The metrics of a run: ``metrics.jsonl`` and TensorBoard events."""
+"""The metrics of a run: ``metrics.jsonl`` and TensorBoard events. Captions of a few images: ``samples.jsonl``."""
 
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 
+from imgcap_jax.errors import printable
 from imgcap_jax.files import appending, disk_errors, reading, write_text
 
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 TENSORBOARD = "tensorboard"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A validation image with its caption and its reference captions."""
+
+    image_id: int
+    file_name: str
+    caption: str
+    references: Sequence[str]
 
 
 class MetricsLog:
     """Appends metrics to ``metrics.jsonl`` (one JSON object per line) and to TensorBoard.
 
-    Lines after ``resumed_step`` come from a run that was killed after its last checkpoint. They are dropped, because
-    their steps are repeated.
+    Each line has the step, the epoch and the seconds of training so far. Lines after ``resumed_step`` come from a run
+    that was killed after its last checkpoint. They are dropped, because their steps are repeated.
     """
 
-    def __init__(self, folder: Path, resumed_step: int, *, writing: bool = True) -> None:
-        """Opens both. If ``writing`` is False, nothing is written. Only the first process writes."""
+    def __init__(
+        self, folder: Path, resumed_step: int, *, steps_per_epoch: int, seconds: float = 0.0, writing: bool = True
+    ) -> None:
+        """Opens the files and starts the clock.
+
+        Args:
+            folder: the run's folder.
+            resumed_step: lines of later steps are dropped.
+            steps_per_epoch: the number of steps per epoch.
+            seconds: the seconds of training before this process started.
+            writing: whether anything is written. Only the first process writes.
+        """
+        self._epoch, self._began = steps_per_epoch, time.monotonic() - seconds
         self._writing = writing
-        self._path = path = folder / METRICS
+        self._path = folder / METRICS
         if not writing:
             return
-        with reading(path, "move it away"):
-            if path.exists():
-                text = path.read_text(encoding="utf-8", errors="replace")
-                kept = [line for line in text.split("\n") if _step(line) <= resumed_step]
-                write_text(path, "".join(line + "\n" for line in kept))
-            self._file = appending(path)
+        self._metrics, self._samples = (_continued(folder / name, resumed_step) for name in (METRICS, SAMPLES))
         self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=resumed_step + 1)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, including compilations, validations and the runs that this one resumes."""
+        return time.monotonic() - self._began
 
     def write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line; kind is "train" or "validation". Raises UserError if the disk is full."""
         if not self._writing:
             return
+        metrics = {"epoch": round(step / self._epoch, 4), "seconds": round(self.seconds, 2), **metrics}
         # JSON has no NaN; null means that the number was not finite.
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        with disk_errors(f"{self._file.name} (the last checkpoint is intact)"):
-            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            self._file.flush()
+        _append(self._metrics, {"kind": kind, "step": step, **values})
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # TensorBoard warns otherwise
         for name, value in finite.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Writes captions of validation images. Raises UserError if the disk is full."""
+        if not self._writing:
+            return
+        _append(self._samples, {"step": step, "samples": [asdict(sample) for sample in samples]})
+        self._events.add_text("validation/captions", "\n\n".join(map(_markdown, samples)), step)
 
     def validation(self, step: int) -> dict[str, float] | None:
         """The scores of the validation at a step; None if they were not logged."""
@@ -55,11 +87,33 @@ class MetricsLog:
         return None
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Flushes and closes the files."""
         if not self._writing:
             return
-        self._file.close()
+        self._metrics.close()
+        self._samples.close()
         self._events.close()
+
+
+def _continued(path: Path, resumed_step: int) -> TextIO:
+    """Opens a file of JSON lines to append to it, without the lines of later steps."""
+    with reading(path, "move it away"):
+        if path.exists():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            kept = [line for line in text.split("\n") if _step(line) <= resumed_step]
+            write_text(path, "".join(line + "\n" for line in kept))
+        return appending(path)
+
+
+def _append(file: TextIO, value: Mapping[str, Any]) -> None:
+    with disk_errors(f"{file.name} (the last checkpoint is intact)"):
+        file.write(json.dumps(value) + "\n")
+        file.flush()
+
+
+def _markdown(sample: Sample) -> str:
+    references = "".join(f"\n* {printable(reference)}" for reference in sample.references)
+    return f"**{printable(sample.caption)}** ({printable(sample.file_name)}){references}"
 
 
 def _step(line: str) -> float:

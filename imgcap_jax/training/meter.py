@@ -1,22 +1,26 @@
-"""The progress line, and the check that the loss is finite."""
+"""The progress of training, the log of its metrics, and the check that the loss is finite."""
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 from jax import Array
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.terminal import Work, duration
+from imgcap_jax.training.checkpoints import Progress
 from imgcap_jax.training.log import MetricsLog
-
-LINE_SECONDS = 10.0
 
 
 class Meter:
-    """Logs the training metrics, and shows a progress line with some of them, the speed and the time left.
+    """Logs the training metrics, and shows some of them with the speed, the time left and the best score.
 
     Metrics are read one step late. The device is then already computing the next step and does not wait for the host.
+
+    Attributes:
+        losses: the loss of the first and of the latest step of this process; empty before the first step.
     """
 
     def __init__(
@@ -24,10 +28,13 @@ class Meter:
         total_steps: int,
         steps_per_epoch: int,
         log_steps: int,
-        first_step: int,
+        progress: Progress,
         log: MetricsLog,
-        show: Callable[[str], None],
-        line: Mapping[str, str],
+        work: Work,
+        shown: Mapping[str, str],
+        learning_rates: npt.NDArray[np.float32] | None,
+        *,
+        judged: bool = True,
     ) -> None:
         """Starts the measurement.
 
@@ -35,33 +42,37 @@ class Meter:
             total_steps: the number of steps of the whole run.
             steps_per_epoch: the number of steps per epoch.
             log_steps: metrics are logged every ``log_steps`` steps.
-            first_step: the number of steps done before this process started.
+            progress: where training starts or resumes.
             log: where metrics are written.
-            show: receives each progress line.
-            line: the metrics that the progress line shows, and their formats.
+            work: shows the progress.
+            shown: the metrics that the progress shows, and their formats.
+            learning_rates: the learning rate of each step [total_steps]; None if it is not known.
+            judged: whether the best score is shown.
         """
+        self.losses: tuple[float, ...] = ()
         self._total, self._epoch = total_steps, steps_per_epoch
-        self._log_steps, self._log, self._show, self._line = log_steps, log, show, line
+        self._log_steps, self._log, self._work, self._formats = log_steps, log, work, shown
+        self._learning_rates, self._judged = learning_rates, judged
         self._pending: tuple[int, Mapping[str, Array]] | None = None
-        self._shown = 0.0
-        self._first = first_step
-        self.restart(first_step)
+        self._first = progress.step
+        self.restart(progress)
 
-    def restart(self, step: int) -> None:
+    def restart(self, progress: Progress) -> None:
         """Restarts the measurement of speed, after a compilation or a pause in training."""
-        self._since, self._since_step, self._captions = time.perf_counter(), step, 0.0
+        self._since, self._since_step, self._captions = time.perf_counter(), progress.step, 0.0
+        self._best = progress.best
 
-    def add(self, step: int, metrics: Mapping[str, Array]) -> None:
+    def add(self, progress: Progress, metrics: Mapping[str, Array]) -> None:
         """Stores the metrics of a step that was just started, and reads those of the previous step.
 
         Raises:
             UserError: the loss or the gradient norm of the previous step is not finite.
         """
         self.flush()
-        if step == self._first + 1:
+        if progress.step == self._first + 1:
             np.asarray(metrics["loss"])  # wait for the first step, whose time includes compilation
-            self.restart(step)
-        self._pending = (step, metrics)
+            self.restart(progress)
+        self._pending = (progress.step, metrics)
 
     def flush(self) -> None:
         """Reads the pending metrics.
@@ -82,31 +93,24 @@ class Meter:
                 f"another --run with a lower --optimizer.learning-rate, a longer --optimizer.warmup-epochs or "
                 f"--training.dtype float32; earlier checkpoints are intact (--init-from starts from the best one)"
             )
+        self.losses = (*self.losses[:1], values["loss"])
         seconds = time.perf_counter() - self._since
         captions = values.pop("captions")
         steps = step - self._since_step
         self._captions += captions if steps else 0.0
         rate = self._captions / seconds if steps else math.nan
         if step % self._log_steps == 0:
+            if self._learning_rates is not None:
+                values["learning_rate"] = float(self._learning_rates[step - 1])
             self._log.write("train", step, {**values, "captions_per_second": rate})
-        now = time.monotonic()
-        if now - self._shown >= LINE_SECONDS:
-            self._shown = now
-            left = (self._total - step) * seconds / steps if steps else math.nan
-            said = "  ".join(f"{name} {values[name]:{form}}" for name, form in self._line.items())
-            self._show(
-                f"step {step}/{self._total}  epoch {step / self._epoch:.2f}  {said}  "
-                f"{_speed(rate)}  {_duration(left)} left"
-            )
+        self._work.update(step, self._parts(step, values, rate, seconds / steps if steps else math.nan))
 
-
-def _speed(rate: float) -> str:
-    return f"{rate:.0f} captions/s" if math.isfinite(rate) else "- captions/s"
-
-
-def _duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "-"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+    def _parts(self, step: int, values: Mapping[str, float], rate: float, seconds: float) -> list[str]:
+        """What the progress shows, the most important first. seconds: per step."""
+        first, *others = [f"{name} {values[name]:{form}}" for name, form in self._formats.items()] or [""]
+        parts = [f"step {step:,}/{self._total:,}", first]
+        if math.isfinite(seconds):
+            parts += [f"{duration((self._total - step) * seconds)} left", f"{rate:,.0f} captions/s"]
+        if self._best is not None and self._judged:
+            parts.append(f"best CIDEr-D {100 * self._best:.1f}")
+        return [part for part in (*parts, *others, f"epoch {step / self._epoch:.2f}") if part]

@@ -5,13 +5,19 @@ from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 import optax
 
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import check_range
 
 
 class OptimizerSettings(Protocol):
-    """Settings of an optimizer: a frozen dataclass whose fields become the options ``--optimizer.FIELD``."""
+    """Settings of an optimizer: a frozen dataclass whose fields become the options ``--optimizer.FIELD``.
+
+    If they also have a method ``rate(steps_per_epoch, total_steps)`` that returns an optax schedule, the learning rate
+    of each step is logged.
+    """
 
     @property
     def accumulate(self) -> int:
@@ -59,14 +65,15 @@ class Optimizer:
     """Microbatches per step: the memory of batch_size / accumulate images, the gradient of the whole batch."""
 
     def __post_init__(self) -> None:
-        for name in ("encoder_factor", "encoder_start_epochs", "warmup_epochs"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("learning_rate", "decay_every_epochs"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be positive")
-        if self.accumulate < 1:
-            raise UserError(f"optimizer.accumulate is {self.accumulate}; it must be at least 1")
+        for name in ("encoder_factor", "encoder_start_epochs", "warmup_epochs", "weight_decay"):
+            check_range(f"optimizer.{name}", getattr(self, name), at_least=0)
+        for name in ("learning_rate", "decay_every_epochs", "decay_factor", "clip_norm", "clip_value"):
+            if getattr(self, name) is not None:
+                check_range(f"optimizer.{name}", getattr(self, name), above=0)
+        for name in ("b1", "b2"):
+            check_range(f"optimizer.{name}", getattr(self, name), at_least=0, below=1)
+        check_range("optimizer.final_fraction", self.final_fraction, at_least=0, at_most=1)
+        check_range("optimizer.accumulate", self.accumulate, at_least=1)
 
     def rate(self, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
         """The learning rate as a function of the step."""
@@ -111,6 +118,20 @@ class Optimizer:
         elif self.encoder_factor != 1.0:
             chain.append(optax.masked(optax.scale(self.encoder_factor), _of_encoder))
         return optax.chain(*chain)
+
+
+def learning_rates(
+    settings: OptimizerSettings, steps_per_epoch: int, total_steps: int
+) -> npt.NDArray[np.float32] | None:
+    """The learning rate of each step [total_steps]; None if the optimizer has no method ``rate``.
+
+    All are computed before training, so that logging one does not wait for the device.
+    """
+    rate = getattr(settings, "rate", None)
+    if not callable(rate):
+        return None
+    schedule = rate(steps_per_epoch, total_steps)
+    return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(total_steps)), np.float32)
 
 
 def _decayed(params: Any) -> Any:
