@@ -155,7 +155,8 @@ def test_installation_hints_work() -> None:
             assert names <= set(setup["options.extras_require"]), f"{path}: {names}"
             named |= names
     assert {"meteor", "torch"} <= named
-    assert HOW_TO_ADD.startswith(f"pip install {setup['options.extras_require']['meteor']} ")
+    (package,) = re.findall(r"^[\w-]+", setup["options.extras_require"]["meteor"])
+    assert HOW_TO_ADD.startswith(f"pip install {package} ")
 
 
 def test_pages_link_to_what_exists() -> None:
