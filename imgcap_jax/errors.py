@@ -1,5 +1,6 @@
 """The exception for mistakes of the user, and text for its message."""
 
+import math
 import unicodedata
 
 
@@ -24,6 +25,24 @@ def printable(text: str) -> str:
 def counted(count: int, noun: str) -> str:
     """A number with its noun: "1 photo", "1,200 photos"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def check_range(
+    name: str,
+    value: float,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raises UserError, with the range, unless a number is finite and in its range. ``name`` is that of a setting."""
+    if math.isfinite(value) and at_least <= value <= at_most and above < value < below:
+        return
+    limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    rules = [f"{words} {limit}" for words, limit in limits.items() if math.isfinite(limit)]
+    rules += [] if math.isfinite(value) else ["finite"]
+    raise UserError(f"{name} is {value}; it must be {' and '.join(rules)}")
 
 
 def _escaped(character: str) -> str:

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from imgcap_jax.data.pipeline import CaptionData
 from imgcap_jax.data.regions import RegionSettings, has_ready_regions
 from imgcap_jax.decoding.settings import Decoding
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, check_range
 from imgcap_jax.files import reason
 from imgcap_jax.metrics.scoring import CustomMetric
 from imgcap_jax.models.decoders.attend import ShowAttendTell
@@ -69,17 +69,15 @@ class Training:
     """Steps between two lines of metrics."""
 
     def __post_init__(self) -> None:
-        for name, lowest in (("validation_beam", 1), ("log_steps", 1), ("validation_images", 1), ("patience", 0)):
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise UserError(f"training.{name} is {value}; it must be at least {lowest}")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"training.seed is {self.seed}; it must be between 0 and {2**32 - 1}")
+        for name in ("validation_beam", "log_steps", "validation_images"):
+            if getattr(self, name) is not None:
+                check_range(f"training.{name}", getattr(self, name), at_least=1)
+        for name in ("patience", "checkpoint_minutes"):
+            check_range(f"training.{name}", getattr(self, name), at_least=0)
         for name in ("epochs", "evaluate_epochs"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"training.{name} is {getattr(self, name)}; it must be positive")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"training.ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
+            check_range(f"training.{name}", getattr(self, name), above=0)
+        check_range("training.seed", self.seed, at_least=0, at_most=2**32 - 1)
+        check_range("training.ema_decay", self.ema_decay, at_least=0, below=1)
 
 
 @dataclass(frozen=True)

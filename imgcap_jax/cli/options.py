@@ -107,7 +107,8 @@ def override(settings: Settings, arguments: Sequence[str], *, prefix: str = "") 
         prefix: put before all names: with "decode", ``--decode.beam 3``.
 
     Raises:
-        UserError: an option that does not exist (the nearest one is named), or a value of the wrong type.
+        UserError: an option that does not exist (the nearest one is named), a value of the wrong type, or settings that
+            refuse a value.
     """
     known = option_names(settings, prefix=prefix)
     for argument in arguments:
@@ -118,12 +119,26 @@ def override(settings: Settings, arguments: Sequence[str], *, prefix: str = "") 
     try:
         with contextlib.redirect_stderr(messages), contextlib.redirect_stdout(messages):
             return _parse(settings, arguments, prefix)
+    except UserError as error:
+        raise UserError(as_typed(str(error), arguments)) from error
     except SystemExit as error:
         # Tyro frames its message: title, rule, reason, rule, pointers to help.
         plain = re.sub("[─━│╭╮╰╯]+", "-", messages.getvalue())
         parts = [" ".join(part.split()) for part in re.split("-{5,}", plain)]
         reason = parts[1] if len(parts) > 1 else " ".join(parts)
         raise UserError(f"{reason}; --help lists the options") from error
+
+
+def as_typed(message: str, arguments: Sequence[str]) -> str:
+    """A message of settings about their fields, with the name that the user typed for each field that options set.
+
+    The field of ``--decode.top-p`` is ``decode.top_p``, or ``top_p`` at the start of the message.
+    """
+    for option in dict.fromkeys(argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
+        field = option.removeprefix("--").replace("-", "_")
+        message = re.sub(rf"(?<![\w.-]){re.escape(field)}(?!\w)", option, message)
+        message = re.sub(rf"\A{re.escape(field.rpartition('.')[2])}(?!\w)", option, message)
+    return message
 
 
 def options_help(settings: Any, *, prefix: str = "", command: str) -> str:

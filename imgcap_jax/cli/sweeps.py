@@ -50,7 +50,8 @@ def combinations(decoding: Decoding, options: Sequence[str]) -> tuple[list[Decod
 
     Args:
         decoding: the values of fields that no option names.
-        options: each with a value; several values of one option make a sweep.
+        options: each with a value; several values of one option make a sweep. If no option sets ``beam``, it is raised
+            to ``n_best``.
 
     Returns:
         The settings, and the names of the fields with several values, in the order in which they were given.
@@ -73,11 +74,19 @@ def combinations(decoding: Decoding, options: Sequence[str]) -> tuple[list[Decod
         if made in values.setdefault(option, {}):
             raise UserError(f"{argument.replace('=', ' ', 1)} is given twice")
         values[option][made] = argument
-    settings = [
-        override(decoding, combination, prefix=PREFIX)
-        for combination in itertools.product(*(given.values() for given in values.values()))
-    ]
+    settings = []
+    for combination in itertools.product(*(given.values() for given in values.values())):
+        beams = [] if f"--{PREFIX}.beam" in values else _needed_beam(override(unchecked, combination, prefix=PREFIX))
+        settings.append(override(decoding, [*combination, *beams], prefix=PREFIX))
     return settings, [option.removeprefix(f"--{PREFIX}.") for option, given in values.items() if len(given) > 1]
+
+
+def _needed_beam(decoding: Decoding) -> list[str]:
+    """The option that raises ``beam`` to ``n_best``; none if there are enough beams, or captions are sampled."""
+    if decoding.samples or decoding.n_best <= decoding.beam:
+        return []
+    groups = max(1, decoding.groups)
+    return [f"--{PREFIX}.beam={-(-decoding.n_best // groups) * groups}"]
 
 
 class _Unchecked(Decoding):

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from imgcap_jax.data.image_files import AnyImage, OpenedImage, Pixels, open_image
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, check_range
 from imgcap_jax.tokenizers import unspaced_length
 
 Resize = Literal["squash", "crop"]
@@ -44,6 +44,8 @@ class Augmentation:
     docs/training.md has a list."""
 
     def __post_init__(self) -> None:
+        check_range("data.augmentation.crop_scale_min", self.crop_scale_min, above=0, at_most=1)
+        check_range("data.augmentation.jitter", self.jitter, at_least=0, at_most=1)
         if all(isinstance(word, str) for word in self.side_words):  # as on the command line: left,right
             words = (word.strip() for part in self.side_words for word in part.split(","))
             object.__setattr__(self, "side_words", tuple(words))

@@ -1,8 +1,6 @@
 """The valid ranges of decoding settings, stated once for the settings, the searches and the rules."""
 
-import math
-
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, check_range
 
 _AT_LEAST = {
     "beam": 1,
@@ -31,10 +29,9 @@ def check_limits(**values: float | None) -> None:
         if value is None:
             continue
         if name == "top_p":
-            if not 0 < value <= 1:
-                raise UserError(f"top_p is {value}; it must be above 0 and at most 1")
-        elif not _AT_LEAST[name] <= value < math.inf:
-            raise UserError(f"{name} is {value}; it must be at least {_AT_LEAST[name]}")
+            check_range(name, value, above=0, at_most=1)
+        else:
+            check_range(name, value, at_least=_AT_LEAST[name])
     beam, groups = values.get("beam"), values.get("groups")
     if beam is not None and groups is not None and beam % groups:
         raise UserError(f"beam is {beam}; it must be a multiple of groups ({groups})")

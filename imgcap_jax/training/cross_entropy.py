@@ -11,7 +11,7 @@ from jax import Array
 
 from imgcap_jax.data.sources import CaptionSource
 from imgcap_jax.data.vocabulary import Vocabulary
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, check_range
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
 from imgcap_jax.special_tokens import PAD
 from imgcap_jax.training.losses import LossSums, SmoothedCrossEntropy, WordLoss, caption_loss
@@ -43,16 +43,13 @@ class CrossEntropy:
     def __post_init__(self) -> None:
         if not self.sampling and (self.sampling_start_epochs, self.sampling_ramp_epochs) != (0.0, 5.0):
             raise UserError(
-                "objective.sampling is 0, so sampling_start_epochs and sampling_ramp_epochs have no effect; give "
-                "objective.sampling as well"
+                "objective.sampling is 0, so objective.sampling_start_epochs and objective.sampling_ramp_epochs have "
+                "no effect; give objective.sampling as well"
             )
-        if not 0 <= self.sampling <= 1:
-            raise UserError(f"objective.sampling is {self.sampling}; it must be between 0 and 1")
+        check_range("objective.sampling", self.sampling, at_least=0, at_most=1)
         for name in ("sampling_start_epochs", "sampling_ramp_epochs", "attention_penalty"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"objective.{name} is {getattr(self, name)}; it must not be negative")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"objective.label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
+            check_range(f"objective.{name}", getattr(self, name), at_least=0)
+        check_range("objective.label_smoothing", self.label_smoothing, at_least=0, below=1)
         if self.word_loss is not None and not callable(self.word_loss):
             raise UserError(f"objective.word_loss is {self.word_loss!r}; it must have __call__(logits, targets)")
         if self.word_loss is not None and self.label_smoothing:

@@ -450,7 +450,7 @@ def test_url_of_the_datasets_is_refused(refused: Refused, tmp_path: Path, tiny_f
 
 def test_negative_seed_is_refused(refused: Refused, tiny_file: Path, tmp_path: Path) -> None:
     command = ["train", str(tiny_file), "--run", str(tmp_path / "run"), "--training.seed", "-1"]
-    assert "training.seed is -1; it must be between 0 and" in refused(command)
+    assert "--training.seed is -1; it must be at least 0 and" in refused(command)
 
 
 def test_links_in_a_run_are_replaced_by_evaluate(trained: Path, tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ import pytest
 from PIL import Image
 
 from imgcap_jax.cli.main import main
+from imgcap_jax.cli.sweeps import combinations
 from imgcap_jax.data.scenes.builder import encode_png
 from imgcap_jax.data.scenes.world import draw_scene, sample_scene
+from imgcap_jax.decoding.settings import Decoding
+from imgcap_jax.errors import UserError
 
 Refused = Callable[..., str]
 
@@ -89,7 +92,26 @@ def test_captions_have_n_best_scores_and_attention_maps(
     assert main(["caption", "one", "--run", str(trained), "--decode.samples", "3"]) == 0
     assert capsys.readouterr().out.count("one/scene.png: ") == 3
     line = refused(["caption", "one", "--run", str(trained), "--beam", "2", "--n-best", "3"])
-    assert "n_best is 3, but beam is 2" in line
+    assert "--n-best is 3, but beam is 2" in line
+
+
+def test_beam_is_raised_to_n_best_unless_it_is_given(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("one.png").write_bytes(encode_png(draw_scene(sample_scene("test", 0), 64)))
+    assert main(["caption", "one.png", "--run", str(trained), "--n-best", "3"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("one.png: ") == 3
+    assert printed.err == "imgcap: note: beam is 3 instead of 2, for n-best 3\n"
+    decoding = Decoding(beam=2)
+    for options, beams in (
+        (["n-best=1", "n-best=5"], [2, 5]),
+        (["n-best=5", "groups=2"], [6]),
+        (["n-best=2"], [2]),
+        (["n-best=2", "beam=4"], [4]),
+    ):
+        settings, _ = combinations(decoding, [f"--decode.{option}" for option in options])
+        assert [one.beam for one in settings] == beams, options
+    with pytest.raises(UserError, match=r"--decode\.n-best is 5, but beam is 4; use a smaller n_best or more beams"):
+        combinations(decoding, ["--decode.n-best=5", "--decode.beam=4"])
 
 
 def test_ensemble_of_a_run_with_itself_gives_the_same_captions(
@@ -106,7 +128,7 @@ def test_ensemble_of_a_run_with_itself_gives_the_same_captions(
     words["words"][5] = "zebra"
     del words["sha256"]
     (other / "vocabulary.json").write_text(json.dumps(words))
-    assert "different vocabularies" in refused(["caption", str(tmp_path), "--run", str(trained), "--run", str(other)])
+    assert "different vocabularies" in refused(["evaluate", str(trained), "--ensemble", str(other)])
 
 
 @pytest.mark.parametrize(
@@ -115,6 +137,8 @@ def test_ensemble_of_a_run_with_itself_gives_the_same_captions(
         (["--decode.beem", "3"], "did you mean --decode.beam"),
         (["--max-words", "8", "--decode.max_words", "9"], "are the same option"),
         (["--decode.prefix", "a zebra"], "lacks the word 'zebra'"),
+        (["--decode.top-p", "2"], "imgcap: --decode.top-p is 2.0; it must be above 0 and at most 1"),
+        (["--beam", "0"], "imgcap: --beam is 0; it must be at least 1"),
         (["--decode.must", "a,red,blue,green,large"], "at most 4"),
     ],
 )

@@ -1,19 +1,31 @@
 """Options made from settings: overrides, decoding options and sweeps."""
 
-from dataclasses import dataclass, field, fields
+import re
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
-from imgcap_jax.cli.options import option_names, options_help, override
+from imgcap_jax.cli.options import as_typed, option_names, options_help, override
 from imgcap_jax.cli.sweeps import combinations, split_options
 from imgcap_jax.data.pipeline import CaptionData
+from imgcap_jax.data.regions import RegionFiles
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
+from imgcap_jax.models.decoders.adaptive import Adaptive
+from imgcap_jax.models.decoders.aoa import AttentionOnAttention
+from imgcap_jax.models.decoders.att2in import Att2in
+from imgcap_jax.models.decoders.attend import ShowAttendTell
+from imgcap_jax.models.decoders.show_tell import ShowTell
+from imgcap_jax.models.decoders.transformer import Transformer
+from imgcap_jax.models.decoders.up_down import UpDown
+from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.models.encoders.resnet import ResNet
+from imgcap_jax.models.encoders.vgg import VGG
 from imgcap_jax.tokenizers import Characters, PennTreebank, Tokenizer
+from imgcap_jax.training.self_critical import SelfCritical
 
 
 class Contract(Protocol):
@@ -137,18 +149,52 @@ def test_a_tokenizer_is_given_by_name_and_its_fields_are_options() -> None:
         (["--decode.groups", "2"], "must be a multiple of groups"),
         (["--decode.samples", "2", "--decode.must", "dog"], "three kinds"),
         (["--decode.length-penalty", "wu"], "--decode.length-penalty"),
-        (["--decode.length-norm", "nan"], "length_norm is nan"),
+        (["--decode.length-norm", "nan"], "--decode.length-norm is nan; it must be at least 0 and finite"),
         (["--decode.diversity", "0.2"], "set groups as well"),
         (["--decode.samples", "3", "--decode.n-best", "2"], "all samples are returned"),
-        (["--decode.n-best", "4"], "but beam is 3"),
+        (["--decode.n-best", "4", "--decode.beam", "3"], "--decode.n-best is 4, but beam is 3"),
         (["--decode.min-words", "30"], "max_words (20)"),
-        (["--decode.top-p", "0", "--decode.samples", "1"], "top_p is 0"),
+        (["--decode.top-p", "0", "--decode.samples", "1"], "--decode.top-p is 0"),
     ],
 )
 def test_wrong_decoding_options_are_reported_in_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=r"^[^\n]+$") as error:
         combinations(Decoding(), split_options(arguments, sweep=True)[1])
     assert message in str(error.value)
+
+
+PARTS = (
+    *(ShowAttendTell(), ShowTell(), Att2in(), Adaptive(), UpDown(), AttentionOnAttention(), Transformer()),
+    *(EfficientNetLite(), ResNet(), VGG(), RegionFiles(folder=Path("regions"), region_size=4), SelfCritical()),
+)
+
+
+@pytest.mark.parametrize("part", [None, *PARTS], ids=lambda part: type(part).__name__)
+def test_a_number_out_of_range_is_reported_with_the_option_as_it_was_typed(part: Any) -> None:
+    """Every number of every settings class has a range: none accepts -1, or nan."""
+    kinds = {"encoder": (EfficientNetLite, ResNet, VGG, RegionFiles), "objective": (SelfCritical,)}
+    name = next((name for name, types in kinds.items() if isinstance(part, types)), "decoder")
+    experiment = Experiment() if part is None else replace(Experiment(), **{name: part})
+    options = [option for option in option_names(experiment) if part is None or option.startswith(f"--{name}.")]
+    tried = 0
+    for option in options:
+        value: Any = experiment
+        for field_name in option.removeprefix("--").replace("-", "_").split("."):
+            value = getattr(value, field_name)
+        if type(value) not in (int, float):
+            continue
+        for bad in ("-1", "nan") if isinstance(value, float) else ("-1",):
+            with pytest.raises(UserError, match=rf"^[^\n]*{re.escape(option)}\b[^\n]+$"):
+                override(experiment, [option, bad])
+            tried += 1
+    assert tried > 1
+
+
+def test_a_field_is_named_only_if_its_option_was_typed() -> None:
+    said = as_typed("top_p is 2; it must be below 1", ["--decode.must", "dog", "--decode.top_p=2"])
+    assert said == "--decode.top_p is 2; it must be below 1"  # "must" is a word here
+    assert as_typed("training.epochs_x is 0", ["--training.epochs", "0"]) == "training.epochs_x is 0"
+    assert as_typed("decoder.heads is 3", ["--decoder.layers", "1"]) == "decoder.heads is 3"
 
 
 def test_help_lists_every_decoding_option_and_its_meaning() -> None:

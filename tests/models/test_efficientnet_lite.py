@@ -151,7 +151,7 @@ def test_images_of_another_size_are_refused() -> None:
     ("fields", "message"),
     [
         ({"variant": 5}, "no variant 5"),
-        ({"trainable_stages": 8}, "0 to 7"),
+        ({"trainable_stages": 8}, "at least 0 and at most 7"),
         ({"grid": 0}, "grid is 0"),
     ],
 )

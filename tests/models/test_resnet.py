@@ -164,8 +164,8 @@ def test_classify_needs_the_classifier(shallow: Any, oracle: Any) -> None:
     ("fields", "message"),
     [
         ({"depth": 18}, "ResNet-18 is not supported"),
-        ({"trainable_stages": 5}, "0 to 4"),
-        ({"trainable_stages": -1}, "0 to 4"),
+        ({"trainable_stages": 5}, "at least 0 and at most 4"),
+        ({"trainable_stages": -1}, "at least 0 and at most 4"),
         ({"grid": 0}, "grid is 0"),
     ],
 )

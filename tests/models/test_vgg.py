@@ -125,7 +125,7 @@ def test_accelerator_path_equals_pytorch(shallow: Any, oracle: Any, monkeypatch:
     ("fields", "size", "message"),
     [
         ({"depth": 11}, 64, "VGG-11 is not supported"),
-        ({"trainable_stages": 6}, 64, "0 to 5"),
+        ({"trainable_stages": 6}, 64, "at least 0 and at most 5"),
         ({"grid": -1}, 64, "grid is -1"),
         ({"weights": "random"}, 31, "image size is 31"),
     ],

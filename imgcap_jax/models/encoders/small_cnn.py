@@ -20,11 +20,14 @@ class SmallCNN:
     """Residual blocks per stage, after its strided convolution. Blocks of early stages cost the most time."""
 
     def __post_init__(self) -> None:
-        if len(self.blocks) != len(self.widths) or any(width % 8 for width in self.widths):
+        if len(self.blocks) != len(self.widths) or not self.widths:
             raise UserError(
-                f"encoder: widths {self.widths} and blocks {self.blocks} must have the same length, and the widths "
-                f"must be multiples of 8"
+                f"encoder.widths is {self.widths} and encoder.blocks is {self.blocks}; they must have the same length"
             )
+        if any(width < 8 or width % 8 for width in self.widths):
+            raise UserError(f"encoder.widths is {self.widths}; they must be positive multiples of 8")
+        if min(self.blocks) < 0:
+            raise UserError(f"encoder.blocks is {self.blocks}; they must be at least 0")
 
     @property
     def frozen(self) -> bool:

@@ -32,11 +32,12 @@ class Staged:
 
     def check(self, stages: int) -> None:
         """Raises UserError unless the shared settings fit a network with this number of stages."""
-        name = type(self).__name__
         if not 0 <= self.trainable_stages <= stages:
-            raise UserError(f"{name}: trainable_stages is {self.trainable_stages}; it must be from 0 to {stages}.")
+            raise UserError(
+                f"encoder.trainable_stages is {self.trainable_stages}; it must be at least 0 and at most {stages}"
+            )
         if self.grid is not None and self.grid < 1:
-            raise UserError(f"{name}: grid is {self.grid}; it must be at least 1, or None.")
+            raise UserError(f"encoder.grid is {self.grid}; it must be at least 1, or None")
 
     @property
     def frozen(self) -> bool:
