@@ -1,6 +1,5 @@
 """COCO, Karpathy's splits: frozen EfficientNet-Lite2 and soft attention (Xu et al. 2015).
 
-    pip install -c constraints.txt -e ".[coco]"
     imgcap data prepare coco
     imgcap train coco
     imgcap evaluate runs/coco --split test --beam 3

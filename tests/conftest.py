@@ -1,9 +1,13 @@
 """Fixtures for all tests."""
 
+import hashlib
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_progress_lines() -> Iterator[None]:
+    """On a slow machine, a line about the progress of long work would be mixed with the output that a test expects."""
+    from imgcap_jax import terminal
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(terminal, "FIRST_LINE_SECONDS", 3600.0)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -90,8 +104,7 @@ def refused(request: pytest.FixtureRequest) -> Callable[..., str]:
         capture = capture or request.getfixturevalue("capsys")
         capture.readouterr()
         assert main(arguments) == 2
-        # An interrupted progress bar remains above the line.
-        lines = [line for line in capture.readouterr().err.splitlines() if line.strip() and "━" not in line]
+        lines = [line for line in capture.readouterr().err.splitlines() if line.strip()]
         assert len(lines) == 1, lines
         assert lines[0].startswith("imgcap: ")
         return lines[0]
@@ -130,3 +143,90 @@ def forget_code() -> Iterator[Callable[[], None]]:
     yield forget
     forget()
     assert not {name for name in set(sys.modules) - names if name.startswith(("my_", "evil"))}
+
+
+class FileServer(ThreadingHTTPServer):
+    """Serves files with ranges, and records every request in `asked` as (path, range).
+
+    Attributes:
+        files: contents by path.
+        redirects: the target of a path, and the SHA-256 published in the redirect.
+        limits: the number of bytes after which each of the next responses breaks off; the last value is repeated.
+        statuses: the HTTP status of each of the next responses, 0 for the file itself; the last value is repeated.
+        delay: seconds before the connection of a response is closed.
+        ranges: whether parts of files are sent at all.
+        honours_if_range: whether a range request for another version returns the whole file, as it should.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files: dict[str, bytes] = {}
+        self.redirects: dict[str, tuple[str, str]] = {}
+        self.limits: list[int | None] = [None]
+        self.statuses = [0]
+        self.delay = 0.0
+        self.honours_if_range = True
+        self.ranges = True
+        self.asked: list[tuple[str, str | None]] = []
+
+    @property
+    def base(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+def _take(answers: list[Any]) -> Any:
+    return answers.pop(0) if len(answers) > 1 else answers[0]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FileServer
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.path, self.headers["Range"]))
+        if self.path in self.server.redirects:
+            target, sha256 = self.server.redirects[self.path]
+            self.send_response(302)
+            self.send_header("Location", target)
+            self.send_header("X-Linked-Etag", f'"{sha256}"')
+            self.end_headers()
+            return
+        status = _take(self.server.statuses)
+        if status or self.path not in self.server.files:
+            self.send_error(status or 404)
+            return
+        content = self.server.files[self.path]
+        etag, start = f'"{hashlib.md5(content).hexdigest()}"', 0
+        wanted = self.headers["Range"]
+        if wanted and self.server.ranges and (not self.server.honours_if_range or self.headers["If-Range"] == etag):
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                self.send_error(416)
+                return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("ETag", etag)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start:][: _take(self.server.limits)])
+        self.wfile.flush()
+        time.sleep(self.server.delay)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def file_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """A running server. Of all URLs without https, only its own count as secure."""
+    from imgcap_jax import downloads
+
+    with FileServer() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        monkeypatch.setattr(downloads, "_is_secure", lambda url: url.startswith((f"{server.base}/", "https://")))
+        monkeypatch.setattr(downloads, "_PAUSE_SECONDS", 0.0)
+        monkeypatch.setenv("no_proxy", "*")
+        yield server
+        server.shutdown()
+        thread.join()

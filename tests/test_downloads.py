@@ -4,11 +4,8 @@ import hashlib
 import json
 import re
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,89 +19,10 @@ CONTENT = bytes(range(256)) * 400
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
-class Server(ThreadingHTTPServer):
-    """Serves files with ranges, and records every request in `asked` as (path, range).
-
-    Attributes:
-        files: contents by path.
-        redirects: the target of a path, and the SHA-256 published in the redirect.
-        limits: the number of bytes after which each of the next responses breaks off; the last value is repeated.
-        statuses: the HTTP status of each of the next responses, 0 for the file itself; the last value is repeated.
-        delay: seconds before the connection of a response is closed.
-        ranges: whether parts of files are sent at all.
-        honours_if_range: whether a range request for another version returns the whole file, as it should.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {"/weights.pth": CONTENT}
-        self.redirects: dict[str, tuple[str, str]] = {}
-        self.limits: list[int | None] = [None]
-        self.statuses = [0]
-        self.delay = 0.0
-        self.honours_if_range = True
-        self.ranges = True
-        self.asked: list[tuple[str, str | None]] = []
-
-    @property
-    def base(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-def take(answers: list[Any]) -> Any:
-    return answers.pop(0) if len(answers) > 1 else answers[0]
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        self.server.asked.append((self.path, self.headers["Range"]))
-        if self.path in self.server.redirects:
-            target, sha256 = self.server.redirects[self.path]
-            self.send_response(302)
-            self.send_header("Location", target)
-            self.send_header("X-Linked-Etag", f'"{sha256}"')
-            self.end_headers()
-            return
-        status = take(self.server.statuses)
-        if status or self.path not in self.server.files:
-            self.send_error(status or 404)
-            return
-        content = self.server.files[self.path]
-        etag, start = f'"{hashlib.md5(content).hexdigest()}"', 0
-        wanted = self.headers["Range"]
-        if wanted and self.server.ranges and (not self.server.honours_if_range or self.headers["If-Range"] == etag):
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(content):
-                self.send_error(416)
-                return
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("ETag", etag)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        self.wfile.write(content[start:][: take(self.server.limits)])
-        self.wfile.flush()
-        time.sleep(self.server.delay)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A running server. Of all URLs without https, only its own count as secure."""
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        monkeypatch.setattr(downloads, "_is_secure", lambda url: url.startswith((f"{server.base}/", "https://")))
-        monkeypatch.setattr(downloads, "_PAUSE_SECONDS", 0.0)
-        monkeypatch.setenv("no_proxy", "*")
-        yield server
-        server.shutdown()
-        thread.join()
+def server(file_server: Any) -> Any:
+    file_server.files["/weights.pth"] = CONTENT
+    return file_server
 
 
 def fetch(url: str, path: Path, **options: Any) -> Path:
@@ -120,7 +38,7 @@ def visible(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
 
 
-def test_file_is_downloaded_once(server: Server, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_is_downloaded_once(server: Any, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url = f"{server.base}/weights.pth"
     assert fetch(url, path, sha256=SHA256[:8]) == path
     assert path.read_bytes() == CONTENT
@@ -131,14 +49,14 @@ def test_file_is_downloaded_once(server: Server, path: Path, capsys: pytest.Capt
     assert server.asked == [("/weights.pth", None)]
 
 
-def test_broken_connection_is_resumed(server: Server, path: Path) -> None:
+def test_broken_connection_is_resumed(server: Any, path: Path) -> None:
     server.limits = [1000, 2000, None]
     fetch(f"{server.base}/weights.pth", path, sha256=SHA256)
     assert path.read_bytes() == CONTENT
     assert [wanted for _, wanted in server.asked] == [None, "bytes=1000-", "bytes=3000-"]
 
 
-def test_stalled_connection_is_resumed(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stalled_connection_is_resumed(server: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "_STALLED_SECONDS", 0.5)
     server.limits, server.delay = [1000, None], 2.0
     fetch(f"{server.base}/weights.pth", path)
@@ -147,7 +65,7 @@ def test_stalled_connection_is_resumed(server: Server, path: Path, monkeypatch: 
     assert [wanted for _, wanted in server.asked][:2] == [None, "bytes=1000-"]
 
 
-def broken_off(server: Server, path: Path) -> str:
+def broken_off(server: Any, path: Path) -> str:
     """Leaves 1000 bytes of the file, as after a process that gave up; returns the URL."""
     server.limits = [1000, 0]
     url = f"{server.base}/weights.pth"
@@ -158,7 +76,7 @@ def broken_off(server: Server, path: Path) -> str:
     return url
 
 
-def test_next_process_resumes(server: Server, path: Path) -> None:
+def test_next_process_resumes(server: Any, path: Path) -> None:
     fetch(broken_off(server, path), path, sha256=SHA256)
     assert path.read_bytes() == CONTENT
     assert [wanted for _, wanted in server.asked] == ["bytes=1000-"]
@@ -168,7 +86,7 @@ def test_next_process_resumes(server: Server, path: Path) -> None:
 @pytest.mark.parametrize("honours_if_range", [True, False])
 @pytest.mark.parametrize("changed", [CONTENT[::-1], CONTENT + b"more", CONTENT[:500]])
 def test_changed_file_is_downloaded_from_scratch(
-    honours_if_range: bool, changed: bytes, server: Server, path: Path
+    honours_if_range: bool, changed: bytes, server: Any, path: Path
 ) -> None:
     url = broken_off(server, path)
     server.files["/weights.pth"], server.honours_if_range = changed, honours_if_range
@@ -176,7 +94,7 @@ def test_changed_file_is_downloaded_from_scratch(
     assert path.read_bytes() == changed
 
 
-def test_part_of_another_url_is_not_used(server: Server, path: Path) -> None:
+def test_part_of_another_url_is_not_used(server: Any, path: Path) -> None:
     broken_off(server, path)
     server.files["/other.pth"] = CONTENT[::-1]
     fetch(f"{server.base}/other.pth", path)
@@ -194,7 +112,7 @@ def test_part_of_another_url_is_not_used(server: Server, path: Path) -> None:
         lambda record: json.dumps(json.loads(record) | {"size": "1000", "sha256": 5}).encode(),
     ],
 )
-def test_damaged_record_restarts_the_download(damage: Callable[[bytes], bytes], server: Server, path: Path) -> None:
+def test_damaged_record_restarts_the_download(damage: Callable[[bytes], bytes], server: Any, path: Path) -> None:
     url = broken_off(server, path)
     record = path.parent / "weights.pth.part.json"
     record.write_bytes(damage(record.read_bytes()))
@@ -203,7 +121,7 @@ def test_damaged_record_restarts_the_download(damage: Callable[[bytes], bytes], 
     assert server.asked == [("/weights.pth", None)]
 
 
-def test_complete_part_is_not_requested_again(server: Server, path: Path) -> None:
+def test_complete_part_is_not_requested_again(server: Any, path: Path) -> None:
     url = broken_off(server, path)
     (path.parent / "weights.pth.part").write_bytes(CONTENT)
     fetch(url, path, sha256=SHA256)
@@ -211,7 +129,7 @@ def test_complete_part_is_not_requested_again(server: Server, path: Path) -> Non
     assert server.asked == []
 
 
-def test_failing_server_is_retried_a_limited_number_of_times(server: Server, path: Path) -> None:
+def test_failing_server_is_retried_a_limited_number_of_times(server: Any, path: Path) -> None:
     server.limits, server.statuses = [1000], [0, 503, 0, 503]
     with pytest.raises(UserError, match=r"stopped after .* \(the server answers 503 Service Unavailable\)"):
         fetch(f"{server.base}/weights.pth", path)
@@ -219,14 +137,14 @@ def test_failing_server_is_retried_a_limited_number_of_times(server: Server, pat
     assert [wanted for _, wanted in server.asked] == [None, *resumed]
 
 
-def test_wrong_checksum_is_an_error_and_leaves_no_files(server: Server, path: Path) -> None:
+def test_wrong_checksum_is_an_error_and_leaves_no_files(server: Any, path: Path) -> None:
     with pytest.raises(UserError, match=rf"its SHA-256 starts with {SHA256[:8]}, not with 01234567"):
         fetch(f"{server.base}/weights.pth", path, sha256="01234567")
     assert visible(path.parent) == []
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_checksum_published_by_the_hub_is_checked(right: bool, server: Server, path: Path) -> None:
+def test_checksum_published_by_the_hub_is_checked(right: bool, server: Any, path: Path) -> None:
     published = SHA256 if right else SHA256[::-1]
     server.redirects["/resolve"] = ("/weights.pth", published)
     if right:
@@ -238,7 +156,7 @@ def test_checksum_published_by_the_hub_is_checked(right: bool, server: Server, p
         assert not path.exists()
 
 
-def test_redirected_download_is_resumed(server: Server, path: Path) -> None:
+def test_redirected_download_is_resumed(server: Any, path: Path) -> None:
     server.redirects["/resolve"] = ("/weights.pth", SHA256)
     server.limits = [1000, None]
     fetch(f"{server.base}/resolve", path)
@@ -246,7 +164,7 @@ def test_redirected_download_is_resumed(server: Server, path: Path) -> None:
     assert server.asked[-1] == ("/weights.pth", "bytes=1000-")
 
 
-def test_redirect_away_from_https_is_refused(server: Server, path: Path) -> None:
+def test_redirect_away_from_https_is_refused(server: Any, path: Path) -> None:
     insecure = f"http://localhost:{server.server_port}/weights.pth"
     server.redirects["/resolve"] = (insecure, SHA256)
     with pytest.raises(UserError, match=rf"{insecure} is refused: files whose SHA-256 is not known are .* https only"):
@@ -269,7 +187,7 @@ def test_a_checksum_admits_http_only(url: str, path: Path) -> None:
         fetch(url, path, sha256=SHA256)
 
 
-def test_a_checksum_admits_http(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checksum_admits_http(server: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "_is_secure", lambda url: url.startswith("https:"))
     server.redirects["/resolve"] = (f"{server.base}/weights.pth", "")
     fetch(f"{server.base}/resolve", path, sha256=SHA256)
@@ -279,7 +197,7 @@ def test_a_checksum_admits_http(server: Server, path: Path, monkeypatch: pytest.
         fetch(f"{server.base}/resolve", path.with_name("other"), sha256=SHA256)
 
 
-def test_a_file_of_another_size_is_refused_before_it_is_received(server: Server, path: Path) -> None:
+def test_a_file_of_another_size_is_refused_before_it_is_received(server: Any, path: Path) -> None:
     server.files["/weights.pth"] = b"<html>log in</html>"
     with pytest.raises(UserError, match=r"the server sends 19 bytes instead of 102,400; check the connection"):
         fetch(f"{server.base}/weights.pth", path, size=len(CONTENT))
@@ -287,7 +205,7 @@ def test_a_file_of_another_size_is_refused_before_it_is_received(server: Server,
 
 
 def test_a_server_without_ranges_sends_the_whole_file_again(
-    server: Server, path: Path, caplog: pytest.LogCaptureFixture
+    server: Any, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = broken_off(server, path)
     server.ranges = False
@@ -296,7 +214,7 @@ def test_a_server_without_ranges_sends_the_whole_file_again(
     assert caplog.messages == [f"{url}: the server sends the whole file again instead of the rest"]
 
 
-def test_offline_message_says_what_to_do(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_message_says_what_to_do(server: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "_is_secure", lambda url: True)
     with socket.create_server(("127.0.0.1", 0)) as closed_again:
         url = f"http://127.0.0.1:{closed_again.getsockname()[1]}/models/weights.pth"
@@ -306,13 +224,13 @@ def test_offline_message_says_what_to_do(server: Server, path: Path, monkeypatch
     assert visible(path.parent) == []
 
 
-def test_missing_file_is_not_retried(server: Server, path: Path) -> None:
+def test_missing_file_is_not_retried(server: Any, path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.pth can't be downloaded \(the server answers 404 Not Found\)"):
         fetch(f"{server.base}/absent.pth", path)
     assert len(server.asked) == 1
 
 
-def test_full_disk_is_a_user_error(server: Server, path: Path) -> None:
+def test_full_disk_is_a_user_error(server: Any, path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     path.parent.mkdir()
@@ -322,7 +240,7 @@ def test_full_disk_is_a_user_error(server: Server, path: Path) -> None:
     assert not path.exists()
 
 
-def test_concurrent_downloads_fetch_the_file_once(server: Server, path: Path) -> None:
+def test_concurrent_downloads_fetch_the_file_once(server: Any, path: Path) -> None:
     server.delay = 0.1
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: fetch(f"{server.base}/weights.pth", path, sha256=SHA256), range(4)))
@@ -330,7 +248,7 @@ def test_concurrent_downloads_fetch_the_file_once(server: Server, path: Path) ->
     assert len(server.asked) == 1
 
 
-def test_download_without_a_version_is_not_resumed(server: Server, path: Path) -> None:
+def test_download_without_a_version_is_not_resumed(server: Any, path: Path) -> None:
     url = broken_off(server, path)
     record = path.parent / "weights.pth.part.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"version": ""}))
@@ -352,14 +270,14 @@ def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytes
     assert cache_folder("weights") == tmp_path / "own" / "weights"
 
 
-def test_a_record_of_size_0_without_its_part_is_ignored(server: Server, tmp_path: Path) -> None:
+def test_a_record_of_size_0_without_its_part_is_ignored(server: Any, tmp_path: Path) -> None:
     record = {"url": server.base + "/weights.pth", "version": '"1"', "size": 0, "sha256": ""}
     (tmp_path / "w.pth.part.json").write_text(json.dumps(record))
     assert fetch(server.base + "/weights.pth", tmp_path / "w.pth").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.pth.part", "w.pth.part.json", ".w.pth.lock"])
-def test_a_folder_in_the_place_of_a_file_is_one_line(name: str, server: Server, tmp_path: Path) -> None:
+def test_a_folder_in_the_place_of_a_file_is_one_line(name: str, server: Any, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "content").touch()
     with pytest.raises(UserError, match=rf"{re.escape(name)}.*: Is a directory; check this path and run"):

@@ -58,8 +58,8 @@ class _DecodingHelp(argparse.Action):
 class _Version(argparse.Action):
     """``--version``. The version of JAX is read from its metadata, because importing it takes a second."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str = argparse.SUPPRESS, **_: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="show the versions of imgcap_jax, Python and jax")
+    def __init__(self, option_strings: Sequence[str], **_: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="show versions and exit")
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from importlib.metadata import version
@@ -273,15 +273,42 @@ def _add_prepare(actions: Commands) -> None:
     )
     prepare.add_argument(
         "source",
-        help="scenes, coco, a folder of images with captions (docs/datasets.md lists the formats), or a Python file "
-        "with a dataset builder",
+        help="scenes, coco, flickr8k, flickr30k, a folder of images with captions (docs/datasets.md lists the formats) "
+        "or a Python file with a dataset builder",
     )
     prepare.add_argument("--name", help="the dataset's name (default: the name of the folder or file, or scenes)")
     prepare.add_argument("--licence", default="", help="a note on the licence of the images, stored with the dataset")
     prepare.add_argument(
         "--source-note", default="", help="a note on the origin of the images, stored with the dataset"
     )
-    prepare.add_argument("--download-dir", type=_path, help="coco: folder of the downloaded archives")
+    known = prepare.add_argument_group(
+        "files of coco, flickr8k and flickr30k",
+        "COCO's are downloaded if they are not given. Without options, flickr8k and flickr30k say where theirs are.",
+    )
+    known.add_argument(
+        "--images",
+        type=_path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a folder or zip archive of photos; for coco, it can be repeated",
+    )
+    known.add_argument(
+        "--annotations", type=_path, metavar="PATH", help="coco: annotations_trainval2014.zip or its extracted folder"
+    )
+    known.add_argument(
+        "--split-file",
+        type=_path,
+        metavar="PATH",
+        help="Karpathy's dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json, or caption_datasets.zip; "
+        "for coco also the folder of BLIP's coco_karpathy_*.json; for the others any captions with these splits",
+    )
+    known.add_argument(
+        "--download-dir",
+        type=_path,
+        metavar="FOLDER",
+        help="coco: folder of the downloaded archives (default: downloads/coco in the folder of datasets)",
+    )
     prepare.add_argument("--train-scenes", type=int, metavar="N", help="scenes: number of training scenes (8000)")
     _add_max_megapixels(prepare)
     _add_data_dir(prepare)

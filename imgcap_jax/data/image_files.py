@@ -135,10 +135,15 @@ def read_file(path: Path) -> bytes:
         raise ImageError("is a folder")
     if not stat.S_ISREG(status.st_mode):
         raise ImageError("is a device or a pipe, not a file")
-    most = 8 * _limit()  # bytes: four channels of 16 bits
-    if status.st_size > most:
-        raise ImageError(f"the file has {status.st_size / 1e6:,.0f} MB; files of at most {most / 1e6:,.0f} MB {_RAISE}")
+    check_file_size(status.st_size)
     return path.read_bytes()
+
+
+def check_file_size(size: int) -> None:
+    """Raises an ImageError if a file of `size` bytes is larger than an image of the permitted size can be."""
+    most = 8 * _limit()  # bytes: four channels of 16 bits
+    if size > most:
+        raise ImageError(f"the file has {size / 1e6:,.0f} MB; files of at most {most / 1e6:,.0f} MB {_RAISE}")
 
 
 def storable(image: bytes) -> bytes:

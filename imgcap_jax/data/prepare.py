@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import io
 import logging
 import os
@@ -9,17 +10,14 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from imgcap_jax.data.builders import coco
+from imgcap_jax.data.builders.archives import check_space
 from imgcap_jax.data.builders.layout import (
-    INFO_FILE,
     ORIGIN_FILE,
     SKIPPED_FILE,
     Origin,
@@ -30,22 +28,26 @@ from imgcap_jax.data.builders.layout import (
 )
 from imgcap_jax.data.caption_checks import prepared_notes
 from imgcap_jax.data.sources import (
-    CaptionSource,
     default_data_dir,
     describe,
     find_prepared,
     open_source,
     read_origin,
 )
+from imgcap_jax.downloads import DownloadError
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import check_name, disk_errors, file_digest, write_text
+from imgcap_jax.files import OWNER, appending, check_name, disk_errors, file_digest, write_text
+from imgcap_jax.terminal import working
 from imgcap_jax.user_code import load_code
 
 if TYPE_CHECKING:  # these import TFDS, which takes a while
     from imgcap_jax.data.builders.base import CaptionBuilder
+    from imgcap_jax.data.builders.folder import FolderContents
     from imgcap_jax.data.scenes.builder import SceneSplits
 
-_RESERVED = ("scenes", "coco", coco.NAME)
+_COCO = ("coco", coco.NAME)
+_FLICKR = ("flickr8k", "flickr30k")
+_RESERVED = ("scenes", *_COCO)
 # Folders of killed runs are removed once no process can still be writing to them.
 _ABANDONED_AFTER_SECONDS = 3600.0
 _INCOMPLETE = "incomplete."  # the prefix that TFDS uses
@@ -62,25 +64,33 @@ def prepare(
     licence: str = "",
     source: str = "",
     scenes: "SceneSplits | None" = None,
+    images: Sequence[Path] = (),
+    annotations: Path | None = None,
+    split_file: Path | None = None,
     download_dir: Path | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Prepares `scenes`, `coco`, a folder of images with a caption file, or the dataset of a builder of your own.
+    """Prepares a known dataset, a folder of images with a caption file, or the dataset of a builder of your own.
 
     Does nothing if the dataset is already prepared from the same data and its files have the right sizes; otherwise
     replaces it. The folder appears under its name only when it is complete. A folder or a file that this function did
     not write is never replaced.
 
     Args:
-        name_or_path: "scenes", "coco", a folder, the annotation file in it (see `builders.annotations`), or a Python
-            file with a subclass of `builders.base.CaptionBuilder`. The file is executed.
+        name_or_path: "scenes", "coco", "flickr8k", "flickr30k", a folder, the annotation file in it (see
+            `builders.annotations`), or a Python file with a subclass of `builders.base.CaptionBuilder`. The file is
+            executed.
         name: the dataset's name; None: that of the folder or file, or "scenes".
         data_dir: folder of prepared datasets; None: TFDS's standard folder.
         licence, source: notes on the images, stored with the dataset.
         scenes: the number of scenes, and how they are drawn.
-        download_dir: folder of COCO's archives.
-        progress: whether to show a progress bar on the standard error.
+        images: folders or zip archives with the photos of COCO (none: they are downloaded), Flickr8k or Flickr30k.
+        annotations: folder or zip archive with the annotations of COCO; None: they are downloaded.
+        split_file: captions with splits of Flickr8k or Flickr30k, or Karpathy's splits of COCO (None: they are
+            downloaded): a file, a folder or a zip archive.
+        download_dir: folder of COCO's archives; None: `downloads/coco` in the folder of datasets.
+        progress: whether to show the progress on the standard error.
         say: receives one line per completed action.
 
     Returns:
@@ -92,16 +102,28 @@ def prepare(
     """
     data_dir = Path(data_dir or default_data_dir()).expanduser().absolute()
     known = str(name_or_path)
-    if known in ("coco", coco.NAME) and name:
+    if known in (*_COCO, *_FLICKR) and name and name != known:
         raise UserError(f"--name has no effect on {known!r}, which keeps its name; leave it out")
+    files = {
+        "--images": (bool(images), (*_COCO, *_FLICKR)),
+        "--split-file": (split_file is not None, (*_COCO, *_FLICKR)),
+        "--annotations": (annotations is not None, _COCO),
+        "--download-dir": (download_dir is not None, _COCO),
+    }
+    for option, (given, names) in files.items():
+        if given and known not in names:
+            raise UserError(f"{option} has no effect on {known!r}, only on {', '.join(names)}; leave it out")
     if name and name != known:
         _check_name(name)
     with _file_errors(data_dir):
         if known == "scenes":
             return _prepare_scenes(scenes, name or known, data_dir, progress, say)
-        if known in ("coco", coco.NAME):
-            return _prepare_coco(data_dir, download_dir, progress, say)
-        if known.endswith(".py"):
+        if known in _COCO:
+            download_dir = (download_dir or data_dir / "downloads" / "coco").expanduser().absolute()
+            return _prepare_coco(data_dir, images, annotations, split_file, download_dir, progress, say)
+        if known in _FLICKR and (images or split_file or not Path(name_or_path).is_dir()):
+            folder = _prepare_flickr(known, data_dir, images, split_file, licence, source, progress, say)
+        elif known.endswith(".py"):
             folder = _prepare_own(Path(name_or_path), name, data_dir, licence, source, say)
         else:
             folder = _prepare_folder(Path(name_or_path).expanduser(), name, data_dir, licence, source, progress, say)
@@ -133,11 +155,11 @@ def _prepare_scenes(
     origin = Origin("scenes", source, "Apache-2.0, as imgcap_jax", splits.fingerprint())
     if (folder := _already_prepared(name, origin, data_dir, say)) is not None:
         return folder
-    with _progress(sum(splits.counts.values()), "drawing scenes", progress) as advance:
+    with working("drawing scenes", sum(splits.counts.values()), "images", shown=progress) as work:
         return _write(
             name,
             data_dir,
-            lambda staging: ScenesBuilder(splits, data_dir=staging, origin=origin, name=name, on_image=advance),
+            lambda staging: ScenesBuilder(splits, data_dir=staging, origin=origin, name=name, on_image=work.advance),
             say,
         )
 
@@ -152,16 +174,57 @@ def _prepare_folder(
     say: Callable[[str], None],
 ) -> Path:
     from imgcap_jax.data.builders.annotations import find_annotations
-    from imgcap_jax.data.builders.folder import FolderBuilder, scan_folder
-    from imgcap_jax.data.builders.listed import WrongRows
+    from imgcap_jax.data.builders.folder import scan_folder
 
     folder = path.resolve()
     check_name(folder)
     name = name or _default_name(find_annotations(path)[0].resolve())
     _check_name(name)
+    origin = Origin("folder", source, licence, "", str(folder))
+    return _prepare_contents(name, lambda: scan_folder(path), origin, data_dir, progress, say)
+
+
+def _prepare_flickr(
+    name: str,
+    data_dir: Path,
+    images: Sequence[Path],
+    split_file: Path | None,
+    licence: str,
+    source: str,
+    progress: bool,
+    say: Callable[[str], None],
+) -> Path:
+    from imgcap_jax.data.builders.flickr import DATASETS, scan_flickr
+
+    dataset = DATASETS[name]
+    if not images:
+        if split_file is None:
+            for line in dataset.guide():
+                say(line)
+        raise UserError(f"{name}: the photos are missing; pass their folder or zip archive with --images")
+    if len(images) > 1:
+        raise UserError(f"{name}: --images is given {len(images)} times; pass one folder or zip archive")
+    (place,) = (path.expanduser() for path in images)
+    check_name(place.resolve())
+    origin = Origin("folder", source or dataset.source, licence or dataset.licence, "", str(place.resolve()))
+    return _prepare_contents(name, lambda: scan_flickr(dataset, place, split_file), origin, data_dir, progress, say)
+
+
+def _prepare_contents(
+    name: str,
+    scan: "Callable[[], FolderContents]",
+    origin: Origin,
+    data_dir: Path,
+    progress: bool,
+    say: Callable[[str], None],
+) -> Path:
+    """Prepares images with their captions. The fingerprint of `origin` is that of the contents."""
+    from imgcap_jax.data.builders.folder import FolderBuilder
+    from imgcap_jax.data.builders.listed import WrongRows
+
     report = data_dir / f"{name}_problems.txt"
     try:
-        contents = scan_folder(path)
+        contents = scan()
     except WrongRows as error:
         if len(error.rows) <= 3:
             raise
@@ -169,18 +232,16 @@ def _prepare_folder(
         raise UserError(f"{error}; all are listed in {report}") from error
     for note in contents.notes:
         say(f"{name}: {note}")
-    origin = Origin("folder", source, licence, contents.fingerprint, str(folder))
+    origin = replace(origin, fingerprint=contents.fingerprint)
     if (prepared := _already_prepared(name, origin, data_dir, say)) is not None:
         return prepared
-    needed, free = sum(contents.sizes), shutil.disk_usage(_existing_parent(data_dir)).free
-    if needed > free:
-        raise UserError(f"{data_dir}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; use another --data-dir")
-    with _progress(len(contents.images), f"preparing {name}", progress) as advance:
+    check_space((data_dir, sum(contents.sizes), "--data-dir"))
+    with working(f"preparing {name}", len(contents.images), "images", shown=progress) as work:
         prepared = _write(
             name,
             data_dir,
             lambda staging: FolderBuilder(
-                contents, name=name, data_dir=staging, origin=origin, on_image=advance, report=report
+                contents, name=name, data_dir=staging, origin=origin, on_image=work.advance, report=report
             ),
             say,
         )
@@ -225,30 +286,40 @@ def _default_name(folder: Path) -> str:
     return name if name[:1].isalpha() else f"folder_{name}".rstrip("_")
 
 
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())
-
-
-def _prepare_coco(data_dir: Path, download_dir: Path | None, progress: bool, say: Callable[[str], None]) -> Path:
+def _prepare_coco(
+    data_dir: Path,
+    images: Sequence[Path],
+    annotations: Path | None,
+    split_file: Path | None,
+    download_dir: Path,
+    progress: bool,
+    say: Callable[[str], None],
+) -> Path:
     folder = _already_prepared(coco.NAME, coco.ORIGIN, data_dir, say)
-    built = folder is None
-    if folder is None:
-        _remove_abandoned(data_dir / coco.NAME / coco.CONFIG)
-        if (damaged := find_prepared(coco.NAME, data_dir)) is not None:  # TFDS would not build it again
-            raise UserError(f"{damaged} is damaged; delete this folder and give the same command again")
-        with _quiet_tfds(progress=progress):
-            folder = coco.build(data_dir, download_dir)
-        if not (folder / INFO_FILE).is_file():  # TFDS leaves a folder that exists as it is
-            raise UserError(f"{folder} is not a dataset; move it away and give the same command again")
-        say(f"{coco.NAME}: prepared in {folder}")
-    description = describe(coco.NAME, data_dir)
-    coco.check_train_size(description.splits.get("train", 0), folder)
-    for split in description.splits:
-        CaptionSource(description, split, data_dir)  # writes the index of captions, so that it opens quickly
-    if built:
-        write_origin(folder, coco.ORIGIN)  # as every dataset with checksums has one
-        write_checksums(folder)
-    return folder
+    if folder is not None:
+        coco.check_train_size(describe(coco.NAME, data_dir).splits.get("train", 0), folder)
+        return folder
+    try:
+        contents = coco.read_coco(
+            data_dir,
+            images=[path.expanduser() for path in images],
+            annotations=annotations,
+            split_file=split_file,
+            download_dir=download_dir,
+            shown=progress,
+            say=say,
+        )
+    except DownloadError:
+        for line in coco.GUIDE:
+            say(line)
+        raise
+    check_space((data_dir, sum(contents.sizes), "--data-dir"))
+    from imgcap_jax.data.builders.coco_builder import CocoBuilder
+
+    with working("preparing coco", len(contents.images), "images", shown=progress) as work:
+        return _write(
+            coco.NAME, data_dir, lambda staging: CocoBuilder(contents, data_dir=staging, on_image=work.advance), say
+        )
 
 
 def _already_prepared(name: str, origin: Origin, data_dir: Path, say: Callable[[str], None]) -> Path | None:
@@ -290,17 +361,20 @@ def _write(
     _remove_abandoned(home)
     staging = Path(tempfile.mkdtemp(prefix=_INCOMPLETE, dir=home))
     try:
-        builder = make_builder(staging)
-        built = Path(builder.data_dir)
-        folder = home / built.name
-        check_ours(folder)
-        with _quiet_tfds(progress=False):
-            builder.download_and_prepare(file_format="array_record")
-        write_checksums(built)
-        check_ours(folder)  # again, because building can take hours
-        if os.path.lexists(folder):
-            folder.rename(staging / "replaced")
-        built.rename(folder)
+        with appending(staging / OWNER) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends; see _remove_abandoned
+            builder = make_builder(staging)
+            built = Path(builder.data_dir)
+            folder = data_dir / built.relative_to(staging)
+            check_ours(folder)
+            with _quiet_tfds():
+                builder.download_and_prepare(file_format="array_record")
+            write_checksums(built)
+            check_ours(folder)  # again, because building can take hours
+            folder.parent.mkdir(exist_ok=True)
+            if os.path.lexists(folder):
+                folder.rename(staging / "replaced")
+            built.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         with contextlib.suppress(OSError):  # if nothing is prepared under this name, leave no empty folder
@@ -315,21 +389,30 @@ def _write(
 
 
 def _remove_abandoned(home: Path) -> None:
+    """Removes the folders of processes that were killed, which can be as large as the dataset."""
     for leftover in home.glob(f"{_INCOMPLETE}*"):
-        if not _ABANDONED.fullmatch(leftover.name):
-            continue
-        newest = max(path.lstat().st_mtime for path in (leftover, *leftover.rglob("*")))
-        if time.time() - newest > _ABANDONED_AFTER_SECONDS:
+        if _ABANDONED.fullmatch(leftover.name) and _is_abandoned(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def _is_abandoned(folder: Path) -> bool:
+    try:
+        with (folder / OWNER).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:  # there is no lock: it is just being made, or TFDS or an older version wrote the folder
+        newest = max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
+        return time.time() - newest > _ABANDONED_AFTER_SECONDS
+
+
 @contextlib.contextmanager
-def _quiet_tfds(*, progress: bool) -> Iterator[None]:
+def _quiet_tfds() -> Iterator[None]:
     """Suppresses what TFDS prints and logs."""
     import tensorflow_datasets as tfds
 
-    if not progress:
-        tfds.disable_progress_bar()
+    tfds.disable_progress_bar()
     loggers = [logging.getLogger(name) for name in ("absl", "urllib3.connectionpool")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -341,14 +424,6 @@ def _quiet_tfds(*, progress: bool) -> Iterator[None]:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         tfds.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _progress(total: int, title: str, shown: bool) -> Iterator[Callable[[], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda: bar.advance(task)
 
 
 @contextlib.contextmanager

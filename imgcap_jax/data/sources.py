@@ -359,11 +359,13 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
 def _not_prepared(name: str, data_dir: Path) -> NoReturn:
     if (damaged := find_damaged(name, data_dir)) is not None:
         raise UserError(f"{damaged / layout.INFO_FILE} is missing: {PREPARE_AGAIN}")
-    command = {"scenes": "scenes", coco.NAME: "coco"}.get(name, f"FOLDER --name {name}")
+    known = {"scenes": "scenes", coco.NAME: "coco", "flickr8k": "flickr8k", "flickr30k": "flickr30k"}
+    command = known.get(name, f"FOLDER --name {name}")
     there = sorted(folder.name for folder in data_dir.glob("*/") if find_prepared(folder.name, data_dir) is not None)
     raise UserError(
         f"dataset {name!r} is not prepared in {data_dir} (prepared datasets: {', '.join(there) or 'none'}); "
-        f"run: imgcap data prepare {command}"
+        f"run: imgcap data prepare {command}; or, if it is in another folder, set TFDS_DATA_DIR or pass --data-dir "
+        "(imgcap train: --data.data-dir)"
     )
 
 

@@ -373,9 +373,9 @@ def test_another_folder_cannot_take_over_a_name(folder: Path, tmp_path: Path, da
 
 
 def test_shards_contain_all_images_in_order(folder: Path, data_dir: Path, monkeypatch: Any) -> None:
-    from imgcap_jax.data.builders import folder as folder_builder
+    from imgcap_jax.data.builders import base
 
-    monkeypatch.setattr(folder_builder, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(base, "SHARD_BYTES", 20_000)
     prepared = quietly(folder, data_dir)
     assert len(list(prepared.glob("*-train.array_record*"))) > 1
     assert open_source("my_photos", "train", data_dir).image_ids() == list(range(130))

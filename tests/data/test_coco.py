@@ -1,12 +1,18 @@
-"""The official TFDS coco_captions, built by its own builder from small archives with the layout of COCO's."""
+"""COCO prepared from small archives with the layout of the real ones, downloaded from a local server or given."""
 
-import importlib.util
+import contextlib
+import hashlib
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imgcap_jax import downloads
+from imgcap_jax.cli.main import main
 from imgcap_jax.data.builders import coco
 from imgcap_jax.data.builders.folder import FolderBuilder, scan_folder
 from imgcap_jax.data.prepare import prepare
@@ -21,7 +29,14 @@ from imgcap_jax.data.sources import check_dataset, describe, open_source
 from imgcap_jax.errors import UserError
 
 # Image ids by Karpathy's split. The images of train are in COCO's train2014, all others in its val2014.
-SPLITS = {"train": [9, 5, 7], "restval": [2, 4], "val": [1], "test": [3]}
+SPLITS = {"train": [9, 5, 7], "restval": [2, 4], "val": [1, 6, 8], "test": [3]}
+UNLISTED = {"train2014": 99, "val2014": 98}  # images that are not in Karpathy's list
+WITHOUT_OBJECTS = (5, 1)
+NAMES = ("train2014.zip", "val2014.zip", "annotations_trainval2014.zip", "caption_datasets.zip")
+
+
+def place_of(split: str) -> str:
+    return "train2014" if split == "train" else "val2014"
 
 
 def file_name(image_id: int, place: str) -> str:
@@ -35,144 +50,511 @@ def jpeg(image_id: int) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.fixture
-def archives(tmp_path: Path) -> dict[str, Path]:
-    """Folders with the layout of the extracted archives of COCO and of Karpathy's splits, by archive name."""
-    root = tmp_path / "archives"
-    annotations = root / "annotations" / "annotations"
-    annotations.mkdir(parents=True)
-    places = {
-        "train2014": SPLITS["train"],
-        "val2014": [i for s in ("restval", "val", "test") for i in SPLITS[s]],
-    }
-    for place, ids in places.items():
-        images = root / place / place
-        images.mkdir(parents=True)
-        for i in [*ids, 99]:  # 99 is an image that is not in Karpathy's list
-            (images / file_name(i, place)).write_bytes(jpeg(i))
-        described = {
-            "categories": [{"id": number, "name": f"thing {number}"} for number in range(1, 81)],
-            "images": [{"id": i, "file_name": file_name(i, place), "width": 14, "height": 10} for i in [*ids, 99]],
-            "annotations": [
-                {"id": i, "image_id": i, "category_id": 18, "bbox": [1, 1, 5, 5], "area": 25.0, "iscrowd": 0}
-                for i in ids[1:]
-            ],
-        }
-        (annotations / f"instances_{place}.json").write_text(json.dumps(described))
-    karpathy = root / "caption_datasets"
-    karpathy.mkdir()
-    listed = [
+def captions_of(image_id: int) -> list[tuple[int, str]]:
+    """Id and text, with the spaces and line breaks that COCO's captions have."""
+    return [(1000 * image_id + k, f"A dog, image {image_id}, number {k}. \n") for k in (3, 1, 2, 5, 4)]
+
+
+def objects_of(image_id: int) -> list[dict[str, Any]]:
+    """Not in the order of their ids; areas have fractions."""
+    if image_id in WITHOUT_OBJECTS:
+        return []
+    return [
         {
-            "filename": file_name(i, place := "train2014" if split == "train" else "val2014"),
-            "filepath": place,
-            "cocoid": i,
-            "imgid": 0,
-            "split": split,
-            "sentences": [{"raw": f"A dog, image {i}.", "sentid": 100 + i, "tokens": ["wrong"]}] * 5,
+            "id": 100 * image_id + k,
+            "image_id": image_id,
+            "category_id": 2 * ((image_id + k - 1) % 80 + 1),
+            "bbox": [1.25 * k, 0.5, 5.17, 7.9],
+            "area": 25.75 + k,
+            "iscrowd": k % 2,
+            "segmentation": [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]],
         }
-        for split, ids in SPLITS.items()
-        for i in ids
+        for k in (2, 1, 3)
     ]
-    (karpathy / "dataset_coco.json").write_text(json.dumps({"images": listed}))
+
+
+def karpathy(edit: Callable[[list[Any]], None] = lambda images: None) -> dict[str, Any]:
+    images = [
+        {
+            "filename": file_name(i, place_of(split)),
+            "filepath": place_of(split),
+            "cocoid": i,
+            "imgid": number,
+            "split": split,
+            "sentids": [sentid for sentid, _ in captions_of(i)],
+            "sentences": [{"raw": raw, "sentid": sentid, "tokens": ["wrong"]} for sentid, raw in captions_of(i)],
+        }
+        for number, (i, split) in enumerate((i, split) for split, ids in SPLITS.items() for i in ids)
+    ]
+    edit(images)
+    return {"dataset": "coco", "images": images}
+
+
+def annotations(kind: str, place: str) -> dict[str, Any]:
+    ids = sorted({i for split, ids in SPLITS.items() if place_of(split) == place for i in ids} | {UNLISTED[place]})
+    images = [{"id": i, "file_name": file_name(i, place), "width": 14, "height": 10} for i in reversed(ids)]
+    if kind == "captions":
+        found = [{"id": sentid, "image_id": i, "caption": text} for i in ids for sentid, text in captions_of(i)]
+        return {"images": images, "annotations": found}
     return {
-        "train2014.zip": root / "train2014",
-        "val2014.zip": root / "val2014",
-        "annotations_trainval2014.zip": root / "annotations",
-        "caption_datasets.zip": karpathy,
+        "images": images,
+        "annotations": [found for i in ids for found in objects_of(i)],
+        "categories": [{"id": 2 * number, "name": f"thing {number}"} for number in range(1, 81)],
     }
 
 
-def test_preparing_without_tensorflow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "tensorflow" else found(name, *rest)
+def write_zip(path: Path, files: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+@pytest.fixture
+def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the archives, under their names."""
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    for place in ("train2014", "val2014"):
+        ids = [i for split, ids in SPLITS.items() if place_of(split) == place for i in ids]
+        images = {f"{place}/{file_name(i, place)}": jpeg(i) for i in [*ids, UNLISTED[place]]}
+        write_zip(folder / f"{place}.zip", {f"{place}/": b"", **images})
+    files = [(kind, place) for kind in ("captions", "instances") for place in ("train2014", "val2014")]
+    texts = {f"annotations/{kind}_{place}.json": json.dumps(annotations(kind, place)).encode() for kind, place in files}
+    write_zip(folder / "annotations_trainval2014.zip", texts)
+    write_zip(
+        folder / "caption_datasets.zip",
+        {"dataset_coco.json": json.dumps(karpathy()).encode(), "dataset_flickr8k.json": b"{}"},
     )
-    with pytest.raises(UserError, match=r"pip install 'imgcap_jax\[coco\]'"):
-        prepare("coco", data_dir=tmp_path, progress=False)
+    monkeypatch.setattr(coco, "SPLITS", {split: len(ids) for split, ids in SPLITS.items()})
+    return folder
 
 
-def test_a_built_dataset_is_read_and_is_up_to_date(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without TensorFlow: a dataset of scenes stands for what the official builder writes."""
+@pytest.fixture
+def served(archives: Path, file_server: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The server with the archives, at the addresses from which they are downloaded."""
 
-    def build(data_dir: Path, download_dir: Path | None = None) -> Path:
-        folder = data_dir / coco.NAME / coco.CONFIG / "1.1.0"
-        shutil.copytree(next((tiny_data / "scenes").iterdir()), folder)
-        for name in ("origin.json", "skipped.json", "SHA256SUMS"):  # which only this package writes
-            (folder / name).unlink()
-        return folder
+    def archive(name: str) -> coco.Archive:
+        content = (archives / name).read_bytes()
+        file_server.files[f"/{name}"] = content
+        return coco.Archive(f"{file_server.base}/{name}", len(content), hashlib.sha256(content).hexdigest())
 
-    monkeypatch.setattr(coco, "build", build)
-    monkeypatch.setattr(coco, "TRAIN_IMAGES", 40)
-    folder = prepare("coco", data_dir=tmp_path, progress=False)
-    assert (folder / "SHA256SUMS").is_file()
-    assert describe("coco", tmp_path).source == coco.ORIGIN.source
-    assert len(open_source("coco", "val", tmp_path)) == 8
-    assert check_dataset("coco", tmp_path) == []
-    said: list[str] = []
-    assert prepare("coco", data_dir=tmp_path, progress=False, say=said.append) == folder
+    monkeypatch.setattr(coco, "PHOTOS", (archive("train2014.zip"), archive("val2014.zip")))
+    monkeypatch.setattr(coco, "ANNOTATIONS", archive("annotations_trainval2014.zip"))
+    archive("caption_datasets.zip")
+    monkeypatch.setattr(coco, "MIRRORS", (f"{file_server.base}/gone.zip", f"{file_server.base}/caption_datasets.zip"))
+    return file_server
+
+
+def given(archives: Path, **changed: Any) -> dict[str, Any]:
+    """The arguments of `prepare` for archives that are there."""
+    return {
+        "data_dir": archives.parent / "data",
+        "images": [archives / "train2014.zip", archives / "val2014.zip"],
+        "annotations": archives / "annotations_trainval2014.zip",
+        "split_file": archives / "caption_datasets.zip",
+        "progress": False,
+        **changed,
+    }
+
+
+def contents(data_dir: Path) -> dict[str, list[tuple[int, str, bytes, tuple[str, ...]]]]:
+    """Id, file name, image and captions of each record, by split."""
+    return {
+        split: [(one.image_id, one.filename, one.image, one.captions) for one in open_source("coco", split, data_dir)]
+        for split in ("train", "val", "test")
+    }
+
+
+def expected(splits: tuple[str, ...]) -> set[tuple[int, str, bytes, tuple[str, ...]]]:
+    return {
+        (i, file_name(i, place_of(split)), jpeg(i), tuple(text for _, text in captions_of(i)))
+        for split in splits
+        for i in SPLITS[split]
+    }
+
+
+def check_contents(data_dir: Path) -> None:
+    found = contents(data_dir)
+    assert set(found["train"]) == expected(("train", "restval"))
+    assert set(found["val"]) == expected(("val",))
+    assert set(found["test"]) == expected(("test",))
+    assert sum(map(len, found.values())) == 9
+
+
+def test_coco_is_prepared_from_its_archives(archives: Path) -> None:
+    data_dir, said = archives.parent / "data", list[str]()
+    folder = prepare("coco", **given(archives), say=said.append)
+    assert folder == data_dir / "coco_captions" / "2014" / "1.1.0"
+    assert said == [f"coco_captions: train 3, restval 2, val 3, test 1 images in {folder}"]
+    check_contents(data_dir)
+    assert describe("coco", data_dir).source == coco.ORIGIN.source
+    assert check_dataset("coco", data_dir) == []
+    assert [file.name for file in (data_dir / "coco_captions").iterdir()] == ["2014"]
+    said.clear()
+    for name in NAMES:
+        (archives / name).unlink()
+    assert prepare("coco", data_dir=data_dir, progress=False, say=said.append) == folder
     assert said == [f"coco_captions: already prepared in {folder}"]
 
 
-def test_the_official_builder(archives: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tensorflow", reason="the official builder needs TensorFlow (extra coco)")
+def test_objects_are_stored(archives: Path) -> None:
     import tensorflow_datasets as tfds
 
-    def extracted(self: Any, urls: dict[str, str]) -> dict[str, str]:
-        return {key: str(archives[url.rsplit("/", 1)[1]]) for key, url in urls.items()}
+    source = tfds.builder_from_directory(prepare("coco", **given(archives))).as_data_source("val")
+    found = {int(example["image/id"]): example["objects"] for example in source}
+    assert len(found[1]["id"]) == 0
+    assert list(found[6]["id"]) == [601, 602, 603]
+    assert list(found[6]["area"]) == [26, 27, 28]
+    assert list(found[6]["is_crowd"]) == [True, False, True]
+    assert list(found[6]["label"]) == [6, 7, 8]  # the numbers of categories, not their ids
+    np.testing.assert_allclose(found[6]["bbox"][1], [0.05, 2.5 / 14, 0.84, 7.67 / 14], rtol=1e-6)
 
-    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", extracted)
-    data_dir = tmp_path / "data"
-    with pytest.raises(UserError, match=r"5 training images .* not COCO's 113,287"):
-        prepare("coco", data_dir=data_dir, progress=False)
-    monkeypatch.setattr(coco, "TRAIN_IMAGES", 5)
-    folder = prepare("coco", data_dir=data_dir, progress=False)
-    assert folder == data_dir / "coco_captions" / "2014" / "1.1.0"
 
-    reader = """
+def test_no_tensorflow_is_imported(archives: Path) -> None:
+    script = """
         import sys
         from pathlib import Path
         from imgcap_jax.data.builders import coco
+        from imgcap_jax.data.prepare import prepare
         from imgcap_jax.data.sources import open_source
-        coco.TRAIN_IMAGES = 5
-        for split in ("train", "val", "test"):
-            source = open_source("coco", split, Path(sys.argv[1]))
-            for i, example in enumerate(source):
-                row = split, example.image_id, example.filename, example.image.hex()
-                print(*row, "|".join(example.captions))
-                assert source.captions(i) == example.captions
+        archives = Path(sys.argv[1])
+        coco.SPLITS = {"train": 3, "restval": 2, "val": 3, "test": 1}
+        prepare("coco", data_dir=archives / "data", images=[archives], annotations=archives / sys.argv[2],
+                split_file=archives / sys.argv[3], progress=False)
+        assert len(open_source("coco", "train", archives / "data")) == 5
         assert "tensorflow" not in sys.modules
         """
-    read = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(reader), str(data_dir)], capture_output=True, text=True
-    )
-    assert read.returncode == 0, read.stderr
-    captions = "|".join(["A dog, image {}."] * 5)
-    expected = {
-        " ".join(
-            [
-                "train" if split == "restval" else split,
-                str(i),
-                file_name(i, "train2014" if split == "train" else "val2014"),
-                jpeg(i).hex(),
-                captions.format(*[i] * 5),
-            ]
-        )
-        for split, ids in SPLITS.items()
-        for i in ids
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), archives, *NAMES[2:]], check=True)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_extracted_archives(nested: bool, archives: Path) -> None:
+    extracted = archives.parent / "extracted"
+    for name in NAMES:
+        with zipfile.ZipFile(archives / name) as archive:
+            archive.extractall(extracted)
+    options = {"images": [extracted], "annotations": extracted, "split_file": extracted}
+    if not nested:
+        options = {
+            "images": [extracted / "val2014", extracted / "train2014"],
+            "annotations": extracted / "annotations" / "instances_val2014.json",
+            "split_file": extracted / "dataset_coco.json",
+        }
+    prepare("coco", **given(archives, **options))
+    check_contents(archives.parent / "data")
+
+
+def test_blips_lists(archives: Path) -> None:
+    """Their train contains restval, and their captions have no ids."""
+    parts: dict[str, list[Any]] = {"train": [], "val": [], "test": []}
+    for split, ids in SPLITS.items():
+        for i in ids:
+            entry = {"image": f"{place_of(split)}/{file_name(i, place_of(split))}", "image_id": f"coco_{i}"}
+            texts = [text.strip() for _, text in captions_of(i)]
+            if split in ("train", "restval"):
+                parts["train"] += [{**entry, "caption": text} for text in texts]
+            else:
+                parts[split].append({"image": entry["image"], "image_id": i, "caption": texts})
+    for split, entries in parts.items():
+        (archives / f"coco_karpathy_{split}.json").write_text(json.dumps(entries))
+    prepare("coco", **given(archives, split_file=archives / "coco_karpathy_val.json"))
+    check_contents(archives.parent / "data")
+    (archives / "coco_karpathy_test.json").unlink()
+    with pytest.raises(UserError, match=r"coco_karpathy_test\.json is missing; pass Karpathy's dataset_coco\.json"):
+        prepare("coco", **given(archives, data_dir=archives, split_file=archives / "coco_karpathy_val.json"))
+
+
+def wrong_split(images: list[Any]) -> None:
+    images[0]["split"] = "val"
+
+
+def wrong_count(images: list[Any]) -> None:
+    del images[-1]
+
+
+def wrong_id(images: list[Any]) -> None:
+    images[1]["cocoid"] = 11
+
+
+def unknown_image(images: list[Any]) -> None:
+    images[1]["filename"] = "COCO_train2014_000000000011.jpg"
+
+
+def repeated_image(images: list[Any]) -> None:
+    images[1] = images[0]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (wrong_split, r"images\[0\]: COCO_train2014_000000000009\.jpg is in train2014, and cannot be in .* 'val'"),
+        (
+            wrong_count,
+            r"\(train 3, restval 2, val 3\) than Karpathy's \(train 3, .* test 1\); dataset.*kaggle",
+        ),
+        (wrong_id, r"images\[1\]: COCO has no image COCO_train2014_000000000005\.jpg with the id 11"),
+        (unknown_image, r"images\[1\]: COCO has no image COCO_train2014_000000000011\.jpg with the id 5"),
+        (repeated_image, r"dataset_coco\.json lists 1 image twice \(first: COCO_train2014_000000000009\.jpg\)"),
+    ],
+)
+def test_a_file_that_has_not_karpathys_splits(edit: Callable[[list[Any]], None], message: str, archives: Path) -> None:
+    write_zip(archives / "other.zip", {"dataset_coco.json": json.dumps(karpathy(edit)).encode()})
+    with pytest.raises(UserError, match=message) as raised:
+        prepare("coco", **given(archives, split_file=archives / "other.zip"))
+    assert str(archives / "other.zip") in str(raised.value)
+    assert "/imgcap_" not in str(raised.value)  # a temporary folder
+    assert not (archives.parent / "data" / "coco_captions").exists()
+
+
+def test_other_captions_are_noted(archives: Path) -> None:
+    def translate(images: list[Any]) -> None:
+        images[0]["sentences"][0]["raw"] = "ein Hund"
+
+    (archives / "dataset_coco.json").write_text(json.dumps(karpathy(translate)))
+    said: list[str] = []
+    prepare("coco", **given(archives, split_file=archives / "dataset_coco.json"), say=said.append)
+    assert said[0].endswith("the captions of 1 image are not COCO's (first: COCO_train2014_000000000009.jpg)")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"images": ["train2014.zip"]}, r"6 of val2014 are missing \(first: COCO_val2014_.* pass .* with --images"),
+        ({"images": ["caption_datasets.zip"]}, "3 of train2014 and 6 of val2014 are missing"),
+        ({"images": ["absent"]}, "absent does not exist"),
+        ({"images": ["photos.tar.gz"]}, r"photos\.tar\.gz is an archive that is not read; extract it"),
+        ({"images": ["cut.zip"]}, r"cut\.zip is not a zip archive, or the end of it is missing; download it again"),
+        ({"annotations": "train2014.zip"}, r"train2014\.zip contains no file of the expected names"),
+        ({"annotations": "absent.zip"}, r"absent\.zip does not exist$"),
+        ({"annotations": "annotations"}, r"instances_val2014\.json is missing: pass COCO's annotations_trainval2014"),
+        ({"annotations": "damaged"}, r"instances_train2014\.json is damaged \('bbox' is missing\)"),
+        ({"split_file": "absent.json"}, r"absent\.json does not exist; dataset_coco\.json is in https://www\.kaggle"),
+        ({"split_file": "val2014.zip"}, r"val2014\.zip contains no file of the expected names"),
+        ({"split_file": "empty"}, r"coco_karpathy_train\.json is missing; pass Karpathy's dataset_coco\.json"),
+    ],
+)
+def test_missing_and_damaged_files(changed: dict[str, Any], message: str, archives: Path) -> None:
+    (archives / "photos.tar.gz").write_bytes(b"\x1f\x8b")
+    (archives / "cut.zip").write_bytes((archives / "train2014.zip").read_bytes()[:-30])
+    for name in ("annotations", "damaged", "empty"):
+        (archives / name).mkdir()
+    train = annotations("instances", "train2014")
+    (archives / "annotations" / "instances_train2014.json").write_text(json.dumps(train))
+    del train["annotations"][0]["bbox"]
+    (archives / "damaged" / "instances_train2014.json").write_text(json.dumps(train))
+    options = {
+        name: [archives / one for one in value] if isinstance(value, list) else archives / value
+        for name, value in changed.items()
     }
-    assert set(read.stdout.splitlines()) == expected
+    with pytest.raises(UserError, match=message) as raised:
+        prepare("coco", **given(archives, **options))
+    assert "\n" not in str(raised.value)
 
 
-def test_a_coco_training_split_of_the_wrong_size_is_refused(archives: dict[str, Path], tmp_path: Path) -> None:
-    """Prepares the same images as a folder under the official name, which needs no TensorFlow."""
-    folder = archives["train2014.zip"].parent
-    (archives["caption_datasets.zip"] / "dataset_coco.json").rename(folder / "dataset_coco.json")
-    contents = scan_folder(folder / "dataset_coco.json")
-    builder = FolderBuilder(contents, name=coco.NAME, data_dir=tmp_path / "data", origin=coco.ORIGIN)
+def test_a_damaged_photo_is_named(archives: Path) -> None:
+    path = archives / "val2014.zip"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(jpeg(6), jpeg(6)[:-20] + bytes(20)))
+    with pytest.raises(UserError, match=r"2014\.zip/val2014/COCO_val2014_000000000006\.jpg cannot be read \(damaged"):
+        prepare("coco", **given(archives))
+    with zipfile.ZipFile(archives / "train2014.zip") as archive:
+        archive.extractall(archives / "photos")
+    path.write_bytes(content)
+    photo = archives / "photos" / "train2014" / file_name(7, "train2014")
+    photo.write_bytes(jpeg(7)[:200])
+    with pytest.raises(UserError, match=r"000000000007\.jpg cannot be read \(.*\); download or extract it again"):
+        prepare("coco", **given(archives, images=[archives / "photos", path]))
+    assert not (archives.parent / "data" / "coco_captions").exists()
+
+
+def test_coco_is_downloaded(served: Any, tmp_path: Path) -> None:
+    data_dir, said = tmp_path / "data", list[str]()
+    prepare("coco", data_dir=data_dir, progress=False, say=said.append)
+    check_contents(data_dir)
+    place = data_dir / "downloads" / "coco"
+    names = ["annotations_trainval2014.zip", "caption_datasets.zip", "train2014.zip", "val2014.zip"]
+    assert said[:4] == [f"coco_captions: downloaded {place / name}" for name in names]
+    assert sorted(file.name for file in place.iterdir() if file.name[0] != ".") == names
+    shutil.rmtree(data_dir / "coco_captions")
+    served.asked.clear()
+    prepare("coco", data_dir=data_dir, progress=False)
+    assert served.asked == []  # the archives are still there
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_an_interrupted_download_goes_on(ranges: bool, served: Any, tmp_path: Path) -> None:
+    cut = len(served.files["/train2014.zip"]) // 2
+    # The annotations, the page that is gone, and the splits arrive as a whole.
+    served.limits = [None, None, cut, 0]
+    with pytest.raises(UserError, match=r"train2014\.zip stopped after .*; run the same command again to resume it"):
+        prepare("coco", data_dir=tmp_path, download_dir=tmp_path / "zips", progress=False)
+    assert (tmp_path / "zips" / "train2014.zip.part").stat().st_size == cut
+    served.limits, served.ranges = [None], ranges
+    served.asked.clear()
+    prepare("coco", data_dir=tmp_path, download_dir=tmp_path / "zips", progress=False)
+    assert served.asked == [("/train2014.zip", f"bytes={cut}-"), ("/val2014.zip", None)]
+    check_contents(tmp_path)
+
+
+def test_a_wrong_archive_is_refused(served: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place, whole = tmp_path / "zips", served.files["/val2014.zip"]
+    command = ["data", "prepare", "coco", "--data-dir", str(tmp_path), "--download-dir", str(place)]
+
+    def refusal() -> str:
+        capsys.readouterr()
+        assert main(command) == 2
+        return [line for line in capsys.readouterr().err.splitlines() if not line.startswith("downloading ")][-1]
+
+    served.files["/val2014.zip"] = whole[:-1] + b"x"
+    assert "/val2014.zip is not the published file: its SHA-256 starts with" in refusal()
+    served.files["/val2014.zip"] = b"<html>"
+    assert "val2014.zip is not the published file: the server sends 6 bytes instead of" in refusal()
+    del served.files["/val2014.zip"]
+    assert refusal().endswith(
+        "val2014.zip can't be downloaded (the server answers 404 Not Found); download it by other means into "
+        f"{place}, or pass it with --images"
+    )
+    (place / "val2014.zip").write_bytes(whole[:-1])
+    assert f"val2014.zip has {len(whole) - 1:,} bytes instead of {len(whole):,}; delete it" in refusal()
+    (place / "val2014.zip").write_bytes(whole)
+    assert main(command) == 0
+
+
+def test_without_a_network_it_is_said_where_the_files_are(
+    archives: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(downloads, "_open", lambda request, redirects: raise_unreachable())
+    data_dir = archives.parent / "data"
+    assert main(["data", "prepare", "coco", "--data-dir", str(data_dir)]) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert "annotations_trainval2014.zip can't be downloaded (no route); download it by other means" in err
+    assert out.splitlines() == list(coco.GUIDE)
+    # Only the splits are missing.
+    photos = [f"--images={archives / name}" for name in NAMES[:2]]
+    command = ["data", "prepare", "coco", "--data-dir", str(data_dir), *photos, f"--annotations={archives / NAMES[2]}"]
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert "no copy of Karpathy's splits can be downloaded (no route); pass it with --split-file; dataset_coco" in err
+
+
+def raise_unreachable() -> None:
+    raise downloads._Unreachable("no route")
+
+
+def test_a_mirror_with_other_content_is_not_used(served: Any, archives: Path) -> None:
+    def shorten(images: list[Any]) -> None:
+        for image in images:
+            image["sentences"][0]["raw"] = "a cat"
+
+    served.files["/gone.zip"] = json.dumps(karpathy(shorten)).encode()
+    options = given(archives, split_file=None, download_dir=archives.parent / "zips")
+    said: list[str] = []
+    prepare("coco", **options, say=said.append)
+    assert said[0] == f"coco_captions: downloaded {archives.parent / 'zips' / 'caption_datasets.zip'}"
+    assert not (archives.parent / "zips" / "gone.zip").exists()
+    check_contents(archives.parent / "data")
+
+
+def test_disk_space_is_checked_first(served: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    total = sum(len(served.files[f"/{name}"]) for name in NAMES[:2])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * total))  # type: ignore
+    with pytest.raises(UserError, match=r"GB needed, .* GB free; use another --download-dir or --data-dir"):
+        prepare("coco", data_dir=tmp_path / "data", progress=False)
+    assert served.asked == []
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_the_archives_and_the_next_one_completes(archives: Path) -> None:
+    script = """
+        import sys, time
+        from pathlib import Path
+        from imgcap_jax.data.builders import coco, coco_builder
+        from imgcap_jax.data.prepare import prepare
+        archives = Path(sys.argv[1])
+        coco.SPLITS = {"train": 3, "restval": 2, "val": 3, "test": 1}
+        coco_builder.CocoBuilder._read = lambda self, i: time.sleep(600)
+        prepare("coco", data_dir=archives.parent / "data", images=[archives], annotations=archives / sys.argv[2],
+                split_file=archives / sys.argv[3], progress=False)
+        """
+    home = archives.parent / "data" / "coco_captions"
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), archives, *NAMES[2:]])
+    try:
+        while not list(home.glob("incomplete.*/*/*/*incomplete*")):
+            assert process.poll() is None
+            time.sleep(0.1)
+        (leftover,) = home.iterdir()
+        prepare("coco", **given(archives))  # at the same time
+        assert leftover.exists()
+        shutil.rmtree(home / "2014")
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    prepare("coco", **given(archives))
+    assert not leftover.exists()
+    check_contents(archives.parent / "data")
+
+
+@pytest.mark.slow
+def test_records_equal_those_of_the_official_builder(
+    archives: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorflow", reason="the official builder needs TensorFlow")
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.object_detection.coco_captions import CocoCaptions
+
+    def extracted(self: Any, urls: dict[str, str]) -> dict[str, str]:
+        folders = {}
+        for key, url in urls.items():
+            folders[key] = str(tmp_path / "extracted" / url.rsplit("/", 1)[1])
+            with contextlib.suppress(FileNotFoundError), zipfile.ZipFile(archives / url.rsplit("/", 1)[1]) as archive:
+                archive.extractall(folders[key])
+        return folders
+
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", extracted)
+    official = CocoCaptions(data_dir=tmp_path / "official", config="2014")
+    official.download_and_prepare(file_format="array_record")
+    folder = prepare("coco", **given(archives))
+    ours = tfds.builder_from_directory(folder)
+    assert json.loads((folder / "features.json").read_text()) == json.loads(
+        (Path(official.data_dir) / "features.json").read_text()
+    )
+    assert ours.info.features["objects"]["label"].names == official.info.features["objects"]["label"].names
+    assert set(ours.info.splits) == set(official.info.splits) == set(SPLITS)
+    raw = {"image": tfds.decode.SkipDecoding()}
+    for split in SPLITS:
+        pairs = list(
+            zip(ours.as_data_source(split, decoders=raw), official.as_data_source(split, decoders=raw), strict=True)
+        )
+        assert len(pairs) == len(SPLITS[split])
+        for one, other in pairs:  # in the same order
+            assert flat(one) == flat(other)
+    # The official class reads our records, and would not build them again.
+    opened = CocoCaptions(data_dir=archives.parent / "data", config="2014")
+    opened.download_and_prepare()
+    assert len(opened.as_data_source("val")) == len(SPLITS["val"])
+    # Our reader reads the official records.
+    assert contents(tmp_path / "official") == contents(archives.parent / "data")
+
+
+def flat(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: flat(value[key]) for key in sorted(value)}
+    if isinstance(value, list):
+        return [flat(one) for one in value]
+    return (value.dtype.str, value.tolist()) if isinstance(value, np.ndarray | np.generic) else value
+
+
+def test_a_coco_training_split_of_the_wrong_size_is_refused(archives: Path, tmp_path: Path) -> None:
+    """Prepares the same images as a folder under the official name."""
+    for name in NAMES:
+        with zipfile.ZipFile(archives / name) as archive:
+            archive.extractall(tmp_path / "photos")
+    found = scan_folder(tmp_path / "photos" / "dataset_coco.json")
+    builder = FolderBuilder(found, name=coco.NAME, data_dir=tmp_path / "data", origin=coco.ORIGIN)
     builder.download_and_prepare(file_format="array_record")
-    with pytest.raises(UserError, match=r"5 training images .* not COCO's 113,287"):
+    coco.SPLITS["train"] = 82_783
+    with pytest.raises(UserError, match=r"5 training images .* not COCO's 82,785"):
         open_source("coco", "train", tmp_path / "data")
     val = open_source("coco", "val", tmp_path / "data")
-    assert [example.image_id for example in val] == SPLITS["val"]  # the COCO id, not Karpathy's imgid
+    assert {example.image_id for example in val} == set(SPLITS["val"])  # the COCO id, not Karpathy's imgid

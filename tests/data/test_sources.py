@@ -286,9 +286,9 @@ def test_errors_say_what_to_do(data_dir: Path) -> None:
     assert split_names("scenes", data_dir) == ["train", "val", "test", "test_compositional"]
     with pytest.raises(UserError, match=r"no split 'dev'; it has train, val, test, test_compositional"):
         open_source("scenes", "dev", data_dir)
-    with pytest.raises(UserError, match=r"prepared datasets: scenes.*imgcap data prepare FOLDER --name flickr8k"):
+    with pytest.raises(UserError, match=r"datasets: scenes.*imgcap data prepare flickr8k; .* TFDS_DATA_DIR .* --data-dir"):
         open_source("flickr8k", "train", data_dir)
-    with pytest.raises(UserError, match=r"imgcap data prepare coco$"):
+    with pytest.raises(UserError, match=r"imgcap data prepare coco;"):
         open_source("coco", "train", data_dir)
     with pytest.raises(UserError, match="not prepared"):
         open_source("../scenes", "train", data_dir / "scenes")

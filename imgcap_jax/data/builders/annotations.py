@@ -19,7 +19,7 @@ EXPECTED = (
     "dataset_*.json (Karpathy), captions_*.json (COCO), *.jsonl, *_train.json (BLIP), metadata.csv, captions.txt, "
     "results.csv or *.token.txt"
 )
-_ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".token")
+ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".token")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def find_annotations(path: Path) -> tuple[Path, list[Path]]:
     if not path.exists():
         raise UserError(f"{path}: no such folder; pass a folder of images with {EXPECTED}")
     if path.is_file():
-        if path.suffix not in _ENDINGS:
+        if path.suffix not in ENDINGS:
             raise UserError(f"{path}: not an annotation file; pass a folder of images with {EXPECTED}")
         folder = path.parent.parent if path.parent.name == "annotations" else path.parent
         return folder, [path]

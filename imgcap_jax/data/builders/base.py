@@ -8,6 +8,7 @@ file system. The input pipeline shuffles anyway.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from imgcap_jax.data.builders.layout import (
     write_json,
     write_origin,
 )
-from imgcap_jax.data.builders.listed import shown
+from imgcap_jax.data.builders.listed import shown, split_name
 from imgcap_jax.errors import UserError
 from imgcap_jax.image_ids import parse_image_id
 
@@ -49,6 +50,21 @@ class CaptionRecord:
 
 
 RecordShard = Callable[[], Iterator[CaptionRecord]]
+SHARD_BYTES = 128 * 2**20
+
+
+def shard_ranges(sizes: Sequence[int]) -> list[range]:
+    """Divides the images of a split into shards of about `SHARD_BYTES`.
+
+    Args:
+        sizes: the size of each image in bytes; at least one image.
+
+    Returns:
+        The numbers of the images of each shard, in order. No shard is empty.
+    """
+    count = min(-(-sum(sizes) // SHARD_BYTES) or 1, len(sizes))
+    bounds = [len(sizes) * k // count for k in range(count + 1)]
+    return [range(start, end) for start, end in itertools.pairwise(bounds)]
 
 
 class CaptionBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -99,7 +115,8 @@ class CaptionBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
     def record_shards(self) -> Mapping[str, Sequence[RecordShard]]:
         """The shards of each split. A shard is a callable that yields its records, about 100 MB of them.
 
-        Training needs the splits "train" and "val". Each call of a shard must yield the same records.
+        Training needs the splits "train" and "val"; "validation", "valid" and "dev" are stored as "val". Each call of a
+        shard must yield the same records.
         """
         raise UserError(f"{type(self).__name__} has no record_shards, which gives the records of each split")
 
@@ -145,7 +162,12 @@ class CaptionBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
 
         self._indices: dict[str, CaptionIndex] = {}
         iterators: dict[str, list[Callable[[], Iterator[Any]]]] = {}
-        for split, shards in self.record_shards().items():
+        for name, shards in self.record_shards().items():
+            split = split_name(name)
+            if split in iterators:
+                raise UserError(f"{type(self).__name__}.record_shards: {name!r} is another name of the split {split!r}")
+            if split != name:
+                self.notes.append(f"the split {name!r} is stored as {split!r}")
             if not all(callable(shard) for shard in shards):
                 raise UserError(f"{type(self).__name__}.record_shards: the shards of {split!r} must be callables")
             index = self._indices[split] = CaptionIndex()

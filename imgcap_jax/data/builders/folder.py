@@ -1,31 +1,28 @@
-"""`folder`: builds a dataset from a folder of images and its annotation files (see `annotations`)."""
+"""`folder`: builds a dataset from a folder or zip archive of images and annotation files (see `annotations`)."""
 
 import functools
 import hashlib
-import itertools
 import os
 import re
 import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from imgcap_jax.data.builders.annotations import find_annotations, read_annotations
-from imgcap_jax.data.builders.base import CaptionBuilder, CaptionRecord, RecordShard
+from imgcap_jax.data.builders.annotations import ENDINGS, find_annotations, read_annotations
+from imgcap_jax.data.builders.archives import ZipMember, is_zip, members, read_ahead, texts
+from imgcap_jax.data.builders.base import CaptionBuilder, CaptionRecord, RecordShard, shard_ranges
 from imgcap_jax.data.builders.layout import Origin, Skipped
 from imgcap_jax.data.builders.listed import ListedImage, shown
-from imgcap_jax.data.image_files import ImageError, read_file, storable
+from imgcap_jax.data.image_files import ImageError, check_file_size, read_file, storable
 from imgcap_jax.errors import UserError, counted
 from imgcap_jax.files import write_text
 from imgcap_jax.text import tokenize
 
-SHARD_BYTES = 128 * 2**20
 # Largest share of the images, and of the captions, that may be skipped. Above it, the dataset as a whole is broken.
 MAX_SKIPPED = 0.01
-READ_AHEAD = 64
 _EMPTY, _WORDLESS, _NO_CAPTION = "empty caption", "caption without a word", "no caption"
 _LINK = "a link to outside of"
 
@@ -35,8 +32,8 @@ class FolderContents:
     """The images that a folder's annotation files list.
 
     Attributes:
-        folder: the folder of images.
-        annotation_files: its annotation files.
+        folder: the folder or zip archive of images.
+        annotation_files: the annotation files.
         images: the images that were found, with the captions that can be used.
         paths: the file of each image.
         sizes: its size in bytes.
@@ -53,7 +50,7 @@ class FolderContents:
     folder: Path
     annotation_files: tuple[Path, ...]
     images: tuple[ListedImage, ...]
-    paths: tuple[Path, ...]
+    paths: tuple[Path | ZipMember, ...]
     sizes: tuple[int, ...]
     listed: int
     captions: int
@@ -66,12 +63,43 @@ class FolderContents:
 
 
 def scan_folder(path: Path) -> FolderContents:
-    """Reads the annotation files and finds the images, without opening them.
+    """Reads the annotation files of a folder and finds the images, without opening them.
 
     Raises:
         UserError: see `find_annotations` and `read_annotations`.
     """
     folder, files = find_annotations(path)
+    return _scan(folder, files, files)
+
+
+def scan_images(images: Path, annotations: Path, preferred: str) -> FolderContents:
+    """Reads annotation files that are not in the folder of images, and finds the images, without opening them.
+
+    Args:
+        images: a folder or a zip archive of images.
+        annotations: an annotation file, or a folder or a zip archive that contains some.
+        preferred: the name of the annotation file to read if the folder or archive contains it.
+
+    Raises:
+        UserError: see `find_annotations` and `read_annotations`. A path does not exist, or an archive is damaged.
+    """
+    for path in (images, annotations):
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+    if not images.is_dir() and not is_zip(images):
+        raise UserError(f"{images} is neither a folder nor a zip archive of images")
+    names = {PurePosixPath(member.name).name for member in members(annotations)} if is_zip(annotations) else set()
+    wanted = preferred.__eq__ if preferred in names else lambda name: name.endswith(ENDINGS)
+    with texts(annotations, wanted) as place:
+        if (place / preferred).is_file():
+            place /= preferred
+        _, files = find_annotations(place)
+        named = [annotations if file == annotations else annotations / file.name for file in files]
+        return _scan(images, files, named)
+
+
+def _scan(folder: Path, files: Sequence[Path], named: Sequence[Path]) -> FolderContents:
+    """Scans a folder or archive of images. `named` are the annotation files as messages name them."""
     listed = read_annotations(folder, files)
     skipped, mended = list(listed.skipped), []
     images: list[ListedImage] = []
@@ -87,7 +115,8 @@ def scan_folder(path: Path) -> FolderContents:
             else:
                 captions.append((number, text))
         images.append(replace(image, captions=tuple(captions)))
-    found = list(zip(images, _find_images(folder, images), strict=True))
+    find = _find_images if folder.is_dir() else _find_members
+    found = list(zip(images, find(folder, images), strict=True))
     there = [(image, *one) for image, one in found if not isinstance(one, str)]
     absent = [Skipped(image.filename, one) for image, one in found if isinstance(one, str)]
 
@@ -104,7 +133,7 @@ def scan_folder(path: Path) -> FolderContents:
             digest.update(f"{image.image_id} {image.split}\n".encode())
     return FolderContents(
         folder=folder,
-        annotation_files=tuple(files),
+        annotation_files=tuple(named),
         images=tuple(image for image, _, _ in there),
         paths=tuple(path for _, path, _ in there),
         sizes=tuple(size for _, _, size in there),
@@ -176,6 +205,23 @@ def _find_images(folder: Path, images: Sequence[ListedImage]) -> list[tuple[Path
     return [find(image) for image in images]
 
 
+def _find_members(archive: Path, images: Sequence[ListedImage]) -> list[tuple[ZipMember, int] | str]:
+    """The file in a zip archive and the size in bytes of each image, or the reason why it cannot be used."""
+    by_path = {member.name: member for member in members(archive)}
+    by_name: dict[str, list[ZipMember]] = {}
+    for member in by_path.values():
+        by_name.setdefault(PurePosixPath(member.name).name, []).append(member)
+
+    def find(image: ListedImage) -> tuple[ZipMember, int] | str:
+        path = image.path.replace("\\", "/")
+        candidates = [by_path[path]] if path in by_path else by_name.get(PurePosixPath(path).name, [])
+        if len(candidates) > 1:
+            return f"found {len(candidates)} times in {archive}; list it with its path"
+        return (candidates[0], candidates[0].size) if candidates else "not found"
+
+    return [find(image) for image in images]
+
+
 def _status(path: Path) -> os.stat_result | None:
     """The status of anything except a folder; None if there is nothing at the path."""
     try:
@@ -185,9 +231,9 @@ def _status(path: Path) -> os.stat_result | None:
     return None if stat.S_ISDIR(found.st_mode) else found
 
 
-def _repeated(found: Iterable[tuple[ListedImage, Path]]) -> Iterator[Skipped]:
+def _repeated(found: Iterable[tuple[ListedImage, Path | ZipMember]]) -> Iterator[Skipped]:
     """Photos that are listed more than once, under one path or several."""
-    first: dict[Path, ListedImage] = {}
+    first: dict[Path | ZipMember, ListedImage] = {}
     for image, path in found:
         other = first.setdefault(path, image)
         if other is not image:
@@ -200,16 +246,24 @@ def _repeated(found: Iterable[tuple[ListedImage, Path]]) -> Iterator[Skipped]:
             )
 
 
-def read_image(path: Path) -> bytes:
+def read_image(path: Path | ZipMember) -> bytes:
     """Reads an image file as the dataset stores it (see `image_files.storable`).
 
     Raises:
         ImageError: the file cannot be read, or the image cannot be decoded completely or is too large.
     """
     try:
-        return storable(read_file(path))
+        return storable(read_file(path) if isinstance(path, Path) else _read_member(path))
     except OSError as error:
         raise ImageError(error.strerror or str(error)) from error
+
+
+def _read_member(member: ZipMember) -> bytes:
+    check_file_size(member.size)
+    try:
+        return member.read_bytes()
+    except ValueError as error:
+        raise ImageError(str(error)) from error
 
 
 class FolderBuilder(CaptionBuilder):
@@ -258,11 +312,8 @@ class FolderBuilder(CaptionBuilder):
         shards: dict[str, list[RecordShard]] = {}
         for split in dict.fromkeys(image.split for image in contents.images):
             members = [i for i, image in enumerate(contents.images) if image.split == split]
-            count = -(-sum(contents.sizes[i] for i in members) // SHARD_BYTES) or 1
-            count = min(count, len(members))
-            bounds = [len(members) * k // count for k in range(count + 1)]
-            parts = [members[start:end] for start, end in itertools.pairwise(bounds)]
-            shards[split] = [functools.partial(self._records, part) for part in parts]
+            ranges = shard_ranges([contents.sizes[i] for i in members])
+            shards[split] = [functools.partial(self._records, [members[k] for k in shard]) for shard in ranges]
         return shards
 
     def _records(self, members: Sequence[int]) -> Iterator[CaptionRecord]:
@@ -280,25 +331,21 @@ class FolderBuilder(CaptionBuilder):
     def _read(self, members: Sequence[int]) -> Iterator[tuple[int, bytes | None]]:
         """Yields each image, encoded, or None if it cannot be used."""
         contents = self._contents
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, len(members), READ_AHEAD):
-                chunk = members[start : start + READ_AHEAD]
-                futures = [pool.submit(_read_with_digest, contents.paths[i]) for i in chunk]
-                for i, future in zip(chunk, futures, strict=True):
-                    image = contents.images[i]
-                    self._unread.discard(i)
-                    self._on_image()
-                    reason = "" if image.captions else _NO_CAPTION
-                    try:
-                        encoded, digest = future.result()
-                    except ValueError as error:
-                        reason = str(error)
-                    if reason:
-                        self._broken.append(Skipped(image.filename, reason))
-                        yield i, None
-                        continue
-                    self._note_copy(i, digest)
-                    yield i, encoded
+        for i, future in read_ahead(lambda i: _read_with_digest(contents.paths[i]), members):
+            image = contents.images[i]
+            self._unread.discard(i)
+            self._on_image()
+            reason = "" if image.captions else _NO_CAPTION
+            try:
+                encoded, digest = future.result()
+            except ValueError as error:
+                reason = str(error)
+            if reason:
+                self._broken.append(Skipped(image.filename, reason))
+                yield i, None
+                continue
+            self._note_copy(i, digest)
+            yield i, encoded
 
     def _note_copy(self, i: int, digest: bytes) -> None:
         contents = self._contents
@@ -383,7 +430,7 @@ class FolderBuilder(CaptionBuilder):
         return f"; {counted(len(lines), 'problem')} listed in {self._report}"
 
 
-def _read_with_digest(path: Path) -> tuple[bytes, bytes]:
+def _read_with_digest(path: Path | ZipMember) -> tuple[bytes, bytes]:
     encoded = read_image(path)
     return encoded, hashlib.sha256(encoded).digest()
 
