@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from imgcap_jax.cli.parser import build_parser
-from imgcap_jax.errors import UserError, counted, printable
+from imgcap_jax.errors import UserError, check_range, counted, printable
 
 # Modules that import JAX or TFDS are imported where they are used, so that --help and errors are quick.
 
@@ -304,6 +304,7 @@ def _inspect(options: argparse.Namespace) -> int:
             raise UserError(f"{options.name}: {files}; delete its folder and prepare the dataset again")
         print(f"{options.name}: not damaged")
         return 0
+    check_range("--min-count", options.min_count, at_least=1)
     tokenizer = _tokenizer(options)
     inspection = inspect(options.name, options.data_dir, min_count=options.min_count, tokenizer=tokenizer)
     print("\n".join(inspection.lines()))

@@ -8,7 +8,7 @@ import numpy as np
 from imgcap_jax.data.caption_tokens import CaptionTokens, total_counts
 from imgcap_jax.data.sources import CaptionSource
 from imgcap_jax.data.vocabulary import Vocabulary
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, counted
 from imgcap_jax.tokenizers import DEFAULT, LONGEST_MEAN, Characters, looks_english, why_unsegmented
 
 LOWEST_COVERAGE = 0.8
@@ -71,7 +71,8 @@ def vocabulary_notes(
     """Notes on words: text that is not separated into words, captions without words, and low coverage.
 
     Args:
-        training, validation: the captions of the two splits; None: there is no validation split.
+        training, validation: the captions of the two splits; None: there is no validation split. The coverage of fewer
+            than 20 validation captions is not reported.
         vocabulary: None if no word occurs ``min_count`` times.
         min_count: the smallest count of a word of the vocabulary.
     """
@@ -87,14 +88,17 @@ def vocabulary_notes(
             f"to stop; remove them, or use another --data.tokenizer if it drops their characters"
         )
     if vocabulary is None:
-        return [*notes, f"no word occurs {min_count} times in the training captions; use a smaller --data.min-count"]
-    counts = {"training": training, "validation": validation}
+        often = counted(min_count, "time")
+        return [*notes, f"no word occurs {often} in the training captions; train with a smaller --data.min-count"]
+    counts = {"training": training, "validation": validation if validation and validation.captions >= _FEW else None}
     low = {name: split.coverage for name, split in counts.items() if split and split.coverage < LOWEST_COVERAGE}
     if low:
         shares = " and ".join(f"{100 * coverage:.0f} % of the {name} words" for name, coverage in low.items())
+        which = "of the training captions" if min_count == 1 else f"that occur at least {min_count} times"
+        smaller = "more training captions" if min_count == 1 else "a smaller --data.min-count"
         notes.append(
-            f"the words that occur at least {min_count} times are only {shares}; the others become <unk>: use a "
-            f"smaller --data.min-count, or --data.tokenizer characters if there are no blanks between words"
+            f"the words {which} are only {shares}; the others become <unk>: use {smaller}, or "
+            f"--data.tokenizer characters if there are no blanks between words"
         )
     return notes
 
@@ -107,5 +111,7 @@ def prepared_notes(training: CaptionSource, validation: CaptionSource | None) ->
         vocabulary = Vocabulary.from_counts(tokens.counts(), min_count, DEFAULT)
     except UserError:
         vocabulary = None
-    theirs = None if validation is None else CaptionCounts.of([CaptionTokens.of(validation, DEFAULT)], vocabulary)
+    theirs = None
+    if validation is not None and validation.split != training.split:
+        theirs = CaptionCounts.of([CaptionTokens.of(validation, DEFAULT)], vocabulary)
     return vocabulary_notes(CaptionCounts.of([tokens], vocabulary), theirs, vocabulary, min_count)

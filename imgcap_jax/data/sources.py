@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +29,7 @@ from imgcap_jax.data.builders.layout import (
     check_small_files,
     index_file,
 )
+from imgcap_jax.data.builders.listed import split_name
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import DIGESTS, damages, explaining, local_path, read_digests, read_json, reading
 
@@ -199,12 +200,26 @@ def open_source(name: str, split: str, data_dir: Path | None = None) -> CaptionS
     data_dir = local_path(str(data_dir)) if data_dir else default_data_dir()
     description = describe(name, data_dir)
     if split not in description.splits:
-        raise UserError(f"{description.name} has no split {split!r}; it has {', '.join(description.splits)}")
+        has = ", ".join(description.splits)
+        raise UserError(
+            f"{description.name} has no split {split!r}; it has {has}{_split_advice(split, description.splits)}"
+        )
     if not description.splits[split]:
         raise UserError(f"{description.name}: split {split!r} is empty; {PREPARE_AGAIN}")
     if description.name == coco.NAME and split == "train":
         coco.check_train_size(description.splits["train"], description.folder)
     return CaptionSource(description, split, data_dir)
+
+
+def _split_advice(asked: str, splits: Collection[str]) -> str:
+    """What to do if there is no such split. People call the split val "validation", "valid" or "dev"."""
+    if split_name(asked) in splits:
+        return f"; did you mean {split_name(asked)}?"
+    if same := [split for split in splits if split_name(split) == asked]:
+        return f"; its split {same[0]!r} must be called {asked!r}: rename it and prepare the dataset again"
+    if asked in ("train", "val"):
+        return "; training needs train and val: divide the dataset into these and prepare it again"
+    return ""
 
 
 def _open_first(name: str, split: str, data_dir: Path, count: int) -> CaptionSource:

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from imgcap_jax.data.caption_tokens import CaptionTokens
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, counted
 from imgcap_jax.files import json_digest, read_json, write_text
 from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
 from imgcap_jax.tokenizers import DEFAULT, Tokenizer, text_of, tokens_of
 
 __all__ = ["BOS", "EOS", "PAD", "UNK", "Vocabulary"]
 
-_SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,22 @@ class Vocabulary:
             UserError: no word occurs that often.
         """
         # The text "<unk>" in a caption is one token. It must not become a second unknown word.
-        rare = sum(counts.get(token, 0) for token in _SPECIAL)
+        rare = sum(counts.get(token, 0) for token in SPECIAL)
         ordered = sorted(
-            ((word, count) for word, count in counts.items() if word not in _SPECIAL),
+            ((word, count) for word, count in counts.items() if word not in SPECIAL),
             key=lambda item: (-item[1], item[0]),
         )
         known = [(word, count) for word, count in ordered if count >= min_count]
         if not known:
-            most = f"the most frequent one, {ordered[0][0]!r}, {ordered[0][1]} times" if ordered else "there are none"
+            most = "there are none"
+            if ordered:
+                most = f"the most frequent one, {ordered[0][0]!r}, {counted(ordered[0][1], 'time')}"
             raise UserError(
-                f"no word occurs {min_count} times in the training captions ({most}): use a lower min-count, or the "
-                f"tokenizer characters if there are no blanks between words"
+                f"no word occurs {counted(min_count, 'time')} in the training captions ({most}): use a lower "
+                f"min-count, or the tokenizer characters if there are no blanks between words"
             )
         rare += sum(count for _, count in ordered[len(known) :])
-        words = _SPECIAL + tuple(word for word, _ in known)
+        words = SPECIAL + tuple(word for word, _ in known)
         return cls(words, (0, 0, 0, rare, *(count for _, count in known)), tokenizer)
 
     def __len__(self) -> int:
@@ -74,7 +76,7 @@ class Vocabulary:
 
     @cached_property
     def _ids(self) -> dict[str, int]:
-        return {word: index for index, word in enumerate(self.words) if index >= len(_SPECIAL)}
+        return {word: index for index, word in enumerate(self.words) if index >= len(SPECIAL)}
 
     def ids(self, words: Iterable[str]) -> tuple[int, ...]:
         """The id of each word; unk for words that are not in the vocabulary."""
@@ -155,13 +157,13 @@ class Vocabulary:
         if not (
             isinstance(words, list)
             and isinstance(counts, list)
-            and tuple(words[:4]) == _SPECIAL
+            and tuple(words[:4]) == SPECIAL
             and all(isinstance(word, str) for word in words)
             and all(type(count) is int and count >= 0 for count in counts)
             and len(words) == len(counts) == len(set(words))
         ):
             raise UserError(
-                f"{path} is not a vocabulary ('words' must be distinct and begin with {' '.join(_SPECIAL)}; 'counts' "
+                f"{path} is not a vocabulary ('words' must be distinct and begin with {' '.join(SPECIAL)}; 'counts' "
                 f"must have one number per word): {hint}"
             )
         if fields.get("sha256", _digest(words, counts)) != _digest(words, counts):  # older versions wrote none

@@ -1,6 +1,7 @@
 """Contact sheets: images with their captions in one PNG."""
 
 import functools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +13,14 @@ from imgcap_jax.data.builders.layout import PREPARE_AGAIN
 from imgcap_jax.data.image_files import ImageError
 from imgcap_jax.data.images import view
 from imgcap_jax.data.sources import CaptionExample, CaptionSource
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, counted
 from imgcap_jax.files import replacing
 
 # Sizes in pixels.
 _TILE = 256  # a multiple of 64, the side of the drawn scenes
 _GAP = 22
 _MARGIN = 26
-_FONT_SIZE = 14
+_FONT_SIZE, _TITLE_SIZE = 14, 20
 _LINE = 19
 _PAPER, _INK, _FAINT = (255, 255, 255), (34, 34, 38), (150, 150, 156)
 
@@ -50,12 +51,13 @@ def contact_sheet(
     picture_heights = [max(picture.height for picture in pictures[row]) for row in rows]
     text_heights = [max(len(lines) for lines in captions[row]) * _LINE for row in rows]
     head = 40 if title else 0
-    width = 2 * _MARGIN + columns * _TILE + (columns - 1) * _GAP
+    content = max(columns * _TILE + (columns - 1) * _GAP, math.ceil(_font(_TITLE_SIZE).getlength(title)))
+    width = 2 * _MARGIN + content
     height = 2 * _MARGIN + head + sum(picture_heights) + sum(text_heights) + len(rows) * 10 + (len(rows) - 1) * _GAP
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((_MARGIN, _MARGIN - 4), title, font=_font(20), fill=_INK)
+        draw.text((_MARGIN, _MARGIN - 4), title, font=_font(_TITLE_SIZE), fill=_INK)
     top = _MARGIN + head
     for row, picture_height, text_height in zip(rows, picture_heights, text_heights, strict=True):
         for column, (picture, lines) in enumerate(zip(pictures[row], captions[row], strict=True)):
@@ -82,7 +84,7 @@ def dataset_sheet(source: CaptionSource, path: Path, *, count: int = 12, columns
     chosen = np.random.default_rng(seed).permutation(len(source))[:count]
     examples = [source[int(i)] for i in chosen]
     images = [example_picture(example, _TILE) for example in examples]
-    title = f"{source.name} · {source.split} · {len(examples)} of {len(source):,} images"
+    title = f"{source.name} · {source.split} · {len(examples)} of {counted(len(source), 'image')}"
     contact_sheet(images, [example.captions for example in examples], path, columns, title)
 
 

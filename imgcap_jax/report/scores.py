@@ -16,12 +16,12 @@ def lines(report: ScoreReport) -> list[str]:
     found = [*aligned(table, left=(0, len(table[0]) - 1)), f"signature of each metric: {shared}|(last column)"]
     found += [f"{name} is missing: {how}" for name, how in report.scores.missing.items()]
     own = report.diversity
-    novel = f", {100 * own.novel:.1f} % not in the training captions" if own.novel is not None else ""
+    novel = f"; {100 * own.novel:.1f} % do not occur in the training captions" if own.novel is not None else ""
     found += [
         "",
-        f"captions: {own.length:.1f} words on average, vocabulary {own.vocabulary}, "
-        f"distinct-1 {100 * own.distinct[0]:.1f} %, distinct-2 {100 * own.distinct[1]:.1f} %,",
-        f"          {100 * own.unique:.1f} % unique to one image{novel}",
+        f"captions: {own.length:.1f} words on average, {own.vocabulary:,} different words, "
+        f"distinct-1 {100 * own.distinct[0]:.1f} %, distinct-2 {100 * own.distinct[1]:.1f} %",
+        f"          {100 * own.unique:.1f} % of the captions occur for one image only{novel}",
     ]
     if report.sets is not None:
         sets = report.sets

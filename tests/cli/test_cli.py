@@ -111,9 +111,9 @@ def test_empty_split(tmp_path: Path, refused: Refused) -> None:
 
 
 def test_unknown_split(trained: Path, refused: Refused) -> None:
-    line = refused(["evaluate", str(trained), "--split", "dev"])
-    assert "dev" in line
-    assert "val" in line
+    line = refused(["evaluate", str(trained), "--split", "validation"])
+    assert "no split 'validation'; it has train, val, test, test_compositional; did you mean val?" in line
+    assert "it has train, val, test, test_compositional" in refused(["evaluate", str(trained), "--split", "minival"])
 
 
 def test_unknown_override_suggests_the_nearest(tiny_file: Path, refused: Refused) -> None:
@@ -146,7 +146,7 @@ def test_small_folder_is_inspected_with_a_lower_min_count(
 ) -> None:
     folder = photo_folder(tmp_path / "photos")
     assert main(["data", "prepare", str(folder), "--name", "few", "--data-dir", "d", "--source-note", "my camera"]) == 0
-    assert "min-count" in refused(["data", "inspect", "few", "--data-dir", "d"])
+    assert "--min-count is 0; it must be at least 1" in refused(["data", "inspect", "few", "--min-count", "0"])
     assert main(["data", "inspect", "few", "--data-dir", "d", "--min-count", "1"]) == 0
     printed = capsys.readouterr().out
     assert "my camera" in printed

@@ -97,6 +97,19 @@ def test_misleading_input_gives_warnings(references: str, tmp_path: Path, capsys
         assert sum(words in line for line in warnings) == 1, (words, warnings)
 
 
+def test_diversity_is_said_in_words(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ("A dog runs.", "a dog runs", "two cats")
+    captions = results(
+        tmp_path / "captions.json", [{"image_id": image, "caption": text} for image, text in enumerate(texts, 1)]
+    )
+    training = tmp_path / "train.json"
+    training.write_text(json.dumps({"annotations": [{"image_id": 7, "caption": "A dog runs!"}]}))
+    assert main(["score", captions, references, "--training", str(training)]) == 0
+    printed = capsys.readouterr().out
+    assert "captions: 2.7 words on average, 5 different words, distinct-1 62.5 %" in printed
+    assert "33.3 % of the captions occur for one image only; 33.3 % do not occur in the training captions" in printed
+
+
 def test_diversity_of_samples(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captions = results(tmp_path / "captions.json", CAPTIONS)
     several = [{"image_id": 1, "captions": [{"caption": "a dog runs fast"}, {"caption": "two cats sleep there"}]}]

@@ -78,14 +78,14 @@ def test_low_coverage() -> None:
     assert "use a smaller --data.min-count" in note
     assert notes(rare, min_count=1) == []
     vocabulary = Vocabulary.build(["a dog runs"], 1)
-    training, validation = (
-        CaptionCounts.of([tokens(caption)], vocabulary) for caption in (["a dog"], ["two dogs run"])
-    )
-    assert (
-        "are only 0 % of the validation words; the others" in vocabulary_notes(training, validation, vocabulary, 1)[0]
-    )
+    training = CaptionCounts.of([tokens(["a dog"])], vocabulary)
+    few, validation = (CaptionCounts.of([tokens(["two dogs run"] * count)], vocabulary) for count in (19, 20))
+    assert vocabulary_notes(training, few, vocabulary, 1) == []
+    (note,) = vocabulary_notes(training, validation, vocabulary, 1)
+    assert "the words of the training captions are only 0 % of the validation words" in note
+    assert "use more training captions" in note  # min_count cannot be smaller
     (none,) = notes([f"w{number} x{number}" for number in range(30)])
-    assert none == "no word occurs 5 times in the training captions; use a smaller --data.min-count"
+    assert none == "no word occurs 5 times in the training captions; train with a smaller --data.min-count"
 
 
 def test_captions_without_words() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from imgcap_jax.cli.main import main
 from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.inspect import inspect
 from imgcap_jax.data.prepare import prepare
@@ -43,6 +44,38 @@ def test_counts_lengths_and_coverage(tmp_path: Path) -> None:
     assert "75.00%" in text
 
 
+@pytest.mark.parametrize(
+    ("splits", "words", "missing"),
+    [
+        (["train"], "no word", ["val"]),
+        (["val"], "no word", ["train"]),
+        (["train", "val"], "no word", []),
+        (["train"] * 9 + ["test"], "2 words", ["val"]),
+    ],
+)
+def test_tiny_datasets_are_reported_without_nonsense(
+    splits: list[str], words: str, missing: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = []
+    for number, split in enumerate(splits):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "split": split, "captions": [f"a dog {number}"]}))
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    prepare(tmp_path, name="tiny", data_dir=tmp_path / "data", progress=False)
+    sheet = tmp_path / "sheet.png"
+    assert main(["data", "inspect", "tiny", "--data-dir", str(tmp_path / "data"), "--sheet", str(sheet)]) == 0
+    printed = capsys.readouterr().out
+    assert f"vocabulary of the {splits[0]} captions: {words} with at least 5 occurrences" in printed
+    (row,) = (line.split()[1:] for line in printed.splitlines() if line.startswith(f"{splits[0]} "))
+    count = str(splits.count(splits[0]))
+    assert row[:4] == [count, count, "1.00", "3.0"]
+    assert row[-1] == ("-" if words == "no word" else "66.67%")
+    assert "nan" not in printed
+    assert [line.split()[5].rstrip(",") for line in printed.splitlines() if "there is no split" in line] == missing
+    with Image.open(sheet) as picture:
+        assert picture.width > 250
+
+
 def test_captions_without_blanks(tmp_path: Path) -> None:
     for number in range(10):
         Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
@@ -59,7 +92,7 @@ def test_captions_without_blanks(tmp_path: Path) -> None:
     assert "note: the captions do not seem to be separated into words" in "\n".join(words.lines())
     characters = inspect("chinese", tmp_path / "data", min_count=1, tokenizer=Characters())
     assert characters.splits["train"].word_counts == (*[0] * 6, 10, 0, 10)  # 6 and 8 characters
-    assert characters.notes == ()
+    assert characters.notes == ("there is no split val, which training needs",)
     assert "(tokenizer characters)" in "\n".join(characters.lines())
     source = open_source("chinese", "train", tmp_path / "data")
     vocabulary = Vocabulary.build(["红色的"], 1, Characters())

@@ -286,12 +286,31 @@ def test_errors_say_what_to_do(data_dir: Path) -> None:
     assert split_names("scenes", data_dir) == ["train", "val", "test", "test_compositional"]
     with pytest.raises(UserError, match=r"no split 'dev'; it has train, val, test, test_compositional"):
         open_source("scenes", "dev", data_dir)
-    with pytest.raises(UserError, match=r"datasets: scenes.*imgcap data prepare flickr8k; .* TFDS_DATA_DIR .* --data-dir"):
+    with pytest.raises(
+        UserError, match=r"datasets: scenes.*imgcap data prepare flickr8k; .* TFDS_DATA_DIR .* --data-dir"
+    ):
         open_source("flickr8k", "train", data_dir)
     with pytest.raises(UserError, match=r"imgcap data prepare coco;"):
         open_source("coco", "train", data_dir)
     with pytest.raises(UserError, match="not prepared"):
         open_source("../scenes", "train", data_dir / "scenes")
+
+
+def test_an_unknown_split_is_reported_with_advice(copy: Path) -> None:
+    """TFDS's own builders can have other names of splits, such as validation."""
+    with pytest.raises(UserError, match=r"no split 'validation'; .*; did you mean val\?$"):
+        open_source("scenes", "validation", copy)
+    with pytest.raises(UserError, match=r"no split 'minival'; it has train, val, test, test_compositional$"):
+        open_source("scenes", "minival", copy)
+    (info,) = copy.glob("scenes/*/dataset_info.json")
+    (info.parent / "SHA256SUMS").unlink()
+    text = info.read_text()
+    info.write_text(text.replace('"val"', '"valid"'))
+    with pytest.raises(UserError, match=r"no split 'val'; .*; its split 'valid' must be called 'val': rename it and"):
+        open_source("scenes", "val", copy)
+    info.write_text(text.replace('"val"', '"other"'))
+    with pytest.raises(UserError, match=r"no split 'val'; .*; training needs train and val"):
+        open_source("scenes", "val", copy)
 
 
 def test_the_default_folder_is_that_of_tfds(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,13 @@ def test_texts_stay_in_their_column(tmp_path: Path) -> None:
     assert [begins for begins, _ in lines] == [True] + [False] * (len(lines) - 1)
 
 
+def test_a_title_that_is_wider_than_the_pictures_is_not_cut_off(tmp_path: Path) -> None:
+    contact_sheet([np.zeros((8, 8, 3), np.uint8)], [""], tmp_path / "sheet.png", title="W" * 40)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert (sheet[: module._MARGIN + 30, : -module._MARGIN].min(axis=-1) < 120).any(axis=0)[-20:].any()
+    assert (sheet[:, -module._MARGIN :] == 255).all()
+
+
 def test_numbers_of_images_and_texts_must_match(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 images and 2 texts"):
         contact_sheet([np.zeros((8, 8, 3), np.uint8)], ["a", "b"], tmp_path / "sheet.png")
