@@ -4,11 +4,13 @@ import importlib
 import json
 import os
 import py_compile
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,7 +150,7 @@ def test_smoke_and_overrides_reach_the_fields_of_own_parts(
         "3",
     ]
     assert main(["train", "my_experiment.py", "--smoke", *options]) == 0
-    capsys.readouterr()
+    _check_smoke(capsys.readouterr(), options)
     run = Run.load(Path("runs/my_experiment_smoke"))
     fields = json.loads((run.folder / "experiment.json").read_text())
     assert (fields["decoder"]["gain"], fields["encoder"]["patch"], fields["metrics"][0]["word"]) == (0.5, 8, "red")
@@ -156,6 +158,23 @@ def test_smoke_and_overrides_reach_the_fields_of_own_parts(
     assert main(["train", "my_experiment.py", "--help"]) == 0
     assert "--decoder.gain" in capsys.readouterr().out
     assert "did you mean --decoder.gain" in refused(["train", "my_experiment.py", "--decoder.gian", "1"])
+
+
+def _check_smoke(printed: Any, options: list[str]) -> None:
+    """It says what was checked. It shows no score and no defect of captions, which mean nothing after a few steps."""
+    *_, data, encoder, training, validation, checkpoints, last = printed.out.splitlines()
+    assert re.fullmatch(r"  data +\d+ training images and \d+ validation images were read", data)
+    assert encoder.split(maxsplit=1) == ["encoder", "Patches, trained: run in each step"]
+    assert re.search(r"\d+ compiled steps of .+; the loss is finite and (fell|went) from [\d.]+ to [\d.]+$", training)
+    assert re.search(r"decoded \(beam 2.*\) and scored with BLEU, .*CIDEr-D, Mentions$", validation)
+    assert checkpoints.split(maxsplit=1) == ["checkpoints", "were written, and restored bit for bit"]
+    assert last == f"the path works; now run: imgcap train my_experiment.py {' '.join(options)}"
+    before = printed.out[: printed.out.index("checked:")]
+    assert "compiling the training step ..." in before
+    assert "compiling decoding (beam 2" in before
+    assert re.search(r"validation at step \d+: \d+ images decoded and scored\n", before)
+    assert "CIDEr-D" not in before + printed.err
+    assert "of the captions" not in before + printed.err
 
 
 def test_an_own_reward_refines_a_run_of_own_parts(
@@ -219,6 +238,7 @@ def test_code_that_changed_since_the_run_is_noted(
 EVIL = """
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 Path("executed").write_text("")
 
 @dataclass(frozen=True)

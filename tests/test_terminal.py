@@ -113,6 +113,7 @@ def test_pipe_gets_plain_lines_from_time_to_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = [100.0]
+    monkeypatch.setattr(terminal, "FIRST_LINE_SECONDS", 10.0)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with working("decoding", 5_000, "images", done=1_000) as work:
         for _ in range(50):

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from imgcap_jax.training.optimizer import Optimizer
+from imgcap_jax.training.optimizer import Optimizer, learning_rates
 
 
 def test_warmup_then_cosine() -> None:
@@ -72,3 +72,27 @@ def test_step_schedule_equals_torch_adam_with_clipped_values() -> None:
         adam.step()
         decay.step()
     np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
+def test_logged_learning_rates_are_those_of_the_updates(schedule: str) -> None:
+    settings = Optimizer("sgd", 0.5, schedule, warmup_epochs=1.0, decay_every_epochs=1.0, clip_norm=None)  # type: ignore[arg-type]
+    chain, params = settings.build(3, 10), jnp.zeros(())
+    state, updates = chain.init(params), []
+    for _ in range(10):
+        update, state = chain.update(jnp.ones(()), state, params)
+        updates.append(-float(update))
+    rates = learning_rates(settings, 3, 10)
+    assert rates is not None
+    np.testing.assert_allclose(rates, updates, rtol=1e-6)
+
+
+def test_optimizer_without_a_schedule_has_no_logged_rates() -> None:
+    class Plain:
+        accumulate = 1
+        rate = 0.1  # a number, not a schedule
+
+        def build(self, steps_per_epoch: int, total_steps: int) -> optax.GradientTransformation:
+            return optax.sgd(self.rate)
+
+    assert learning_rates(Plain(), 3, 10) is None

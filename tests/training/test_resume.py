@@ -47,8 +47,18 @@ class Command:
         return ocp.StandardCheckpointer().restore(folder)
 
     def lines(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl without the times."""
         lines = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k != "captions_per_second"} for line in lines]
+        times = ("seconds", "captions_per_second", "images_per_second")
+        return [{name: value for name, value in line.items() if name not in times} for line in lines]
+
+    def seconds(self) -> list[float]:
+        """The seconds of training at each step."""
+        lines = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+        return [line["seconds"] for line in lines]
+
+    def samples(self) -> bytes:
+        return (self.run / "samples.jsonl").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +88,8 @@ def test_run_killed_three_times_ends_bit_identical(
     for name, leaf in expected.items():
         np.testing.assert_array_equal(got[name], leaf, err_msg=name)
     assert command.lines() == uninterrupted.lines()  # no line is missing or repeated
+    assert command.samples() == uninterrupted.samples()
+    assert command.seconds() == sorted(command.seconds())  # the time continues
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from imgcap_jax.data.sources import open_source
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.files import owning
@@ -19,9 +20,9 @@ from imgcap_jax.models.encoders.small_cnn import SmallCNN
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.run.evaluation import SplitEvaluator
 from imgcap_jax.run.folder import Run
-from imgcap_jax.train import Outcome, _select, train
+from imgcap_jax.train import Outcome, _check_restored, _select, train
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
-from imgcap_jax.training.step import first_state
+from imgcap_jax.training.step import TrainState, first_state
 
 
 @pytest.fixture
@@ -193,6 +194,39 @@ def test_notes_are_printed_once_by_a_new_run(tiny: Experiment, started: tuple[Pa
     train(one_step(tiny), folder, cache=folder.parent / "cache", show=resumed.append)
     assert any(line.startswith("resuming") for line in resumed)
     assert not any(line.startswith("note:") for line in resumed)
+
+
+def test_captions_of_the_same_five_images_are_logged(tiny: Experiment, started: tuple[Path, list[str]]) -> None:
+    """Validation after step 0, because the run starts from another one, and after step 1."""
+    source = open_source("scenes", "val", tiny.data.data_dir)
+    lines = [json.loads(line) for line in (started[0] / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]
+    for line in lines:
+        assert [sample["image_id"] for sample in line["samples"]] == [source[i].image_id for i in (0, 1, 3, 5, 7)]
+        assert [sample["references"] for sample in line["samples"]] == [
+            list(source.captions(i)) for i in (0, 1, 3, 5, 7)
+        ]
+        assert all(sample["caption"] for sample in line["samples"])
+
+
+class Damaging(Checkpoints):
+    """Checkpoints whose arrays change on the disk without an error."""
+
+    def __init__(self) -> None:
+        self.folder = Path("checkpoints")
+
+    def restore(self, template: Any) -> tuple[Any, Progress]:
+        return jax.tree.map(lambda leaf: leaf + 1 if leaf.ndim == 2 else leaf, template), Progress(1, None)
+
+    def restore_best(self, template: Any) -> Any:
+        return template
+
+
+def test_smoke_run_fails_if_a_checkpoint_is_not_restored_bit_for_bit() -> None:
+    params: Any = {"bias": np.zeros(3), "kernel": np.zeros((2, 3))}
+    state = TrainState(np.array(1), params, None, None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"\['kernel'\] of the restored checkpoint differs"):
+        _check_restored(Damaging(), state)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,92 @@
+"""The log of a run: metrics.jsonl, samples.jsonl and TensorBoard events."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from imgcap_jax.training.log import MetricsLog, Sample
+
+SAMPLE = Sample(7, "a\udce9.jpg", "a dog runs", ["the dog is running", "a dog"])
+
+
+def events(folder: Path) -> Iterator[tuple[int, str, float | str]]:
+    """(step, tag, number or text) of the TensorBoard events, which are records with a length and two checksums."""
+    for path in sorted((folder / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + size])
+            for value in event.summary.value:
+                text = value.tensor.string_val
+                yield event.step, value.tag, text[0].decode() if text else value.simple_value
+            data = data[16 + size :]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    return now
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_lines_have_epoch_and_seconds_that_continue_in_a_resumed_run(tmp_path: Path, clock: list[float]) -> None:
+    log = MetricsLog(tmp_path, -1, steps_per_epoch=4)
+    for step in (1, 2, 3):
+        clock[0] += 10
+        log.write("train", step, {"loss": 1.0 / step, "rate": float("nan")})
+        log.write_samples(step, [SAMPLE])
+    log.close()
+    # Killed; the last checkpoint was saved at step 2, after 20 seconds. Hours later it is resumed.
+    clock[0] += 9999
+    log = MetricsLog(tmp_path, 2, steps_per_epoch=4, seconds=20.0)
+    clock[0] += 7
+    log.write("train", 3, {"loss": 0.25, "rate": 1.0})
+    log.write_samples(3, [SAMPLE])
+    assert log.seconds == 27
+    log.close()
+    lines = read(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["epoch"], line["seconds"], line["rate"]) for line in lines] == [
+        (1, 0.25, 10, None),
+        (2, 0.5, 20, None),
+        (3, 0.75, 27, 1.0),
+    ]
+    samples = read(tmp_path / "samples.jsonl")
+    assert [line["step"] for line in samples] == [1, 2, 3]
+    assert samples[0]["samples"] == [
+        {
+            "image_id": 7,
+            "file_name": "a\udce9.jpg",
+            "caption": "a dog runs",
+            "references": ["the dog is running", "a dog"],
+        }
+    ]
+
+
+def test_tensorboard_shows_numbers_and_captions(tmp_path: Path, clock: list[float]) -> None:
+    log = MetricsLog(tmp_path, -1, steps_per_epoch=4)
+    log.write("validation", 2, {"CIDEr-D": 0.5, "rate": float("inf")})
+    log.write_samples(2, [SAMPLE, SAMPLE])
+    log.close()
+    found = {tag: (step, value) for step, tag, value in events(tmp_path)}
+    assert found["validation/CIDEr-D"] == (2, 0.5)
+    assert found["validation/epoch"] == (2, 0.5)
+    assert "validation/rate" not in found
+    (step, text) = next(value for tag, value in found.items() if "captions" in tag)
+    assert step == 2
+    assert text.count("**a dog runs** (a\\xe9.jpg)\n* the dog is running\n* a dog") == 2
+
+
+def test_process_that_does_not_write_leaves_no_files(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, -1, steps_per_epoch=4, writing=False)
+    log.write("train", 1, {"loss": 1.0})
+    log.write_samples(1, [SAMPLE])
+    log.close()
+    assert list(tmp_path.iterdir()) == []
