@@ -19,12 +19,18 @@ if [ -z "$python" ]; then
   exit 2
 fi
 
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+if [ ! -x .venv/bin/python ]; then
+  echo "setup: creating .venv with $("$python" --version)"
+  "$python" -m venv .venv
+fi
 target=".${extras:+[$extras]}"
 # Run pip only if the extras or one of these files have changed since the last installation.
 wanted="$target $(cat setup.cfg pyproject.toml constraints.txt | sha256sum | cut -c1-16)"
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   echo "setup: installing into .venv (a few minutes the first time)"
-  .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e "$target"
+  quiet=--quiet
+  [ ! -t 1 ] || quiet= # a terminal shows the progress of pip
+  .venv/bin/pip install $quiet --disable-pip-version-check -c constraints.txt -e "$target"
   echo "$wanted" > .venv/installed
+  echo "setup: installed in $SECONDS s"
 fi
