@@ -10,13 +10,14 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from imgcap_jax.errors import UserError, printable
 
 OWNER = ".lock"  # file in a locked folder
+_LOCK_TRIES = 100  # each one fails only if another process has just released the lock
 DIGESTS = "SHA256SUMS"  # digests of the files in a folder, as `sha256sum` writes them
 
 
@@ -294,6 +295,8 @@ def is_private(folder: Path) -> bool:
 def owning(folder: Path, doing: str) -> Iterator[None]:
     """Locks a folder while entered. The system releases the lock when the process ends for any reason.
 
+    At the end, the lock's file is deleted, and so are the folders that were made for it, if they are empty.
+
     Args:
         folder: made if it is missing.
         doing: what the owner of the lock is doing, for the error of other processes.
@@ -301,16 +304,52 @@ def owning(folder: Path, doing: str) -> Iterator[None]:
     Raises:
         UserError: another process has locked the folder, or its lock is a symbolic link.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.absolute() / OWNER
+    made = [parent for parent in path.parents if not parent.exists()]
     try:
-        lock = appending(folder / OWNER)
+        lock = _lock(path)
+        if lock is None:
+            raise UserError(f"another process is {doing} {folder}; wait for it, or choose another folder")
+        with lock:
+            try:
+                yield
+            finally:
+                if _is_at(path, lock):
+                    path.unlink()  # while it is locked; a process that has just opened it notices this (see _lock)
     except OSError as error:
-        if error.errno == errno.ELOOP:
+        if error.errno == errno.ELOOP and path.is_symlink():
             raise UserError(f"{folder / OWNER} is a symbolic link; delete it") from error
         raise
-    with lock:
+    finally:
+        with suppress(OSError):  # not empty, or another process uses it
+            for parent in made:
+                parent.rmdir()
+
+
+def _lock(path: Path) -> TextIO | None:
+    """Opens and locks a file, in a folder that is made if it is missing. None: another process has locked it."""
+    for _ in range(_LOCK_TRIES):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = appending(path)
+        except (FileNotFoundError, FileExistsError):
+            if os.path.lexists(path.parent) and not path.parent.is_dir():
+                raise
+            continue  # the last owner deleted the folder while it was made here
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is {doing} {folder}; wait for it, or choose another folder") from None
-        yield
+            lock.close()
+            return None
+        if _is_at(path, lock):
+            return lock
+        lock.close()  # the last owner deleted the file after it was opened here; another process can lock a new one
+    return None
+
+
+def _is_at(path: Path, file: TextIO) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except FileNotFoundError:
+        return False

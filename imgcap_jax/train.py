@@ -29,7 +29,7 @@ from imgcap_jax.models.model import Frozen, parameter_count, split_trained
 from imgcap_jax.report import smoke as smoke_report
 from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator
 from imgcap_jax.run.extraction import Extraction, uses_store
-from imgcap_jax.run.folder import Run, empty_smoke, find_run
+from imgcap_jax.run.folder import Run, empty_smoke, find_run, nothing_left_if_refused
 from imgcap_jax.run.generation import check_decoding
 from imgcap_jax.run.notes import check_together, starting_notes
 from imgcap_jax.run.transfer import check_encoder, transfer
@@ -88,7 +88,7 @@ def train(
     if jax.process_index() != 0:
         folder.mkdir(parents=True, exist_ok=True)
         return _train(experiment, folder, cache, init_from, smoke, lambda line: None)
-    with owning(folder, "training"):
+    with owning(folder, "training"), nothing_left_if_refused(folder):
         if smoke:  # resuming a finished smoke run would check nothing
             empty_smoke(folder)
         return _train(experiment, folder, cache, init_from, smoke, show)

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -192,3 +194,50 @@ def test_errors_of_the_disk_are_one_line() -> None:
         raise ValueError("DATA_LOSS: write failed [OS error 5: Input/output error]")  # TensorStore's errors look so
     with pytest.raises(ValueError, match="other"), disk_errors("the log"):
         raise ValueError("other")
+
+
+def test_lock_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "new"
+    with pytest.raises(ZeroDivisionError), owning(folder, "training"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with owning(folder, "training"):
+        assert (folder / ".lock").exists()
+        (folder / "result").touch()
+    assert [path.name for path in folder.iterdir()] == ["result"]
+    (tmp_path / "empty").mkdir()
+    with owning(tmp_path / "empty", "training"):
+        pass
+    assert (tmp_path / "empty").is_dir()  # it was there before
+
+
+def test_lock_has_one_owner_although_its_file_is_deleted_each_time(tmp_path: Path) -> None:
+    """Locks of threads exclude each other like those of processes, because each opens the file itself."""
+    folder, inside, refused, taken = tmp_path / "runs" / "run", [], [], []
+
+    def work(number: int) -> None:
+        for _ in range(200):
+            try:
+                with owning(folder, "training"):
+                    inside.append(number)
+                    owners = len(inside)
+                    time.sleep(1e-4)
+                    taken.append(owners)
+                    inside.pop()
+            except UserError as error:
+                refused.append(str(error))
+                time.sleep(1e-4)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert set(taken) == {1}
+    assert len(taken) + len(refused) == 1200
+    assert len(taken) > 20
+    assert set(refused) == {f"another process is training {folder}; wait for it, or choose another folder"}
+    assert not (folder / ".lock").exists()
+
+
+def test_lock_that_a_killed_process_left_is_taken(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    with owning(tmp_path, "training"):
+        pass

@@ -4,7 +4,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -324,9 +325,26 @@ def empty_smoke(folder: Path) -> None:
     """
     if not (folder / SMOKE).is_file() and any(path.name != OWNER for path in folder.iterdir()):
         raise UserError(f"{folder} was not written by --smoke, which would empty it; move it away")
-    for path in (folder / name for name in (EXPERIMENT, FREQUENCIES, *_WRITTEN)):
+    _delete(folder, (EXPERIMENT, FREQUENCIES, *_WRITTEN))
+    write_text(folder / SMOKE, "")
+
+
+@contextmanager
+def nothing_left_if_refused(folder: Path) -> Iterator[None]:
+    """If training is refused before its first checkpoint, deletes what it wrote. Files from before stay."""
+    names = (EXPERIMENT, FREQUENCIES, SMOKE, *_WRITTEN)
+    new = [name for name in names if not os.path.lexists(folder / name)]
+    try:
+        yield
+    except UserError:
+        if latest_step(folder / CHECKPOINTS / "newest") is None:
+            _delete(folder, new)
+        raise
+
+
+def _delete(folder: Path, names: Iterable[str]) -> None:
+    for path in (folder / name for name in names):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    write_text(folder / SMOKE, "")

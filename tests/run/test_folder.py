@@ -81,6 +81,24 @@ def test_incomplete_run_is_refused_and_stays(change: Change, message: str, run: 
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("smoke", [False, True])
+def test_refused_training_leaves_nothing(smoke: bool, trained: Path, tmp_path: Path) -> None:
+    """Some settings are refused only after the vocabulary is known and the run's files are written."""
+    experiment = Run.load(trained).experiment
+    gone = replace(experiment, data=replace(experiment.data, dataset="gone"))
+    unknown = replace(experiment, decoding=replace(experiment.decoding, prefix="a zebra"))
+    folder = tmp_path / "runs" / "run"
+    for wrong in (gone, unknown):
+        with pytest.raises(UserError):
+            train(wrong, folder, cache=tmp_path / "cache", smoke=smoke)
+        assert list(tmp_path.iterdir()) == []
+    folder.mkdir(parents=True)
+    (folder / "experiment.json").write_bytes((trained / "experiment.json").read_bytes())  # killed early
+    with pytest.raises(UserError):
+        train(unknown, folder, cache=tmp_path / "cache")
+    assert [path.name for path in folder.iterdir()] == ["experiment.json"]
+
+
 def test_folder_with_other_files_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "train.log").write_text("where nohup writes")
     assert find_run(tmp_path) is None
