@@ -9,6 +9,13 @@ from imgcap_jax.experiment import Experiment
 from imgcap_jax.user_code import load_code
 
 
+def shipped_names() -> list[str]:
+    """The names of the experiments that come with the package."""
+    shipped = importlib.resources.files("imgcap_jax.experiments")
+    names = (entry.name.removesuffix(".py") for entry in shipped.iterdir() if entry.name.endswith(".py"))
+    return sorted(name for name in names if name != "__init__")
+
+
 def find(name: str) -> Experiment:
     """The value ``experiment`` of a Python file, or of an experiment that comes with the package.
 
@@ -21,9 +28,7 @@ def find(name: str) -> Experiment:
             raise UserError(f"{path}: no such experiment file")
         module = load_code(path, with_folder=True)
     else:
-        shipped = importlib.resources.files("imgcap_jax.experiments")
-        names = sorted(entry.name.removesuffix(".py") for entry in shipped.iterdir() if entry.name.endswith(".py"))
-        names.remove("__init__")
+        names = shipped_names()
         if name not in names:
             raise UserError(f"no experiment {name!r}; give a .py file or one of {', '.join(names)}")
         module = importlib.import_module(f"imgcap_jax.experiments.{name}")

@@ -103,9 +103,15 @@ def _set_largest_image(options: argparse.Namespace) -> None:
 
 def _load_runs(folders: Sequence[Path], options: argparse.Namespace) -> list[Any]:
     """The runs, after the code that the user named, with their data and weights where the user says."""
-    from imgcap_jax.run.folder import Run, use_data_dir, use_weights
+    from imgcap_jax.cli.experiments import shipped_names
+    from imgcap_jax.run.folder import RUNS, Run, is_run, use_data_dir, use_weights
     from imgcap_jax.user_code import load_all_code
 
+    for folder in folders:
+        trained = is_run(folder) or is_run(RUNS / folder.stem)  # the error of Run.load names the latter
+        if not trained and (folder.suffix == ".py" or folder.stem in shipped_names()):
+            experiment = folder if folder.suffix == ".py" else folder.stem
+            raise UserError(f"{folder} is not a run; train the experiment first: imgcap train {experiment}")
     load_all_code(options.code)
     runs = use_weights([Run.load(folder) for folder in folders], options.weights)
     notes = [note for run in runs for note in run.code_changes()]

@@ -34,6 +34,7 @@ from imgcap_jax.training.log import METRICS, SAMPLES, TENSORBOARD
 from imgcap_jax.training.self_critical import FREQUENCIES
 from imgcap_jax.user_code import source_files
 
+RUNS = Path("runs")  # the default folder of all runs
 EXPERIMENT = "experiment.json"
 VOCABULARY = "vocabulary.json"
 INIT_FROM = "init_from.json"
@@ -64,8 +65,10 @@ class Run:
         Raises:
             UserError: the folder is not a run, its files cannot be read, or it needs code that is not imported.
         """
-        if not (folder / EXPERIMENT).is_file():
-            raise UserError(f"{folder} is not a run (it has no {EXPERIMENT}); give a folder that training wrote")
+        if not is_run(folder):
+            near = RUNS / folder.stem
+            advice = f"did you mean {near}?" if is_run(near) else "give a folder that training wrote"
+            raise UserError(f"{folder} is not a run (it has no {EXPERIMENT}); {advice}")
         experiment = _read_experiment(folder)
         vocabulary = Vocabulary.load(folder / VOCABULARY, experiment.data.tokenizer)
         return cls(
@@ -188,6 +191,11 @@ class Run:
             encoder = build_encoder(settings, experiment.data.image_size, dtype=dtype, rngs=rngs)
         decoder = experiment.decoder.build(settings.region_size, len(self.vocabulary), dtype=dtype, rngs=rngs)
         return CaptionModel(encoder, decoder)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether training has written this folder."""
+    return (folder / EXPERIMENT).is_file()
 
 
 def _read_experiment(folder: Path) -> Experiment:

@@ -193,6 +193,25 @@ def test_folder_that_is_not_a_run(tmp_path: Path, refused: Refused) -> None:
     assert "experiment.json" in refused(["evaluate", str(tmp_path)])
 
 
+def test_an_experiment_in_place_of_its_run(trained: Path, tmp_path: Path, refused: Refused) -> None:
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(encode_png(draw_scene(sample_scene("test", 0), 64)))
+    (tmp_path / "flickr8k").mkdir()  # such as the folder of photos
+    for command in (["evaluate"], ["caption", str(photo), "--run"]):
+        for name in ("flickr8k", "runs/flickr8k"):
+            assert f"imgcap: {name} is not a run; train the experiment first: imgcap train flickr8k" == refused(
+                [*command, name]
+            )
+        assert "train the experiment first: imgcap train my.py" in refused([*command, "my.py"])
+    shutil.copytree(trained, "runs/flickr8k")
+    shutil.copytree(trained, "runs/my")
+    for name, run in (("flickr8k", "runs/flickr8k"), ("my.py", "runs/my"), ("my", "runs/my")):
+        assert f"{name} is not a run (it has no experiment.json); did you mean {run}?" in refused(["evaluate", name])
+    assert "other is not a run (it has no experiment.json); give a folder that training wrote" in refused(
+        ["evaluate", "other"]
+    )
+
+
 def test_full_disk_while_saving_keeps_the_previous_checkpoint(
     tiny_file: Path,
     tmp_path: Path,
