@@ -1,8 +1,8 @@
 """Every code block of the README and of docs/ is run.
 
 Python blocks are executed. Commands are run on a small run and small datasets that stand for those they name, with four
-exceptions. Training and feature extraction end when the command line and the experiment are read. COCO is not
-downloaded. Of scripts and of pip, it is only checked that the script or the extra exists.
+exceptions. Training and feature extraction end when the command line and the experiment are read. COCO,
+Flickr8k and Flickr30k are not prepared. Of scripts and of pip, it is only checked that the script or the extra exists.
 """
 
 import configparser
@@ -102,7 +102,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     monkeypatch.setattr(
         imgcap_jax.data.prepare,
         "prepare",
-        lambda *arguments, **options: None if arguments == ("coco",) else prepare(*arguments, **options),
+        lambda data, **options: None if data in ("coco", "flickr8k", "flickr30k") else prepare(data, **options),
     )
     return asked
 

@@ -102,7 +102,9 @@ def prepare(
     """
     data_dir = Path(data_dir or default_data_dir()).expanduser().absolute()
     known = str(name_or_path)
-    if known in (*_COCO, *_FLICKR) and name and name != known:
+    # A folder of that name in the current folder is prepared as every other folder.
+    from_archives = known in _FLICKR and bool(images or split_file or not Path(name_or_path).is_dir())
+    if (known in _COCO or from_archives) and name not in (None, known):
         raise UserError(f"--name has no effect on {known!r}, which keeps its name; leave it out")
     files = {
         "--images": (bool(images), (*_COCO, *_FLICKR)),
@@ -121,7 +123,7 @@ def prepare(
         if known in _COCO:
             download_dir = (download_dir or data_dir / "downloads" / "coco").expanduser().absolute()
             return _prepare_coco(data_dir, images, annotations, split_file, download_dir, progress, say)
-        if known in _FLICKR and (images or split_file or not Path(name_or_path).is_dir()):
+        if from_archives:
             folder = _prepare_flickr(known, data_dir, images, split_file, licence, source, progress, say)
         elif known.endswith(".py"):
             folder = _prepare_own(Path(name_or_path), name, data_dir, licence, source, say)

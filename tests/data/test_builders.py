@@ -1,6 +1,7 @@
 """Preparing folders and scenes: the dataset equals its input, and every mistake is reported."""
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -360,6 +361,61 @@ def test_errors_of_files_name_the_file(
         monkeypatch.setattr(tempfile, "mkdtemp", refuse(number, path))
         with pytest.raises(UserError, match=words):
             quietly(folder, data_dir)
+
+
+@pytest.mark.parametrize(
+    ("splits", "stored"),
+    [
+        (("train", "validation"), ["train", "val"]),
+        (("train", "dev", "test"), ["train", "val", "test"]),
+        (("training", "valid", "extra"), ["train", "val", "extra"]),
+        (("train", "val", "validation"), None),
+    ],
+)
+def test_the_splits_of_own_builders_get_our_names(
+    splits: tuple[str, ...], stored: list[str] | None, tmp_path: Path, data_dir: Path
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(encoded(0))
+    (tmp_path / "own.py").write_text(
+        textwrap.dedent(
+            f"""
+            from functools import partial
+            from pathlib import Path
+            from imgcap_jax.data.builders.base import CaptionBuilder, CaptionRecord
+
+            class Own(CaptionBuilder):
+                def record_shards(self):
+                    return {{split: [partial(self.records, i)] for i, split in enumerate({splits})}}
+
+                def records(self, i):
+                    yield CaptionRecord(Path({str(tmp_path)!r}, "a.jpg").read_bytes(), f"{{i}}.jpg", i, [(i, "A dog.")])
+            """
+        )
+    )
+    said: list[str] = []
+    if stored is None:
+        with pytest.raises(UserError, match=r"record_shards: 'validation' is another name of the split 'val'"):
+            quietly(tmp_path / "own.py", data_dir)
+        return
+    quietly(tmp_path / "own.py", data_dir, say=said.append)
+    assert list(describe("own", data_dir).splits) == stored
+    for given, name in zip(splits, stored, strict=True):
+        assert (f"own: note: the split {given!r} is stored as {name!r}" in said) == (given != name)
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_kept(
+    folder: Path, data_dir: Path
+) -> None:
+    home = data_dir / "my_photos"
+    dead, living = home / "incomplete.aaaaaaaa", home / "incomplete.bbbbbbbb"
+    for leftover in (dead, living):
+        leftover.mkdir(parents=True)
+        (leftover / ".lock").touch()
+    with (living / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        quietly(folder, data_dir)
+    assert not dead.exists()
+    assert living.exists()
 
 
 def test_another_folder_cannot_take_over_a_name(folder: Path, tmp_path: Path, data_dir: Path) -> None:

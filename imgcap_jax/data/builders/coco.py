@@ -20,6 +20,7 @@ from imgcap_jax.data.builders.listed import ListedImage, shown
 from imgcap_jax.downloads import DownloadError, fetch
 from imgcap_jax.errors import UserError, counted
 from imgcap_jax.files import reading
+from imgcap_jax.terminal import working
 
 NAME = "coco_captions"
 CONFIG, VERSION = "2014", "1.1.0"
@@ -83,7 +84,8 @@ _WHERE_SPLITS = (
 GUIDE = (
     f"COCO 2014 with Karpathy's splits: {sum(SPLITS.values()):,} photos. Captions: CC BY 4.0. The photos belong to "
     "their Flickr owners: https://cocodataset.org/#termsofuse",
-    *(f"  photos       {archive.url} ({archive.size / 1e9:.1f} GB)" for archive in PHOTOS),
+    f"  photos       {PHOTOS[0].url} ({PHOTOS[0].size / 1e9:.1f} GB)",
+    f"               {PHOTOS[1].url} ({PHOTOS[1].size / 1e9:.1f} GB)",
     f"  annotations  {ANNOTATIONS.url} ({ANNOTATIONS.size / 1e9:.1f} GB)",
     "  splits       dataset_coco.json or caption_datasets.zip: "
     "https://www.kaggle.com/datasets/shtvkumar/karpathy-splits, https://github.com/Delphboy/karpathy-splits",
@@ -179,7 +181,8 @@ def read_coco(
     if annotations is None:
         annotations = _fetched(ANNOTATIONS, download_dir, shown, say)
     with _folder_of_annotations(annotations) as folder:
-        annotated = _read_annotations(folder)
+        with working("reading COCO's annotations", shown=shown):
+            annotated = _read_annotations(folder)
         if split_file is None:
             listed = _with_downloaded_splits(annotated, download_dir, shown, say)
         else:

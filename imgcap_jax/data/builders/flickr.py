@@ -73,6 +73,7 @@ DATASETS = {
             source="Flickr30k (Young et al. 2014)",
             licence=_TERMS,
             photos=(
+                "page of the authors: https://shannon.cs.illinois.edu/DenotationGraph/",
                 "request form: https://forms.illinois.edu/sec/229675",
                 "copy: https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main/flickr30k-images.zip (4.4 GB)",
             ),

@@ -1,0 +1,251 @@
+"""Flickr8k and Flickr30k prepared from small archives with the layout of the real ones."""
+
+import csv
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgcap_jax.cli.main import main
+from imgcap_jax.data.builders import flickr
+from imgcap_jax.data.prepare import prepare
+from imgcap_jax.data.sources import describe, open_source
+from imgcap_jax.errors import UserError
+
+SPLITS = {"train": ["11.jpg", "12.jpg", "13.jpg"], "val": ["21.jpg"], "test": ["31.jpg", "32.jpg"]}
+NAMES = [name for names in SPLITS.values() for name in names]
+
+
+def jpeg(name: str) -> bytes:
+    pixels = np.random.default_rng(int(name[:-4])).integers(0, 256, (10, 14, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def captions_of(name: str) -> tuple[str, ...]:
+    return tuple(f"A dog , {name[:-4]} {k} ." for k in range(5))
+
+
+def write_zip(path: Path, files: dict[str, bytes | str]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+def karpathy(name: str, edit: Callable[[list[Any]], None] = lambda images: None) -> str:
+    images = [
+        {
+            "filename": name,
+            "imgid": number,
+            "split": split,
+            "sentids": [0],
+            "sentences": [{"raw": raw, "sentid": 5 * number + k} for k, raw in enumerate(captions_of(name))],
+        }
+        for number, (split, name) in enumerate((split, name) for split, names in SPLITS.items() for name in names)
+    ]
+    edit(images)
+    return json.dumps({"dataset": name, "images": images})
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files as they are downloaded."""
+    counts = {split: len(names) for split, names in SPLITS.items()}
+    for name, dataset in list(flickr.DATASETS.items()):
+        monkeypatch.setitem(flickr.DATASETS, name, replace(dataset, splits=counts))
+    folder = tmp_path / "files"
+    folder.mkdir()
+    photos = [*NAMES, "99.jpg"]  # 99 is in no split, as 91 photos of Flickr8k
+    write_zip(
+        folder / "Flickr8k_Dataset.zip",
+        {
+            **{f"Flicker8k_Dataset/{name}": jpeg(name) for name in photos},
+            **{f"__MACOSX/Flicker8k_Dataset/._{name}": b"\0" for name in photos},
+        },
+    )
+    write_zip(folder / "flickr30k-images.zip", {f"flickr30k-images/{name}": jpeg(name) for name in photos})
+    tokens = "".join(f"{name}#{k}\t{text}\n" for name in photos for k, text in enumerate(captions_of(name)))
+    write_zip(
+        folder / "Flickr8k_text.zip",
+        {
+            "CrowdFlowerAnnotations.txt": "1.jpg\t2.jpg#2\t0\t0\t3\n",
+            "Flickr8k.token.txt": tokens,
+            "Flickr8k.lemma.token.txt": tokens,
+            "readme.txt": "If you publish work based on the data",
+            "__MACOSX/._Flickr8k.token.txt": "\0",
+            **{
+                f"Flickr_8k.{part}Images.txt": "".join(f"{name}\n" for name in SPLITS[split])
+                for part, split in (("train", "train"), ("dev", "val"), ("test", "test"))
+            },
+        },
+    )
+    of_karpathy = {f"dataset_{name}.json": karpathy(name) for name in ("flickr8k", "flickr30k")}
+    write_zip(folder / "caption_datasets.zip", {**of_karpathy, "dataset_coco.json": "{}"})
+    (folder / "dataset_flickr30k.json").write_text(of_karpathy["dataset_flickr30k.json"])
+    with (folder / "flickr_annotations_30k.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["raw", "sentids", "split", "filename", "img_id"])
+        for number, (split, name) in enumerate((split, name) for split, names in SPLITS.items() for name in names):
+            rows.writerow([json.dumps(captions_of(name)), "[0, 1, 2, 3, 4]", split, name, number])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "split_file"),
+    [
+        ("flickr8k", "Flickr8k_Dataset.zip", "Flickr8k_text.zip"),
+        ("flickr8k", "Flickr8k_Dataset.zip", "caption_datasets.zip"),
+        ("flickr8k", "extracted", "text"),
+        ("flickr8k", "extracted", "text/Flickr8k.token.txt"),
+        ("flickr30k", "flickr30k-images.zip", "dataset_flickr30k.json"),
+        ("flickr30k", "flickr30k-images.zip", "caption_datasets.zip"),
+        ("flickr30k", "flickr30k-images.zip", "flickr_annotations_30k.csv"),
+    ],
+)
+def test_archives_as_they_are_downloaded(name: str, images: str, split_file: str, files: Path) -> None:
+    for archive, folder in (("Flickr8k_Dataset", "extracted"), ("Flickr8k_text", "text")):
+        with zipfile.ZipFile(files / f"{archive}.zip") as opened:
+            opened.extractall(files / folder)
+    data_dir = files.parent / "data"
+    prepare(name, images=[files / images], split_file=files / split_file, data_dir=data_dir, progress=False)
+    for split, names in SPLITS.items():
+        found = {(one.filename, one.image, one.captions) for one in open_source(name, split, data_dir)}
+        assert found == {(name, jpeg(name), captions_of(name)) for name in names}
+    described = describe(name, data_dir)
+    assert "et al." in described.source
+    assert "non-commercial" in described.licence
+    said: list[str] = []
+    prepare(
+        name, images=[files / images], split_file=files / split_file, data_dir=data_dir, progress=False, say=said.append
+    )
+    assert f"{name}: already prepared in {described.folder}" in said
+
+
+def without_test(images: list[Any]) -> None:
+    del images[-1]
+
+
+def other_split(images: list[Any]) -> None:
+    images[0]["split"] = "restval"
+
+
+def unknown_photo(images: list[Any]) -> None:
+    images[0]["filename"] = "77.jpg"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (without_test, r"does not have the splits of flickr8k: test has 1 photo instead of 2 \("),
+        (other_split, "train has 2 photos instead of 3, restval is not a split of it"),
+        (
+            unknown_photo,
+            r"Flickr8k_Dataset\.zip: 1 photo of the 6 in .*some\.json cannot be found \(77\.jpg\)",
+        ),
+    ],
+)
+def test_counts_are_checked(edit: Callable[[list[Any]], None], message: str, files: Path) -> None:
+    (files / "some.json").write_text(karpathy("flickr8k", edit))
+    with pytest.raises(UserError, match=message) as raised:
+        prepare(
+            "flickr8k",
+            images=[files / "Flickr8k_Dataset.zip"],
+            split_file=files / "some.json",
+            data_dir=files.parent / "data",
+            progress=False,
+        )
+    assert str(raised.value).endswith(
+        "a part of the dataset is prepared by: imgcap data prepare FOLDER --name flickr8k"
+    )
+    assert not (files.parent / "data").exists()
+
+
+def test_a_part_is_prepared_from_a_folder(files: Path) -> None:
+    with zipfile.ZipFile(files / "Flickr8k_Dataset.zip") as archive:
+        archive.extractall(files / "part")
+    (files / "part" / "dataset_flickr8k.json").write_text(karpathy("flickr8k", without_test))
+    prepare(files / "part", name="flickr8k", data_dir=files.parent / "data", progress=False)
+    assert describe("flickr8k", files.parent / "data").splits == {"train": 3, "val": 1, "test": 1}
+
+
+def test_karpathys_file_in_the_folder_of_photos_is_found(files: Path) -> None:
+    with zipfile.ZipFile(files / "Flickr8k_Dataset.zip") as archive:
+        archive.extractall(files / "photos")
+    options = {"images": [files / "photos"], "data_dir": files.parent / "data", "progress": False}
+    with pytest.raises(UserError, match=r"captions are missing; pass dataset_flickr8k\.json .* with --split-file"):
+        prepare("flickr8k", **options)
+    (files / "photos" / "dataset_flickr8k.json").write_text(karpathy("flickr8k"))
+    prepare("flickr8k", **options)
+    assert describe("flickr8k", files.parent / "data").splits == {"train": 3, "val": 1, "test": 2}
+
+
+@pytest.mark.parametrize("name", ["flickr8k", "flickr30k"])
+def test_without_options_it_is_said_where_the_files_are(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "prepare", name, "--data-dir", str(tmp_path / "data")]) == 2
+    out, err = capsys.readouterr()
+    assert err == f"imgcap: {name}: the photos are missing; pass their folder or zip archive with --images\n"
+    assert "request form: https://forms.illinois.edu/sec/" in out
+    assert "non-commercial research" in out
+    assert out.splitlines()[-1].split() == ["then", *f"imgcap data prepare {name}".split(), *out.split()[-4:]]
+    assert out.split()[-4::2] == ["--images", "--split-file"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_local_folder_of_that_name_is_used(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(files / "Flickr8k_Dataset.zip") as archive:
+        archive.extractall(files / "flickr8k")
+    (files / "flickr8k" / "dataset_flickr8k.json").write_text(karpathy("flickr8k", without_test))
+    monkeypatch.chdir(files)
+    for name in ("flickr8k", "mine"):
+        prepare("flickr8k", name=name, data_dir=files.parent / "data", progress=False)
+        assert describe(name, files.parent / "data").splits == {"train": 3, "val": 1, "test": 1}
+
+
+def test_damaged_files_in_archives(files: Path) -> None:
+    """One line that names the archive and the file in it."""
+    data_dir = files.parent / "data"
+    write_zip(files / "text.zip", {"dataset_flickr8k.json": '{"images": [{"filename": "1.jpg"}]}'})
+    options: dict[str, Any] = {"images": [files / "Flickr8k_Dataset.zip"], "data_dir": data_dir, "progress": False}
+    with pytest.raises(UserError, match=r"files/text\.zip/dataset_flickr8k\.json: images\[0\]: key"):
+        prepare("flickr8k", split_file=files / "text.zip", **options)
+    write_zip(files / "rows.zip", {"train.jsonl": '{"image": 1}\n' * 5})
+    with pytest.raises(UserError, match=rf"listed in {data_dir}/flickr8k_problems\.txt"):
+        prepare("flickr8k", split_file=files / "rows.zip", **options)
+    assert f"{files}/rows.zip/train.jsonl line 5" in (data_dir / "flickr8k_problems.txt").read_text()
+    path = files / "Flickr8k_Dataset.zip"
+    path.write_bytes(path.read_bytes().replace(jpeg("12.jpg"), jpeg("12.jpg")[:-9] + bytes(9)))
+    with pytest.raises(UserError, match=r"1% of its 6 images cannot be used \(1\): 12\.jpg \(damaged in the archive"):
+        prepare("flickr8k", split_file=files / "Flickr8k_text.zip", **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["scenes", "--images", "x"],
+            "--images has no effect on 'scenes', only on coco, coco_captions, flickr8k, ",
+        ),
+        (["flickr8k", "--annotations", "x"], "--annotations has no effect on 'flickr8k', only on coco, coco_captions"),
+        (["photos", "--split-file", "x"], "--split-file has no effect on 'photos'"),
+        (["flickr8k", "--images", "a", "--images", "b"], "--images is given 2 times; pass one folder or zip archive"),
+        (["flickr8k", "--split-file", "x"], "the photos are missing; pass their folder or zip archive with --images"),
+        (["flickr8k", "--images", "absent", "--split-file", "x"], "absent does not exist"),
+        (["flickr8k", "--name", "mine"], "--name has no effect on 'flickr8k'"),
+    ],
+)
+def test_options_that_do_not_fit(
+    arguments: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert line in refused(["data", "prepare", *arguments, "--data-dir", str(tmp_path / "data")])
