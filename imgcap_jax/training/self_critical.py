@@ -89,8 +89,8 @@ class SelfCritical:
     reward: Reward | None = None
     """A custom reward that is added to these, with weight 1."""
     repetition: float = 0.0
-    """Weight of the penalty for repeated words: subtracted from the reward per content word that repeats the one before
-    it, as in "a car in a car"."""
+    """Weight of the penalty for repeated words, such as the second "car" of "a car in a car": subtracted from the
+    reward for each of them."""
     reward_eos: bool = True
     """Whether the end of a caption counts as a word in candidates, references and document frequencies. Without it,
     captions break off (Hu et al. 2023, https://arxiv.org/abs/2305.12254). SacreEOS calls True STANDARD and False
