@@ -101,6 +101,8 @@ def prepare(
             contains files that were not written here.
     """
     data_dir = Path(data_dir or default_data_dir()).expanduser().absolute()
+    images = [path.expanduser() for path in images]
+    annotations, split_file = (path.expanduser() if path is not None else None for path in (annotations, split_file))
     known = str(name_or_path)
     # A folder of that name in the current folder is prepared as every other folder.
     from_archives = known in _FLICKR and bool(images or split_file or not Path(name_or_path).is_dir())
@@ -206,7 +208,7 @@ def _prepare_flickr(
         raise UserError(f"{name}: the photos are missing; pass their folder or zip archive with --images")
     if len(images) > 1:
         raise UserError(f"{name}: --images is given {len(images)} times; pass one folder or zip archive")
-    (place,) = (path.expanduser() for path in images)
+    (place,) = images
     check_name(place.resolve())
     origin = Origin("folder", source or dataset.source, licence or dataset.licence, "", str(place.resolve()))
     return _prepare_contents(name, lambda: scan_flickr(dataset, place, split_file), origin, data_dir, progress, say)
@@ -304,7 +306,7 @@ def _prepare_coco(
     try:
         contents = coco.read_coco(
             data_dir,
-            images=[path.expanduser() for path in images],
+            images=images,
             annotations=annotations,
             split_file=split_file,
             download_dir=download_dir,
