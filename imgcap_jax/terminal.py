@@ -52,9 +52,9 @@ class Work:
         if not self._quiet and time.monotonic() >= self._next_line:
             self._line()
 
-    def restart(self) -> None:
-        """Restarts the measurement of the rate, after a compilation or another pause."""
-        self._began, self._first = time.monotonic(), self.done
+    def restart(self, done: int) -> None:
+        """Records that ``done`` units are done, and measures the rate from here on, as after a compilation."""
+        self._began, self.done, self._first = time.monotonic(), done, done
 
     def parts(self) -> Sequence[str]:
         """The texts to show. A narrow terminal shows only the first ones."""
@@ -100,6 +100,13 @@ class Work:
             thread.join()
 
 
+class _Console(Console):
+    """A console that does not hide the cursor, which a killed process could not show again."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        return False
+
+
 class _Display:
     """The bars of all work in progress, below whatever is printed meanwhile. They vanish when their work ends."""
 
@@ -113,7 +120,7 @@ class _Display:
         with self._lock:
             self._works.append(work)
             if self._live is None:
-                self._console = Console(file=sys.stderr)
+                self._console = _Console(file=sys.stderr)
                 self._live = Live(
                     console=self._console,
                     get_renderable=self._rows,

@@ -113,7 +113,8 @@ def _train(
     data = _with_features(data, experiment, cache)
 
     # The model (encoder and decoder, see run/folder.py), on all devices.
-    model = run.model(with_encoder=data.stores is None)
+    with working("initialising the model", shown=is_first_process()):
+        model = run.model(with_encoder=data.stores is None)
     checkpoints = Checkpoints(folder, writing=True)
     resumed = checkpoints.step is not None
     _check_processes(run, checkpoints.step, parallel)

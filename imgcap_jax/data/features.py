@@ -247,9 +247,10 @@ def _fill(
                     done += len(rows)
                     if following is None or following.start != rows.stop:
                         done = writer.done  # includes the rows of other processes
-                    work.update(done)
-                    if not compiled:
-                        work.restart()
+                    if compiled:
+                        work.update(done)
+                    else:
+                        work.restart(done)
                         compiled = True
                     rows = following
                 if writer.done < writer.rows:
