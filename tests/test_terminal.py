@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -145,3 +146,30 @@ def test_durations() -> None:
         "1:00:00",
         "-",
     ]
+
+
+WAITING = """
+import atexit, sys, time
+from imgcap_jax.cli import main
+
+def inspect(options):
+    print("a line")
+    time.sleep(60)
+
+atexit.register(lambda: print("shut down"))
+main._COMMANDS["inspect"] = inspect
+sys.argv = ["imgcap", "data", "inspect", "scenes"]
+sys.exit(main.main())
+"""
+
+
+def test_pipe_gets_lines_at_once_and_an_interrupted_command_ends_at_once() -> None:
+    """JAX can crash if the interpreter shuts down while a computation runs, so it does not shut down."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "a line\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "imgcap: interrupted\n")
+    assert process.returncode == 130
