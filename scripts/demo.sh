@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
 start=$SECONDS
-export PATH="$PWD/.venv/bin:$PATH" TFDS_DATA_DIR="${TFDS_DATA_DIR:-$PWD/runs/datasets}"
+export PATH="$(cd "${VENV:-.venv}" && pwd)/bin:$PATH" TFDS_DATA_DIR="${TFDS_DATA_DIR:-$PWD/runs/datasets}"
 run=runs/scenes_demo
 
 imgcap data prepare scenes

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Creates .venv and installs imgcap_jax into it, with the tested versions of its dependencies. The other scripts call it.
 #   scripts/setup.sh [EXTRAS]      e.g. scripts/setup.sh dev,java
+# PYTHON chooses the interpreter, VENV another folder than .venv. NEWEST=1 installs the newest versions instead of those in
+# constraints.txt: PYTHON=python3.13 VENV=.venv-newest NEWEST=1 scripts/setup.sh dev
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras="${1:-}"
@@ -19,18 +21,21 @@ if [ -z "$python" ]; then
   exit 2
 fi
 
-if [ ! -x .venv/bin/python ]; then
-  echo "setup: creating .venv with $("$python" --version)"
-  "$python" -m venv .venv
+venv="${VENV:-.venv}"
+versions=(-c constraints.txt)
+[ -z "${NEWEST:-}" ] || versions=(--upgrade --upgrade-strategy eager)
+if [ ! -x "$venv/bin/python" ]; then
+  echo "setup: creating $venv with $("$python" --version)"
+  "$python" -m venv "$venv"
 fi
 target=".${extras:+[$extras]}"
 # Run pip only if the extras or one of these files have changed since the last installation.
-wanted="$target $(cat setup.cfg pyproject.toml constraints.txt | sha256sum | cut -c1-16)"
-if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
-  echo "setup: installing into .venv (a few minutes the first time)"
+wanted="$target ${versions[*]} $(cat setup.cfg pyproject.toml constraints.txt | sha256sum | cut -c1-16)"
+if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
+  echo "setup: installing into $venv (a few minutes the first time)"
   quiet=--quiet
   [ ! -t 1 ] || quiet= # a terminal shows the progress of pip
-  .venv/bin/pip install $quiet --disable-pip-version-check -c constraints.txt -e "$target"
-  echo "$wanted" > .venv/installed
+  "$venv/bin/pip" install $quiet --disable-pip-version-check "${versions[@]}" -e "$target"
+  echo "$wanted" > "$venv/installed"
   echo "setup: installed in $SECONDS s"
 fi

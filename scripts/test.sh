@@ -3,11 +3,11 @@
 #   scripts/test.sh            all except the slow tests, 10 to 20 minutes on 2 cores
 #   scripts/test.sh --all      includes the slow tests
 # EXTRAS installs optional reference implementations, for example EXTRAS=java,torch scripts/test.sh. Tests that need a
-# missing one are skipped.
+# missing one are skipped. PYTHON, VENV and NEWEST are those of scripts/setup.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh "dev${EXTRAS:+,$EXTRAS}"
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$(cd "${VENV:-.venv}" && pwd)/bin:$PATH"
 
 ruff check .
 ruff format --check .
