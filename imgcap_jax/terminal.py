@@ -49,7 +49,7 @@ class Work:
             parts: texts to show, the most important first; None: the number of units, the rate and the time left.
         """
         self.done, self._parts = done, parts
-        if not self._quiet and time.monotonic() >= self._next_line:
+        if not self._quiet and done != self.total and time.monotonic() >= self._next_line:
             self._line()
 
     def restart(self, done: int) -> None:
