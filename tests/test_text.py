@@ -72,7 +72,7 @@ def test_no_token_is_empty_or_punctuation_or_contains_blanks() -> None:
 
 def test_long_repetitive_text_is_tokenised_in_seconds() -> None:
     """A rule with catastrophic backtracking would take minutes."""
-    start = time.perf_counter()
+    start = time.thread_time()
     for piece in ("a", "a,", "a.", "a-", "a'", "<a ", "a@", "1.", "(", "www.", "=", "-", "É", "😀", '"'):
         tokenize(piece * 2000)
-    assert time.perf_counter() - start < 5
+    assert time.thread_time() - start < 5

@@ -282,13 +282,13 @@ HOSTILE = {
 def test_hostile_pickles_cost_little_and_are_refused(zipped: bool, attack: str, tmp_path: Path) -> None:
     pickled, reason = HOSTILE[attack]
     path = write_pickle(pickled, tmp_path / "bad.pth", zipped)
-    began = time.monotonic()
+    began = time.thread_time()
     with pytest.raises(UserError) as raised:
         read_torch(path)
     assert reason in str(raised.value)
     assert len(str(raised.value)) < len(str(path)) + 250
     assert "\n" not in str(raised.value)
-    assert time.monotonic() - began < 5
+    assert time.thread_time() - began < 5
 
 
 @both_formats
