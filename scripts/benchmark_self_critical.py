@@ -13,6 +13,7 @@ from flax import nnx
 from measuring import Thing, decoder_sizes, matmul, medians
 
 from imgcap_jax.metrics.cider_device import document_frequencies, prepare_references
+from imgcap_jax.metrics.degeneration_device import FunctionWords
 from imgcap_jax.models.model import CaptionModel, split_trained
 from imgcap_jax.special_tokens import EOS, PAD
 from imgcap_jax.training.optimizer import Optimizer
@@ -104,7 +105,7 @@ def self_critical_benchmark(options: argparse.Namespace) -> None:
                 key=jax.random.key(0),
                 max_words=WORDS,
                 bad_endings=range(4, 44),
-                function_words=range(4, 144),
+                function_words=FunctionWords(tuple(range(4, 144)), (4, 5, 6)),
                 rewards=rewards,
             )
         )

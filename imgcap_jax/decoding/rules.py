@@ -56,7 +56,7 @@ from jax import Array
 
 from imgcap_jax.decoding.limits import check_limits
 from imgcap_jax.errors import UserError
-from imgcap_jax.metrics.degeneration_device import repeating_words
+from imgcap_jax.metrics.degeneration_device import FunctionWords, repeating_words
 from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
 
 FORBIDDEN = -1e30
@@ -183,18 +183,16 @@ class ForbidBadEnding:
 
 @dataclass(frozen=True)
 class ForbidRepeatedWords:
-    """Forbids content words that would complete a repetition, as in "a car in a car" and "a red hat and a red hat".
+    """Forbids repeated content words, as in "a car in a car" and "a baby is playing with a baby".
 
-    A word completes a repetition if it ends a word or phrase that directly follows itself when function words, given as
-    ids, are left out (see ``imgcap_jax.metrics.degeneration.repeated_words``). Function words are never forbidden.
+    ``imgcap_jax.metrics.degeneration.repeated_words`` defines them. Function words are never forbidden.
     """
 
-    function_words: tuple[int, ...]
+    function_words: FunctionWords
 
     def __call__(self, logits: Array, tokens: Array, t: Array) -> Array:
-        words = repeating_words(tokens, self.function_words)  # [B,M,S]
-        # Pad fills the places of phrases that cannot be completed. The id V is ignored by mode="drop".
-        words = jnp.where(words == PAD, logits.shape[-1], words)
+        words = repeating_words(tokens, t, self.function_words)  # [B,M,N], between pads
+        words = jnp.where(words == PAD, logits.shape[-1], words)  # mode="drop" ignores the id V
         b, m = np.indices(tokens.shape[:2])[..., None]  # [B,M,1] both
         return logits.at[b, m, words].set(FORBIDDEN, mode="drop")  # [B,M,V]
 

@@ -20,17 +20,49 @@ BAD_ENDINGS = frozenset(
 )
 """Words that should not end an English caption: articles, possessives, prepositions, conjunctions, auxiliaries."""
 
-FUNCTION_WORDS = BAD_ENDINGS | frozenset(
-    {
-        *("he", "she", "it", "they", "him", "them", "himself", "herself", "itself", "themselves", "i", "you", "we"),
-        *("who", "whom", "whose", "which", "what", "there", "here", "some", "any", "each", "every", "both", "all"),
-        *("off", "out", "up", "down", "through", "across", "around", "along", "against", "above", "below", "beside"),
-        *("between", "among", "during", "after", "before", "towards", "toward", "inside", "outside", "past", "about"),
-        *("within", "without", "underneath", "beneath", "beyond", "atop", "upon", "front", "next", "like", "than"),
-        *("be", "been", "being", "am", "has", "have", "had", "having", "do", "does", "did", "can", "could", "will"),
-        *("would", "so", "then", "when", "where", "whilst", "if", "because", "until", "since", "also", "just", "too"),
-        *("not", "no", "'s", "'re", "'m", "'ve", "'ll", "'d", "n't"),
-    }
+CONJUNCTIONS = frozenset({"and", "or", "but", "while", "whilst", "as", "when", "because"})
+"""English words that begin a clause."""
+
+FUNCTION_WORDS = (
+    BAD_ENDINGS
+    | CONJUNCTIONS
+    | frozenset(
+        {
+            *("he", "she", "it", "they", "him", "them", "himself", "herself", "itself", "themselves", "i", "you", "we"),
+            *("who", "whom", "whose", "which", "what", "there", "here", "some", "any", "each", "every", "both", "all"),
+            *(
+                "off",
+                "out",
+                "up",
+                "down",
+                "through",
+                "across",
+                "around",
+                "along",
+                "against",
+                "above",
+                "below",
+                "beside",
+            ),
+            *(
+                "between",
+                "among",
+                "during",
+                "after",
+                "before",
+                "towards",
+                "toward",
+                "inside",
+                "outside",
+                "past",
+                "about",
+            ),
+            *("within", "without", "underneath", "beneath", "beyond", "atop", "upon", "front", "next", "like", "than"),
+            *("be", "been", "being", "am", "has", "have", "had", "having", "do", "does", "did", "can", "could", "will"),
+            *("would", "so", "then", "where", "if", "until", "since", "also", "just", "too", "not", "no"),
+            *("'s", "'re", "'m", "'ve", "'ll", "'d", "n't"),
+        }
+    )
 )
 """English words without a content of their own, with the nouns of "in front of" and "next to".
 
@@ -48,9 +80,8 @@ class Degeneration:
         bad_endings: share of captions that end with one of ``BAD_ENDINGS``.
         repetitions: share of captions with a repetition: a phrase directly after itself ("a man in a man in", "the
             the"), or the same four words at two positions.
-        repeated_words: share of captions with a repeated content word: a word or phrase directly after itself if
-            ``FUNCTION_WORDS`` are left out ("a car in a car", "a red hat and a red hat"). 0 if no caption has a
-            function word, because the list is English.
+        repeated_words: share of captions with a repeated content word ("a man sits on a car in a car"; see
+            ``repeated_words``). 0 if no caption has one of the ``FUNCTION_WORDS``, because the list is English.
         unfinished: share of captions that reached the maximum number of words without an end; None: unknown.
     """
 
@@ -121,32 +152,41 @@ _FAR = 4  # words that count as a repetition at any distance; good captions ofte
 
 def repeats(words: Sequence[str]) -> bool:
     """Whether a caption contains a phrase twice in a row, or the same four words at two positions."""
-    if _ends_of_repetitions(words):
-        return True
+    for size in range(1, len(words) // 2 + 1):
+        run = 0
+        for place in range(size, len(words)):
+            run = run + 1 if words[place] == words[place - size] else 0
+            if run == size:
+                return True
     phrases = [tuple(words[i : i + _FAR]) for i in range(len(words) - _FAR + 1)]
     return len(set(phrases)) < len(phrases)
 
 
 def repeated_words(words: Sequence[str]) -> int:
-    """The number of content words that complete a repetition: a word or phrase directly after itself.
+    """The number of repeated content words: words that are no ``FUNCTION_WORDS`` and complete a repetition.
 
-    Function words are left out: "sits on a car in a car" becomes "sits car car", and the second "car" counts. "a dog
-    and another dog" and "a man in a red shirt and a woman in a red shirt" have no repetition. Singular and plural are
-    different words.
+    There are two kinds of repetition:
+
+    - A word or phrase directly follows itself if the function words are left out: "a car in a car", "a red hat and a
+      red hat".
+    - A phrase occurs twice in a clause: "a baby is playing with a baby". A phrase is what function words enclose. Each
+      of the ``CONJUNCTIONS`` begins a clause.
+
+    Singular and plural are different words. These have no repetition: "a black dog and a white dog", "a man and another
+    man", "a man in a red shirt and a woman in a red shirt", "a soccer player is playing soccer".
     """
-    return len(_ends_of_repetitions([word for word in words if word not in FUNCTION_WORDS]))
-
-
-def _ends_of_repetitions(words: Sequence[str]) -> set[int]:
-    """The positions at which a phrase that directly follows itself ends."""
-    ends = set()
-    for size in range(1, len(words) // 2 + 1):
-        run = 0
-        for place in range(size, len(words)):
-            run = run + 1 if words[place] == words[place - size] else 0
-            if run >= size:
-                ends.add(place)
-    return ends
+    repeated, content = 0, list[str]()
+    phrase, phrases = list[str](), list[list[str]]()  # the current one, and the earlier ones of the clause
+    for word in words:
+        if word in FUNCTION_WORDS:
+            phrases = [] if word in CONJUNCTIONS else [*phrases, phrase]
+            phrase = []
+        else:
+            content.append(word)
+            phrase = [*phrase, word]
+            directly = any(content[-n:] == content[-2 * n : -n] for n in range(1, len(content) // 2 + 1))
+            repeated += directly or phrase in phrases
+    return repeated
 
 
 def _percent(share: float) -> str:

@@ -1,8 +1,13 @@
 """Repeated content words of captions from token ids on the device: for self-critical training and a logit rule.
 
+``imgcap_jax.metrics.degeneration.repeated_words`` defines what a repeated word is.
+
 Letters: B images per batch, M captions per image, T caption length.
 """
 
+from dataclasses import dataclass
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -10,54 +15,95 @@ from jax import Array
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 
 
-def repeated_words(tokens: Array, function_words: tuple[int, ...]) -> Array:
-    """Counts the content words that complete a repetition, as ``degeneration.repeated_words`` does.
+@dataclass(frozen=True)
+class FunctionWords:
+    """The ids of the words that separate phrases. All other words are content words.
+
+    Attributes:
+        ids: all function words.
+        conjunctions: the function words that begin a clause.
+    """
+
+    ids: tuple[int, ...]
+    conjunctions: tuple[int, ...] = ()
+
+
+def repeated_words(tokens: Array, function_words: FunctionWords) -> Array:
+    """Counts the repeated words of captions.
 
     Args:
         tokens: ids int32 [B,M,T]: words, eos, pad.
-        function_words: the ids of the words that are left out.
+        function_words: the ids of the function words.
 
     Returns:
         Counts int32 [B,M].
     """
-    length = tokens.shape[-1]
-    words = _content_words(tokens, function_words)  # [B,M,T]
-    size = np.arange(1, length // 2 + 1)[:, None]  # [S,1], the length of a phrase
-    place = np.arange(length)  # [T]
-    earlier = words[..., np.maximum(place - size, 0)]  # [B,M,S,T]
-    same = (words[..., None, :] == earlier) & (earlier != PAD) & (place >= size)  # [B,M,S,T]
-    total = jnp.cumsum(same, axis=-1)  # [B,M,S,T]
-    before = jnp.where(place >= size, jnp.take_along_axis(total, np.maximum(place - size, 0)[None, None], axis=-1), 0)
-    return jnp.any(total - before == size, axis=-2).sum(-1)
+
+    def repeated(t: Array) -> Array:
+        """Whether word t is a repeated word, bool [B,M]."""
+        before = jnp.where(np.arange(tokens.shape[-1]) < t, tokens, PAD)  # [B,M,T]
+        word = tokens[..., t, None]  # [B,M,1]
+        return jnp.any((word == repeating_words(before, t, function_words)) & (word != PAD), axis=-1)
+
+    return jax.vmap(repeated)(jnp.arange(tokens.shape[-1])).sum(0)
 
 
-def repeating_words(tokens: Array, function_words: tuple[int, ...]) -> Array:
-    """The content words that would complete a repetition if they came next.
+def repeating_words(tokens: Array, t: Array, function_words: FunctionWords) -> Array:
+    """The content words that would be repeated words if they came next.
 
     Args:
         tokens: ids int32 [B,M,T] of the words so far, then pad.
-        function_words: the ids of the words that are left out.
+        t: int32 [], the number of words so far.
+        function_words: the ids of the function words.
 
     Returns:
-        Ids int32 [B,M,S], S = T // 2; pad if a phrase of this length cannot be completed.
+        Ids int32 [B,M,N], between pads. N is T // 2 + T.
     """
     length = tokens.shape[-1]
-    longest = length // 2
-    words = _content_words(tokens, function_words)[..., ::-1]  # [B,M,T], the last word first
-    size = np.arange(1, longest + 1)  # [S]
-    back = np.arange(longest - 1)  # [S-1]
-    # A phrase of n words is completed by the n-th last word if the last n-1 words equal the n-1 words before that one.
-    equal = words[..., None, : longest - 1] == words[..., back + size[:, None]]  # [B,M,S,S-1]
-    complete = jnp.all(equal | (back >= size[:, None] - 1), axis=-1)  # [B,M,S]
-    return jnp.where(complete, words[..., size - 1], PAD)
+    place = np.arange(length)
+    words = jnp.where(place < t, jnp.take(tokens, jnp.maximum(t - 1 - place, 0), axis=-1), PAD)  # [B,M,T], last first
+    content = ~_is_one_of(words, (PAD, BOS, EOS, *function_words.ids))  # [B,M,T]
+
+    # The content words alone, last first. The word at n - 1 completes a phrase of n words that directly follows itself
+    # if the n - 1 words before it equal the last n - 1 words.
+    rank = jnp.cumsum(content, axis=-1) - 1  # [B,M,T]
+    alone = jnp.where((content & (rank == place[:, None, None, None])), words, PAD).sum(-1)  # [T,B,M]
+    alone = jnp.moveaxis(alone, 0, -1)  # [B,M,T]
+    direct = _continues(alone, needed=jnp.broadcast_to(place, words.shape))[..., : length // 2]  # [B,M,T//2]
+
+    # The word at n completes a phrase of the same clause that ends there if its other words equal the last words.
+    size = _run(content)  # [B,M,T], the number of words of the phrase from its start to each of its words
+    current = size[..., :1]  # [B,M,1], the number of words of the unfinished phrase
+    ends = content & ~jnp.pad(content, [(0, 0), (0, 0), (1, 0)], constant_values=True)[..., :-1]  # [B,M,T]
+    clause = jnp.cumsum(_is_one_of(words, function_words.conjunctions), axis=-1) == 0  # [B,M,T]
+    again = ends & clause & (size == current + 1)
+    again &= _continues(words, needed=jnp.broadcast_to(current, words.shape))
+    return jnp.concatenate([jnp.where(direct, alone[..., : length // 2], PAD), jnp.where(again, words, PAD)], axis=-1)
 
 
-def _content_words(tokens: Array, function_words: tuple[int, ...]) -> Array:
-    """The content words of captions [B,M,T] in their order, preceded by pad: [B,M,T]."""
-    left_out = np.zeros(max((EOS, *function_words)) + 1, bool)  # a table, because a search calls this in every step
-    left_out[[PAD, BOS, EOS, *function_words]] = True
-    content = ~jnp.take(jnp.asarray(left_out), tokens, mode="fill", fill_value=False)  # [B,M,T]
-    length = tokens.shape[-1]
-    after = jnp.cumsum(content[..., ::-1], axis=-1)[..., ::-1]  # [B,M,T], the number of content words from here on
-    moves = content[..., None] & (length - after[..., None] == np.arange(length))  # [B,M,T,T]
-    return jnp.where(moves, tokens[..., None], PAD).sum(-2)
+def _continues(words: Array, needed: Array) -> Array:
+    """Whether the words before each word equal the last words: [B,M,T] -> bool [B,M,T].
+
+    ``words`` are in reverse order. ``needed`` [B,M,T] is the number of words that are compared for each of them.
+    """
+    length = words.shape[-1]
+    last, back = np.arange(length), np.arange(length)[:, None] + 1
+    padded = jnp.pad(words, [(0, 0), (0, 0), (0, length)], constant_values=PAD)
+    equal = words[..., None, :] == padded[..., back + last]  # [B,M,T,T]
+    return jnp.all(equal | (last >= needed[..., None]), axis=-1)
+
+
+def _run(content: Array) -> Array:
+    """The number of consecutive content words from each place on, 0 if it has none: bool [B,M,T] -> int32 [B,M,T]."""
+    length = content.shape[-1]
+    place = np.arange(length)
+    # The next place without a content word, from the right.
+    stops = jax.lax.cummin(jnp.where(content, length, place), axis=content.ndim - 1, reverse=True)
+    return stops - place
+
+
+def _is_one_of(words: Array, ids: tuple[int, ...]) -> Array:
+    """Whether words are among ids, by a table, because a search calls this in every step."""
+    table = np.zeros(max(ids, default=0) + 1, bool)
+    table[list(ids)] = True
+    return jnp.take(jnp.asarray(table), words, mode="fill", fill_value=False)

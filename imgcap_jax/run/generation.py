@@ -30,7 +30,8 @@ from imgcap_jax.decoding.rules import (
 from imgcap_jax.decoding.sampling import sample
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
-from imgcap_jax.metrics.degeneration import BAD_ENDINGS, FUNCTION_WORDS
+from imgcap_jax.metrics.degeneration import BAD_ENDINGS, CONJUNCTIONS, FUNCTION_WORDS
+from imgcap_jax.metrics.degeneration_device import FunctionWords
 from imgcap_jax.models.decoders.contract import DecoderSettings, check_length
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
 from imgcap_jax.special_tokens import BOS, UNK
@@ -61,8 +62,8 @@ def _rules(decoding: Decoding, vocabulary: Vocabulary) -> tuple[Rule, ...]:
             )
         rules.append(ForbidBadEnding(endings))
     if decoding.forbid_repeated_words:
-        function_words = vocabulary.known_ids(FUNCTION_WORDS)
-        if not function_words:
+        function_words = FunctionWords(vocabulary.known_ids(FUNCTION_WORDS), vocabulary.known_ids(CONJUNCTIONS))
+        if not function_words.ids:
             raise UserError(
                 "forbid_repeated_words has no effect: the vocabulary has none of the English function words that it "
                 "leaves out; leave it out"

@@ -29,8 +29,8 @@ from imgcap_jax.metrics.cider_device import (
     document_frequencies,
     prepare_references,
 )
-from imgcap_jax.metrics.degeneration import BAD_ENDINGS, FUNCTION_WORDS
-from imgcap_jax.metrics.degeneration_device import repeated_words
+from imgcap_jax.metrics.degeneration import BAD_ENDINGS, CONJUNCTIONS, FUNCTION_WORDS
+from imgcap_jax.metrics.degeneration_device import FunctionWords, repeated_words
 from imgcap_jax.models.layers import row_keys
 from imgcap_jax.models.model import DRAW_KEYS, START_KEYS, UNROLL_KEYS, CaptionModel, Frozen, Params
 from imgcap_jax.special_tokens import BOS, EOS, PAD
@@ -158,8 +158,9 @@ class SelfCritical:
     def make_step(self, setup: StepSetup) -> tuple[Step, "Constants"]:
         """See ``Objective``. The run keeps the document frequencies and, for a KL penalty, the initial parameters."""
         assert setup.references is not None
-        function_words = setup.vocabulary.known_ids(FUNCTION_WORDS)
-        if self.repetition and not function_words:
+        known = setup.vocabulary.known_ids
+        function_words = FunctionWords(known(FUNCTION_WORDS), known(CONJUNCTIONS))
+        if self.repetition and not function_words.ids:
             raise UserError(
                 "objective.repetition has no effect: the vocabulary has none of the English function words that it "
                 "leaves out; leave it out"
@@ -172,7 +173,7 @@ class SelfCritical:
             setup.transformation,
             key=setup.key,
             max_words=setup.max_words,
-            bad_endings=setup.vocabulary.known_ids(BAD_ENDINGS),
+            bad_endings=known(BAD_ENDINGS),
             function_words=function_words,
             accumulate=setup.accumulate,
             ema_decay=setup.ema_decay,
@@ -254,7 +255,7 @@ def self_critical_step(
     key: Array,
     max_words: int,
     bad_endings: Sequence[int],
-    function_words: Sequence[int],
+    function_words: FunctionWords,
     rewards: Reward | None = None,
     accumulate: int = 1,
     ema_decay: float | optax.Schedule = 0.0,
@@ -277,7 +278,7 @@ def self_critical_step(
         key: PRNG key of samples and dropout.
         max_words: T, the maximum length of a caption with its eos. A longer caption is cut and scored without eos.
         bad_endings: ids of the words that count as a bad ending.
-        function_words: ids of the words between which a repeated word counts; see ``repeated_words``.
+        function_words: ids of the words that cannot be repeated words; see ``repeated_words``.
         rewards: the reward before the penalty for repeated words; None: ``objective.rewards``.
         accumulate: microbatches per step.
         ema_decay: see ``train_step``.
@@ -316,7 +317,7 @@ def self_critical_step(
 
         def rewarded(tokens: Array) -> tuple[Array, Array]:
             """The rewards of captions [B,M,T], and the number of repeated words of each, both [B,M]."""
-            repeated = repeated_words(tokens, tuple(function_words))
+            repeated = repeated_words(tokens, function_words)
             return rewards(tokens, references, constants.frequencies) - objective.repetition * repeated, repeated
 
         draws = row_keys(keys, DRAW_KEYS)

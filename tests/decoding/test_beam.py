@@ -25,6 +25,7 @@ from imgcap_jax.decoding import (
 )
 from imgcap_jax.decoding.rules import FORBIDDEN
 from imgcap_jax.errors import UserError
+from imgcap_jax.metrics.degeneration_device import FunctionWords
 from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
 
 IMAGES, STEPS, VOCABULARY = 3, 4, 6
@@ -74,8 +75,8 @@ def forbidden(prefix: tuple[int, ...], rules: tuple[Any, ...]) -> set[int]:
             case ForbidBadEnding(bad):
                 words |= {EOS} if prefix and prefix[-1] in bad else set()
                 words |= set(bad) if len(prefix) == STEPS - 1 else set()
-            case ForbidRepeatedWords(function_words):  # without phrases, which need more words than RULES allow
-                words |= set([w for w in prefix if w not in function_words][-1:])
+            case ForbidRepeatedWords(function_words):  # RULES allow only one content word, and so no longer phrases
+                words |= set(prefix) - set(function_words.ids)
     return words
 
 
@@ -141,7 +142,7 @@ def test_beam_as_wide_as_the_live_prefixes_finds_the_most_likely_caption(toy: An
         assert captions(decoded, image)[0] == exhaustive(toy, parameters, image, 0.0)[0][0]
 
 
-RULES = (SuppressUnk(), NoRepeatNgram(2), MinLength(2), ForbidBadEnding((4,)), ForbidRepeatedWords((4,)))
+RULES = (SuppressUnk(), NoRepeatNgram(2), MinLength(2), ForbidBadEnding((4,)), ForbidRepeatedWords(FunctionWords((4,))))
 
 
 @pytest.mark.parametrize(

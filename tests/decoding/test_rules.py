@@ -23,6 +23,8 @@ from imgcap_jax.decoding import (
 )
 from imgcap_jax.decoding.rules import FORBIDDEN, apply_rules
 from imgcap_jax.errors import UserError
+from imgcap_jax.metrics.degeneration import repeated_words
+from imgcap_jax.metrics.degeneration_device import FunctionWords
 from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
 
 B, M, T, V = 2, 3, 6, 7
@@ -48,14 +50,13 @@ def banned_by_ngram(n: int, words: list[int]) -> set[int]:
     return {w for w in range(V) if len(words) >= n - 1 and tuple([*words, w][-n:]) in grams}
 
 
-def banned_by_repetition(function_words: set[int], words: list[int]) -> set[int]:
-    content = [word for word in words if word not in function_words]
-    sizes = range(1, len(content) // 2 + 2)
-    return {
-        word
-        for word in set(content)
-        if any([*content, word][-n:] == [*content, word][-2 * n : -n] for n in sizes if 2 * n <= len(content) + 1)
-    }
+def banned_by_repetition(words: list[int], function_words: dict[int, str]) -> set[int]:
+    """The words that would be repeated words, from the text of each continued caption."""
+
+    def count(ids: list[int]) -> int:
+        return repeated_words([function_words.get(word, str(word)) for word in ids])
+
+    return {word for word in range(EOS + 1, V) if count([*words, word]) > count(words)}
 
 
 def nucleus(logits: np.ndarray, p: float) -> set[int]:
@@ -80,8 +81,9 @@ BANS = {
     ForbidBadEnding((4, 6)): lambda logits, words: (
         ({EOS} if words and words[-1] in (4, 6) else set()) | ({4, 6} if len(words) == T - 1 else set())
     ),
-    ForbidRepeatedWords(()): lambda logits, words: banned_by_repetition(set(), words),
-    ForbidRepeatedWords((4,)): lambda logits, words: banned_by_repetition({4}, words),
+    ForbidRepeatedWords(FunctionWords(())): lambda logits, words: banned_by_repetition(words, {}),
+    ForbidRepeatedWords(FunctionWords((4,))): lambda logits, words: banned_by_repetition(words, {4: "a"}),
+    ForbidRepeatedWords(FunctionWords((4,), (4,))): lambda logits, words: banned_by_repetition(words, {4: "and"}),
     TopK(1): lambda logits, words: set(range(V)) - {int(logits.argmax())},
     TopK(3): lambda logits, words: set(np.argsort(-logits)[3:].tolist()),
     TopK(V + 5): lambda logits, words: set(),

@@ -19,6 +19,7 @@ from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.metrics.cider_device import document_frequencies, prepare_references
 from imgcap_jax.metrics.degeneration import repeated_words
+from imgcap_jax.metrics.degeneration_device import FunctionWords
 from imgcap_jax.metrics.scoring import CaptionScorer
 from imgcap_jax.models.decoders.aoa import AttentionOnAttention
 from imgcap_jax.models.decoders.attend import ShowAttendTell
@@ -66,7 +67,13 @@ def batch_of(images: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 def compiled(graph: Any, objective: SelfCritical, mode: Any = "pmap", devices: int = 1, **options: Any) -> Any:
     parallel = DataParallel(mode, jax.devices()[:devices])
-    settings = {"key": jax.random.key(3), "max_words": T, "bad_endings": [4], "function_words": [4], **options}
+    settings = {
+        "key": jax.random.key(3),
+        "max_words": T,
+        "bad_endings": [4],
+        "function_words": FunctionWords((4,)),
+        **options,
+    }
     return parallel, parallel.compile(self_critical_step(graph, objective, SGD, **settings))
 
 
