@@ -347,7 +347,7 @@ def test_a_damaged_run_costs_one_line(
     for name in ("experiment.json", "vocabulary.json"):
         shutil.copy(trained / name, run)
     (run / file).write_bytes(content)
-    line = refused(["caption", "x.png", "--run", str(run)])
+    line = refused(["evaluate", str(run)])
     assert str(run) in line
     assert line.isprintable()
 
@@ -477,9 +477,9 @@ def test_code_that_cannot_be_loaded_is_reported(
     trained: Path, tmp_path: Path, name: str, text: str, message: str, refused: Refused
 ) -> None:
     (tmp_path / name).write_text(text)
-    assert message in refused(["caption", "x.png", "--run", str(trained), "--code", str(tmp_path / name)])
+    assert message in refused(["evaluate", str(trained), "--code", str(tmp_path / name)])
     assert not Path("executed").exists()
-    missing = refused(["caption", "x.png", "--run", str(trained), "--code", str(tmp_path / "my_absent.py")])
+    missing = refused(["evaluate", str(trained), "--code", str(tmp_path / "my_absent.py")])
     assert "my_absent.py: no such file" in missing
 
 

@@ -48,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resumes = options.command in ("train", "features", "prepare")
         more = "; the same command resumes" if resumes else ""
         print(f"imgcap: interrupted{more}", file=sys.stderr)
+        if arguments is None:  # JAX crashes if the interpreter shuts down while a computation runs
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
         return 130
     return code
 
@@ -211,6 +215,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         dataset=options.dataset,
         decodings=decodings,
         floor=options.floor,
+        examples=10 if options.page is not None else 0,
     ):
         print("\n".join(lines(evaluation)), flush=True)
         evaluations.append(evaluation)

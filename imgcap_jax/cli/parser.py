@@ -193,7 +193,12 @@ def _add_evaluate(commands: Commands) -> None:
         action="store_true",
         help="also score each caption against the references of another image: the score without seeing the image",
     )
-    evaluate.add_argument("--page", type=_path, metavar="HTML", help="also write a page of ten images and captions")
+    evaluate.add_argument(
+        "--page",
+        type=_path,
+        metavar="HTML",
+        help="also write a page of scores, and of ten images with captions and attention",
+    )
     _add_decoding(evaluate)
     _add_code(evaluate)
     _add_cache(evaluate)
@@ -401,5 +406,5 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     short = parser.add_argument_group("short forms of decoding options (default: those of the run)")
     short.add_argument("--beam", type=int, metavar="N", help="number of beams; 1 is greedy search")
     short.add_argument("--length-norm", type=float, metavar="X", help="exponent of the length penalty")
-    short.add_argument("--n-best", type=int, metavar="N", help="captions per image, with scores")
+    short.add_argument("--n-best", type=int, metavar="N", help="captions per image, with scores; raises the run's beam")
     short.add_argument("--max-words", type=int, metavar="N", help="the longest caption")

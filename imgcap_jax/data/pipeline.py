@@ -226,12 +226,17 @@ def train_batches(
 class EvalBatches:
     """All images in order, without augmentation. Can be iterated any number of times. See `eval_batches`."""
 
-    def __init__(self, batches: grain.MapDataset[Batch], config: CaptionData) -> None:
-        self._batches = batches
+    def __init__(self, rows: "_EvalRows", count: int, config: CaptionData) -> None:
+        self._rows = rows
+        self._batches = grain.MapDataset.range(count).map(rows)
         self._config = config
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._batches.to_iter_dataset(_read_options(self._config)))
+
+    def of(self, images: Sequence[int]) -> Batch:
+        """One batch of the images with these numbers, without padding. Raises as iterating does."""
+        return self._rows.batch(images)
 
 
 def eval_batches(
@@ -260,7 +265,7 @@ def eval_batches(
         UserError: the store does not belong to the source. While iterating: an image cannot be decoded.
     """
     rows = _EvalRows(config, source, vocabulary, features, batch_size)
-    return EvalBatches(grain.MapDataset.range(-(-len(source) // batch_size)).map(rows), config)
+    return EvalBatches(rows, -(-len(source) // batch_size), config)
 
 
 class _TrainRows(grain.transforms.RandomMap):
@@ -370,6 +375,17 @@ class _EvalRows(grain.transforms.Map):
     def map(self, element: int) -> Batch:
         start = int(element) * self._size
         images = range(start, min(start + self._size, len(self._source)))
+        batch = self.batch(images)
+        missing = self._size - len(images)
+        if missing:
+            batch = {
+                name: np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1)) for name, values in batch.items()
+            }
+            batch["image_id"][-missing:] = -1
+        return batch
+
+    def batch(self, images: Sequence[int]) -> Batch:
+        """The images with these numbers, without padding."""
         batch: Batch = {}
         if self._store is not None:
             regions, masks = zip(*(self._store.read(i, 0) for i in images), strict=True)
@@ -383,14 +399,8 @@ class _EvalRows(grain.transforms.Map):
             batch["tokens"] = np.stack(
                 [self._captions.rows(i, range(min(count, self._captions.count(i))), count) for i in images]
             )
-        batch["image_id"] = self._image_ids[images.start : images.stop]
+        batch["image_id"] = self._image_ids[list(images)]
         batch["weight"] = np.ones(len(images), np.float32)
-        missing = self._size - len(images)
-        if missing:
-            batch = {
-                name: np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1)) for name, values in batch.items()
-            }
-            batch["image_id"][-missing:] = -1
         return batch
 
     def _image(self, i: int) -> npt.NDArray[np.uint8]:

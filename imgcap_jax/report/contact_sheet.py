@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from imgcap_jax.data.builders.layout import PREPARE_AGAIN
 from imgcap_jax.data.image_files import ImageError
-from imgcap_jax.data.images import view
+from imgcap_jax.data.images import Resize, view
 from imgcap_jax.data.sources import CaptionExample, CaptionSource
 from imgcap_jax.errors import UserError, counted
 from imgcap_jax.files import replacing
@@ -88,14 +88,14 @@ def dataset_sheet(source: CaptionSource, path: Path, *, count: int = 12, columns
     contact_sheet(images, [example.captions for example in examples], path, columns, title)
 
 
-def example_picture(example: CaptionExample, longest: int) -> np.ndarray:
-    """The image of an example, uint8 [h,w,3], reduced so that no side is longer than `longest` pixels.
+def example_picture(example: CaptionExample, longest: int, resize: Resize = "squash") -> np.ndarray:
+    """The image of an example, or the part that an encoder sees, uint8 [h,w,3], with no side above `longest` pixels.
 
     Raises:
         UserError: the image cannot be decoded.
     """
     try:
-        return view(example.image, longest)
+        return view(example.image, longest, resize)
     except ImageError as error:
         raise UserError(f"{example.filename}: {error}; {PREPARE_AGAIN}") from error
 

@@ -1,18 +1,20 @@
 """Reports of an evaluation: lines for the terminal, and an HTML page of images with captions."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from imgcap_jax.data.regions import has_ready_regions
 from imgcap_jax.data.scenes.language import is_true, parse_caption
 from imgcap_jax.data.scenes.world import Scene
-from imgcap_jax.data.sources import CaptionExample
+from imgcap_jax.errors import counted
 from imgcap_jax.report.columns import aligned
 from imgcap_jax.report.contact_sheet import example_picture
-from imgcap_jax.report.page import PICTURE, Row, caption_page
-from imgcap_jax.run.evaluation import Evaluation
+from imgcap_jax.report.page import PICTURE, Row, WordAttention, caption_page
+from imgcap_jax.run.evaluation import Evaluation, Example
+
+_PER_IMAGE = "CIDEr-D"  # the metric whose score of each image is shown
 
 
 def lines(evaluation: Evaluation) -> list[str]:
@@ -34,24 +36,92 @@ def lines(evaluation: Evaluation) -> list[str]:
     return [*report, f"  signature {evaluation.scores.signature}"]
 
 
-def write_page(evaluation: Evaluation, path: Path, count: int = 10) -> None:
-    """Writes a page of ``count`` images, evenly spaced over the split, with their captions."""
-    source, captions = evaluation.source, evaluation.captioned.captions
-    chosen = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
-    rows = [_row(source[int(i)], captions) for i in chosen]
-    paragraphs = [*_truth(evaluation), f"Score signature: {evaluation.scores.signature}"]
-    caption_page(rows, path, evaluation.title, _scores(evaluation), paragraphs)
+def write_page(evaluation: Evaluation, path: Path) -> None:
+    """Writes a page of the examples of an evaluation, with its scores and an explanation."""
+    rows = [_row(evaluation, example) for example in evaluation.examples]
+    caption_page(
+        rows,
+        path,
+        f"{_runs(evaluation)}: captions of {evaluation.source.name}, split {evaluation.source.split}",
+        _scores(evaluation),
+        facts=_facts(evaluation),
+        legend=_legend(evaluation, rows),
+        paragraphs=_truth(evaluation),
+    )
 
 
-def _row(example: CaptionExample, captions: dict[int, str]) -> Row:
-    pixels = example_picture(example, PICTURE)
-    caption = captions[example.image_id]
-    if not example.scene:
-        return Row(pixels, caption, example.captions)
-    statement = parse_caption(caption)
-    true = is_true(statement, Scene.from_json(example.scene))
-    note = "entirely true" if true else "not covered by the grammar" if statement is None else "not entirely true"
-    return Row(pixels, caption, example.captions, note, true)
+def _runs(evaluation: Evaluation) -> str:
+    return " + ".join(str(run.folder) for run in evaluation.runs)
+
+
+def _facts(evaluation: Evaluation) -> dict[str, str]:
+    """What was evaluated, and how."""
+    members = [
+        f"{run.folder} ({run.experiment.objective.title}, best parameters of step {step:,})"
+        for run, step in zip(evaluation.runs, evaluation.steps, strict=True)
+    ]
+    count = len(evaluation.source)
+    shown = "all are shown" if len(evaluation.examples) == count else f"{len(evaluation.examples)} of them are shown"
+    return {
+        "Run" if len(members) == 1 else "Ensemble": " + ".join(members),
+        "Dataset": f"{evaluation.source.name}, split {evaluation.source.split}",
+        "Images": f"{count:,}; {shown}",
+        "Decoding": evaluation.decoding.title,
+        "Signature": evaluation.scores.signature,
+    }
+
+
+def _legend(evaluation: Evaluation, rows: Sequence[Row]) -> list[str]:
+    of = f"all {counted(len(evaluation.source), 'image')} of the split, not only of those shown"
+    if len(rows) == len(evaluation.source):
+        of = "the images below"
+    said = [
+        f"The scores are times 100 and of {of}. Higher is better. Scores with different signatures cannot be compared.",
+        "In bold: the caption that the model wrote. Below the line: the reference captions.",
+    ]
+    if evaluation.runs[0].experiment.data.resize == "crop":
+        said.append("The images are cut to the square that the model sees.")
+    if any(row.note for row in rows):
+        said.append(f"{_PER_IMAGE} below a caption is the score of this caption; the mean over all images is above.")
+    if any(row.attention is not None for row in rows):
+        said.append(
+            "Point at a word of a caption, or tap it: the image stays bright where the model's attention was when it "
+            "chose the word."
+        )
+    if evaluation.truth is not None:
+        said.append(
+            "Green: everything that the caption states is true of the scene. Red: something is not true, or the "
+            "caption is not covered by the grammar that checks it."
+        )
+    return said
+
+
+def _row(evaluation: Evaluation, found: Example) -> Row:
+    example = evaluation.source[found.number]
+    pixels = example_picture(example, PICTURE, evaluation.runs[0].experiment.data.resize)
+    caption = evaluation.captioned.captions[example.image_id]
+    verdict, true = "", None
+    if example.scene:
+        statement = parse_caption(caption)
+        true = is_true(statement, Scene.from_json(example.scene))
+        wrong = "not covered by the grammar" if statement is None else "not entirely true"
+        verdict = "entirely true" if true else wrong
+    score = evaluation.scores.per_image.get(_PER_IMAGE, {}).get(example.image_id)
+    note = "" if score is None else f"{_PER_IMAGE} {100 * score:.1f}"
+    return Row(pixels, caption, example.captions, verdict, true, note, _attention(evaluation, found, caption))
+
+
+def _attention(evaluation: Evaluation, found: Example, caption: str) -> WordAttention | None:
+    """The attention of a caption's words; None if there is none, or if its regions are not a grid."""
+    separator = next((text for text in (" ", "") if text.join(found.words) == caption), None)
+    if found.attention is None or not found.words or separator is None:
+        return None
+    if any(has_ready_regions(run.experiment.encoder) for run in evaluation.runs):
+        return None  # such as boxes around objects
+    side = math.isqrt(found.attention.shape[-1])
+    if side < 2 or side * side != found.attention.shape[-1]:
+        return None
+    return WordAttention(found.words, separator, found.attention.reshape(-1, side, side))
 
 
 def _scores(evaluation: Evaluation) -> dict[str, str]:

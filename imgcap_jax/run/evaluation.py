@@ -30,7 +30,7 @@ from imgcap_jax.metrics.scoring import CaptionScorer, CustomMetric, Scores, avai
 from imgcap_jax.models.model import CaptionModel, Frozen, Params, split_trained
 from imgcap_jax.run.extraction import Extraction, uses_store
 from imgcap_jax.run.folder import Run
-from imgcap_jax.run.generation import caption_function, caption_rows, check_decoding
+from imgcap_jax.run.generation import attention_function, caption_function, caption_rows, check_decoding
 from imgcap_jax.special_tokens import EOS
 from imgcap_jax.terminal import Say, Work, working
 from imgcap_jax.tokenizers import tokens_of
@@ -56,6 +56,7 @@ class Captioned:
 
     Attributes:
         captions: image id -> the best caption (the first one, if captions were sampled).
+        tokens: image id -> its tokens, int32 [T], without bos.
         hypotheses: image id -> the n best captions, best first, or all samples.
         unfinished: share of the best captions that were cut before their end.
         mean_steps: mean number of decoder steps per batch.
@@ -64,11 +65,28 @@ class Captioned:
     """
 
     captions: dict[int, str]
+    tokens: dict[int, np.ndarray]
     hypotheses: dict[int, list[Hypothesis]]
     unfinished: float
     mean_steps: float
     max_steps: int
     images_per_second: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image of an evaluated split.
+
+    Attributes:
+        number: its number in the split.
+        words: the words of its best caption.
+        attention: float32 [words,N], the attention of each word, for an ensemble the mean; rows can sum to less than 1
+            (the rest goes to a sentinel). None: the decoder has no attention, or the members have different regions.
+    """
+
+    number: int
+    words: tuple[str, ...]
+    attention: np.ndarray | None
 
 
 class Member(NamedTuple):
@@ -133,6 +151,7 @@ class SplitEvaluator:
                 first = [next(self._on_devices(images))[0] for images in self._images]
                 jax.block_until_ready(function(params, frozen, first).tokens)
         captions: dict[int, str] = {}
+        best: dict[int, np.ndarray] = {}
         hypotheses: dict[int, list[Hypothesis]] = {}
         steps: list[int] = []
         unfinished = 0
@@ -151,12 +170,13 @@ class SplitEvaluator:
                         for m in caption_rows(tokens[row], decoding)
                     ]
                     captions[image_id] = hypotheses[image_id][0].caption
-                    unfinished += EOS not in tokens[row, 0]
+                    best[image_id] = tokens[row, 0]
+                    unfinished += EOS not in best[image_id]
                 work.update(len(captions))
         seconds = time.perf_counter() - start
         rate = len(captions) / seconds
         return Captioned(
-            captions, hypotheses, unfinished / len(captions), float(np.mean(steps)), decoding.max_words, rate
+            captions, best, hypotheses, unfinished / len(captions), float(np.mean(steps)), decoding.max_words, rate
         )
 
     def score(self, captions: Mapping[int, str]) -> Scores:
@@ -183,6 +203,26 @@ class SplitEvaluator:
         """
         ring = np.random.default_rng(0).permutation(self._ids).tolist()
         return self.score(dict(zip(ring, (captions[other] for other in ring[1:] + ring[:1]), strict=True)))
+
+    def examples(
+        self, params: Sequence[Params], frozen: Sequence[Frozen], captioned: Captioned, count: int
+    ) -> tuple[Example, ...]:
+        """This number of images, evenly spaced over the split (all, if there are fewer), with their attention."""
+        numbers = np.linspace(0, len(self._ids) - 1, min(count, len(self._ids))).astype(int).tolist()
+        tokens = np.stack([captioned.tokens[self._ids[number]] for number in numbers])[:, None]
+        maps = []
+        with self._working("attention of the examples"):
+            for member, own, rest, images in zip(self._members, params, frozen, self._images, strict=True):
+                batch = {name: values for name, values in images.of(numbers).items() if name != "image_id"}
+                maps.append(attention_function(member.graph)(own, rest, batch, tokens))
+        found = [np.asarray(one[:, 0], np.float32) for one in maps if one is not None]
+        same = len(found) == len(maps) and len({one.shape for one in found}) == 1
+        mean = np.mean(found, axis=0) if same else None
+        examples = []
+        for row, number in enumerate(numbers):
+            words = tuple(self._vocabulary.decode_words(tokens[row, 0]))
+            examples.append(Example(number, words, None if mean is None else mean[row, : len(words)]))
+        return tuple(examples)
 
     def teacher_forced(self, params: Params, frozen: Frozen) -> dict[str, float]:
         """Loss and perplexity per word of the first member under teacher forcing.
@@ -228,7 +268,8 @@ class Evaluation:
     """The scores of a run or an ensemble on a split.
 
     warnings: one line each, about scores and defects of captions. truth: only for drawn scenes. floor: see
-    ``SplitEvaluator.score_of_other_photos``; None unless requested. models: the size of the ensemble.
+    ``SplitEvaluator.score_of_other_photos``; None unless requested. runs, steps: the run, or the members of the
+    ensemble, and the step of the parameters of each. examples: none unless requested.
     """
 
     source: CaptionSource
@@ -239,12 +280,14 @@ class Evaluation:
     warnings: tuple[str, ...]
     truth: TruthScores | None
     floor: Scores | None = None
-    models: int = 1
+    runs: tuple[Run, ...] = ()
+    steps: tuple[int, ...] = ()
+    examples: tuple[Example, ...] = ()
 
     @property
     def title(self) -> str:
         """What was evaluated, in a few words."""
-        ensemble = f", ensemble of {self.models}" if self.models > 1 else ""
+        ensemble = f", ensemble of {len(self.runs)}" if len(self.runs) > 1 else ""
         return f"{self.source.name} {self.source.split}, {len(self.source)} images{ensemble}, {self.decoding.title}"
 
     def results(self) -> dict[str, Any]:
@@ -289,6 +332,7 @@ def sweep(
     decodings: Sequence[Decoding],
     dataset: str | None = None,
     floor: bool = False,
+    examples: int = 0,
 ) -> Iterator[Evaluation]:
     """Captions a split with the best parameters of a run or an ensemble, once per setting.
 
@@ -302,6 +346,7 @@ def sweep(
         decodings: search settings.
         dataset: None: the dataset that the first run validated on.
         floor: also score each caption as that of another image.
+        examples: the number of images for which the attention of each word is computed too.
 
     Raises:
         UserError: there is no such split, no trained parameters, vocabularies differ, or the disk is full.
@@ -318,8 +363,9 @@ def sweep(
         run.check_weights()
         stored = uses_store(run.experiment)
         store = Extraction(run.experiment, cache).regions(source, views=1) if stored else None
-        graph, own, rest = split_trained(run.model(with_encoder=not stored))
-        best, step = restore_best(run.folder, parallel.replicate(own))
+        with working("loading the model", shown=is_first_process()):
+            graph, own, rest = split_trained(run.model(with_encoder=not stored))
+            best, step = restore_best(run.folder, parallel.replicate(own))
         params.append(best)
         steps.append(step)
         frozen.append(parallel.replicate(rest))
@@ -346,7 +392,9 @@ def sweep(
             (*scores.warnings, *warnings),
             _truth(source, captioned.captions, evaluator.references),
             evaluator.score_of_other_photos(captioned.captions) if floor else None,
-            len(runs),
+            tuple(runs),
+            tuple(steps),
+            evaluator.examples(params, frozen, captioned, examples) if examples else (),
         )
         results = {**where, **evaluation.results()}
         if len(decodings) == 1:

@@ -299,7 +299,14 @@ def test_evaluate_writes_coco_results_and_truth_scores(
     scores = json.loads((trained / "scores_test.json").read_text())
     assert scores["decoding"]["beam"] == 3
     assert 0 <= scores["truth"]["true"] <= 1
-    assert page.read_text().count("<figure") == 10
+    text = page.read_text()
+    assert text.count("<figure") == 10
+    for part in (f"<dd>{trained} (cross-entropy, best parameters of step ", "scenes, split test", "12; 10 of them are"):
+        assert part in text
+    for part in ("beam 3, length_norm", "How to read this page", "all 12 images of the split", scores["signature"]):
+        assert part in text
+    shown = [results[number]["caption"] for number in np.linspace(0, 11, 10).astype(int)]
+    assert text.count('class="word"') == sum(len(caption.split()) for caption in shown)
 
 
 def test_caption_reports_unreadable_files_and_captions_the_others(

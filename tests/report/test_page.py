@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from imgcap_jax.report.page import Row, caption_page
+from imgcap_jax.report.page import Row, WordAttention, caption_page
 
 
 class Reader(HTMLParser):
@@ -33,10 +33,18 @@ def test_page_is_complete_escaped_and_self_contained(tmp_path: Path) -> None:
     photo = np.full((300, 1500, 3), (200, 30, 60), np.uint8)
     evil = "<script>alert('x')</script> \"quoted\" & more"
     rows = [
-        Row(drawing, evil, ("a first reference", evil), note="true of its scene", verdict=True),
-        Row(photo, "a red field", verdict=False),
+        Row(drawing, evil, ("a first reference", evil), verdict="true of its scene", true=True, note="CIDEr-D 7"),
+        Row(photo, "a red field", true=False),
     ]
-    caption_page(rows, tmp_path / "new" / "page.html", evil, {"CIDEr-D <dev>": "101.2"}, ["One & only."])
+    caption_page(
+        rows,
+        tmp_path / "new" / "page.html",
+        evil,
+        {"CIDEr-D <dev>": "101.2"},
+        facts={"Run": "runs/<mine>"},
+        legend=["Green & red."],
+        paragraphs=["One & only."],
+    )
     page = (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
     reader = Reader()
     reader.feed(page)
@@ -45,6 +53,7 @@ def test_page_is_complete_escaped_and_self_contained(tmp_path: Path) -> None:
     # In the title, the heading, a caption and a reference. The alternative text is an attribute and not counted.
     assert reader.text.count(evil) == 4
     assert {"CIDEr-D <dev>", "101.2", "One & only.", "a first reference", "a red field"} <= set(reader.text)
+    assert {"Run", "runs/<mine>", "Green & red.", "true of its scene", "CIDEr-D 7"} <= set(reader.text)
     assert [image["alt"] for image in reader.images] == [evil, "a red field"]
     pictures = []
     for image in reader.images:
@@ -56,3 +65,29 @@ def test_page_is_complete_escaped_and_self_contained(tmp_path: Path) -> None:
     assert pictures[1][1].shape == (128, 640, 3)
     assert np.abs(pictures[1][1].astype(int) - photo[0, 0]).max() < 8
     assert page.count('<figure class="good">') == page.count('<figure class="bad">') == 1
+
+
+def test_words_show_where_the_attention_was(tmp_path: Path) -> None:
+    photo = np.full((300, 600, 3), 200, np.uint8)
+    weights = np.zeros((2, 7, 7))
+    weights[0, 0, 6], weights[1] = 0.6, 1 / 49
+    attention = WordAttention(("<b>", "dog"), " ", weights)
+    caption_page([Row(photo, "<b> dog", attention=attention)], tmp_path / "page.html", "title", {})
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    reader = Reader()
+    reader.feed(page)
+    assert "b" not in reader.tags
+    words = [text for text in reader.text if text in ("<b>", "dog")]
+    assert words == ["<b>", "dog"]
+    assert page.count('class="word" tabindex="0"') == 2  # a tap gives the focus
+    assert page.count("% of the attention is on the image") == 1
+    assert "60 % of the attention" in page
+    # The square that contains the image is as wide as the image, and twice as high.
+    assert "--left:0.000%;--top:25.000%;--width:100.000%;--ratio:2.0000" in page
+    first, second = (
+        np.asarray(Image.open(io.BytesIO(base64.b64decode((image["src"] or "").split(",")[1]))))
+        for image in reader.images[1:]
+    )
+    assert first.shape == (28, 28, 2)
+    assert first[0, -1, 1] < 20 < 200 < first[-1, 0, 1]  # bright in the corner at the top right only
+    assert (second[..., 1] == 0).all()

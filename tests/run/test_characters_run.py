@@ -86,7 +86,7 @@ def test_runs_of_other_tokenizers_are_not_mixed_with_it(
     place: Path, trained: Path, tiny_file: Path, tmp_path: Path, refused: Refused
 ) -> None:
     run = str(place / "run")
-    line = refused(["caption", "x.png", "--run", run, "--run", str(trained)])
+    line = refused(["evaluate", run, "--ensemble", str(trained)])
     assert "different tokenizers (ptb-coco, characters)" in line
     options = ["--data.dataset", "chinese", "--data.data-dir", str(place / "data")]
     command = ["train", str(tiny_file), *options, "--cache", str(tmp_path)]
@@ -102,4 +102,4 @@ def test_runs_of_other_tokenizers_are_not_mixed_with_it(
             .read_text()
             .replace("imgcap_jax.tokenizers:Characters", "imgcap_jax.tokenizers:PennTreebank")
         )
-    assert "was built with the tokenizer 'characters'" in refused(["caption", "x.png", "--run", str(path)])
+    assert "was built with the tokenizer 'characters'" in refused(["evaluate", str(path)])
