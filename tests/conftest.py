@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -29,6 +30,14 @@ def no_progress_lines() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(terminal, "FIRST_LINE_SECONDS", 3600.0)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_call(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Orbax and TFDS log deprecated calls, and do not warn of them. Warnings are errors by pyproject.toml."""
+    yield
+    logged = [record.getMessage() for record in caplog.get_records("call") if record.levelno >= logging.WARNING]
+    assert not [message for message in logged if "deprecat" in message.lower()]
 
 
 @pytest.fixture(scope="session")
