@@ -286,7 +286,10 @@ def _prepare(options: argparse.Namespace) -> int:
     _set_largest_image(options)
     if options.train_scenes is not None and options.source != "scenes":
         raise UserError(f"--train-scenes has no effect on {options.source!r}; leave it out")
-    splits = SceneSplits(train=options.train_scenes) if options.train_scenes is not None else None
+    splits = None
+    if options.train_scenes is not None:
+        check_range("--train-scenes", options.train_scenes, at_least=1, at_most=9_999_999)
+        splits = SceneSplits(train=options.train_scenes)
     prepare(
         options.source,
         name=options.name,

@@ -159,6 +159,8 @@ def test_scenes_of_another_size_under_another_name(
     assert main(["data", "prepare", "scenes", "--name", "few_scenes", *sizes]) == 0
     assert "few_scenes: train 4" in capsys.readouterr().out
     assert "lower-case letters" in refused(["data", "prepare", "scenes", "--name", "coco", *sizes])
+    line = refused(["data", "prepare", "scenes", "--train-scenes", "0"])
+    assert line == "imgcap: --train-scenes is 0; it must be at least 1 and at most 9999999"
 
 
 def test_override_of_the_wrong_type(tiny_file: Path, refused: Refused) -> None:
