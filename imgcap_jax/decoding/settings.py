@@ -36,7 +36,7 @@ class Decoding:
     forbid_bad_endings: bool = False
     """No caption ends on a word such as "a", "of" or "with"."""
     forbid_repeated_words: bool = False
-    """No word or phrase follows itself with only words such as "a" or "in" between, as in "a car in a car"."""
+    """No caption repeats a word as in "a car in a car" or "a baby is playing with a baby" (English)."""
     prefix: str = ""
     """The first words of every caption."""
     must: tuple[str, ...] = ()
