@@ -66,7 +66,7 @@ def _rules(decoding: Decoding, vocabulary: Vocabulary) -> tuple[Rule, ...]:
         if not function_words.ids:
             raise UserError(
                 "forbid_repeated_words has no effect: the vocabulary has none of the English function words that it "
-                "leaves out; leave it out"
+                "leaves out; set it to false"
             )
         rules.append(ForbidRepeatedWords(function_words))
     if decoding.top_k:

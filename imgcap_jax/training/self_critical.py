@@ -163,7 +163,7 @@ class SelfCritical:
         if self.repetition and not function_words.ids:
             raise UserError(
                 "objective.repetition has no effect: the vocabulary has none of the English function words that it "
-                "leaves out; leave it out"
+                "leaves out; set it to 0"
             )
         frequencies = _document_frequencies(setup, setup.references)
         start = _start(setup.params, setup.checkpoints) if self.kl else None
