@@ -8,7 +8,6 @@ Only files whose SHA-256 is known are downloaded without HTTPS.
 
 import contextlib
 import fcntl
-import hashlib
 import http.client
 import json
 import logging
@@ -25,14 +24,17 @@ from typing import IO
 from urllib.parse import urlsplit
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import disk_full, reason
+from imgcap_jax.files import disk_full, file_digest, reason
 from imgcap_jax.terminal import Work, working
 
 _log = logging.getLogger(__name__)
 
 _STALLED_SECONDS = 30.0
-_FRUITLESS_TRIES = 4
-_PAUSE_SECONDS = 2.0
+# Tries without a new byte before giving up, before and after the first new byte. The pauses between them grow from
+# 2 seconds to a minute, about 4 minutes in all, because networks fail for minutes in a download of hours.
+_FIRST_TRIES, _LATER_TRIES = 4, 9
+_PAUSE_SECONDS, _LONGEST_PAUSE = 2.0, 60.0
+_LONG_PAUSE = 8.0  # seconds; longer pauses are announced
 _CHUNK = 1 << 20
 _MEGABYTE = 1_000_000
 _CHANGED = "the file on the server has changed"
@@ -119,9 +121,10 @@ def fetch(
             if not path.is_file():
                 part, record = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
                 published = _receive_all(_Wanted(url, sha256, size), part, record, by_hand, shown)
-                record.unlink(missing_ok=True)  # before its part, so that it never outlives it
-                _check(url, part, [sha256, published])
+                # The record stays until the part has its name. A process that is killed before does not download again.
+                _check(url, part, record, [sha256, published], shown)
                 os.replace(part, path)
+                record.unlink(missing_ok=True)
     except OSError as error:
         if disk_full(error):
             raise UserError(
@@ -171,12 +174,15 @@ def _receive_all(wanted: _Wanted, part: Path, record: Path, by_hand: str, shown:
                 most, fruitless = max(most, size), 0 if size > most else fruitless + 1
                 if isinstance(problem, _Unreachable) and most == start:
                     raise DownloadError(f"{url} can't be downloaded ({problem}); {by_hand}") from problem
-                if fruitless >= _FRUITLESS_TRIES:
+                if fruitless >= (_LATER_TRIES if most > start else _FIRST_TRIES):
                     raise DownloadError(
                         f"the download of {url} stopped after {size / 1e6:.1f} MB ({problem}); run the same command "
                         "again to resume it"
                     ) from problem
-            time.sleep(_PAUSE_SECONDS)
+                pause = min(_PAUSE_SECONDS * 2 ** max(fruitless - 1, 0), _LONGEST_PAUSE)
+                if pause >= _LONG_PAUSE:
+                    _log.warning("%s: %s; trying again in %.0f seconds", url, problem, pause)
+            time.sleep(pause)
 
 
 def _receive(wanted: _Wanted, part: Path, record: Path, show: Callable[[int, int | None], None]) -> str:
@@ -298,12 +304,14 @@ def _is_secure(url: str) -> bool:
     return urlsplit(url).scheme == "https"
 
 
-def _check(url: str, part: Path, checksums: list[str]) -> None:
-    with part.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+def _check(url: str, part: Path, record: Path, checksums: list[str], shown: bool) -> None:
+    title = f"checking {PurePosixPath(urlsplit(url).path).name}"
+    with working(title, -(-_size(part) // _MEGABYTE), "MB", shown=shown) as work:
+        digest = file_digest(part, lambda done: work.update(done // _MEGABYTE))
     for expected in checksums:
         if not digest.startswith(expected):
             part.unlink()
+            record.unlink(missing_ok=True)
             digits = min(len(expected), 16)
             raise DownloadError(
                 f"{url} is not the published file: its SHA-256 starts with {digest[:digits]}, not "

@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -18,6 +18,7 @@ from imgcap_jax.errors import UserError, printable
 
 OWNER = ".lock"  # file in a locked folder
 _LOCK_TRIES = 100  # each one fails only if another process has just released the lock
+_CHUNK = 1 << 20
 DIGESTS = "SHA256SUMS"  # digests of the files in a folder, as `sha256sum` writes them
 
 
@@ -88,7 +89,7 @@ def disk_errors(what: str) -> Iterator[None]:
             reason, advice = "the disk is full", "free some space"
         else:
             reason, advice = os.strerror(number), "check the disk and its permissions"
-        raise UserError(f"{what}: {reason}; {advice} and give the same command again") from error
+        raise UserError(f"{what}: {reason}; {advice} and run the same command again") from error
 
 
 @contextmanager
@@ -207,10 +208,20 @@ def _check_text(value: Any) -> None:
     json.dumps(value, ensure_ascii=False).encode()
 
 
-def file_digest(path: Path) -> str:
-    """The SHA-256 digest of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_digest(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
+    """The SHA-256 digest of a file, in hexadecimal.
+
+    Args:
+        path: the file.
+        progress: receives the number of bytes that were read, from time to time.
+    """
+    digest, done = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            progress(done)
+    return digest.hexdigest()
 
 
 def json_digest(value: Any) -> str:
@@ -218,17 +229,24 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def write_digests(folder: Path, names: Sequence[str] | None = None, comments: Sequence[str] = ()) -> None:
+def write_digests(
+    folder: Path,
+    names: Sequence[str] | None = None,
+    comments: Sequence[str] = (),
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
     """Writes the digests of files in ``folder`` to its SHA256SUMS, for ``damages`` and for ``sha256sum -c``.
 
     Args:
         folder: the folder.
         names: relative paths; None: all files below the folder.
         comments: lines to write above the digests.
+        progress: receives the number of bytes that were read, from time to time.
     """
     if names is None:
         names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
-    lines = [f"{file_digest(folder / name)}  {name}\n" for name in names if name != DIGESTS]
+    digest = _digester(progress)
+    lines = [f"{digest(folder / name)}  {name}\n" for name in names if name != DIGESTS]
     above = "".join(f"# {comment}\n" for comment in comments)
     write_text(folder / DIGESTS, f"{above}{''.join(lines)}# {len(lines)} files\n")
 
@@ -251,10 +269,29 @@ def read_digests(folder: Path) -> dict[str, str] | None:
     return dict((line[2], line[1]) if line else (DIGESTS, "") for line in lines)
 
 
-def damages(folder: Path) -> list[str]:
+def _digester(progress: Callable[[int], None]) -> Callable[[Path], str]:
+    """``file_digest`` of several files, which reports the bytes of all of them together."""
+    total = 0
+
+    def digest(path: Path) -> str:
+        nonlocal total
+        before = total
+
+        def add(done: int) -> None:
+            nonlocal total
+            total = before + done
+            progress(total)
+
+        return file_digest(path, add)
+
+    return digest
+
+
+def damages(folder: Path, progress: Callable[[int], None] = lambda done: None) -> list[str]:
     """What has changed in a folder since ``write_digests``, one line per file; empty if nothing, or without digests.
 
-    Files that were added since then (by file managers, network file systems) are no damage.
+    Files that were added since then (by file managers, network file systems) are no damage. ``progress`` receives the
+    number of bytes that were read, from time to time.
     """
     digests = read_digests(folder)
     if digests is None:
@@ -262,10 +299,11 @@ def damages(folder: Path) -> list[str]:
     if DIGESTS in digests or not are_complete(digests, (folder / DIGESTS).read_text("utf-8", "surrogateescape")):
         return [f"{DIGESTS} has changed"]
     found = []
+    digest_of = _digester(progress)
     for name, digest in digests.items():
         if not os.path.isfile(folder / name):  # unlike Path.is_file, False for names that no file can have
             found.append(f"{name} is missing")
-        elif file_digest(folder / name) != digest:
+        elif digest_of(folder / name) != digest:
             found.append(f"{name} has changed")
     return found
 
@@ -307,7 +345,7 @@ def owning(folder: Path, doing: str) -> Iterator[None]:
     path = folder.absolute() / OWNER
     made = [parent for parent in path.parents if not parent.exists()]
     try:
-        lock = _lock(path)
+        lock = lock_file(path)
         if lock is None:
             raise UserError(f"another process is {doing} {folder}; wait for it, or choose another folder")
         with lock:
@@ -315,7 +353,7 @@ def owning(folder: Path, doing: str) -> Iterator[None]:
                 yield
             finally:
                 if _is_at(path, lock):
-                    path.unlink()  # while it is locked; a process that has just opened it notices this (see _lock)
+                    path.unlink()  # while it is locked; a process that has just opened it notices this (see lock_file)
     except OSError as error:
         if error.errno == errno.ELOOP and path.is_symlink():
             raise UserError(f"{folder / OWNER} is a symbolic link; delete it") from error
@@ -326,8 +364,11 @@ def owning(folder: Path, doing: str) -> Iterator[None]:
                 parent.rmdir()
 
 
-def _lock(path: Path) -> TextIO | None:
-    """Opens and locks a file, in a folder that is made if it is missing. None: another process has locked it."""
+def lock_file(path: Path) -> TextIO | None:
+    """Opens and locks a file, in a folder that is made if it is missing. None: another process has locked it.
+
+    The lock lasts until the file is closed. Who deletes the file does so before.
+    """
     for _ in range(_LOCK_TRIES):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from imgcap_jax import downloads
+from imgcap_jax import downloads, terminal
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import cache_folder
 
@@ -133,7 +133,7 @@ def test_failing_server_is_retried_a_limited_number_of_times(server: Any, path: 
     server.limits, server.statuses = [1000], [0, 503, 0, 503]
     with pytest.raises(UserError, match=r"stopped after .* \(the server answers 503 Service Unavailable\)"):
         fetch(f"{server.base}/weights.pth", path)
-    resumed = ["bytes=1000-"] * 2 + ["bytes=2000-"] * 4
+    resumed = ["bytes=1000-"] * 2 + ["bytes=2000-"] * 9
     assert [wanted for _, wanted in server.asked] == [None, *resumed]
 
 
@@ -141,6 +141,51 @@ def test_wrong_checksum_is_an_error_and_leaves_no_files(server: Any, path: Path)
     with pytest.raises(UserError, match=rf"its SHA-256 starts with {SHA256[:8]}, not with 01234567"):
         fetch(f"{server.base}/weights.pth", path, sha256="01234567")
     assert visible(path.parent) == []
+
+
+def test_pauses_grow_once_data_has_arrived(
+    server: Any, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(downloads, "_PAUSE_SECONDS", 2.0)
+    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: slept.append(seconds) if seconds else None)
+    server.limits = [0]
+    with pytest.raises(UserError, match="stopped after 0"):
+        fetch(f"{server.base}/weights.pth", path)
+    assert slept == [2, 4, 8]  # nothing has arrived yet
+    slept.clear()
+    server.limits = [1000, 0]
+    with pytest.raises(UserError, match="stopped after"):
+        fetch(f"{server.base}/weights.pth", path)
+    assert slept == [2, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert "trying again in 32 seconds" in caplog.text
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_a_process_that_is_killed_while_it_checks_does_not_download_again(
+    hashed: bool, server: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    url = f"{server.base}/weights.pth"
+    with monkeypatch.context() as patch:
+        patch.setattr(*((downloads.os, "replace") if hashed else (downloads, "file_digest")), interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fetch(url, path, sha256=SHA256)
+    fetch(url, path, sha256=SHA256)
+    assert path.read_bytes() == CONTENT
+    assert server.asked == [("/weights.pth", None)]
+    assert visible(path.parent) == ["weights.pth"]
+
+
+def test_checking_a_download_shows_progress(
+    server: Any, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "FIRST_LINE_SECONDS", 0.0)
+    server.files["/weights.pth"] = bytes(3_000_000)
+    fetch(f"{server.base}/weights.pth", path)
+    assert "checking weights.pth: 1/3 MB" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("right", [True, False])

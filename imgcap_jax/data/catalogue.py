@@ -1,5 +1,8 @@
 """The datasets in a folder: prepared, damaged, or not complete."""
 
+import contextlib
+import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,4 +63,11 @@ def _listed(home: Path) -> ListedDataset | None:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    """The size of the files in a folder, in bytes, while another process may rename them."""
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                status = os.stat(os.path.join(parent, name))
+                size += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return size

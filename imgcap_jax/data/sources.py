@@ -27,15 +27,18 @@ from imgcap_jax.data.builders.layout import (
     Origin,
     Skipped,
     check_small_files,
+    counting_bytes,
     index_file,
 )
 from imgcap_jax.data.builders.listed import split_name
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import DIGESTS, damages, explaining, local_path, read_digests, read_json, reading
+from imgcap_jax.terminal import working
 
 _ALIASES = {"coco": coco.NAME}
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
+_DEPTHS = ("*", "*/*")  # of the folder of a version: without and with a config
 
 _log = logging.getLogger(__name__)
 
@@ -289,10 +292,15 @@ def _read_skipped(path: Path) -> tuple[Skipped, ...]:
         return tuple(Skipped(_text(entry["name"]), _text(entry["reason"])) for entry in saved)
 
 
-def check_dataset(name: str, data_dir: Path | None = None) -> list[str]:
+def check_dataset(name: str, data_dir: Path | None = None, *, shown: bool = True) -> list[str]:
     """Checks all files of a prepared dataset.
 
     Their digests are compared. For a dataset without digests, which an older version prepared, all records are read.
+
+    Args:
+        name: the name of the dataset.
+        data_dir: folder of prepared datasets; None: TFDS's standard folder.
+        shown: whether to show the progress.
 
     Returns:
         One line for each damaged file; empty if there are none.
@@ -301,19 +309,23 @@ def check_dataset(name: str, data_dir: Path | None = None) -> list[str]:
         UserError: the dataset is not prepared.
     """
     folder = find_prepared(_ALIASES.get(name, name), data_dir or default_data_dir())
-    if folder is not None and read_digests(folder) is not None:
+    if folder is not None and (digests := read_digests(folder)) is not None:
         try:
             read_origin(folder)
         except UserError as error:
             return [str(error)]
-        return [f"{folder / found}" for found in damages(folder)]
+        size = sum((folder / file).stat().st_size for file in digests if os.path.isfile(folder / file))
+        with counting_bytes(f"checking {name}", size, shown) as progress:
+            return [f"{folder / found}" for found in damages(folder, progress)]
     try:
         for split in split_names(name, data_dir):
             source = open_source(name, split, data_dir)
             ids = source.image_ids()
-            for i, example in enumerate(source):
-                if (example.image_id, example.captions) != (ids[i], source.captions(i)):
-                    return [f"{folder}: the index of the split {split} does not belong to the records"]
+            with working(f"checking {name} {split}", len(source), "images", shown=shown) as work:
+                for i, example in enumerate(source):
+                    work.advance()
+                    if (example.image_id, example.captions) != (ids[i], source.captions(i)):
+                        return [f"{folder}: the index of the split {split} does not belong to the records"]
     except UserError as error:
         if folder is None:
             raise
@@ -327,8 +339,8 @@ def find_prepared(name: str, data_dir: Path) -> Path | None:
         return None
     versions = [
         info.parent
-        for pattern in ("*/dataset_info.json", "*/*/dataset_info.json")
-        for info in (data_dir / name).glob(pattern)
+        for pattern in _DEPTHS
+        for info in (data_dir / name).glob(f"{pattern}/{INFO_FILE}")
         # TFDS writes to incomplete.XXXXXX_<version> until the dataset is complete.
         if _VERSION.fullmatch(info.parent.name)
     ]
@@ -337,7 +349,9 @@ def find_prepared(name: str, data_dir: Path) -> Path | None:
 
 def find_damaged(name: str, data_dir: Path) -> Path | None:
     """The folder of a version that has checksums but has lost the file that TFDS finds it by; None if there is none."""
-    digests = (data_dir / name).glob(f"*/{DIGESTS}") if _NAME.fullmatch(name) else ()
+    if not _NAME.fullmatch(name):
+        return None
+    digests = [path for pattern in _DEPTHS for path in (data_dir / name).glob(f"{pattern}/{DIGESTS}")]
     return next((path.parent for path in digests if _VERSION.fullmatch(path.parent.name)), None)
 
 

@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 from imgcap_jax import files
 from imgcap_jax.errors import UserError, printable
 from imgcap_jax.files import DIGESTS, file_digest, json_digest, read_digests, write_text
+from imgcap_jax.terminal import working
 
 ORIGIN_FILE = "origin.json"
 SKIPPED_FILE = "skipped.json"
 INFO_FILE = "dataset_info.json"  # written by TFDS
+_MEGABYTE = 1_000_000
 PREPARE_AGAIN = "delete its folder and prepare the dataset again"
 _OURS = re.compile(
     r"dataset_info\.json|features\.json|skipped\.json|captions_[a-z][a-z0-9_]*\.json|[^/]+\.array_record-\d+-of-\d+"
@@ -54,15 +57,24 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False))
 
 
-def write_checksums(folder: Path) -> None:
+def write_checksums(folder: Path, *, shown: bool = False) -> None:
     """Writes SHA256SUMS of a prepared dataset: the digests of its files, for `sha256sum -c`, and sizes as comments.
 
     `origin.json` is not among them. It contains its own digest, so that notes on a dataset are changed by replacing a
-    single file.
+    single file. `shown`: whether to show the progress.
     """
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     names = [name for name in names if name not in (DIGESTS, ORIGIN_FILE)]
-    files.write_digests(folder, names, [f"{(folder / name).stat().st_size} bytes: {name}" for name in names])
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    with counting_bytes(f"computing the checksums of {folder.name}", sum(sizes.values()), shown) as progress:
+        files.write_digests(folder, names, [f"{size} bytes: {name}" for name, size in sizes.items()], progress)
+
+
+@contextmanager
+def counting_bytes(title: str, size: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Shows the progress of reading files of `size` bytes. Yields a function for the number of bytes that are read."""
+    with working(title, -(-size // _MEGABYTE), "MB", shown=shown) as work:
+        yield lambda done: work.update(done // _MEGABYTE)
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
