@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -322,6 +323,12 @@ def test_invalid_settings_are_an_error() -> None:
     ):
         with pytest.raises(UserError, match=said):
             SelfCritical(**wrong)  # type: ignore[arg-type]
+
+
+def test_penalty_for_repeated_words_needs_english_words() -> None:
+    setup: Any = SimpleNamespace(references=object(), vocabulary=Vocabulary.build(["狗 跑"], min_count=1))
+    with pytest.raises(UserError, match="objective.repetition has no effect"):
+        SelfCritical(repetition=0.1).make_step(setup)
 
 
 def test_title_is_a_sacreeos_signature() -> None:
