@@ -327,7 +327,7 @@ def test_invalid_settings_are_an_error() -> None:
 
 def test_penalty_for_repeated_words_needs_english_words() -> None:
     setup: Any = SimpleNamespace(references=object(), vocabulary=Vocabulary.build(["狗 跑"], min_count=1))
-    with pytest.raises(UserError, match="objective.repetition has no effect"):
+    with pytest.raises(UserError, match=r"objective\.repetition has no effect"):
         SelfCritical(repetition=0.1).make_step(setup)
 
 
