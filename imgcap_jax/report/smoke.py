@@ -47,5 +47,5 @@ def _encoder(experiment: Experiment) -> str:
     if has_ready_regions(experiment.encoder):
         return f"{name}: ready-made regions were read"
     if uses_store(experiment):
-        return f"{name}, frozen: features were computed and stored"
+        return f"{name}, frozen: its features are stored"
     return f"{name}, {'frozen' if experiment.encoder.frozen else 'trained'}: run in each step"
