@@ -2,14 +2,9 @@
 
 import contextlib
 import errno
-import fcntl
-import io
-import logging
+import functools
 import os
 import re
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,41 +12,23 @@ from typing import TYPE_CHECKING
 
 from imgcap_jax.data.builders import coco
 from imgcap_jax.data.builders.archives import check_space
-from imgcap_jax.data.builders.layout import (
-    ORIGIN_FILE,
-    SKIPPED_FILE,
-    Origin,
-    check_ours,
-    check_small_files,
-    write_checksums,
-    write_origin,
-)
+from imgcap_jax.data.builders.layout import ORIGIN_FILE, Origin, check_small_files, write_origin
 from imgcap_jax.data.caption_checks import prepared_notes
-from imgcap_jax.data.sources import (
-    default_data_dir,
-    describe,
-    find_prepared,
-    open_source,
-    read_origin,
-)
+from imgcap_jax.data.sources import default_data_dir, describe, find_prepared, open_source, read_origin
+from imgcap_jax.data.staging import staging, write
 from imgcap_jax.downloads import DownloadError
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import OWNER, appending, check_name, disk_errors, file_digest, write_text
+from imgcap_jax.files import check_name, disk_errors, file_digest, write_text
 from imgcap_jax.terminal import working
 from imgcap_jax.user_code import load_code
 
 if TYPE_CHECKING:  # these import TFDS, which takes a while
-    from imgcap_jax.data.builders.base import CaptionBuilder
     from imgcap_jax.data.builders.folder import FolderContents
     from imgcap_jax.data.scenes.builder import SceneSplits
 
 _COCO = ("coco", coco.NAME)
 _FLICKR = ("flickr8k", "flickr30k")
 _RESERVED = ("scenes", *_COCO)
-# Folders of killed runs are removed once no process can still be writing to them.
-_ABANDONED_AFTER_SECONDS = 3600.0
-_INCOMPLETE = "incomplete."  # the prefix that TFDS uses
-_ABANDONED = re.compile(r"incomplete\.[A-Za-z0-9_]{6,8}(_\d+\.\d+\.\d+)?")  # of this module, and of TFDS
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EFBIG)
 
@@ -83,7 +60,7 @@ def prepare(
             executed.
         name: the dataset's name; None: that of the folder or file, or "scenes".
         data_dir: folder of prepared datasets; None: TFDS's standard folder.
-        licence, source: notes on the images, stored with the dataset.
+        licence, source: notes on the images, stored with the dataset. Those of "scenes" and "coco" are known.
         scenes: the number of scenes, and how they are drawn.
         images: folders or zip archives with the photos of COCO (none: they are downloaded), Flickr8k or Flickr30k.
         annotations: folder or zip archive with the annotations of COCO; None: they are downloaded.
@@ -117,6 +94,9 @@ def prepare(
     for option, (given, names) in files.items():
         if given and known not in names:
             raise UserError(f"{option} has no effect on {known!r}, only on {', '.join(names)}; leave it out")
+    for option, note in {"--licence": licence, "--source-note": source}.items():
+        if note and known in _RESERVED:
+            raise UserError(f"{option} has no effect on {known!r}, whose licence and source are known; leave it out")
     if name and name != known:
         _check_name(name)
     with _file_errors(data_dir):
@@ -128,7 +108,7 @@ def prepare(
         if from_archives:
             folder = _prepare_flickr(known, data_dir, images, split_file, licence, source, progress, say)
         elif known.endswith(".py"):
-            folder = _prepare_own(Path(name_or_path), name, data_dir, licence, source, say)
+            folder = _prepare_own(Path(name_or_path), name, data_dir, licence, source, progress, say)
         else:
             folder = _prepare_folder(Path(name_or_path).expanduser(), name, data_dir, licence, source, progress, say)
         _say_notes(folder.parent.name, data_dir, say)
@@ -160,11 +140,12 @@ def _prepare_scenes(
     if (folder := _already_prepared(name, origin, data_dir, say)) is not None:
         return folder
     with working("drawing scenes", sum(splits.counts.values()), "images", shown=progress) as work:
-        return _write(
+        return write(
             name,
             data_dir,
-            lambda staging: ScenesBuilder(splits, data_dir=staging, origin=origin, name=name, on_image=work.advance),
+            lambda place: ScenesBuilder(splits, data_dir=place, origin=origin, name=name, on_image=work.advance),
             say,
+            shown=progress,
         )
 
 
@@ -211,7 +192,16 @@ def _prepare_flickr(
     (place,) = images
     check_name(place.resolve())
     origin = Origin("folder", source or dataset.source, licence or dataset.licence, "", str(place.resolve()))
-    return _prepare_contents(name, lambda: scan_flickr(dataset, place, split_file), origin, data_dir, progress, say)
+    temporary = functools.partial(staging, data_dir / name)
+    return _prepare_contents(
+        name,
+        lambda: scan_flickr(dataset, place, split_file, temporary),
+        origin,
+        data_dir,
+        progress,
+        say,
+        complete=True,
+    )
 
 
 def _prepare_contents(
@@ -221,8 +211,13 @@ def _prepare_contents(
     data_dir: Path,
     progress: bool,
     say: Callable[[str], None],
+    *,
+    complete: bool = False,
 ) -> Path:
-    """Prepares images with their captions. The fingerprint of `origin` is that of the contents."""
+    """Prepares images with their captions. The fingerprint of `origin` is that of the contents.
+
+    `complete`: the dataset is a known one, which keeps its name, and of which no photo is left out.
+    """
     from imgcap_jax.data.builders.folder import FolderBuilder
     from imgcap_jax.data.builders.listed import WrongRows
 
@@ -237,24 +232,37 @@ def _prepare_contents(
     for note in contents.notes:
         say(f"{name}: {note}")
     origin = replace(origin, fingerprint=contents.fingerprint)
-    if (prepared := _already_prepared(name, origin, data_dir, say)) is not None:
+    if (prepared := _already_prepared(name, origin, data_dir, say, renamable=not complete)) is not None:
         return prepared
     check_space((data_dir, sum(contents.sizes), "--data-dir"))
     with working(f"preparing {name}", len(contents.images), "images", shown=progress) as work:
-        prepared = _write(
+        prepared = write(
             name,
             data_dir,
-            lambda staging: FolderBuilder(
-                contents, name=name, data_dir=staging, origin=origin, on_image=work.advance, report=report
+            lambda place: FolderBuilder(
+                contents,
+                name=name,
+                data_dir=place,
+                origin=origin,
+                on_image=work.advance,
+                report=report,
+                complete=complete,
             ),
             say,
+            shown=progress,
         )
     report.unlink(missing_ok=True)  # of an earlier refusal
     return prepared
 
 
 def _prepare_own(
-    path: Path, name: str | None, data_dir: Path, licence: str, source: str, say: Callable[[str], None]
+    path: Path,
+    name: str | None,
+    data_dir: Path,
+    licence: str,
+    source: str,
+    progress: bool,
+    say: Callable[[str], None],
 ) -> Path:
     from imgcap_jax.data.builders.base import CaptionBuilder
 
@@ -277,11 +285,12 @@ def _prepare_own(
     if (folder := _already_prepared(name, origin, data_dir, say)) is not None:
         return folder
     description = (kind.__doc__ or kind.__name__).strip()
-    return _write(
+    return write(
         name,
         data_dir,
-        lambda staging: kind(name=name, data_dir=staging, origin=origin, description=description),
+        lambda place: kind(name=name, data_dir=place, origin=origin, description=description),
         say,
+        shown=progress,
     )
 
 
@@ -299,7 +308,8 @@ def _prepare_coco(
     progress: bool,
     say: Callable[[str], None],
 ) -> Path:
-    folder = _already_prepared(coco.NAME, coco.ORIGIN, data_dir, say)
+    coco.check_given(images, annotations, split_file)
+    folder = _already_prepared(coco.NAME, coco.ORIGIN, data_dir, say, renamable=False)
     if folder is not None:
         coco.check_train_size(describe(coco.NAME, data_dir).splits.get("train", 0), folder)
         return folder
@@ -321,12 +331,18 @@ def _prepare_coco(
     from imgcap_jax.data.builders.coco_builder import CocoBuilder
 
     with working("preparing coco", len(contents.images), "images", shown=progress) as work:
-        return _write(
-            coco.NAME, data_dir, lambda staging: CocoBuilder(contents, data_dir=staging, on_image=work.advance), say
+        return write(
+            coco.NAME,
+            data_dir,
+            lambda place: CocoBuilder(contents, data_dir=place, on_image=work.advance),
+            say,
+            shown=progress,
         )
 
 
-def _already_prepared(name: str, origin: Origin, data_dir: Path, say: Callable[[str], None]) -> Path | None:
+def _already_prepared(
+    name: str, origin: Origin, data_dir: Path, say: Callable[[str], None], *, renamable: bool = True
+) -> Path | None:
     folder = find_prepared(name, data_dir)
     if folder is None:
         return None
@@ -335,7 +351,7 @@ def _already_prepared(name: str, origin: Origin, data_dir: Path, say: Callable[[
     except UserError as error:
         # It is unknown what the dataset was prepared from, so it is not replaced.
         raise UserError(
-            f"{folder} is damaged ({ORIGIN_FILE}); delete this folder and give the same command again"
+            f"{folder} is damaged ({ORIGIN_FILE}); delete this folder and run the same command again"
         ) from error
     if before.fingerprint == origin.fingerprint:
         try:
@@ -349,85 +365,10 @@ def _already_prepared(name: str, origin: Origin, data_dir: Path, say: Callable[[
         say(f"{name}: already prepared in {folder}")
         return folder
     if before.folder != origin.folder:
-        raise UserError(
-            f"{name!r} in {data_dir} was prepared from {before.folder or before.source}; use another --name"
-        )
+        advice = "use another --name" if renamable else f"delete {folder} and run the same command again"
+        raise UserError(f"{name!r} in {data_dir} was prepared from {before.folder or before.source}; {advice}")
     say(f"{name}: has changed since it was prepared in {folder}; preparing it again")
     return None
-
-
-def _write(
-    name: str, data_dir: Path, make_builder: Callable[[Path], "CaptionBuilder"], say: Callable[[str], None]
-) -> Path:
-    """Builds in a separate folder, so that an older dataset of this name stays until the new one is complete."""
-    home = data_dir / name
-    home.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(home)
-    staging = Path(tempfile.mkdtemp(prefix=_INCOMPLETE, dir=home))
-    try:
-        with appending(staging / OWNER) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends; see _remove_abandoned
-            builder = make_builder(staging)
-            built = Path(builder.data_dir)
-            folder = data_dir / built.relative_to(staging)
-            check_ours(folder)
-            with _quiet_tfds():
-                builder.download_and_prepare(file_format="array_record")
-            write_checksums(built)
-            check_ours(folder)  # again, because building can take hours
-            folder.parent.mkdir(exist_ok=True)
-            if os.path.lexists(folder):
-                folder.rename(staging / "replaced")
-            built.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        with contextlib.suppress(OSError):  # if nothing is prepared under this name, leave no empty folder
-            home.rmdir()
-    counts = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())
-    say(f"{name}: {counts} images in {folder}")
-    if builder.skipped:
-        say(f"{name}: {len(builder.skipped)} images or captions skipped or noted, listed in {folder / SKIPPED_FILE}")
-    for note in builder.notes:
-        say(f"{name}: note: {note}")
-    return folder
-
-
-def _remove_abandoned(home: Path) -> None:
-    """Removes the folders of processes that were killed, which can be as large as the dataset."""
-    for leftover in home.glob(f"{_INCOMPLETE}*"):
-        if _ABANDONED.fullmatch(leftover.name) and _is_abandoned(leftover):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_abandoned(folder: Path) -> bool:
-    try:
-        with (folder / OWNER).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError:  # there is no lock: it is just being made, or TFDS or an older version wrote the folder
-        newest = max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
-        return time.time() - newest > _ABANDONED_AFTER_SECONDS
-
-
-@contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """Suppresses what TFDS prints and logs."""
-    import tensorflow_datasets as tfds
-
-    tfds.disable_progress_bar()
-    loggers = [logging.getLogger(name) for name in ("absl", "urllib3.connectionpool")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        tfds.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -451,4 +392,4 @@ def _file_errors(data_dir: Path) -> Iterator[None]:
                     raise
             if place is None:
                 raise
-            raise UserError(f"{place}: {reason}; check this path and give the same command again") from error
+            raise UserError(f"{place}: {reason}; check this path and run the same command again") from error

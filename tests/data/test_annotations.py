@@ -526,8 +526,8 @@ def test_pictures_that_are_also_in_another_split(tmp_path: Path) -> None:
     said: list[str] = []
     prepare(lines(tmp_path, rows), name="copies", data_dir=data_dir, progress=False, say=said.append)
     (entry,) = describe("copies", data_dir).skipped
-    assert (entry.name, entry.reason) == ("300.jpg", "in train, is the same picture as 0.jpg in val")
-    assert "note: 1 picture in two splits under different names (300.jpg, in train, is the same" in "\n".join(said)
+    assert (entry.name, entry.reason) == ("300.jpg", "in train, is the same image as 0.jpg in val")
+    assert "note: 1 image in two splits under different names (300.jpg, in train, is the same" in "\n".join(said)
     assert describe("copies", data_dir).splits["train"] == 300
 
 

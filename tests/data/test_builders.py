@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imgcap_jax.data import staging
 from imgcap_jax.data.prepare import prepare
 from imgcap_jax.data.scenes.builder import SceneSplits
 from imgcap_jax.data.scenes.world import Scene, draw_scene
@@ -347,7 +347,7 @@ def test_errors_of_files_name_the_file(
         quietly(folder, own / "data")
 
     def refuse(number: int, path: Path) -> Any:
-        def make(**_: Any) -> str:
+        def make(path_of_lock: Path) -> Any:
             raise OSError(number, os.strerror(number), os.fspath(path))
 
         return make
@@ -358,7 +358,7 @@ def test_errors_of_files_name_the_file(
         (errno.ENOSPC, data_dir / "my_photos", f"{data_dir}: the disk is full; free some space"),
         (errno.EIO, Path("/elsewhere"), "/elsewhere: Input/output error; check the disk"),
     ):
-        monkeypatch.setattr(tempfile, "mkdtemp", refuse(number, path))
+        monkeypatch.setattr(staging, "lock_file", refuse(number, path))
         with pytest.raises(UserError, match=words):
             quietly(folder, data_dir)
 
@@ -404,18 +404,58 @@ def test_the_splits_of_own_builders_get_our_names(
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_kept(
-    folder: Path, data_dir: Path
+    folder: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = data_dir / "my_photos"
     dead, living = home / "incomplete.aaaaaaaa", home / "incomplete.bbbbbbbb"
-    for leftover in (dead, living):
+    old, starting = home / "incomplete.cccccccc", home / "incomplete.dddddddd.lock"
+    for leftover in (dead, living, old):
         leftover.mkdir(parents=True)
-        (leftover / ".lock").touch()
-    with (living / ".lock").open("a") as lock:
+        (leftover / "records").touch()
+    for path in (old / "records", old):  # without a lock, and unchanged for hours
+        os.utime(path, (0, 0))
+    (home / "incomplete.aaaaaaaa.lock").touch()
+
+    flock = fcntl.flock
+
+    def as_on_nfs(file: Any, operation: int) -> None:
+        """Refuses an exclusive lock of a file that is not open for writing."""
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
+    with (home / "incomplete.bbbbbbbb.lock").open("a") as lock, starting.open("a") as other:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(other, fcntl.LOCK_EX)  # its folder is made next
         quietly(folder, data_dir)
-    assert not dead.exists()
-    assert living.exists()
+    assert sorted(path.name for path in home.iterdir()) == [
+        "1.0.0",
+        "incomplete.bbbbbbbb",
+        "incomplete.bbbbbbbb.lock",
+        starting.name,
+    ]
+
+
+def test_the_folder_of_a_running_process_is_locked_from_the_start(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[bool] = []
+    mkdir = Path.mkdir
+
+    def watched(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.name.startswith("incomplete."):
+            lock = path.with_name(f"{path.name}.lock").open("a")
+            with lock, pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            made.append(True)
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", watched)
+    with staging.staging(data_dir / "my_photos") as place:
+        assert place.is_dir()
+    assert made == [True]
+    assert not (data_dir / "my_photos").exists()
 
 
 def test_another_folder_cannot_take_over_a_name(folder: Path, tmp_path: Path, data_dir: Path) -> None:

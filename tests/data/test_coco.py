@@ -13,6 +13,7 @@ import textwrap
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,9 @@ def served(archives: Path, file_server: Any, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(coco, "PHOTOS", (archive("train2014.zip"), archive("val2014.zip")))
     monkeypatch.setattr(coco, "ANNOTATIONS", archive("annotations_trainval2014.zip"))
-    archive("caption_datasets.zip")
-    monkeypatch.setattr(coco, "MIRRORS", (f"{file_server.base}/gone.zip", f"{file_server.base}/caption_datasets.zip"))
+    splits = archive("caption_datasets.zip")
+    gone = replace(splits, url=f"{file_server.base}/gone.zip")
+    monkeypatch.setattr(coco, "MIRRORS", (gone, splits))
     return file_server
 
 
@@ -245,7 +247,7 @@ def test_extracted_archives(nested: bool, archives: Path) -> None:
 
 
 def test_blips_lists(archives: Path) -> None:
-    """Their train contains restval, and their captions have no ids."""
+    """Their train contains restval, captions have no ids, and those of val and test are without image ids."""
     parts: dict[str, list[Any]] = {"train": [], "val": [], "test": []}
     for split, ids in SPLITS.items():
         for i in ids:
@@ -254,7 +256,7 @@ def test_blips_lists(archives: Path) -> None:
             if split in ("train", "restval"):
                 parts["train"] += [{**entry, "caption": text} for text in texts]
             else:
-                parts[split].append({"image": entry["image"], "image_id": i, "caption": texts})
+                parts[split].append({"image": entry["image"], "caption": texts})
     for split, entries in parts.items():
         (archives / f"coco_karpathy_{split}.json").write_text(json.dumps(entries))
     prepare("coco", **given(archives, split_file=archives / "coco_karpathy_val.json"))
@@ -294,15 +296,14 @@ def repeated_image(images: list[Any]) -> None:
         ),
         (wrong_id, r"images\[1\]: COCO has no image COCO_train2014_000000000005\.jpg with the id 11"),
         (unknown_image, r"images\[1\]: COCO has no image COCO_train2014_000000000011\.jpg with the id 5"),
-        (repeated_image, r"dataset_coco\.json lists 1 image twice \(first: COCO_train2014_000000000009\.jpg\)"),
+        (repeated_image, r"other\.zip lists 1 image twice \(first: COCO_train2014_000000000009\.jpg\); use"),
     ],
 )
-def test_a_file_that_has_not_karpathys_splits(edit: Callable[[list[Any]], None], message: str, archives: Path) -> None:
+def test_files_with_other_splits_are_refused(edit: Callable[[list[Any]], None], message: str, archives: Path) -> None:
     write_zip(archives / "other.zip", {"dataset_coco.json": json.dumps(karpathy(edit)).encode()})
     with pytest.raises(UserError, match=message) as raised:
         prepare("coco", **given(archives, split_file=archives / "other.zip"))
     assert str(archives / "other.zip") in str(raised.value)
-    assert "/imgcap_" not in str(raised.value)  # a temporary folder
     assert not (archives.parent / "data" / "coco_captions").exists()
 
 
@@ -324,12 +325,15 @@ def test_other_captions_are_noted(archives: Path) -> None:
         ({"images": ["absent"]}, "absent does not exist"),
         ({"images": ["photos.tar.gz"]}, r"photos\.tar\.gz is an archive that is not read; extract it"),
         ({"images": ["cut.zip"]}, r"cut\.zip is not a zip archive, or the end of it is missing; download it again"),
-        ({"annotations": "train2014.zip"}, r"train2014\.zip contains no file of the expected names"),
-        ({"annotations": "absent.zip"}, r"absent\.zip does not exist$"),
+        ({"annotations": "train2014.zip"}, r"train2014\.zip contains none of these files: instances_train2014"),
+        ({"annotations": "absent.zip"}, r"absent\.zip does not exist; check the path$"),
         ({"annotations": "annotations"}, r"instances_val2014\.json is missing: pass COCO's annotations_trainval2014"),
         ({"annotations": "damaged"}, r"instances_train2014\.json is damaged \('bbox' is missing\)"),
-        ({"split_file": "absent.json"}, r"absent\.json does not exist; dataset_coco\.json is in https://www\.kaggle"),
-        ({"split_file": "val2014.zip"}, r"val2014\.zip contains no file of the expected names"),
+        (
+            {"split_file": "absent.json"},
+            r"absent\.json does not exist; check the path; dataset_coco\.json is in https://www\.kaggle",
+        ),
+        ({"split_file": "val2014.zip"}, r"val2014\.zip contains none of these files: dataset_coco\.json, coco_k"),
         ({"split_file": "empty"}, r"coco_karpathy_train\.json is missing; pass Karpathy's dataset_coco\.json"),
     ],
 )
@@ -382,7 +386,7 @@ def test_coco_is_downloaded(served: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_an_interrupted_download_goes_on(ranges: bool, served: Any, tmp_path: Path) -> None:
+def test_an_interrupted_download_is_resumed(ranges: bool, served: Any, tmp_path: Path) -> None:
     cut = len(served.files["/train2014.zip"]) // 2
     # The annotations, the page that is gone, and the splits arrive as a whole.
     served.limits = [None, None, cut, 0]
@@ -420,7 +424,7 @@ def test_a_wrong_archive_is_refused(served: Any, tmp_path: Path, capsys: pytest.
     assert main(command) == 0
 
 
-def test_without_a_network_it_is_said_where_the_files_are(
+def test_without_a_network_the_addresses_of_the_files_are_printed(
     archives: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(downloads, "_open", lambda request, redirects: raise_unreachable())
@@ -435,19 +439,24 @@ def test_without_a_network_it_is_said_where_the_files_are(
     command = ["data", "prepare", "coco", "--data-dir", str(data_dir), *photos, f"--annotations={archives / NAMES[2]}"]
     assert main(command) == 2
     err = capsys.readouterr().err
-    assert "no copy of Karpathy's splits can be downloaded (no route); pass it with --split-file; dataset_coco" in err
+    assert "no copy of Karpathy's splits can be downloaded (https://huggingface.co/datasets/gpantaz/" in err
+    assert "caption_datasets.zip: no route; https://github.com/Delphboy/" in err
+    assert "dataset_coco.json: no route); pass it with --split-file; dataset_coco" in err
 
 
 def raise_unreachable() -> None:
     raise downloads._Unreachable("no route")
 
 
-def test_a_mirror_with_other_content_is_not_used(served: Any, archives: Path) -> None:
-    def shorten(images: list[Any]) -> None:
-        for image in images:
-            image["sentences"][0]["raw"] = "a cat"
+def swapped(images: list[Any]) -> None:
+    """Other splits of the same sizes."""
+    for image in images:
+        image["split"] = {6: "test", 3: "val"}.get(image["cocoid"], image["split"])
 
-    served.files["/gone.zip"] = json.dumps(karpathy(shorten)).encode()
+
+def test_a_copy_with_other_splits_of_the_same_sizes_is_not_used(served: Any, archives: Path) -> None:
+    write_zip(archives / "other.zip", {"dataset_coco.json": json.dumps(karpathy(swapped)).encode()})
+    served.files["/gone.zip"] = (archives / "other.zip").read_bytes()
     options = given(archives, split_file=None, download_dir=archives.parent / "zips")
     said: list[str] = []
     prepare("coco", **options, say=said.append)
@@ -456,12 +465,132 @@ def test_a_mirror_with_other_content_is_not_used(served: Any, archives: Path) ->
     check_contents(archives.parent / "data")
 
 
+def test_a_file_of_splits_that_was_never_checked_is_downloaded_again(served: Any, archives: Path) -> None:
+    place = archives.parent / "zips"
+    place.mkdir()
+    write_zip(place / "caption_datasets.zip", {"dataset_coco.json": json.dumps(karpathy(swapped)).encode()})
+    said: list[str] = []
+    prepare("coco", **given(archives, split_file=None, download_dir=place), say=said.append)
+    path = place / "caption_datasets.zip"
+    assert said[:2] == [
+        f"coco_captions: {path} is not the published file; downloading it again",
+        f"coco_captions: downloaded {path}",
+    ]
+    check_contents(archives.parent / "data")
+
+
+def test_a_known_file_with_another_digest_is_refused(archives: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true, other = (json.dumps(karpathy(edit)).encode() for edit in (lambda images: None, swapped))
+    assert len(true) == len(other)
+    known = {len(true): ("dataset_coco.json", hashlib.sha256(true).hexdigest())}
+    monkeypatch.setattr("imgcap_jax.data.builders.karpathy.KNOWN", known)
+    prepare("coco", **given(archives))  # the true file, in its archive
+    shutil.rmtree(archives.parent / "data")
+    (archives / "dataset_coco.json").write_bytes(other)
+    write_zip(archives / "other.zip", {"dataset_coco.json": other})
+    for name in ("dataset_coco.json", "other.zip"):
+        with pytest.raises(UserError, match=r"has the size of Karpathy's dataset_coco\.json, but another SHA-256"):
+            prepare("coco", **given(archives, split_file=archives / name))
+
+
+def extracted_photos(archives: Path, place: Path) -> None:
+    for name in NAMES[:2]:
+        with zipfile.ZipFile(archives / name) as archive:
+            archive.extractall(place)
+
+
+def resize(source: Path, target: Path) -> None:
+    target.mkdir(parents=True)
+    for photo in source.glob("*/*.jpg"):
+        Image.open(photo).resize((7, 5)).save(target / photo.name)
+
+
+def test_resized_copies_are_not_used(archives: Path) -> None:
+    photos = archives / "photos"
+    extracted_photos(archives, photos)
+    resize(photos, photos / "a_resized")
+    prepare("coco", **given(archives, images=[photos]))
+    check_contents(archives.parent / "data")
+    shutil.rmtree(archives.parent / "data")
+    with pytest.raises(
+        UserError, match=r"jpg cannot be read \(it has 7 x 5 pixels instead of COCO's 14 x 10\); download"
+    ):
+        prepare("coco", **given(archives, images=[photos / "a_resized"]))
+
+
+def test_photos_in_several_places(archives: Path) -> None:
+    extracted_photos(archives, archives / "photos")
+    options = given(archives, images=[archives / "photos", archives / "photos" / "val2014"])  # the same files
+    prepare("coco", **options)
+    check_contents(archives.parent / "data")
+    shutil.rmtree(archives.parent / "data")
+    places = [archives / "photos", archives / "val2014.zip"]
+    with pytest.raises(
+        UserError, match=r"6 photos found more than once \(first: .* and .*\); pass only one of these places"
+    ):
+        prepare("coco", **given(archives, images=places))
+    # Archives next to their extracted folders are not opened.
+    (archives / "photos" / "val2014.zip").write_bytes(b"damaged")
+    prepare("coco", **given(archives, images=[archives / "photos"]))
+
+
+def test_a_pipe_is_no_photo(archives: Path) -> None:
+    extracted_photos(archives, archives / "photos")
+    photo = archives / "photos" / "train2014" / file_name(7, "train2014")
+    photo.unlink()
+    os.mkfifo(photo)
+    with pytest.raises(UserError, match=r"000000000007\.jpg cannot be read \(is a device or a pipe"):
+        prepare("coco", **given(archives, images=[archives / "photos"]))
+
+
+def test_different_files_of_one_name_in_an_archive(archives: Path) -> None:
+    files = {f"{place}/dataset_coco.json": json.dumps(karpathy()).encode() for place in ("a", "b")}
+    write_zip(archives / "same.zip", files)
+    prepare("coco", **given(archives, split_file=archives / "same.zip"))
+    shutil.rmtree(archives.parent / "data")
+    write_zip(archives / "two.zip", {**files, "b/dataset_coco.json": b"{}"})
+    with pytest.raises(UserError, match=r"two\.zip contains 2 different files dataset_coco\.json; extract it"):
+        prepare("coco", **given(archives, split_file=archives / "two.zip"))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--images=nowhere", "nowhere does not exist; check the path"),
+        ("--split-file=nope", "nope does not exist; check the path"),
+        ("--licence=mine", "--licence has no effect on 'coco', whose licence and source are known; leave it out"),
+        ("--source-note=mine", "--source-note has no effect on 'coco'"),
+    ],
+)
+def test_options_are_checked_although_coco_is_prepared(
+    option: str, message: str, archives: Path, refused: Callable[..., str]
+) -> None:
+    prepare("coco", **given(archives))
+    assert message in refused(["data", "prepare", "coco", "--data-dir", str(archives.parent / "data"), option])
+
+
+def test_prepared_coco_is_listed(archives: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = prepare("coco", **given(archives))
+    command = ["data", "list", "--data-dir", str(archives.parent / "data")]
+    assert main(command) == 0
+    assert "train 5, val 3, test 1" in capsys.readouterr().out
+    (folder / "dataset_info.json").unlink()
+    assert main(command) == 0
+    assert "1.1.0/dataset_info.json is missing: delete its folder" in capsys.readouterr().out
+
+
 def test_disk_space_is_checked_first(served: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     total = sum(len(served.files[f"/{name}"]) for name in NAMES[:2])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2 * total))  # type: ignore
     with pytest.raises(UserError, match=r"GB needed, .* GB free; use another --download-dir or --data-dir"):
         prepare("coco", data_dir=tmp_path / "data", progress=False)
     assert served.asked == []
+
+
+def test_disk_space_for_given_photos_is_checked(archives: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))  # type: ignore
+    with pytest.raises(UserError, match=r"GB needed, .* GB free; use another --data-dir"):
+        prepare("coco", **given(archives))
 
 
 @pytest.mark.slow
@@ -483,7 +612,7 @@ def test_a_killed_process_leaves_the_archives_and_the_next_one_completes(archive
         while not list(home.glob("incomplete.*/*/*/*incomplete*")):
             assert process.poll() is None
             time.sleep(0.1)
-        (leftover,) = home.iterdir()
+        (leftover,) = home.glob("incomplete.????????")
         prepare("coco", **given(archives))  # at the same time
         assert leftover.exists()
         shutil.rmtree(home / "2014")
@@ -499,6 +628,7 @@ def test_a_killed_process_leaves_the_archives_and_the_next_one_completes(archive
 def test_records_equal_those_of_the_official_builder(
     archives: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """Needs TensorFlow: `pip install tensorflow-cpu` on a Python that has it, then run the slow tests of this file."""
     pytest.importorskip("tensorflow", reason="the official builder needs TensorFlow")
     import tensorflow_datasets as tfds
     from tensorflow_datasets.object_detection.coco_captions import CocoCaptions

@@ -1,11 +1,15 @@
 """Flickr8k and Flickr30k prepared from small archives with the layout of the real ones."""
 
 import csv
+import errno
 import io
 import json
+import os
+import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,10 @@ from PIL import Image
 
 from imgcap_jax.cli.main import main
 from imgcap_jax.data.builders import flickr
+from imgcap_jax.data.builders.folder import scan_images
 from imgcap_jax.data.prepare import prepare
 from imgcap_jax.data.sources import describe, open_source
+from imgcap_jax.data.staging import staging
 from imgcap_jax.errors import UserError
 
 SPLITS = {"train": ["11.jpg", "12.jpg", "13.jpg"], "val": ["21.jpg"], "test": ["31.jpg", "32.jpg"]}
@@ -148,7 +154,7 @@ def unknown_photo(images: list[Any]) -> None:
         (other_split, "train has 2 photos instead of 3, restval is not a split of it"),
         (
             unknown_photo,
-            r"Flickr8k_Dataset\.zip: 1 photo of the 6 in .*some\.json cannot be found \(77\.jpg\)",
+            r"Flickr8k_Dataset\.zip: 1 photo of the 6 in .*some\.json cannot be used \(77\.jpg: not found\)",
         ),
     ],
 )
@@ -180,6 +186,10 @@ def test_karpathys_file_in_the_folder_of_photos_is_found(files: Path) -> None:
     with zipfile.ZipFile(files / "Flickr8k_Dataset.zip") as archive:
         archive.extractall(files / "photos")
     options = {"images": [files / "photos"], "data_dir": files.parent / "data", "progress": False}
+    with pytest.raises(
+        UserError, match=r"nowhere does not exist; check the path \(imgcap data prepare flickr8k without"
+    ):
+        prepare("flickr8k", **{**options, "images": [files / "nowhere"]})
     with pytest.raises(UserError, match=r"captions are missing; pass dataset_flickr8k\.json .* with --split-file"):
         prepare("flickr8k", **options)
     (files / "photos" / "dataset_flickr8k.json").write_text(karpathy("flickr8k"))
@@ -188,7 +198,7 @@ def test_karpathys_file_in_the_folder_of_photos_is_found(files: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["flickr8k", "flickr30k"])
-def test_without_options_it_is_said_where_the_files_are(
+def test_without_options_the_addresses_of_the_files_are_printed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -225,8 +235,105 @@ def test_damaged_files_in_archives(files: Path) -> None:
     assert f"{files}/rows.zip/train.jsonl line 5" in (data_dir / "flickr8k_problems.txt").read_text()
     path = files / "Flickr8k_Dataset.zip"
     path.write_bytes(path.read_bytes().replace(jpeg("12.jpg"), jpeg("12.jpg")[:-9] + bytes(9)))
-    with pytest.raises(UserError, match=r"1% of its 6 images cannot be used \(1\): 12\.jpg \(damaged in the archive"):
+    with pytest.raises(
+        UserError, match=r"Flickr8k\.token\.txt: 1 of its 6 images cannot be used: 12\.jpg \(damaged in"
+    ):
         prepare("flickr8k", split_file=files / "Flickr8k_text.zip", **options)
+
+
+def given(files: Path, **changed: Any) -> dict[str, Any]:
+    """The arguments of `prepare` for archives that are there."""
+    return {
+        "images": [files / "Flickr8k_Dataset.zip"],
+        "split_file": files / "Flickr8k_text.zip",
+        "data_dir": files.parent / "data",
+        "progress": False,
+        **changed,
+    }
+
+
+def test_photos_that_an_archive_has_twice(files: Path) -> None:
+    twice = {f"{folder}/{name}": jpeg(name) for folder in ("Images", "Images/Images") for name in NAMES}
+    write_zip(files / "twice.zip", dict(twice))
+    prepare("flickr8k", **given(files, images=[files / "twice.zip"]))
+    assert describe("flickr8k", files.parent / "data").splits == {"train": 3, "val": 1, "test": 2}
+    write_zip(files / "other.zip", {**twice, "Images/Images/12.jpg": jpeg("13.jpg")})
+    with pytest.raises(
+        UserError, match=r"1 photo of the 6 .* cannot be used \(12\.jpg: 2 different files of this name in"
+    ):
+        prepare("flickr8k", **given(files, images=[files / "other.zip"]))
+
+
+def test_files_of_one_name_in_an_archive_keep_their_folders(files: Path) -> None:
+    tables = {
+        f"captions/{split}/metadata.csv": "file_name,text\n" + "".join(f"{name},A dog {name[:2]}\n" for name in names)
+        for split, names in SPLITS.items()
+    }
+    write_zip(files / "tables.zip", dict(tables))
+    with zipfile.ZipFile(files / "Flickr8k_Dataset.zip") as archive:
+        for split, names in SPLITS.items():
+            for name in names:
+                path = files / "photos" / split / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archive.read(f"Flicker8k_Dataset/{name}"))
+    contents = scan_images(files / "photos", files / "tables.zip", "none.json", partial(staging, files / "temporary"))
+    assert {image.split: image.captions[0][1] for image in contents.images if image.filename.endswith("1.jpg")} == {
+        "train": "A dog 11",
+        "val": "A dog 21",
+        "test": "A dog 31",
+    }
+    assert not (files / "temporary").exists()
+
+
+def test_a_full_disk_is_no_damaged_archive(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if "incomplete." in str(path) and "w" in mode:
+            assert path.is_relative_to(files.parent / "data")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return original(path, mode, *arguments, **options)
+
+    original = Path.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(UserError, match=r"data: the disk is full; free some space"):
+            prepare("flickr8k", **given(files))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10))  # type: ignore
+    with pytest.raises(UserError, match=r"GB needed, .* GB free; use another --data-dir"):
+        prepare("flickr8k", **given(files))
+
+
+def test_disk_space_for_photos_is_checked(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10))  # type: ignore
+    with pytest.raises(UserError, match=r"GB needed, .* GB free; use another --data-dir"):
+        prepare("flickr30k", **given(files, split_file=files / "dataset_flickr30k.json"))
+    with zipfile.ZipFile(files / "Flickr8k_Dataset.zip") as archive:
+        archive.extractall(files / "mine")
+    (files / "mine" / "dataset_flickr8k.json").write_text(karpathy("flickr8k"))
+    with pytest.raises(UserError, match=r"GB needed, .* GB free; use another --data-dir"):
+        prepare(files / "mine", data_dir=files.parent / "data", progress=False)
+
+
+def test_after_a_folder_the_archives_can_be_prepared(files: Path) -> None:
+    data_dir = files.parent / "data"
+    with zipfile.ZipFile(files / "Flickr8k_Dataset.zip") as archive:
+        archive.extractall(files / "part")
+    (files / "part" / "dataset_flickr8k.json").write_text(karpathy("flickr8k", without_test))
+    folder = prepare(files / "part", name="flickr8k", data_dir=data_dir, progress=False)
+    with pytest.raises(UserError, match=rf"was prepared from .*part; delete {folder} and run the same command again$"):
+        prepare("flickr8k", **given(files))
+    shutil.rmtree(folder)
+    prepare("flickr8k", **given(files))
+    with pytest.raises(UserError, match=r"was prepared from .*Flickr8k_Dataset\.zip; use another --name$"):
+        prepare(files / "part", name="flickr8k", data_dir=data_dir, progress=False)
+
+
+def test_a_known_file_with_another_digest_is_refused(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = files / "dataset_flickr30k.json"
+    known = {path.stat().st_size: ("dataset_flickr30k.json", "0" * 64)}
+    monkeypatch.setattr("imgcap_jax.data.builders.karpathy.KNOWN", known)
+    for name in ("dataset_flickr30k.json", "caption_datasets.zip"):
+        with pytest.raises(UserError, match=r"has the size of Karpathy's dataset_flickr30k\.json, but another SHA-256"):
+            prepare("flickr30k", **given(files, split_file=files / name))
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_damaged_records_name_the_file(copy: Path, capsys: pytest.CaptureFixture
     assert main(["data", "inspect", "scenes", "--check", "--data-dir", str(copy)]) == 0
     assert capsys.readouterr().out == "scenes: not damaged\n"
     (folder / "origin.json").write_text("{}")
-    with pytest.raises(UserError, match=r"damaged .origin.json.; delete this folder and give the same command again"):
+    with pytest.raises(UserError, match=r"damaged .origin.json.; delete this folder and run the same command again"):
         prepare("scenes", data_dir=copy, scenes=splits, progress=False)
 
 

@@ -95,12 +95,13 @@ def _files(folder: Path, pattern: str) -> list[Path]:
     return [file for place in (folder, folder / "annotations") for file in sorted(place.glob(pattern))]
 
 
-def read_annotations(folder: Path, files: Sequence[Path]) -> Annotations:
+def read_annotations(root: Path, files: Sequence[Path]) -> Annotations:
     """Reads all images that the files list, in the order of the files.
 
     Args:
-        folder: the folder of images.
-        files: its annotation files.
+        root: the folder that contains the files, which is usually that of the images. Paths of images are relative to
+            it.
+        files: the annotation files.
 
     Raises:
         UserError: invalid JSON, a missing key, an invalid id, split or file name, an image listed twice, or a file
@@ -115,7 +116,7 @@ def read_annotations(folder: Path, files: Sequence[Path]) -> Annotations:
         read = _read(file, skipped)
         rows = [one for one in read if isinstance(one, Row)]
         from_rows |= bool(rows)
-        listed = [one for one in read if isinstance(one, ListedImage)] or _grouped(rows, folder, file, notes)
+        listed = [one for one in read if isinstance(one, ListedImage)] or _grouped(rows, root, file, notes)
         if not listed:
             raise UserError(f"{file}: lists no images; add some or remove the file")
         for split in {image.split for image in listed}:
@@ -171,11 +172,11 @@ def _read(file: Path, skipped: list[Skipped]) -> Sequence[ListedImage | Row]:
     return rows
 
 
-def _grouped(rows: list[Row], folder: Path, file: Path, notes: list[str]) -> list[ListedImage]:
+def _grouped(rows: list[Row], root: Path, file: Path, notes: list[str]) -> list[ListedImage]:
     """The images of a list, with their splits."""
     metadata = file.stem == "metadata"  # of Hugging Face's image folders: names are relative to the file
-    if metadata and file.parent not in (folder, folder / "annotations"):
-        below = file.parent.relative_to(folder).as_posix()
+    if metadata and file.parent not in (root, root / "annotations"):
+        below = file.parent.relative_to(root).as_posix()
         rows = [replace(row, image=posixpath.join(below, row.image)) for row in rows]
     stated = any(row.split for row in rows)
     if file.suffix not in (".json", ".jsonl") and not metadata and not stated:

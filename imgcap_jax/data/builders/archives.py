@@ -1,22 +1,29 @@
-"""Files in folders and in zip archives, which are read without extracting them."""
+"""Files in folders and in zip archives.
+
+Photos and COCO's annotations are read from archives without extracting them. The annotation files of Flickr8k and
+Flickr30k, which have several formats and names, are extracted to a temporary folder.
+"""
 
 import contextlib
 import os
 import shutil
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from imgcap_jax.data.builders.listed import WrongRows
+from imgcap_jax.data.image_files import ImageError, check_file_size, read_file
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import reading, reason, refuse_pipes
+from imgcap_jax.files import explaining, reading, reason, refuse_pipes
 
 _TARS = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
-_LARGEST_TEXTS = 2 * 10**9  # bytes of annotation files that are extracted; those of COCO have 1 GB
+_LARGEST_TEXTS = 2 * 10**9  # bytes of annotation files; the files of COCO that are read have about 0.6 GB
+_DAMAGED = "download it again"
+_CHUNK = 1 << 20
 _READ_AHEAD = 64
 
 Item = TypeVar("Item")
@@ -31,13 +38,19 @@ class ZipMember:
         archive: the path of the archive.
         name: the path in the archive.
         size: the size in bytes.
-        opened: the archive; several threads may read it.
+        checksum: the CRC-32 that the archive lists.
+        opened: the archive; several threads may read it. It is closed when its last member is deleted.
     """
 
     archive: Path
     name: str
     size: int
+    checksum: int
     opened: zipfile.ZipFile = field(repr=False, compare=False)
+
+    @property
+    def path(self) -> PurePosixPath:
+        return PurePosixPath(self.name)
 
     def read_bytes(self) -> bytes:
         """The contents of the file, whose checksum is compared.
@@ -66,14 +79,14 @@ def is_zip(path: Path) -> bool:
     if path.is_dir():
         return False
     if not path.exists():
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist; check the path")
     if path.name.endswith(_TARS):
         raise UserError(f"{path} is an archive that is not read; extract it and pass the folder")
     with reading(path, "check the path"):
         refuse_pipes(path)
         found = zipfile.is_zipfile(path)
     if path.suffix == ".zip" and not found:
-        raise UserError(f"{path} is not a zip archive, or the end of it is missing; download it again")
+        raise UserError(f"{path} is not a zip archive, or the end of it is missing; {_DAMAGED}")
     return found
 
 
@@ -83,10 +96,10 @@ def members(archive: Path) -> list[ZipMember]:
     Raises:
         UserError: the archive is damaged.
     """
-    with reading(archive, "download it again"):
+    with reading(archive, _DAMAGED):
         opened = zipfile.ZipFile(archive)
         return [
-            ZipMember(archive, info.filename, info.file_size, opened)
+            ZipMember(archive, info.filename, info.file_size, info.CRC, opened)
             for info in opened.infolist()
             if not info.is_dir() and not info.filename.startswith("__MACOSX/")
         ]
@@ -106,21 +119,96 @@ def files_by_name(places: Sequence[Path]) -> dict[str, list[Path | ZipMember]]:
                     found.setdefault(name, []).append(Path(parent, name))
         elif is_zip(place):
             for member in members(place):
-                found.setdefault(PurePosixPath(member.name).name, []).append(member)
+                found.setdefault(member.path.name, []).append(member)
         else:
-            raise UserError(f"{place} is neither a folder nor a zip archive")
+            raise UserError(f"{place} is neither a folder nor a zip archive; pass one of them")
     return found
 
 
+def without_copies(files: Iterable[Path | ZipMember]) -> list[Path | ZipMember]:
+    """The files without those that are another one: the same path, or a member of equal size and checksum."""
+    kept: dict[object, Path | ZipMember] = {}
+    for file in files:
+        same = (file.size, file.checksum) if isinstance(file, ZipMember) else file.resolve()
+        kept.setdefault(same, file)
+    return list(kept.values())
+
+
+def read_photo(file: Path | ZipMember) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        ImageError: it is a device or a pipe, is damaged in the archive, or is larger than an image of the permitted
+            size can be.
+        OSError: it cannot be read.
+    """
+    if isinstance(file, Path):
+        return read_file(file)
+    check_file_size(file.size)
+    try:
+        return file.read_bytes()
+    except ValueError as error:
+        raise ImageError(str(error)) from error
+
+
+def read_annotation(file: Path | ZipMember, advice: str) -> bytes:
+    """The bytes of an annotation file.
+
+    Args:
+        file: a file, which can be missing, or a member of an archive.
+        advice: what the user can do if the file is missing or damaged.
+
+    Raises:
+        UserError: it cannot be read, or is too large.
+    """
+    if isinstance(file, Path):
+        with reading(file, advice):
+            return file.read_bytes()
+    _check_sizes(file.archive, [file])
+    with explaining(Path(str(file)), _DAMAGED):
+        return file.read_bytes()
+
+
+def annotations_by_name(path: Path, names: Collection[str]) -> dict[str, Path | ZipMember]:
+    """The annotation files in a folder, in its subfolder `annotations`, or in any folder of a zip archive.
+
+    Args:
+        path: the folder or archive.
+        names: the names of the files without folders.
+
+    Returns:
+        The files by their names. Missing ones are left out.
+
+    Raises:
+        UserError: the path is neither a folder nor a zip archive, the archive has none of the files, or has different
+            files of one name.
+    """
+    if is_zip(path):
+        return {member.path.name: member for member in _chosen(path, lambda there: there & set(names), names)}
+    if not path.is_dir():
+        raise UserError(f"{path} is neither a folder nor a zip archive; pass one of them")
+    places = (path / "annotations", path)
+    found = {name: next((place / name for place in places if (place / name).exists()), None) for name in names}
+    return {name: file for name, file in found.items() if file is not None}
+
+
 @contextlib.contextmanager
-def texts(path: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
+def texts(
+    path: Path,
+    choose: Callable[[set[str]], Collection[str]],
+    expected: Collection[str],
+    staging: Callable[[], AbstractContextManager[Path]],
+) -> Iterator[Path]:
     """Yields a path as it is, and of a zip archive a temporary folder with some of its files.
 
     Error messages name the archive instead of the temporary folder.
 
     Args:
         path: a file, a folder or a zip archive.
-        wanted: whether a file of the archive is extracted, by its name without folders. It is extracted without them.
+        choose: the files of the archive to extract, of all names without folders. They are extracted without folders,
+            unless different files have one name, as in train/metadata.csv and val/metadata.csv.
+        expected: names or patterns of the files, for the error message of an archive without any.
+        staging: makes the temporary folder, and removes it.
 
     Raises:
         UserError: the archive is damaged, or has none of the files.
@@ -128,26 +216,69 @@ def texts(path: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
     if not is_zip(path):
         yield path
         return
-    chosen = [member for member in members(path) if wanted(PurePosixPath(member.name).name)]
-    if not chosen:
-        raise UserError(f"{path} contains no file of the expected names")
-    if sum(member.size for member in chosen) > _LARGEST_TEXTS:
-        raise UserError(f"{path}: its files are too large ({_LARGEST_TEXTS / 1e9:.0f} GB); extract it and pass a file")
-    with tempfile.TemporaryDirectory(prefix="imgcap_") as folder:
+    chosen = _chosen(path, choose, expected, same_names=True)
+    flat = len({member.path.name for member in chosen}) == len(chosen)
+    top = PurePosixPath(os.path.commonpath([member.path.parent for member in chosen]))
+    with staging() as folder:
+        check_space((folder, sum(member.size for member in chosen), "--data-dir"))
         try:
             for member in chosen:
-                with (
-                    reading(path, "download it again"),
-                    member.opened.open(member.name) as source,
-                    Path(folder, PurePosixPath(member.name).name).open("wb") as target,
-                ):
-                    shutil.copyfileobj(source, target)
-            yield Path(folder)
+                _extract(member, folder / (member.path.name if flat else member.path.relative_to(top)))
+            yield folder
         except UserError as error:
-            error.args = (str(error).replace(folder, str(path)),)
+            error.args = (str(error).replace(str(folder), str(path)),)
             if isinstance(error, WrongRows):
-                error.rows = tuple(row.replace(folder, str(path)) for row in error.rows)
+                error.rows = tuple(row.replace(str(folder), str(path)) for row in error.rows)
             raise
+
+
+def _chosen(
+    archive: Path,
+    choose: Callable[[set[str]], Collection[str]],
+    expected: Collection[str],
+    *,
+    same_names: bool = False,
+) -> list[ZipMember]:
+    by_name: dict[str, list[Path | ZipMember]] = {}
+    for member in members(archive):
+        if not member.path.is_absolute() and ".." not in member.path.parts:
+            by_name.setdefault(member.path.name, []).append(member)
+    chosen = []
+    for name in choose(set(by_name)):
+        different = [member for member in without_copies(by_name[name]) if isinstance(member, ZipMember)]
+        if len(different) > 1 and not same_names:
+            raise UserError(
+                f"{archive} contains {len(different)} different files {name}; extract it and pass the folder to use"
+            )
+        chosen += different
+    if not chosen:
+        raise UserError(f"{archive} contains none of these files: {', '.join(expected)}; pass another archive")
+    _check_sizes(archive, chosen)
+    return chosen
+
+
+def _check_sizes(archive: Path, chosen: Sequence[ZipMember]) -> None:
+    if (size := sum(member.size for member in chosen)) > _LARGEST_TEXTS:
+        raise UserError(
+            f"{archive}: its annotation files have {size / 1e9:.1f} GB; the limit is {_LARGEST_TEXTS / 1e9:.0f} GB. "
+            "Extract it and pass a file"
+        )
+
+
+def _extract(member: ZipMember, path: Path) -> None:
+    """Writes a file. Errors of the archive name the archive; errors of the disk stay OSErrors."""
+    damaged = Path(str(member))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        with explaining(damaged, _DAMAGED):
+            source = stack.enter_context(member.opened.open(member.name))
+        target = stack.enter_context(path.open("wb"))
+        while True:
+            with explaining(damaged, _DAMAGED):
+                chunk = source.read(_CHUNK)
+            if not chunk:
+                return
+            target.write(chunk)
 
 
 def read_ahead(read: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Future[Result]]]:

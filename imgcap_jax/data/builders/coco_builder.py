@@ -9,9 +9,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from imgcap_jax.data.builders import coco
-from imgcap_jax.data.builders.archives import ZipMember, read_ahead
+from imgcap_jax.data.builders.archives import ZipMember, read_ahead, read_photo
 from imgcap_jax.data.builders.base import CaptionBuilder, CaptionRecord, RecordShard, shard_ranges
-from imgcap_jax.data.image_files import ImageError, storable
+from imgcap_jax.data.image_files import ImageError, open_image, storable
 from imgcap_jax.errors import UserError
 
 _DESCRIPTION = (
@@ -85,10 +85,15 @@ class CocoBuilder(CaptionBuilder):
             yield CaptionRecord(encoded, image.filename, image.image_id, image.captions, {"objects": objects})
 
     def _read(self, i: int) -> bytes:
-        file = self._contents.files[i]
-        encoded = file.read_bytes()
+        file, image = self._contents.files[i], self._contents.images[i]
+        encoded = read_photo(file)
+        if not encoded:
+            raise ImageError("the file is empty")
         if not isinstance(file, ZipMember):  # which has a checksum
             storable(encoded)
-        elif not encoded:
-            raise ImageError("the file is empty")
+        found = open_image(encoded)
+        if sorted((found.width, found.height)) != sorted((image.width, image.height)):
+            raise ImageError(
+                f"it has {found.width} x {found.height} pixels instead of COCO's {image.width} x {image.height}"
+            )
         return encoded

@@ -1,14 +1,18 @@
 """Flickr8k and Flickr30k: where their photos and splits come from, and the sizes of the splits."""
 
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from imgcap_jax.data.builders.folder import FolderContents, scan_images
+from imgcap_jax.data.builders.karpathy import check_known_files
 from imgcap_jax.data.builders.listed import shown
 from imgcap_jax.errors import UserError, counted
 
-_KARPATHY = "https://www.kaggle.com/datasets/shtvkumar/karpathy-splits, https://github.com/Delphboy/karpathy-splits"
+_KAGGLE = "https://www.kaggle.com/datasets/shtvkumar/karpathy-splits"
+_GITHUB = "https://github.com/Delphboy/karpathy-splits"
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,8 @@ class FlickrDataset:
         splits: the number of photos of each split.
         source: stored with the dataset.
         licence: stored with the dataset.
-        photos: where the photos are to be found, one line each.
-        captions: where the captions with the splits are to be found, one line each.
+        photos: where to get the photos, one line each.
+        captions: where to get the captions with the splits, one line each.
         example: the options of `imgcap data prepare` for the files as they are downloaded.
     """
 
@@ -63,7 +67,7 @@ DATASETS = {
             captions=(
                 "with the splits of the authors: "
                 "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/Flickr8k_text.zip",
-                f"the same splits in Karpathy's dataset_flickr8k.json: {_KARPATHY}",
+                f"the same splits in Karpathy's dataset_flickr8k.json: {_KAGGLE}, {_GITHUB}",
             ),
             example="--images Flickr8k_Dataset.zip --split-file Flickr8k_text.zip",
         ),
@@ -78,7 +82,8 @@ DATASETS = {
                 "copy: https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main/flickr30k-images.zip (4.4 GB)",
             ),
             captions=(
-                f"with Karpathy's splits, dataset_flickr30k.json: {_KARPATHY}",
+                f"with Karpathy's splits, dataset_flickr30k.json: {_KAGGLE}",
+                f"the same, under the name dataset_flickr32k.json: {_GITHUB}",
                 "the same splits: https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main/"
                 "flickr_annotations_30k.csv",
             ),
@@ -88,18 +93,26 @@ DATASETS = {
 }
 
 
-def scan_flickr(dataset: FlickrDataset, images: Path, split_file: Path | None) -> FolderContents:
+def scan_flickr(
+    dataset: FlickrDataset,
+    images: Path,
+    split_file: Path | None,
+    staging: Callable[[], AbstractContextManager[Path]],
+) -> FolderContents:
     """Finds the photos and captions of a dataset.
 
     Args:
         dataset: what is expected.
         images: a folder or a zip archive of photos.
         split_file: captions with splits: a file, a folder or a zip archive; None: Karpathy's file in `images`.
+        staging: makes a temporary folder for the annotation files of an archive, and removes it.
 
     Raises:
-        UserError: photos are missing, or the splits have other sizes.
+        UserError: a path does not exist, photos are missing, or the splits have other sizes.
     """
-    how = f"imgcap data prepare {dataset.name} without options says where the files are"
+    how = f"imgcap data prepare {dataset.name} without options says where to get the files"
+    if not images.exists():
+        raise UserError(f"{images} does not exist; check the path ({how})")
     if split_file is None:
         split_file = images / dataset.karpathy
         if not split_file.is_file():
@@ -107,14 +120,16 @@ def scan_flickr(dataset: FlickrDataset, images: Path, split_file: Path | None) -
                 f"{dataset.name}: the captions are missing; pass {dataset.karpathy} or another file with the splits "
                 f"with --split-file ({how})"
             )
-    contents = scan_images(images, split_file, dataset.karpathy)
+    elif split_file.exists():
+        check_known_files(split_file, dataset.karpathy)
+    contents = scan_images(images, split_file, dataset.karpathy, staging)
     part = f"a part of the dataset is prepared by: imgcap data prepare FOLDER --name {dataset.name}"
     if contents.absent:
-        first = ", ".join(shown(entry.name) for entry in contents.absent[:3])
+        first = ", ".join(f"{shown(entry.name)}: {entry.reason}" for entry in contents.absent[:3])
         more = ", ..." if len(contents.absent) > 3 else ""
         raise UserError(
             f"{images}: {counted(len(contents.absent), 'photo')} of the {contents.listed:,} in {split_file} cannot be "
-            f"found ({first}{more}); add them; {part}"
+            f"used ({first}{more}); add or replace them; {part}"
         )
     found = Counter(image.split for image in contents.images)
     wrong = [

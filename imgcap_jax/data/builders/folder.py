@@ -7,16 +7,17 @@ import re
 import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from imgcap_jax.data.builders.annotations import ENDINGS, find_annotations, read_annotations
-from imgcap_jax.data.builders.archives import ZipMember, is_zip, members, read_ahead, texts
+from imgcap_jax.data.builders.archives import ZipMember, is_zip, members, read_ahead, read_photo, texts, without_copies
 from imgcap_jax.data.builders.base import CaptionBuilder, CaptionRecord, RecordShard, shard_ranges
 from imgcap_jax.data.builders.layout import Origin, Skipped
 from imgcap_jax.data.builders.listed import ListedImage, shown
-from imgcap_jax.data.image_files import ImageError, check_file_size, read_file, storable
+from imgcap_jax.data.image_files import ImageError, storable
 from imgcap_jax.errors import UserError, counted
 from imgcap_jax.files import write_text
 from imgcap_jax.text import tokenize
@@ -69,38 +70,48 @@ def scan_folder(path: Path) -> FolderContents:
         UserError: see `find_annotations` and `read_annotations`.
     """
     folder, files = find_annotations(path)
-    return _scan(folder, files, files)
+    return _scan(folder, files, files, folder)
 
 
-def scan_images(images: Path, annotations: Path, preferred: str) -> FolderContents:
+def scan_images(
+    images: Path, annotations: Path, preferred: str, staging: Callable[[], AbstractContextManager[Path]]
+) -> FolderContents:
     """Reads annotation files that are not in the folder of images, and finds the images, without opening them.
 
     Args:
         images: a folder or a zip archive of images.
         annotations: an annotation file, or a folder or a zip archive that contains some.
         preferred: the name of the annotation file to read if the folder or archive contains it.
+        staging: makes a temporary folder for the annotation files of an archive, and removes it.
 
     Raises:
         UserError: see `find_annotations` and `read_annotations`. A path does not exist, or an archive is damaged.
     """
     for path in (images, annotations):
         if not path.exists():
-            raise UserError(f"{path} does not exist")
+            raise UserError(f"{path} does not exist; check the path")
     if not images.is_dir() and not is_zip(images):
-        raise UserError(f"{images} is neither a folder nor a zip archive of images")
-    names = {PurePosixPath(member.name).name for member in members(annotations)} if is_zip(annotations) else set()
-    wanted = preferred.__eq__ if preferred in names else lambda name: name.endswith(ENDINGS)
-    with texts(annotations, wanted) as place:
-        if (place / preferred).is_file():
-            place /= preferred
-        _, files = find_annotations(place)
-        named = [annotations if file == annotations else annotations / file.name for file in files]
-        return _scan(images, files, named)
+        raise UserError(f"{images} is neither a folder nor a zip archive of images; pass one of them")
+
+    def choose(names: set[str]) -> set[str]:
+        return names & {preferred} or {name for name in names if name.endswith(ENDINGS)}
+
+    with texts(annotations, choose, (preferred, *map("*{}".format, ENDINGS)), staging) as place:
+        _, files = find_annotations(found if (found := place / preferred).is_file() else place)
+        named = [annotations / file.relative_to(place) for file in files]
+        return _scan(images, files, named, place if place.is_dir() else place.parent)
 
 
-def _scan(folder: Path, files: Sequence[Path], named: Sequence[Path]) -> FolderContents:
-    """Scans a folder or archive of images. `named` are the annotation files as messages name them."""
-    listed = read_annotations(folder, files)
+def _scan(folder: Path, files: Sequence[Path], named: Sequence[Path], root: Path) -> FolderContents:
+    """Scans a folder or archive of images.
+
+    Args:
+        folder: the folder or archive.
+        files: the annotation files.
+        named: the annotation files as messages name them.
+        root: the folder that contains the annotation files.
+    """
+    listed = read_annotations(root, files)
     skipped, mended = list(listed.skipped), []
     images: list[ListedImage] = []
     for image in listed.images:
@@ -208,16 +219,16 @@ def _find_images(folder: Path, images: Sequence[ListedImage]) -> list[tuple[Path
 def _find_members(archive: Path, images: Sequence[ListedImage]) -> list[tuple[ZipMember, int] | str]:
     """The file in a zip archive and the size in bytes of each image, or the reason why it cannot be used."""
     by_path = {member.name: member for member in members(archive)}
-    by_name: dict[str, list[ZipMember]] = {}
+    by_name: dict[str, list[Path | ZipMember]] = {}
     for member in by_path.values():
-        by_name.setdefault(PurePosixPath(member.name).name, []).append(member)
+        by_name.setdefault(member.path.name, []).append(member)
 
     def find(image: ListedImage) -> tuple[ZipMember, int] | str:
         path = image.path.replace("\\", "/")
-        candidates = [by_path[path]] if path in by_path else by_name.get(PurePosixPath(path).name, [])
+        candidates = [by_path[path]] if path in by_path else without_copies(by_name.get(PurePosixPath(path).name, []))
         if len(candidates) > 1:
-            return f"found {len(candidates)} times in {archive}; list it with its path"
-        return (candidates[0], candidates[0].size) if candidates else "not found"
+            return f"{len(candidates)} different files of this name in {archive}; list it with its path"
+        return next(((member, member.size) for member in candidates if isinstance(member, ZipMember)), "not found")
 
     return [find(image) for image in images]
 
@@ -253,24 +264,16 @@ def read_image(path: Path | ZipMember) -> bytes:
         ImageError: the file cannot be read, or the image cannot be decoded completely or is too large.
     """
     try:
-        return storable(read_file(path) if isinstance(path, Path) else _read_member(path))
+        return storable(read_photo(path))
     except OSError as error:
         raise ImageError(error.strerror or str(error)) from error
-
-
-def _read_member(member: ZipMember) -> bytes:
-    check_file_size(member.size)
-    try:
-        return member.read_bytes()
-    except ValueError as error:
-        raise ImageError(str(error)) from error
 
 
 class FolderBuilder(CaptionBuilder):
     """Writes a scanned folder. Up to 1 % of unreadable images and unusable captions are skipped and recorded.
 
     A dataset with more of them is refused, as is one with absent or repeated photos. All images are then checked, so
-    that a single refusal lists everything.
+    that a single refusal lists everything. If the sizes of the splits are known, no image may be skipped.
     """
 
     def __init__(
@@ -282,6 +285,7 @@ class FolderBuilder(CaptionBuilder):
         origin: Origin,
         on_image: Callable[[], None] = lambda: None,
         report: Path | None = None,
+        complete: bool = False,
     ) -> None:
         """Plans the records of a folder.
 
@@ -292,7 +296,9 @@ class FolderBuilder(CaptionBuilder):
             origin: where the dataset comes from.
             on_image: called after each image.
             report: the file that lists all problems if the dataset is refused.
+            complete: whether a single image that cannot be used is a reason to refuse the dataset.
         """
+        self._max_images = 0.0 if complete else MAX_SKIPPED
         self._contents = contents
         self._on_image = on_image
         self._report = report
@@ -353,7 +359,7 @@ class FolderBuilder(CaptionBuilder):
         image, other = contents.images[i], contents.images[first]
         splits = {"train" if one.split == "restval" else one.split for one in (image, other)}
         if len(splits) > 1 and contents.paths[i] != contents.paths[first]:
-            same = f"in {image.split}, is the same picture as {other.filename} in {other.split}"
+            same = f"in {image.split}, is the same image as {other.filename} in {other.split}"
             self._copies.append(Skipped(image.filename, same))
 
     def finished(self) -> None:
@@ -361,12 +367,12 @@ class FolderBuilder(CaptionBuilder):
         if self._copies:
             first = self._copies[0]
             self.notes.append(
-                f"{counted(len(self._copies), 'picture')} in two splits under different names ({shown(first.name)}, "
-                f"{shown(first.reason)}); scores on them are not those of unseen pictures"
+                f"{counted(len(self._copies), 'image')} in two splits under different names ({shown(first.name)}, "
+                f"{shown(first.reason)}); scores on them are not those of unseen images"
             )
 
     def _too_many_images(self) -> bool:
-        return len(self._broken) > MAX_SKIPPED * self._contents.listed
+        return len(self._broken) > self._max_images * self._contents.listed
 
     def _too_many_captions(self) -> bool:
         return len(self._contents.skipped) > MAX_SKIPPED * self._contents.captions
@@ -385,7 +391,7 @@ class FolderBuilder(CaptionBuilder):
         too_many_captions = self._too_many_captions()
         # The captions are named, so the images that are left without one are not.
         named = [entry for entry in broken if not (too_many_captions and entry.reason == _NO_CAPTION)]
-        too_many_images = len(named) > MAX_SKIPPED * contents.listed
+        too_many_images = len(named) > self._max_images * contents.listed
         # Whether the dataset is refused because of them, what is wrong, and the entries.
         problems: list[tuple[bool, str, Sequence[Skipped]]] = [
             (bool(contents.absent), f"{len(contents.absent)} {images} cannot be read", contents.absent),
@@ -394,7 +400,13 @@ class FolderBuilder(CaptionBuilder):
                 f"{counted(len(contents.repeated), 'photo')} listed more than once",
                 contents.repeated,
             ),
-            (too_many_images, f"{limit} {images} cannot be used ({len(named)})", named),
+            (
+                too_many_images,
+                f"{limit} {images} cannot be used ({len(named)})"
+                if self._max_images
+                else f"{len(named)} {images} cannot be used",
+                named,
+            ),
             (
                 bool(empty),
                 f"no image of the split {' and '.join(empty)} can be used",

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from imgcap_jax.data.builders.archives import ZipMember, read_annotation
 from imgcap_jax.data.builders.listed import ListedImage, Row, collect, known_split, split_name
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import reading
+from imgcap_jax.files import explaining
 from imgcap_jax.image_ids import id_of_file_name, parse_image_id
 
 _IMAGE_KEYS = ("image", "file_name", "filename")
@@ -90,19 +91,22 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid JSON (a number has more than 4,300 digits)") from error
 
 
-def read_text(file: Path) -> str:
+def read_text(file: Path | ZipMember) -> str:
     """The text of an annotation file. Raises a UserError if it cannot be read."""
-    with reading(file, "it must be a text file in UTF-8"):
-        return file.read_bytes().decode("utf-8-sig")  # not read_text, which changes line breaks
+    advice = "it must be a text file in UTF-8"
+    content = read_annotation(file, advice)
+    with explaining(Path(str(file)), advice):
+        return content.decode("utf-8-sig")  # not read_text, which changes line breaks
 
 
-def read_json(file: Path) -> list[ListedImage] | list[Row]:
+def read_json(file: Path | ZipMember) -> list[ListedImage] | list[Row]:
     """Reads a JSON file: Karpathy's and COCO's give images, a list gives rows.
 
     Raises:
         UserError: invalid JSON, a missing key or a wrong type.
     """
     top = _parse(read_text(file), str(file))
+    file = Path(str(file))
     if isinstance(top, list):
         return _rows(top, file)
     entry = _Entry(top, str(file))
