@@ -288,7 +288,7 @@ def _add_prepare(actions: Commands) -> None:
     )
     known = prepare.add_argument_group(
         "files of coco, flickr8k and flickr30k",
-        "COCO's are downloaded if they are not given. Without options, flickr8k and flickr30k say where theirs are.",
+        "COCO's are downloaded if they are not given. Without options, flickr8k and flickr30k say where to get theirs.",
     )
     known.add_argument(
         "--images",

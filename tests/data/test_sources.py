@@ -11,6 +11,7 @@ from random import Random
 
 import pytest
 
+from imgcap_jax import terminal
 from imgcap_jax.cli.main import main
 from imgcap_jax.data.builders import layout
 from imgcap_jax.data.builders.layout import Origin, write_origin
@@ -356,3 +357,14 @@ def test_a_long_number_in_the_digests_is_ignored(copy: Path) -> None:
     path = dataset_folder(copy) / "SHA256SUMS"
     path.write_text(f"# {'9' * 5000} bytes: features.json\n" + path.read_text())
     assert len(open_source("scenes", "val", copy))
+
+
+def test_hashing_shows_its_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "FIRST_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 0.0)
+    prepare("scenes", data_dir=tmp_path, scenes=SceneSplits(4, 1, 1, 1, image_size=32))
+    assert "computing checksums: 0/1 MB" in capsys.readouterr().err
+    assert main(["data", "inspect", "scenes", "--check", "--data-dir", str(tmp_path)]) == 0
+    assert "checking scenes: 0/1 MB" in capsys.readouterr().err

@@ -76,10 +76,9 @@ def read_annotations(path: Path) -> Annotated:
     for place in PLACES:
         name = f"instances_{place}.json"
         file = files.get(name, path / name)
-        content = read_annotation(file, _ADVICE)
         with explaining(Path(str(file)), _ADVICE):
             # Outlines would take most of the memory.
-            document = json.loads(content, object_hook=_without_outline)
+            document = json.loads(read_annotation(file, _ADVICE), object_hook=_without_outline)
             named = {int(category["id"]): str(category["name"]) for category in document["categories"]}
             if len(named) != _CATEGORIES or categories not in ({}, named):
                 raise ValueError(f"{len(named)} categories instead of the {_CATEGORIES} of COCO")

@@ -66,7 +66,7 @@ def write_checksums(folder: Path, *, shown: bool = False) -> None:
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     names = [name for name in names if name not in (DIGESTS, ORIGIN_FILE)]
     sizes = {name: (folder / name).stat().st_size for name in names}
-    with counting_bytes(f"computing the checksums of {folder.name}", sum(sizes.values()), shown) as progress:
+    with counting_bytes("computing checksums", sum(sizes.values()), shown) as progress:
         files.write_digests(folder, names, [f"{size} bytes: {name}" for name, size in sizes.items()], progress)
 
 
