@@ -57,14 +57,15 @@ FUNCTION_WORDS = (
                 "past",
                 "about",
             ),
-            *("within", "without", "underneath", "beneath", "beyond", "atop", "upon", "front", "next", "like", "than"),
+            *("within", "without", "underneath", "beneath", "beyond", "atop", "upon", "like", "than"),
+            *("front", "next", "side"),
             *("be", "been", "being", "am", "has", "have", "had", "having", "do", "does", "did", "can", "could", "will"),
             *("would", "so", "then", "where", "if", "until", "since", "also", "just", "too", "not", "no"),
             *("'s", "'re", "'m", "'ve", "'ll", "'d", "n't"),
         }
     )
 )
-"""English words without a content of their own, with the nouns of "in front of" and "next to".
+"""English words without a content of their own, with the nouns of "in front of", "next to" and "side by side".
 
 "another" and "other" are left out, because they introduce a second thing: "a man and another man".
 """
@@ -100,15 +101,15 @@ class Degeneration:
             lengths.append(len(words))
             endings.append(bool(words) and words[-1] in BAD_ENDINGS)
             repetitions.append(repeats(words))
+            repeated.append(repeated_words(words) > 0)
             english = english or not FUNCTION_WORDS.isdisjoint(words)
-            repeated.append(english and repeated_words(words) > 0)
         count = len(lengths)
         return cls(
             captions=count,
             length=sum(lengths) / count,
             bad_endings=sum(endings) / count,
             repetitions=sum(repetitions) / count,
-            repeated_words=sum(repeated) / count,
+            repeated_words=sum(repeated) / count if english else 0.0,
             unfinished=unfinished,
         )
 
@@ -174,6 +175,10 @@ def repeated_words(words: Sequence[str]) -> int:
 
     Singular and plural are different words. These have no repetition: "a black dog and a white dog", "a man and another
     man", "a man in a red shirt and a woman in a red shirt", "a soccer player is playing soccer".
+
+    A noun counts as repeated although it belongs to the next noun: "playing tennis on a tennis court", "a train at a
+    train station". The logit rule, which sees only the words so far, could not distinguish them. Compare the share with
+    that of the references, which have such phrases too.
     """
     repeated, content = 0, list[str]()
     phrase, phrases = list[str](), list[list[str]]()  # the current one, and the earlier ones of the clause

@@ -54,6 +54,9 @@ def test_repetitions(caption: str, bad: bool) -> None:
         ("a man on a bench and a woman on a bench", 0),
         ("a soccer player is playing soccer with a ball", 0),
         ("a man jumps up and up on the on the grass", 0),  # function words
+        ("two men stand side by side", 0),
+        ("a man plays tennis on a tennis court", 1),  # correct English, which the definition cannot distinguish
+        ("a train at a train station", 1),
         ("dog dog dog", 2),
         ("the the", 0),
         ("", 0),
@@ -102,6 +105,12 @@ def test_shares_and_warnings() -> None:
     assert "--decode.forbid-repeated-words true" in said[2]
     # Only the missing ends are worse than in these references.
     assert worse.warnings(Degeneration(500, 6.0, 0.05, 0.04, 0.07)) == (said[3],)
+
+
+def test_order_of_captions_does_not_matter() -> None:
+    """The language is that of all captions, not of those before."""
+    captions = [["dog", "dog"], ["a", "man"]]
+    assert Degeneration.of(captions).repeated_words == Degeneration.of(captions[::-1]).repeated_words == 0.5
 
 
 def test_words_are_not_repeated_in_a_language_without_the_function_words() -> None:
