@@ -37,11 +37,12 @@ def check_range(
     below: float = math.inf,
 ) -> None:
     """Raises UserError, with the range, unless a number is finite and in its range. ``name`` is that of a setting."""
-    if math.isfinite(value) and at_least <= value <= at_most and above < value < below:
+    finite = not isinstance(value, float) or math.isfinite(value)  # math.isfinite fails on integers above 1e308
+    if finite and at_least <= value <= at_most and above < value < below:
         return
     limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     rules = [f"{words} {limit}" for words, limit in limits.items() if math.isfinite(limit)]
-    rules += [] if math.isfinite(value) else ["finite"]
+    rules += [] if finite else ["finite"]
     raise UserError(f"{name} is {value}; it must be {' and '.join(rules)}")
 
 

@@ -29,9 +29,10 @@ if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv"
 fi
 target=".${extras:+[$extras]}"
-# Run pip only if the extras or one of these files have changed since the last installation.
+# Run pip only if the extras or one of these files have changed since the last installation. The newest versions change
+# without them.
 wanted="$target ${versions[*]} $(cat setup.cfg pyproject.toml constraints.txt | sha256sum | cut -c1-16)"
-if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
+if [ -n "${NEWEST:-}" ] || [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
   echo "setup: installing into $venv (a few minutes the first time)"
   quiet=--quiet
   [ ! -t 1 ] || quiet= # a terminal shows the progress of pip

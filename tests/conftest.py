@@ -36,7 +36,8 @@ def no_progress_lines() -> Iterator[None]:
 def no_deprecated_call(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Orbax and TFDS log deprecated calls, and do not warn of them. Warnings are errors by pyproject.toml."""
     yield
-    logged = [record.getMessage() for record in caplog.get_records("call") if record.levelno >= logging.WARNING]
+    records = [*caplog.get_records("setup"), *caplog.get_records("call")]
+    logged = [record.getMessage() for record in records if record.levelno >= logging.WARNING]
     assert not [message for message in logged if "deprecat" in message.lower()]
 
 

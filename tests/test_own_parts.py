@@ -238,7 +238,6 @@ def test_code_that_changed_since_the_run_is_noted(
 EVIL = """
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 Path("executed").write_text("")
 
 @dataclass(frozen=True)

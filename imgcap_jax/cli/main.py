@@ -45,15 +45,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"imgcap: {printable(f'{place}{error.strerror or error}')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = options.command in ("train", "features", "prepare")
-        more = "; the same command resumes" if resumes else ""
-        print(f"imgcap: interrupted{more}", file=sys.stderr)
+        print(f"imgcap: {'; '.join(['interrupted', *_continuation(options)])}", file=sys.stderr)
         if arguments is None:  # JAX crashes if the interpreter shuts down while a computation runs
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(130)
         return 130
     return code
+
+
+def _continuation(options: argparse.Namespace) -> list[str]:
+    """What the same command does after an interruption, if that is not obvious."""
+    if options.command not in ("train", "features", "prepare"):
+        return []
+    return [f"the same command {'starts again' if getattr(options, 'smoke', False) else 'resumes'}"]
 
 
 def _unknown_argument(argument: str, parser: argparse.ArgumentParser) -> UserError:
@@ -112,9 +117,10 @@ def _load_runs(folders: Sequence[Path], options: argparse.Namespace) -> list[Any
     from imgcap_jax.user_code import load_all_code
 
     for folder in folders:
-        trained = is_run(folder) or is_run(RUNS / folder.stem)  # the error of Run.load names the latter
-        if not trained and (folder.suffix == ".py" or folder.stem in shipped_names()):
-            experiment = folder if folder.suffix == ".py" else folder.stem
+        name = folder.name.removesuffix(".py")
+        trained = is_run(folder) or is_run(RUNS / name)  # the error of Run.load names the latter
+        if not trained and (folder.suffix == ".py" or name in shipped_names()):
+            experiment = folder if folder.suffix == ".py" else name
             raise UserError(f"{folder} is not a run; train the experiment first: imgcap train {experiment}")
     load_all_code(options.code)
     runs = use_weights([Run.load(folder) for folder in folders], options.weights)
@@ -143,17 +149,18 @@ def _train(options: argparse.Namespace) -> int:
     load_all_code(options.code)
     experiment = override(find(options.experiment), options.rest)
     from imgcap_jax.experiment import for_smoke
+    from imgcap_jax.run.folder import RUNS
     from imgcap_jax.train import train
     from imgcap_jax.training.parallel import is_first_process, join_processes
 
     name = Path(options.experiment).stem + ("_smoke" if options.smoke else "")
     if options.smoke and options.run:
-        raise UserError(f"--smoke always trains in runs/{name}, from scratch; leave out --run")
+        raise UserError(f"--smoke always trains in {RUNS / name}, from scratch; leave out --run")
     if options.distributed:
         if options.smoke:
             raise UserError("--smoke is for one host; leave out --distributed")
         join_processes(options.distributed)
-    folder = options.run or Path("runs") / name
+    folder = options.run or RUNS / name
     _keep_compiled()
     try:
         outcome = train(
@@ -179,7 +186,7 @@ def _after(options: argparse.Namespace, experiment: Any, folder: Path, outcome: 
     from imgcap_jax.cli.next_commands import after_smoke, after_training
 
     if outcome.interrupted:
-        return [f"stopped at step {outcome.step}; the same command resumes"]
+        return ["; ".join([f"stopped at step {outcome.step}", *_continuation(options)])]
     if options.smoke:
         return [f"the path works; now run: {after_smoke(options.given)}"]
     evaluate, *others = after_training(experiment, folder, code=options.code, cache=options.cache)
@@ -191,10 +198,11 @@ def _features(options: argparse.Namespace) -> int:
     from imgcap_jax.cli.experiments import find
     from imgcap_jax.cli.options import override
     from imgcap_jax.run.extraction import extract
+    from imgcap_jax.run.folder import RUNS
 
     experiment = override(find(options.experiment), options.rest)
     _keep_compiled()
-    extract(experiment, options.splits.split(","), _features_cache(options, Path("runs") / "any"))
+    extract(experiment, options.splits.split(","), _features_cache(options, RUNS / "any"))
     return 0
 
 
@@ -275,7 +283,7 @@ def _decodings(options: argparse.Namespace, run: Any) -> tuple[list[Any], list[s
         raise UserError(message) from error
     widest, before = max(decodings, key=lambda one: one.beam), run.experiment.decoding.beam
     if widest.beam > before and not any(option.startswith("--decode.beam=") for option in [*given, *options.decoding]):
-        _note(f"beam is {widest.beam} instead of {before}, for n-best {widest.n_best}")
+        _note(f"beam raised from {before} to {widest.beam}, because n-best is {widest.n_best}")
     return decodings, swept
 
 

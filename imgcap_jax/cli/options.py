@@ -132,12 +132,14 @@ def override(settings: Settings, arguments: Sequence[str], *, prefix: str = "") 
 def as_typed(message: str, arguments: Sequence[str]) -> str:
     """A message of settings about their fields, with the name that the user typed for each field that options set.
 
-    The field of ``--decode.top-p`` is ``decode.top_p``, or ``top_p`` at the start of the message.
+    The field of ``--decode.top-p`` is ``decode.top_p``. Messages of ``Decoding`` begin with the bare name ``top_p``, because the
+    prefix differs between commands.
     """
     for option in dict.fromkeys(argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
         field = option.removeprefix("--").replace("-", "_")
         message = re.sub(rf"(?<![\w.-]){re.escape(field)}(?!\w)", option, message)
-        message = re.sub(rf"\A{re.escape(field.rpartition('.')[2])}(?!\w)", option, message)
+        if found := re.fullmatch(r"decod(?:e|ing)\.(\w+)", field):
+            message = re.sub(rf"\A{found[1]}(?!\w)", option, message)
     return message
 
 

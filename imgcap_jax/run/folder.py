@@ -66,7 +66,7 @@ class Run:
             UserError: the folder is not a run, its files cannot be read, or it needs code that is not imported.
         """
         if not is_run(folder):
-            near = RUNS / folder.stem
+            near = RUNS / folder.name.removesuffix(".py")
             advice = f"did you mean {near}?" if is_run(near) else "give a folder that training wrote"
             raise UserError(f"{folder} is not a run (it has no {EXPERIMENT}); {advice}")
         experiment = _read_experiment(folder)

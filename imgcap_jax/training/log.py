@@ -1,7 +1,9 @@
 """The metrics of a run: ``metrics.jsonl`` and TensorBoard events. Captions of a few images: ``samples.jsonl``."""
 
+import html
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -80,7 +82,7 @@ class MetricsLog:
         self._events.add_text("validation/captions", "\n\n".join(map(_markdown, samples)), step)
 
     def validation(self, step: int) -> dict[str, float] | None:
-        """The scores of the validation at a step; None if they were not logged."""
+        """The line of the validation at a step, without kind and step; None if it was not logged."""
         for line in self._path.read_text(encoding="utf-8").split("\n"):
             if _step(line) == step and (found := json.loads(line)).get("kind") == "validation":
                 return {name: value for name, value in found.items() if name not in ("kind", "step")}
@@ -112,8 +114,14 @@ def _append(file: TextIO, value: Mapping[str, Any]) -> None:
 
 
 def _markdown(sample: Sample) -> str:
-    references = "".join(f"\n* {printable(reference)}" for reference in sample.references)
-    return f"**{printable(sample.caption)}** ({printable(sample.file_name)}){references}"
+    """The sample as TensorBoard's Markdown, in which a list needs an empty line before it."""
+    references = "\n".join(f"* {_plain(reference)}" for reference in sample.references)
+    return f"**{_plain(sample.caption)}** ({_plain(sample.file_name)})\n\n{references}"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is: ``<unk>`` would vanish as an HTML tag."""
+    return re.sub(r"[\\`*_{}\[\]#]", r"\\\g<0>", html.escape(printable(text), quote=False))
 
 
 def _step(line: str) -> float:

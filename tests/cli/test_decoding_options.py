@@ -100,7 +100,7 @@ def test_beam_is_raised_to_n_best_unless_it_is_given(trained: Path, capsys: pyte
     assert main(["caption", "one.png", "--run", str(trained), "--n-best", "3"]) == 0
     printed = capsys.readouterr()
     assert printed.out.count("one.png: ") == 3
-    assert printed.err == "imgcap: note: beam is 3 instead of 2, for n-best 3\n"
+    assert printed.err == "imgcap: note: beam raised from 2 to 3, because n-best is 3\n"
     decoding = Decoding(beam=2)
     for options, beams in (
         (["n-best=1", "n-best=5"], [2, 5]),

@@ -197,6 +197,27 @@ def test_a_field_is_named_only_if_its_option_was_typed() -> None:
     assert as_typed("decoder.heads is 3", ["--decoder.layers", "1"]) == "decoder.heads is 3"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--data.max-words 5 --decoding.max-words 0", "--decoding.max-words is 0"),
+        ("--objective.temperature 0.5 --decoding.temperature 0.5", "--decoding.temperature only affects samples"),
+        ("--training.seed 3 --decoding.seed 1", "--decoding.seed only affects samples"),
+        ("--objective.samples 5 --decoding.samples -1", "--decoding.samples is -1"),
+        ("--decoding.samples -1 --objective.samples 5", "--decoding.samples is -1"),
+        ("--decoding.samples 5 --objective.samples -1", "--objective.samples is -1"),
+    ],
+)
+def test_of_two_options_with_the_same_last_part_the_wrong_one_is_named(arguments: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^{message}"):
+        override(Experiment(objective=SelfCritical()), arguments.split())
+
+
+def test_an_integer_above_the_largest_float_is_out_of_range() -> None:
+    with pytest.raises(UserError, match=r"^--training.seed is 10{400}; it must be at least 0 and at most 4294967295$"):
+        override(Experiment(), ["--training.seed", "1" + "0" * 400])
+
+
 def test_help_lists_every_decoding_option_and_its_meaning() -> None:
     text: Any = options_help(Decoding(), prefix="decode", command="imgcap evaluate")
     for item in fields(Decoding):

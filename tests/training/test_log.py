@@ -73,7 +73,8 @@ def test_lines_have_epoch_and_seconds_that_continue_in_a_resumed_run(tmp_path: P
 def test_tensorboard_shows_numbers_and_captions(tmp_path: Path, clock: list[float]) -> None:
     log = MetricsLog(tmp_path, -1, steps_per_epoch=4)
     log.write("validation", 2, {"CIDEr-D": 0.5, "rate": float("inf")})
-    log.write_samples(2, [SAMPLE, SAMPLE])
+    sample = Sample(7, "a_\udce9.jpg", "a <unk> *runs*", ["the dog is running", "a dog & a cat"])
+    log.write_samples(2, [sample, sample])
     log.close()
     found = {tag: (step, value) for step, tag, value in events(tmp_path)}
     assert found["validation/CIDEr-D"] == (2, 0.5)
@@ -81,7 +82,8 @@ def test_tensorboard_shows_numbers_and_captions(tmp_path: Path, clock: list[floa
     assert "validation/rate" not in found
     (step, text) = next(value for tag, value in found.items() if "captions" in tag)
     assert step == 2
-    assert text.count("**a dog runs** (a\\xe9.jpg)\n* the dog is running\n* a dog") == 2
+    shown = r"**a &lt;unk&gt; \*runs\*** (a\_\\xe9.jpg)" + "\n\n* the dog is running\n* a dog &amp; a cat"
+    assert text == f"{shown}\n\n{shown}"
 
 
 def test_process_that_does_not_write_leaves_no_files(tmp_path: Path) -> None:
