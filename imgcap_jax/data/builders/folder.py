@@ -96,7 +96,7 @@ def scan_images(
     def choose(names: set[str]) -> set[str]:
         return names & {preferred} or {name for name in names if name.endswith(ENDINGS)}
 
-    with texts(annotations, choose, (preferred, *map("*{}".format, ENDINGS)), staging) as place:
+    with texts(annotations, choose, (preferred, *(f"*{ending}" for ending in ENDINGS)), staging) as place:
         _, files = find_annotations(found if (found := place / preferred).is_file() else place)
         named = [annotations / file.relative_to(place) for file in files]
         return _scan(images, files, named, place if place.is_dir() else place.parent)
@@ -425,7 +425,7 @@ class FolderBuilder(CaptionBuilder):
             for entry in entries
         ]
         where = ", ".join(map(str, contents.annotation_files))
-        advice = "fix or remove them"
+        advice = "fix or remove them" if self._max_images else "replace them with undamaged copies"
         if any(entry.reason.startswith(_LINK) for entry in contents.absent):
             folder = shlex.quote(str(contents.folder))
             advice += f"; this makes a copy with files in place of links: cp -rL {folder} COPY"
