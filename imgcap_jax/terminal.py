@@ -34,8 +34,6 @@ class Work:
         self._unit, self._first, self._say = unit, done, say
         self._parts: Sequence[str] | None = None
         self._began = time.monotonic()
-        self._next_line = self._began + FIRST_LINE_SECONDS
-        self._quiet = True
 
     def advance(self, count: int = 1) -> None:
         """Records that ``count`` more units are done."""
@@ -49,8 +47,6 @@ class Work:
             parts: texts to show, the most important first; None: the number of units, the rate and the time left.
         """
         self.done, self._parts = done, parts
-        if not self._quiet and done != self.total and time.monotonic() >= self._next_line:
-            self._line()
 
     def restart(self, done: int) -> None:
         """Records that ``done`` units are done, and measures the rate from here on, as after a compilation."""
@@ -69,35 +65,41 @@ class Work:
             return [count]
         return [count, f"{_number(rate)} {self._unit}/s", f"{duration((self.total - self.done) / rate)} left"]
 
-    def _line(self) -> None:
-        self._next_line = time.monotonic() + LINE_SECONDS
+    def line(self) -> str:
+        """Title and texts in one line."""
         title = f"{self.title}: " if self.title else ""
-        self._say(title + "  ".join(self.parts()))
+        return title + "  ".join(self.parts())
 
     @contextlib.contextmanager
-    def _lines(self, announced: bool) -> Iterator[None]:
-        """Shows lines while entered. Work of unknown length never calls ``update``, so a thread writes its lines."""
+    def lines(self, announced: bool) -> Iterator[None]:
+        """Shows lines while entered, except while work inside this one shows its own.
+
+        A thread writes them, so that stalled work and work of unknown length, which never call ``update``, are shown
+        too.
+        """
         if announced:
             self._say(f"{self.title} ...")
-        if self.total is not None:
-            self._quiet = False
-            yield
-            return
         ended = threading.Event()
 
         def remind() -> None:
             seconds = FIRST_LINE_SECONDS
             while not ended.wait(seconds):
-                self._line()
+                if _in_lines[-1:] == [self] and self.done != self.total:
+                    self._say(self.line())
                 seconds = LINE_SECONDS
 
         thread = threading.Thread(target=remind, daemon=True)
+        _in_lines.append(self)
         thread.start()
         try:
             yield
         finally:
+            _in_lines.remove(self)
             ended.set()
             thread.join()
+
+
+_in_lines: list[Work] = []  # the work that shows lines, the innermost last
 
 
 class _Console(Console):
@@ -184,7 +186,7 @@ def working(
     work = Work(title, total, unit, done, say or _to_standard_error)
     with contextlib.ExitStack() as stack:
         if shown:
-            stack.enter_context(_display.showing(work) if on_terminal() else work._lines(announced))
+            stack.enter_context(_display.showing(work) if on_terminal() else work.lines(announced))
         yield work
 
 

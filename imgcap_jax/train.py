@@ -20,6 +20,7 @@ from imgcap_jax.data.prefetch import device_prefetch
 from imgcap_jax.data.regions import RegionSource
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError, counted
 from imgcap_jax.experiment import Experiment, differences, signature
 from imgcap_jax.files import check_name, local_path, owning, write_text
@@ -31,14 +32,14 @@ from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator
 from imgcap_jax.run.extraction import Extraction, uses_store
 from imgcap_jax.run.folder import Run, empty_smoke, find_run, nothing_left_if_refused
 from imgcap_jax.run.generation import check_decoding
-from imgcap_jax.run.notes import check_together, starting_notes
+from imgcap_jax.run.notes import check_objective, check_together, starting_notes, without_effect
 from imgcap_jax.run.transfer import check_encoder, transfer
 from imgcap_jax.terminal import Say, working
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
 from imgcap_jax.training.log import MetricsLog, Sample
 from imgcap_jax.training.meter import Meter
 from imgcap_jax.training.objective import StepSetup
-from imgcap_jax.training.optimizer import learning_rates
+from imgcap_jax.training.optimizer import learning_rate_of, steps_of
 from imgcap_jax.training.parallel import DataParallel, Step, is_first_process
 from imgcap_jax.training.signals import StopRequest
 from imgcap_jax.training.step import TrainState, average_decay, first_state
@@ -106,9 +107,16 @@ def _train(
     run = _open_run(experiment, folder, data, init_from)
     parallel.wait()  # the first process may have written the folder
     check_decoding(experiment.decoding, run.vocabulary, experiment.decoder)
+    check_objective(experiment.objective, run.vocabulary)
     check_length(experiment.decoder, experiment.data.max_words + 1, "data.max_words")
     if not run.resumable:
-        for note in starting_notes(experiment, data.sources, data.validation, run.vocabulary):
+        # Shares of the few captions of a smoke run mean nothing.
+        about = (
+            without_effect(experiment)
+            if smoke
+            else starting_notes(experiment, data.sources, data.validation, run.vocabulary)
+        )
+        for note in about:
             show(f"note: {note}")
     data = _with_features(data, experiment, cache)
 
@@ -122,7 +130,7 @@ def _train(
         show(transfer(run.init_from, model, run.vocabulary))
     graph, params, frozen = split_trained(model)
     steps_per_epoch = max(1, math.ceil(data.images_per_epoch / experiment.data.batch_size))
-    total_steps = max(1, round(training.epochs * steps_per_epoch))
+    total_steps = max(1, steps_of(training.epochs, steps_per_epoch))
     transformation = experiment.optimizer.build(steps_per_epoch, total_steps)
     state = parallel.replicate(first_state(params, transformation, ema=training.ema_decay > 0))
     frozen = parallel.replicate(frozen)
@@ -187,10 +195,10 @@ def _train(
     )
     member = Member(graph, experiment.data, data.validation_store)
     validate = Validation(experiment, member, frozen, data, run.vocabulary, parallel, checkpoints, log, show, not smoke)
-    rates = learning_rates(experiment.optimizer, steps_per_epoch, total_steps)
+    learning_rate = learning_rate_of(experiment.optimizer, steps_per_epoch, total_steps)
 
     # The loop.
-    evaluate_steps = max(1, round(training.evaluate_epochs * steps_per_epoch))
+    evaluate_steps = max(1, steps_of(training.evaluate_epochs, steps_per_epoch))
     saved = time.monotonic()
     interrupted = 0
     done = _finished(experiment, progress, total_steps)
@@ -200,7 +208,7 @@ def _train(
     with (
         closing(checkpoints),
         closing(log),
-        StopRequest() as stop,
+        StopRequest(show) as stop,
         prefetched,
         working("", total_steps, "steps", done=progress.step, shown=is_first_process(), say=show) as work,
     ):
@@ -212,7 +220,7 @@ def _train(
             log,
             work,
             experiment.objective.progress,
-            rates,
+            learning_rate,
             judged=not smoke,
         )
         if run.init_from is not None and progress.step == 0 and progress.best is None:
@@ -254,6 +262,7 @@ def _train(
             validation_images=len(data.validation),
             steps=progress.step,
             losses=meter.losses,
+            decoding=validate.search,
             metrics=validate.metrics,
         ):
             show(line)
@@ -420,11 +429,15 @@ class Validation:
         self._sampled = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, _SAMPLES).astype(int))]
         self._shown: set[str] = set()  # notes about the references, which would repeat at each validation
 
+    @property
+    def search(self) -> Decoding:
+        """The decoding settings of validations."""
+        return self.experiment.decoding.plain(self.experiment.training.validation_beam)
+
     def __call__(self, state: TrainState, progress: Progress) -> Progress:
         """Validates the state after ``progress.step`` steps; returns the progress with its result."""
         evaluator, params = self._evaluator, state.best_guess
-        search = self.experiment.decoding.plain(self.experiment.training.validation_beam)
-        captioned = evaluator.caption([params], [self.frozen], search)
+        captioned = evaluator.caption([params], [self.frozen], self.search)
         degeneration, warnings = evaluator.degeneration(captioned)
         scored = evaluator.score(captioned.captions)
         scores = {

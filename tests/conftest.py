@@ -32,6 +32,23 @@ def no_progress_lines() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def progress_lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines about the progress of long work, one per update; without a terminal, a clock decides which appear."""
+    from imgcap_jax import terminal
+
+    lines: list[str] = []
+    update = terminal.Work.update
+
+    def recorded(work: terminal.Work, *arguments: Any) -> None:
+        update(work, *arguments)
+        if work in terminal._in_lines:
+            lines.append(work.line())
+
+    monkeypatch.setattr(terminal.Work, "update", recorded)
+    return lines
+
+
 @pytest.fixture(autouse=True)
 def no_deprecated_call(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Orbax and TFDS log deprecated calls, and do not warn of them. Warnings are errors by pyproject.toml."""

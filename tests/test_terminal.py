@@ -109,33 +109,53 @@ def test_bar_needs_both_outputs_on_a_terminal(piped: str, monkeypatch: pytest.Mo
     assert not terminal.on_terminal()
 
 
-def test_pipe_gets_plain_lines_from_time_to_time(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(terminal, "FIRST_LINE_SECONDS", 10.0)
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with working("decoding", 5_000, "images", done=1_000) as work:
-        for _ in range(50):
-            clock[0] += 1
-            work.advance(40)
-    assert capsys.readouterr().err.splitlines() == [
-        "decoding: 1,400/5,000 images  40 images/s  1:30 left",
-        "decoding: 2,600/5,000 images  40 images/s  1:00 left",
-    ]
-    with working("decoding", 5_000, "images", shown=False) as work:
-        clock[0] += 60
-        work.advance(40)
-    assert capsys.readouterr() == ("", "")
-
-
-def test_pipe_gets_lines_about_work_of_unknown_length(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line every hundredth of a second."""
     monkeypatch.setattr(terminal, "FIRST_LINE_SECONDS", 0.01)
-    said: list[str] = []
-    with working("compiling", say=said.append, announced=True):
-        while len(said) < 2:
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 0.01)
+
+
+def wait_for(said: list[str], line: str, times: int = 1) -> None:
+    deadline = time.perf_counter() + 60
+    while said.count(line) < times:
+        assert time.perf_counter() < deadline, said
+        time.sleep(0.005)
+
+
+@pytest.mark.usefixtures("often")
+def test_pipe_gets_plain_lines_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, said = [100.0], list[str]()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with working("decoding", 5_000, "images", done=1_000, say=said.append) as work:
+        clock[0] += 10
+        work.advance(400)
+        line = "decoding: 1,400/5,000 images  40 images/s  1:30 left"
+        wait_for(said, line, times=3)  # also without progress, as with a disk that does not answer
+        with working("compiling", say=said.append, announced=True):
+            wait_for(said, "compiling: 0:00")
+            before = said.count(line)
+            wait_for(said, "compiling: 0:00", times=3)
+            assert said.count(line) == before  # the innermost work has the only display
+        wait_for(said, line, times=before + 1)
+        work.advance(3_600)
+        time.sleep(0.05)
+    assert said.count("compiling ...") == 1
+    assert said.count("decoding: 5,000/5,000 images  400 images/s  0:00 left") == 0
+
+
+@pytest.mark.usefixtures("often")
+def test_lines_go_to_the_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    error = ""
+    with working("compiling"):
+        while "compiling: 0:00\n" not in error:
             time.sleep(0.005)
-    assert said == ["compiling ...", "compiling: 0:00"]
+            error += capsys.readouterr().err
+    capsys.readouterr()
+    with working("decoding", 5_000, "images", shown=False) as work:
+        work.advance(40)
+        time.sleep(0.05)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_durations() -> None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from imgcap_jax.data.regions import has_ready_regions
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import counted
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.run.extraction import uses_store
@@ -16,6 +17,7 @@ def lines(
     validation_images: int,
     steps: int,
     losses: Sequence[float],
+    decoding: Decoding,
     metrics: Sequence[str],
 ) -> list[str]:
     """What worked. The scores are left out: after a few steps, they are 0 or nearly so.
@@ -26,6 +28,7 @@ def lines(
         validation_images: the number of validation images.
         steps: the number of steps.
         losses: the loss of the first and of the last step.
+        decoding: the settings of the validations.
         metrics: the names of the scores.
     """
     first, last = losses[0], losses[-1]
@@ -36,7 +39,7 @@ def lines(
         "data": f"{counted(images, 'training image')} and {counted(validation_images, 'validation image')} were read",
         "encoder": _encoder(experiment),
         "training": f"{counted(steps, 'compiled step')} of {objective}; the loss is finite and {change}",
-        "validation": f"captions were decoded ({experiment.decoding.title}) and scored with {scores}",
+        "validation": f"captions were decoded ({decoding.title}) and scored with {scores}",
         "checkpoints": "were written, and restored bit for bit",
     }
     return ["checked:", *(f"  {name:12} {text}" for name, text in rows.items())]

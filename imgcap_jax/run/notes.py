@@ -15,6 +15,7 @@ from imgcap_jax.experiment import Experiment
 from imgcap_jax.models.decoders.contract import has_attention
 from imgcap_jax.run.extraction import uses_store
 from imgcap_jax.training.cross_entropy import CrossEntropy
+from imgcap_jax.training.objective import Objective
 from imgcap_jax.training.optimizer import Optimizer
 from imgcap_jax.training.self_critical import SelfCritical
 
@@ -31,6 +32,12 @@ def check_together(experiment: Experiment) -> None:
             f"objective.attention_penalty has no effect on {type(experiment.decoder).__name__}, which has no "
             f"attention; set it to 0, or use another decoder"
         )
+
+
+def check_objective(objective: Objective, vocabulary: Vocabulary) -> None:
+    """Raises UserError if a part of the objective would have no effect with the vocabulary."""
+    if isinstance(objective, SelfCritical):
+        objective.function_words(vocabulary)
 
 
 def starting_notes(

@@ -5,13 +5,13 @@ import time
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 from jax import Array
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.terminal import Work, duration
 from imgcap_jax.training.checkpoints import Progress
 from imgcap_jax.training.log import MetricsLog
+from imgcap_jax.training.optimizer import LearningRate
 
 
 class Meter:
@@ -32,7 +32,7 @@ class Meter:
         log: MetricsLog,
         work: Work,
         shown: Mapping[str, str],
-        learning_rates: npt.NDArray[np.float32] | None,
+        learning_rate: LearningRate | None,
         *,
         judged: bool = True,
     ) -> None:
@@ -46,14 +46,14 @@ class Meter:
             log: where metrics are written.
             work: shows the progress.
             shown: the metrics that the progress shows, and their formats.
-            learning_rates: the learning rate of each step [total_steps]; None if it is not known.
+            learning_rate: the learning rate as a function of the number of steps before; None if it is not known.
             judged: whether the best score is shown.
         """
         self.losses: tuple[float, ...] = ()
         self._total, self._epoch = total_steps, steps_per_epoch
         self._log_steps, self._log, self._work, self._formats = log_steps, log, work, shown
-        self._learning_rates, self._judged = learning_rates, judged
-        self._pending: tuple[int, Mapping[str, Array]] | None = None
+        self._learning_rate, self._judged = learning_rate, judged
+        self._pending: tuple[int, Mapping[str, Array | np.ndarray]] | None = None
         self._first = progress.step
         self.restart(progress)
 
@@ -72,7 +72,11 @@ class Meter:
         if progress.step == self._first + 1:
             np.asarray(metrics["loss"])  # wait for the first step, whose time includes compilation
             self.restart(progress)
-        self._pending = (progress.step, metrics)
+        logged = progress.step % self._log_steps == 0
+        self._pending = (progress.step, {**metrics, **(self._rate(progress.step) if logged else {})})
+
+    def _rate(self, step: int) -> dict[str, Array | np.ndarray]:
+        return {} if self._learning_rate is None else {"learning_rate": self._learning_rate(step - 1)}
 
     def flush(self) -> None:
         """Reads the pending metrics.
@@ -85,9 +89,11 @@ class Meter:
         step, metrics = self._pending
         self._pending = None
         values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        captions = values.pop("captions")
         # The loss belongs to the parameters before the update. A gradient that is not finite spoils the update.
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-            self._log.write("train", step, values)
+            now = {name: float(np.asarray(value)) for name, value in self._rate(step).items()}
+            self._log.write("train", step, {**values, **now})
             raise UserError(
                 f"the loss is {values['loss']} at step {step} (gradient norm {values['gradient_norm']}): train in "
                 f"another --run with a lower --optimizer.learning-rate, a longer --optimizer.warmup-epochs or "
@@ -95,13 +101,10 @@ class Meter:
             )
         self.losses = (*self.losses[:1], values["loss"])
         seconds = time.perf_counter() - self._since
-        captions = values.pop("captions")
         steps = step - self._since_step
         self._captions += captions if steps else 0.0
         rate = self._captions / seconds if steps else math.nan
         if step % self._log_steps == 0:
-            if self._learning_rates is not None:
-                values["learning_rate"] = float(self._learning_rates[step - 1])
             self._log.write("train", step, {**values, "captions_per_second": rate})
         self._work.update(step, self._parts(step, values, rate, seconds / steps if steps else math.nan))
 

@@ -1,15 +1,18 @@
 """The optimizer and its learning-rate schedule, from one flat set of fields."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 import optax
+from jax import Array
 
 from imgcap_jax.errors import check_range
+
+_MOST_STEPS = 2**31 - 1  # optax counts steps in int32, up to this number
 
 
 class OptimizerSettings(Protocol):
@@ -77,14 +80,14 @@ class Optimizer:
 
     def rate(self, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
         """The learning rate as a function of the step."""
-        warmup = round(self.warmup_epochs * steps_per_epoch)
+        warmup = steps_of(self.warmup_epochs, steps_per_epoch)
         rest: optax.Schedule
         if self.schedule == "cosine":
             rest = optax.cosine_decay_schedule(self.learning_rate, max(1, total_steps - warmup), self.final_fraction)
         elif self.schedule == "step":
             rest = optax.exponential_decay(
                 self.learning_rate,
-                max(1, round(self.decay_every_epochs * steps_per_epoch)),
+                max(1, steps_of(self.decay_every_epochs, steps_per_epoch)),
                 self.decay_factor,
                 staircase=True,
             )
@@ -112,7 +115,7 @@ class Optimizer:
             chain.append(optax.sgd(rate))
         # Applied to the update: Adam would cancel a factor of the gradient.
         if self.encoder_start_epochs:
-            start = round(self.encoder_start_epochs * steps_per_epoch)
+            start = steps_of(self.encoder_start_epochs, steps_per_epoch)
             factor = optax.scale_by_schedule(lambda step: jnp.where(step < start, 0.0, self.encoder_factor))
             chain.append(optax.masked(factor, _of_encoder))
         elif self.encoder_factor != 1.0:
@@ -120,18 +123,36 @@ class Optimizer:
         return optax.chain(*chain)
 
 
-def learning_rates(
-    settings: OptimizerSettings, steps_per_epoch: int, total_steps: int
-) -> npt.NDArray[np.float32] | None:
-    """The learning rate of each step [total_steps]; None if the optimizer has no method ``rate``.
+def steps_of(epochs: float, steps_per_epoch: int) -> int:
+    """The number of steps of a number of epochs, at most 2**31 - 1."""
+    return round(min(epochs * steps_per_epoch, _MOST_STEPS))
 
-    All are computed before training, so that logging one does not wait for the device.
+
+LearningRate = Callable[[int], Array | np.ndarray]
+
+
+def learning_rate_of(settings: OptimizerSettings, steps_per_epoch: int, total_steps: int) -> LearningRate | None:
+    """The learning rate as a function of the step, float32 []; None if the optimizer has no method ``rate``.
+
+    It is computed on the host's CPU, so that neither it nor its reader waits for the steps that an accelerator has to
+    do.
     """
     rate = getattr(settings, "rate", None)
     if not callable(rate):
         return None
     schedule = rate(steps_per_epoch, total_steps)
-    return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(total_steps)), np.float32)
+    compiled = jax.jit(lambda step: jnp.asarray(schedule(step), jnp.float32))
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS excludes the CPU
+        device = jax.local_devices()[0]
+
+    def at(step: int) -> Array:
+        with jax.default_device(device):
+            return compiled(np.int32(step))
+
+    at(0)  # compiles it, before the time of steps is measured
+    return at
 
 
 def _decayed(params: Any) -> Any:

@@ -155,16 +155,24 @@ class SelfCritical:
                 f"{dataset} has one training image, but document frequencies need at least 2; use a larger dataset"
             )
 
-    def make_step(self, setup: StepSetup) -> tuple[Step, "Constants"]:
-        """See ``Objective``. The run keeps the document frequencies and, for a KL penalty, the initial parameters."""
-        assert setup.references is not None
-        known = setup.vocabulary.known_ids
-        function_words = FunctionWords(known(FUNCTION_WORDS), known(CONJUNCTIONS))
+    def function_words(self, vocabulary: Vocabulary) -> FunctionWords:
+        """The words that cannot be repeated words.
+
+        Raises:
+            UserError: there is a penalty for repeated words, but the vocabulary has no function words.
+        """
+        function_words = FunctionWords(vocabulary.known_ids(FUNCTION_WORDS), vocabulary.known_ids(CONJUNCTIONS))
         if self.repetition and not function_words.ids:
             raise UserError(
                 "objective.repetition has no effect: the vocabulary has none of the English function words that it "
                 "leaves out; set it to 0"
             )
+        return function_words
+
+    def make_step(self, setup: StepSetup) -> tuple[Step, "Constants"]:
+        """See ``Objective``. The run keeps the document frequencies and, for a KL penalty, the initial parameters."""
+        assert setup.references is not None
+        function_words = self.function_words(setup.vocabulary)
         frequencies = _document_frequencies(setup, setup.references)
         start = _start(setup.params, setup.checkpoints) if self.kl else None
         step = self_critical_step(
@@ -173,7 +181,7 @@ class SelfCritical:
             setup.transformation,
             key=setup.key,
             max_words=setup.max_words,
-            bad_endings=known(BAD_ENDINGS),
+            bad_endings=setup.vocabulary.known_ids(BAD_ENDINGS),
             function_words=function_words,
             accumulate=setup.accumulate,
             ema_decay=setup.ema_decay,

@@ -41,9 +41,12 @@ def metrics(loss: float = 2.5) -> dict[str, Any]:
 
 
 def make(log: Log, work: Work, progress: Progress, **options: Any) -> Meter:
-    rates = np.arange(1, 1001, dtype=np.float32) / 10
     shown = {"loss": ".3f", "perplexity": ".2f"}
-    return Meter(1000, 10, 2, progress, log, work, shown, rates, **options)  # type: ignore[arg-type]
+    return Meter(1000, 10, 2, progress, log, work, shown, rate, **options)  # type: ignore[arg-type]
+
+
+def rate(step: int) -> np.ndarray:
+    return np.array((step + 1) / 10, np.float32)
 
 
 @pytest.fixture
@@ -108,4 +111,7 @@ def test_loss_that_is_not_finite_ends_training(work: Work) -> None:
     meter.add(Progress(1, None), metrics(loss=float("nan")))
     with pytest.raises(UserError, match=r"the loss is nan at step 1 .*learning-rate"):
         meter.flush()
-    assert [step for step, _ in log.lines] == [1]
+    ((step, values),) = log.lines
+    assert step == 1
+    assert values.keys() == {"loss", "perplexity", "gradient_norm", "learning_rate"}
+    assert round(values["learning_rate"], 6) == 0.1

@@ -1,11 +1,13 @@
 """Schedules and optimizers, compared with values computed by hand and with PyTorch."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from imgcap_jax.training.optimizer import Optimizer, learning_rates
+from imgcap_jax.training.optimizer import Optimizer, learning_rate_of, steps_of
 
 
 def test_warmup_then_cosine() -> None:
@@ -82,9 +84,26 @@ def test_logged_learning_rates_are_those_of_the_updates(schedule: str) -> None:
     for _ in range(10):
         update, state = chain.update(jnp.ones(()), state, params)
         updates.append(-float(update))
-    rates = learning_rates(settings, 3, 10)
-    assert rates is not None
-    np.testing.assert_allclose(rates, updates, rtol=1e-6)
+    rate = learning_rate_of(settings, 3, 10)
+    assert rate is not None
+    np.testing.assert_allclose([rate(step) for step in range(10)], updates, rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
+def test_any_number_of_epochs_has_a_schedule(schedule: str) -> None:
+    """Steps are counted in int32, and the learning rates of all steps would not fit into memory."""
+    long: dict[str, Any] = dict.fromkeys(("warmup_epochs", "decay_every_epochs", "encoder_start_epochs"), 1e300)
+    settings, steps = Optimizer("sgd", 0.5, schedule, **long), steps_of(1e300, 1000)  # type: ignore[arg-type]
+    rate = learning_rate_of(settings, 1000, steps)
+    assert rate is not None
+    assert 0 <= rate(0) <= rate(1000) < 0.5
+    short = learning_rate_of(Optimizer("sgd", 0.5, schedule, warmup_epochs=0), 1000, steps)  # type: ignore[arg-type]
+    assert short is not None
+    np.testing.assert_allclose(short(1), 0.5)
+    chain, params = settings.build(1000, steps), {"encoder": {"kernel": jnp.ones((2, 2))}}
+    updates, _ = chain.update(params, chain.init(params), params)
+    np.testing.assert_array_equal(updates["encoder"]["kernel"], 0.0)
+    assert (steps_of(1e9, 750), steps_of(2.5, 3), steps_of(0.5, 4)) == (2**31 - 1, 8, 2)
 
 
 def test_optimizer_without_a_schedule_has_no_logged_rates() -> None:
@@ -95,4 +114,4 @@ def test_optimizer_without_a_schedule_has_no_logged_rates() -> None:
         def build(self, steps_per_epoch: int, total_steps: int) -> optax.GradientTransformation:
             return optax.sgd(self.rate)
 
-    assert learning_rates(Plain(), 3, 10) is None
+    assert learning_rate_of(Plain(), 3, 10) is None
