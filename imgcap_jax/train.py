@@ -30,7 +30,7 @@ from imgcap_jax.models.model import Frozen, parameter_count, split_trained
 from imgcap_jax.report import smoke as smoke_report
 from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator
 from imgcap_jax.run.extraction import Extraction, uses_store
-from imgcap_jax.run.folder import Run, empty_smoke, find_run, nothing_left_if_refused
+from imgcap_jax.run.folder import PROCESSES, Run, empty_smoke, find_run, nothing_left_if_refused
 from imgcap_jax.run.generation import check_decoding
 from imgcap_jax.run.notes import check_objective, check_together, starting_notes, without_effect
 from imgcap_jax.run.transfer import check_encoder, transfer
@@ -364,7 +364,7 @@ def _check_processes(run: Run, step: int | None, parallel: DataParallel) -> None
     """
     if jax.process_count() == 1:
         return
-    note = run.folder / ".processes"
+    note = run.folder / PROCESSES
     nonce = parallel.broadcast(secrets.randbits(31))
     if is_first_process():
         write_text(note, str(nonce))

@@ -132,8 +132,8 @@ def override(settings: Settings, arguments: Sequence[str], *, prefix: str = "") 
 def as_typed(message: str, arguments: Sequence[str]) -> str:
     """A message of settings about their fields, with the name that the user typed for each field that options set.
 
-    The field of ``--decode.top-p`` is ``decode.top_p``. Messages of ``Decoding`` begin with the bare name ``top_p``, because the
-    prefix differs between commands.
+    The field of ``--decode.top-p`` is ``decode.top_p``. Messages of ``Decoding`` begin with the bare name
+    ``top_p``, because the prefix differs between commands.
     """
     for option in dict.fromkeys(argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
         field = option.removeprefix("--").replace("-", "_")

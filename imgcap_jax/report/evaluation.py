@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from imgcap_jax.data.images import Resize
 from imgcap_jax.data.regions import has_ready_regions
 from imgcap_jax.data.scenes.language import is_true, parse_caption
 from imgcap_jax.data.scenes.world import Scene
@@ -79,8 +80,13 @@ def _legend(evaluation: Evaluation, rows: Sequence[Row]) -> list[str]:
         f"The scores are times 100 and of {of}. Higher is better. Scores with different signatures cannot be compared.",
         "In bold: the caption that the model wrote. Below the line: the reference captions.",
     ]
-    if evaluation.runs[0].experiment.data.resize == "crop":
+    if _resize(evaluation) == "crop":
         said.append("The images are cut to the square that the model sees.")
+    if _resize(evaluation) is None:
+        said.append(
+            "The attention is not shown, because the members of the ensemble see different parts of the images "
+            "(data.resize)."
+        )
     if any(row.note for row in rows):
         said.append(f"{_PER_IMAGE} below a caption is the score of this caption; the mean over all images is above.")
     if any(row.attention is not None for row in rows):
@@ -98,7 +104,7 @@ def _legend(evaluation: Evaluation, rows: Sequence[Row]) -> list[str]:
 
 def _row(evaluation: Evaluation, found: Example) -> Row:
     example = evaluation.source[found.number]
-    pixels = example_picture(example, PICTURE, evaluation.runs[0].experiment.data.resize)
+    pixels = example_picture(example, PICTURE, _resize(evaluation) or "squash")
     caption = evaluation.captioned.captions[example.image_id]
     verdict, true = "", None
     if example.scene:
@@ -109,6 +115,12 @@ def _row(evaluation: Evaluation, found: Example) -> Row:
     score = evaluation.scores.per_image.get(_PER_IMAGE, {}).get(example.image_id)
     note = "" if score is None else f"{_PER_IMAGE} {100 * score:.1f}"
     return Row(pixels, caption, example.captions, verdict, true, note, _attention(evaluation, found, caption))
+
+
+def _resize(evaluation: Evaluation) -> Resize | None:
+    """How the models resize images; None if the members of an ensemble differ."""
+    first, *others = {run.experiment.data.resize for run in evaluation.runs}
+    return None if others else first
 
 
 def _attention(evaluation: Evaluation, found: Example, caption: str) -> WordAttention | None:

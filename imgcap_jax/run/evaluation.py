@@ -81,7 +81,8 @@ class Example:
         number: its number in the split.
         words: the words of its best caption.
         attention: float32 [words,N], the attention of each word, for an ensemble the mean; rows can sum to less than 1
-            (the rest goes to a sentinel). None: the decoder has no attention, or the members have different regions.
+            (the rest goes to a sentinel). None: the decoder has no attention, or the members have different regions or
+            resize images differently.
     """
 
     number: int
@@ -211,12 +212,13 @@ class SplitEvaluator:
         numbers = np.linspace(0, len(self._ids) - 1, min(count, len(self._ids))).astype(int).tolist()
         tokens = np.stack([captioned.tokens[self._ids[number]] for number in numbers])[:, None]
         maps = []
+        alike = len({member.data.resize for member in self._members}) == 1  # the same region is the same part
         with self._working("attention of the examples"):
             for member, own, rest, images in zip(self._members, params, frozen, self._images, strict=True):
                 batch = {name: values for name, values in images.of(numbers).items() if name != "image_id"}
                 maps.append(attention_function(member.graph)(own, rest, batch, tokens))
         found = [np.asarray(one[:, 0], np.float32) for one in maps if one is not None]
-        same = len(found) == len(maps) and len({one.shape for one in found}) == 1
+        same = alike and len(found) == len(maps) and len({one.shape for one in found}) == 1
         mean = np.mean(found, axis=0) if same else None
         examples = []
         for row, number in enumerate(numbers):
@@ -231,9 +233,12 @@ class SplitEvaluator:
         """
         if self._with_tokens is None:  # made once, because it encodes all captions
             member = self._members[0]
-            self._with_tokens = eval_batches(
-                member.data, self.source, batch_size=self._size, features=member.store, vocabulary=self._vocabulary
-            )
+            with self._working("compiling the teacher-forced loss", announced=self._say is not None):
+                self._with_tokens = eval_batches(
+                    member.data, self.source, batch_size=self._size, features=member.store, vocabulary=self._vocabulary
+                )
+                first_batch = next(self._on_devices(self._with_tokens))[0]
+                jax.block_until_ready(self._teacher_forced(params, frozen, first_batch))
         log_likelihood = words = 0.0
         with self._working("teacher-forced loss", len(self._ids)) as work:
             for batch, first in self._on_devices(self._with_tokens):

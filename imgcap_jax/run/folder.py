@@ -18,6 +18,7 @@ from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, classes, differences, from_json, to_json
 from imgcap_jax.files import (
+    DIGESTS,
     OWNER,
     file_digest,
     read_digests,
@@ -41,6 +42,7 @@ INIT_FROM = "init_from.json"
 WEIGHTS = "weights.json"
 CODE = "code"  # copies of users' files, and their digests
 SMOKE = ".smoke"  # marks the folder of a smoke run, which the next one empties
+PROCESSES = ".processes"  # by which several processes notice that they have the same folder
 _WRITTEN = (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, VOCABULARY, INIT_FROM, WEIGHTS, CODE)
 
 
@@ -339,15 +341,34 @@ def empty_smoke(folder: Path) -> None:
 
 @contextmanager
 def nothing_left_if_refused(folder: Path) -> Iterator[None]:
-    """If training is refused before its first checkpoint, deletes what it wrote. Files from before stay."""
-    names = (EXPERIMENT, FREQUENCIES, SMOKE, *_WRITTEN)
+    """If training is refused before its first checkpoint, deletes what it wrote and restores what it replaced.
+
+    The files of an earlier smoke run are not restored.
+    """
+    names = (EXPERIMENT, FREQUENCIES, SMOKE, PROCESSES, *_WRITTEN)
     new = [name for name in names if not os.path.lexists(folder / name)]
+    before = {} if (folder / SMOKE).exists() else {path: path.read_bytes() for path in _small_files(folder)}
     try:
         yield
     except UserError:
         if latest_step(folder / CHECKPOINTS / "newest") is None:
             _delete(folder, new)
+            ours = [folder / CODE / name for name in (DIGESTS, *(read_digests(folder / CODE) or {}))]
+            for path in [path for path in _small_files(folder) if path in ours and path not in before]:
+                path.unlink()
+            for path, content in before.items():
+                if not path.exists() or path.read_bytes() != content:
+                    with replacing(path) as temporary:
+                        temporary.write_bytes(content)
         raise
+
+
+def _small_files(folder: Path) -> list[Path]:
+    """The files that training replaces if it was killed before its first checkpoint."""
+    paths = [folder / name for name in (EXPERIMENT, FREQUENCIES, VOCABULARY, INIT_FROM, WEIGHTS)]
+    code = folder / CODE
+    paths += sorted(code.iterdir()) if code.is_dir() and not code.is_symlink() else []
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 
 def _delete(folder: Path, names: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """A run's folder: nothing is lost, links are not followed, damaged files are reported, moved runs are found."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from imgcap_jax.experiment import Experiment
 from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.models.encoders.pretrained.weights import package_weights, read_weights
-from imgcap_jax.run.folder import CODE, Run, empty_smoke, find_run, use_data_dir, use_weights
+from imgcap_jax.run.folder import CODE, Run, empty_smoke, find_run, nothing_left_if_refused, use_data_dir, use_weights
 from imgcap_jax.run.transfer import check_encoder
 from imgcap_jax.train import train
 from imgcap_jax.training.checkpoints import latest_step
@@ -93,10 +94,44 @@ def test_refused_training_leaves_nothing(smoke: bool, trained: Path, tmp_path: P
             train(wrong, folder, cache=tmp_path / "cache", smoke=smoke)
         assert list(tmp_path.iterdir()) == []
     folder.mkdir(parents=True)
-    (folder / "experiment.json").write_bytes((trained / "experiment.json").read_bytes())  # killed early
+    # Killed while the files were written, or after that.
+    for names in (["experiment.json"], ["experiment.json", "vocabulary.json", "init_from.json", "code"]):
+        for name in names:
+            if name == "code":
+                (folder / name).mkdir()
+                (folder / name / "SHA256SUMS").write_text("")
+                (folder / name / "notes.txt").write_text("mine")
+            elif name == "init_from.json":
+                (folder / name).write_text(json.dumps({"run": str(trained)}))
+            else:
+                (folder / name).write_bytes((trained / name).read_bytes())
+        before = contents(folder)
+        with pytest.raises(UserError, match="zebra"):
+            train(unknown, folder, cache=tmp_path / "cache")
+        assert contents(folder) == before
+        assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+
+
+def test_processes_that_do_not_share_a_folder_leave_nothing(tmp_path: Path) -> None:
+    def refuse() -> None:
+        with nothing_left_if_refused(tmp_path):
+            (tmp_path / ".processes").write_text("1")
+            raise UserError("not the same folder on all hosts")
+
     with pytest.raises(UserError):
-        train(unknown, folder, cache=tmp_path / "cache")
-    assert [path.name for path in folder.iterdir()] == ["experiment.json"]
+        refuse()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_similar_name_is_suggested_only_for_an_experiment_file(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "runs/lr0")
+    with pytest.raises(UserError, match="give a folder that training wrote"):
+        Run.load(Path("runs/lr0.1"))
+    with pytest.raises(UserError, match=r"did you mean runs/lr0\?"):
+        Run.load(Path("experiments/lr0.py"))
 
 
 def test_folder_with_other_files_is_no_run(tmp_path: Path) -> None:

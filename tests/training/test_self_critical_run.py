@@ -168,3 +168,13 @@ def test_objective_needs_init_from_and_is_stored_in_the_experiment(experiment: E
     with pytest.raises(UserError, match="give --init-from RUN"):
         run(experiment, tmp_path / "run", None)
     assert from_json(to_json(experiment), "here") == experiment
+
+
+def test_penalty_without_effect_is_refused_before_features_are_computed(
+    experiment: Experiment, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imgcap_jax.train._with_features", stop)
+    monkeypatch.setattr("imgcap_jax.training.self_critical.FUNCTION_WORDS", frozenset())
+    monkeypatch.setattr("imgcap_jax.training.self_critical.CONJUNCTIONS", frozenset())
+    with pytest.raises(UserError, match=r"objective\.repetition has no effect"):
+        run(replace(experiment, objective=SelfCritical(samples=2, repetition=0.1)), tmp_path / "run", trained)
