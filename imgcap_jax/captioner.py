@@ -203,6 +203,11 @@ class Captioner:
             counts.add(maps.shape[-1])
         if len(counts) > 1:
             raise UserError("the runs of the ensemble have different regions, so their attention cannot be averaged")
+        if self._attention and len({run.experiment.data.resize for run in self.runs}) > 1:
+            raise UserError(
+                "the runs of the ensemble see different parts of a photo (their data.resize differs), so their "
+                "attention cannot be averaged; leave out --attention"
+            )
 
     def _maps(self, images: Sequence[np.ndarray], tokens: np.ndarray) -> np.ndarray | None:
         """Attention of the words of tokens [B,M,T]: [B,M,T,N]; None: not requested."""

@@ -311,6 +311,40 @@ def test_evaluate_writes_coco_results_and_truth_scores(
     assert text.count('class="word"') == sum(len(caption.split()) for caption in shown)
 
 
+def test_attention_is_not_averaged_over_different_parts_of_an_image(
+    trained: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    other, page = tmp_path / "other", tmp_path / "page.html"
+    shutil.copytree(trained, other)
+    text = (other / "experiment.json").read_text()
+    (other / "experiment.json").write_text(text.replace('"resize": "squash"', '"resize": "crop"'))
+    ensemble = ["evaluate", str(other), "--ensemble", str(trained), "--split", "val"]
+    assert main([*ensemble, "--page", str(page)]) == 0
+    assert 'class="word"' not in page.read_text()
+    assert "The attention is not shown, because the members of the ensemble" in page.read_text()
+    assert "cut to the square" not in page.read_text()
+    Image.new("RGB", (40, 30)).save(tmp_path / "photo.png")
+    command = ["caption", str(tmp_path / "photo.png"), "--run", str(other), "--run", str(trained), "--attention"]
+    assert "their data.resize differs" in refused(command)
+
+
+def test_stopped_smoke_run_starts_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import imgcap_jax.train
+
+    stopped = imgcap_jax.train.Outcome(3, None, 2)
+    for option, said in ([], "the same command resumes"), (["--smoke"], "the same command starts again"):
+        monkeypatch.setattr(imgcap_jax.train, "train", lambda *_, **__: stopped)
+        assert main(["train", "scenes_demo", *option]) == 130
+        assert capsys.readouterr().out == f"stopped at step 3; {said}\n"
+
+        def interrupt(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(imgcap_jax.train, "train", interrupt)
+        assert main(["train", "scenes_demo", *option]) == 130
+        assert capsys.readouterr().err == f"imgcap: interrupted; {said}\n"
+
+
 def test_caption_reports_unreadable_files_and_captions_the_others(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
