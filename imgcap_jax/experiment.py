@@ -257,7 +257,7 @@ _SMOKE_BATCH = 16  # divides into as many devices
 
 
 def for_smoke(experiment: Experiment) -> Experiment:
-    """The same experiment reduced to a check that takes seconds: two short epochs of few images."""
+    """The same experiment reduced to a check that takes a minute or two: two short epochs of few images."""
     optimizer: Any = experiment.optimizer
     return dataclasses.replace(
         experiment,

@@ -136,7 +136,7 @@ def _add_train(commands: Commands) -> None:
     train.add_argument(
         "--smoke",
         action="store_true",
-        help="a check in seconds: few images, two short epochs, in runs/<experiment>_smoke, always from scratch",
+        help="a check in a minute or two: few images, two epochs, in runs/<experiment>_smoke, always from scratch",
     )
     train.add_argument(
         "--distributed",
