@@ -70,8 +70,37 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path} is a folder: give the name of a file")
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is a device or a pipe, which can't be replaced: give the name of a file")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise UserError(f"{path} can't be written: choose a folder that exists and can be written")
+    folder = path.absolute().parent
+    while not os.path.lexists(folder):  # it will be made
+        folder = folder.parent
+    try:  # permissions do not say it: some folders refuse files even of the superuser
+        os.rmdir(tempfile.mkdtemp(prefix=".new_", dir=folder))
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({reason(error)}): choose another folder") from error
+
+
+def check_creatable(folder: Path) -> None:
+    """Raises UserError if a folder is missing and cannot be created. No new folder is left behind."""
+    made: list[Path] = []
+    try:
+        for path in reversed((folder.absolute(), *folder.absolute().parents)):
+            if path.is_dir():
+                continue
+            try:
+                path.mkdir()
+            except FileExistsError as error:
+                if path.is_dir():  # another process has just made it
+                    continue
+                raise UserError(f"{folder} can't be created ({path} is not a folder); choose another folder") from error
+            except OSError as error:
+                if not path.parent.is_dir():  # another process has just deleted it
+                    return
+                raise UserError(f"{folder} can't be created ({reason(error)}); choose another folder") from error
+            made.append(path)
+    finally:
+        with suppress(OSError):  # another process uses it
+            for path in reversed(made):
+                path.rmdir()
 
 
 @contextmanager
@@ -340,13 +369,18 @@ def owning(folder: Path, doing: str) -> Iterator[None]:
         doing: what the owner of the lock is doing, for the error of other processes.
 
     Raises:
-        UserError: another process has locked the folder, or its lock is a symbolic link.
+        UserError: another process has locked the folder, its lock is a symbolic link, or it cannot be created.
     """
     path = folder.absolute() / OWNER
     made = [parent for parent in path.parents if not parent.exists()]
     try:
-        lock = lock_file(path)
+        try:
+            lock = lock_file(path)
+        except OSError:
+            check_creatable(folder)
+            raise
         if lock is None:
+            check_creatable(folder)
             raise UserError(f"another process is {doing} {folder}; wait for it, or choose another folder")
         with lock:
             try:

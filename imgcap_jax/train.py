@@ -236,7 +236,7 @@ def _train(
 
             validates = progress.step % evaluate_steps == 0
             if validates or progress.step == total_steps:
-                meter.flush()
+                meter.flush(logged=True)
                 progress = validate(state, progress)  # also saves the best parameters
             done = _finished(experiment, progress, total_steps)
 

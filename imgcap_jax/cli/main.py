@@ -4,10 +4,14 @@ import argparse
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from imgcap_jax.cli.parser import build_parser
@@ -33,8 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.given = given
     try:
         if rest and options.command not in ("train", "features"):
-            raise _unknown_argument(rest[0], options.parser)
-        code: int = _COMMANDS[options.command](options)
+            raise _unknown_argument(rest[0], options.parser, options.command)
+        with _sigterm_interrupts(), _memory_errors(options):
+            code: int = _COMMANDS[options.command](options)
     except BrokenPipeError:
         return 141
     except UserError as error:
@@ -44,14 +49,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"imgcap: {printable(f'{place}{error.strerror or error}')}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(f"imgcap: {'; '.join(['interrupted', *_continuation(options)])}", file=sys.stderr)
+        code = 128 + (signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT)
         if arguments is None:  # JAX crashes if the interpreter shuts down while a computation runs
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(130)
-        return 130
+            os._exit(code)
     return code
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which Slurm and Docker send to stop a job."""
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """While entered, SIGTERM ends the command as Ctrl-C does. The training loop has its own handler."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _memory_errors(options: argparse.Namespace) -> Iterator[None]:
+    """Turns an error of insufficient memory, of the host or the device, into a UserError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        advice = (
+            "use a smaller --data.batch-size" if options.command == "train" else "a smaller batch, image or beam helps"
+        )
+        if isinstance(error, MemoryError):
+            raise UserError(f"not enough memory; {advice}") from error
+        jax = sys.modules.get("jax")
+        if jax is None or not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        size = re.search(r"(\d+) bytes", str(error))
+        needed = f" ({int(size[1]) / 1e9:.1f} GB needed at once)" if size else ""
+        raise UserError(f"not enough memory on the device{needed}; {advice}") from error
 
 
 def _continuation(options: argparse.Namespace) -> list[str]:
@@ -61,12 +106,17 @@ def _continuation(options: argparse.Namespace) -> list[str]:
     return [f"the same command {'starts again' if getattr(options, 'smoke', False) else 'resumes'}"]
 
 
-def _unknown_argument(argument: str, parser: argparse.ArgumentParser) -> UserError:
-    from imgcap_jax.cli.options import unknown_option
+def _unknown_argument(argument: str, parser: argparse.ArgumentParser, command: str) -> UserError:
+    from imgcap_jax.cli.options import option_names, unknown_option
 
     if not argument.startswith("-"):
         return UserError(f"unexpected argument {argument!r}; {parser.prog} --help lists the arguments")
-    return unknown_option(argument, re.findall(r"--[a-z][a-z.-]+", parser.format_help()))
+    known = re.findall(r"--[a-z][a-z.-]+", parser.format_usage())
+    if command in ("evaluate", "caption"):
+        from imgcap_jax.decoding.settings import Decoding
+
+        known += option_names(Decoding(), prefix="decode")
+    return unknown_option(argument.partition("=")[0], known)
 
 
 def _keep_compiled() -> None:
@@ -163,13 +213,14 @@ def _train(options: argparse.Namespace) -> int:
     folder = options.run or RUNS / name
     _keep_compiled()
     try:
-        outcome = train(
-            for_smoke(experiment) if options.smoke else experiment,
-            folder,
-            cache=_features_cache(options, folder),
-            init_from=options.init_from,
-            smoke=options.smoke,
-        )
+        with _memory_errors(options):
+            outcome = train(
+                for_smoke(experiment) if options.smoke else experiment,
+                folder,
+                cache=_features_cache(options, folder),
+                init_from=options.init_from,
+                smoke=options.smoke,
+            )
     except UserError as error:
         if not options.distributed:
             raise
@@ -207,6 +258,7 @@ def _features(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from imgcap_jax.files import check_writable
     from imgcap_jax.report.evaluation import lines, table, write_page
     from imgcap_jax.run.evaluation import sweep
 
@@ -214,6 +266,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     decodings, swept = _decodings(options, runs[0])
     if swept and options.page is not None:
         raise UserError("--page needs a single setting; leave it out of a sweep")
+    if options.page is not None:
+        check_writable(options.page)
     _keep_compiled()
     evaluations = []
     for evaluation in sweep(
@@ -316,7 +370,8 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     from imgcap_jax.data.inspect import inspect
-    from imgcap_jax.data.sources import check_dataset, open_source
+    from imgcap_jax.data.sources import check_dataset, describe, open_source
+    from imgcap_jax.files import check_writable
     from imgcap_jax.report.contact_sheet import dataset_sheet
 
     if options.check:
@@ -327,10 +382,12 @@ def _inspect(options: argparse.Namespace) -> int:
         print(f"{options.name}: not damaged")
         return 0
     check_range("--min-count", options.min_count, at_least=1)
+    sheet = options.sheet or Path(f"{options.name}.png")
+    describe(options.name, options.data_dir)  # a wrong name is reported first
+    check_writable(sheet)
     tokenizer = _tokenizer(options)
     inspection = inspect(options.name, options.data_dir, min_count=options.min_count, tokenizer=tokenizer)
     print("\n".join(inspection.lines()))
-    sheet = options.sheet or Path(f"{options.name}.png")
     dataset_sheet(open_source(options.name, next(iter(inspection.splits)), options.data_dir), sheet)
     print(f"contact sheet: {sheet}")
     return 0

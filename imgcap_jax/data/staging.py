@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imgcap_jax.data.builders.layout import SKIPPED_FILE, check_ours, write_checksums
-from imgcap_jax.files import lock_file
+from imgcap_jax.files import check_creatable, lock_file
 
 if TYPE_CHECKING:  # imports TFDS, which takes a while
     from imgcap_jax.data.builders.base import CaptionBuilder
@@ -36,7 +36,11 @@ def staging(home: Path) -> Iterator[Path]:
 
     Yields:
         The temporary folder.
+
+    Raises:
+        UserError: the folder of the dataset cannot be created.
     """
+    check_creatable(home)
     try:
         _remove_abandoned(home)
         lock = None

@@ -16,6 +16,7 @@ from imgcap_jax.report.page import PICTURE, Row, WordAttention, caption_page
 from imgcap_jax.run.evaluation import Evaluation, Example
 
 _PER_IMAGE = "CIDEr-D"  # the metric whose score of each image is shown
+_ENOUGH_TRUE = 0.1  # share of true captions from which their discrimination is reported
 
 
 def lines(evaluation: Evaluation) -> list[str]:
@@ -178,10 +179,15 @@ def _truth(evaluation: Evaluation) -> list[str]:
     truth = evaluation.truth
     if truth is None:
         return []
-    return [
+    said = (
         f"{100 * truth.true:.1f} % of the captions are entirely true of their scene "
         f"({100 * truth.parseable:.1f} % are covered by the grammar). "
         f"Captions state {truth.facts:.2f} facts on average, "
-        f"{100 * truth.fact_ratio:.0f} % of the number in the references. Captions identify their scene among ten "
-        f"similar ones with an accuracy of {100 * truth.discrimination:.1f} % (chance: 10 %)."
-    ]
+        f"{100 * truth.fact_ratio:.0f} % of the number in the references."
+    )
+    if truth.true >= _ENOUGH_TRUE:
+        said += (
+            f" Captions identify their scene among ten similar ones with an accuracy of "
+            f"{100 * truth.discrimination:.1f} % (a false caption counts 0; captions that fit all ten: 10 %)."
+        )
+    return [said]

@@ -162,7 +162,7 @@ class Run:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UserError(
                 f"{self.folder} contains another experiment ({changed[0]}{more}); choose another --run, "
-                f"or delete the folder to start over"
+                f"or delete the folder to start over; to continue from it: --run NEW --init-from {self.folder}"
             )
 
     def check_weights(self) -> None:
@@ -324,7 +324,17 @@ def find_run(folder: Path) -> "Run | None":
         return Run.load(folder)  # killed before its first checkpoint
     if experiment:
         _read_experiment(folder)  # killed before that, or the file of another program, which raises an error
+    elif not (folder / SMOKE).exists():
+        _refuse_foreign(folder)
     return None
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raises UserError if a folder has files other than hidden ones and logs, into which users redirect the output."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in paths:
+        if not path.name.startswith(".") and path.suffix not in (".log", ".txt", ".out", ".err"):
+            raise UserError(f"{folder} is not a run, but contains {path.name}; choose a new or empty folder as --run")
 
 
 def empty_smoke(folder: Path) -> None:

@@ -41,7 +41,7 @@ class Meter:
         Args:
             total_steps: the number of steps of the whole run.
             steps_per_epoch: the number of steps per epoch.
-            log_steps: metrics are logged every ``log_steps`` steps.
+            log_steps: metrics are logged every ``log_steps`` steps, and if ``flush`` says so.
             progress: where training starts or resumes.
             log: where metrics are written.
             work: shows the progress.
@@ -78,8 +78,11 @@ class Meter:
     def _rate(self, step: int) -> dict[str, Array | np.ndarray]:
         return {} if self._learning_rate is None else {"learning_rate": self._learning_rate(step - 1)}
 
-    def flush(self) -> None:
+    def flush(self, *, logged: bool = False) -> None:
         """Reads the pending metrics.
+
+        Args:
+            logged: whether to log them at any step, not only every ``log_steps`` steps.
 
         Raises:
             UserError: see ``add``.
@@ -94,17 +97,20 @@ class Meter:
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             now = {name: float(np.asarray(value)) for name, value in self._rate(step).items()}
             self._log.write("train", step, {**values, **now})
+            intact = "; the best parameters so far are intact: --init-from starts from them"
             raise UserError(
-                f"the loss is {values['loss']} at step {step} (gradient norm {values['gradient_norm']}): train in "
-                f"another --run with a lower --optimizer.learning-rate, a longer --optimizer.warmup-epochs or "
-                f"--training.dtype float32; earlier checkpoints are intact (--init-from starts from the best one)"
+                f"the loss is {values['loss']:.4g} at step {step} (gradient norm {values['gradient_norm']:.4g}): train "
+                f"in another --run{', or delete the folder,' if self._best is None else ''} with a lower "
+                f"--optimizer.learning-rate, a longer --optimizer.warmup-epochs or --training.dtype float32"
+                f"{'' if self._best is None else intact}"
             )
         self.losses = (*self.losses[:1], values["loss"])
         seconds = time.perf_counter() - self._since
         steps = step - self._since_step
         self._captions += captions if steps else 0.0
         rate = self._captions / seconds if steps else math.nan
-        if step % self._log_steps == 0:
+        if logged or step % self._log_steps == 0:
+            values |= {name: float(np.asarray(value)) for name, value in self._rate(step).items()}
             self._log.write("train", step, {**values, "captions_per_second": rate})
         self._work.update(step, self._parts(step, values, rate, seconds / steps if steps else math.nan))
 
@@ -113,7 +119,9 @@ class Meter:
         first, *others = [f"{name} {values[name]:{form}}" for name, form in self._formats.items()] or [""]
         parts = [f"step {step:,}/{self._total:,}", first]
         if math.isfinite(seconds):
-            parts += [f"{duration((self._total - step) * seconds)} left", f"{rate:,.0f} captions/s"]
+            parts.append(f"{duration((self._total - step) * seconds)} left")
         if self._best is not None and self._judged:
             parts.append(f"best CIDEr-D {100 * self._best:.1f}")
+        if math.isfinite(seconds):
+            parts.append(f"{rate:,.0f} captions/s")
         return [part for part in (*parts, *others, f"epoch {step / self._epoch:.2f}") if part]

@@ -136,7 +136,11 @@ def test_similar_name_is_suggested_only_for_an_experiment_file(
 
 def test_folder_with_other_files_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "train.log").write_text("where nohup writes")
+    (tmp_path / ".cache").mkdir()
     assert find_run(tmp_path) is None
+    (tmp_path / "guide.md").write_text("mine")
+    with pytest.raises(UserError, match=r"is not a run, but contains guide.md; choose a new or empty folder"):
+        find_run(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["experiment.json", "vocabulary.json", "init_from.json", "weights.json"])

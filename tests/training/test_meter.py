@@ -94,8 +94,8 @@ def test_progress_shows_the_most_important_first(work: Work, monkeypatch: pytest
         "step 102/1,000",
         "loss 2.500",
         "7:29 left",
-        "128 captions/s",
         "best CIDEr-D 45.1",
+        "128 captions/s",
         "perplexity 12.00",
         "epoch 10.20",
     ]
@@ -114,4 +114,25 @@ def test_loss_that_is_not_finite_ends_training(work: Work) -> None:
     ((step, values),) = log.lines
     assert step == 1
     assert values.keys() == {"loss", "perplexity", "gradient_norm", "learning_rate"}
+    assert round(values["learning_rate"], 6) == 0.1
+
+
+@pytest.mark.parametrize("best", [None, 0.4])
+def test_error_of_the_loss_names_earlier_parameters_only_if_there_are_any(best: float | None, work: Work) -> None:
+    meter = make(Log(), work, Progress(0, None, best=best))
+    meter.add(Progress(1, None, best=best), {**metrics(loss=3556784209920.0), "gradient_norm": float("inf")})
+    with pytest.raises(UserError, match=r"the loss is 3.557e\+12 at step 1 \(gradient norm inf\)") as error:
+        meter.flush()
+    assert ("--init-from" in str(error.value)) == (best is not None)
+    assert ("delete the folder" in str(error.value)) == (best is None)
+
+
+def test_metrics_of_a_validated_step_are_logged(work: Work) -> None:
+    log = Log()
+    meter = make(log, work, Progress(0, None))
+    meter.add(Progress(1, None), metrics())
+    meter.flush(logged=True)
+    meter.flush(logged=True)
+    ((step, values),) = log.lines
+    assert step == 1
     assert round(values["learning_rate"], 6) == 0.1

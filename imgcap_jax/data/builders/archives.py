@@ -18,7 +18,7 @@ from typing import TypeVar
 from imgcap_jax.data.builders.listed import WrongRows
 from imgcap_jax.data.image_files import ImageError, check_file_size, read_file
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import explaining, reading, reason, refuse_pipes
+from imgcap_jax.files import check_creatable, explaining, reading, reason, refuse_pipes
 
 _TARS = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
 _LARGEST_TEXTS = 2 * 10**9  # bytes of annotation files; the files of COCO that are read have about 0.6 GB
@@ -290,7 +290,7 @@ def read_ahead(read: Callable[[Item], Result], items: Sequence[Item]) -> Iterato
 
 
 def check_space(*needs: tuple[Path, int, str]) -> None:
-    """Raises a UserError unless the disks have enough free space.
+    """Raises a UserError unless the folders can be created and the disks have enough free space.
 
     Args:
         needs: folders, the bytes that will be written to them, and the options that choose other folders. Folders on
@@ -298,6 +298,7 @@ def check_space(*needs: tuple[Path, int, str]) -> None:
     """
     of_disk: dict[int, list[tuple[Path, int, str]]] = {}
     for folder, size, option in needs:
+        check_creatable(folder)
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())
         of_disk.setdefault(there.stat().st_dev, []).append((there, size, option))
     for of_one in of_disk.values():

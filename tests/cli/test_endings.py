@@ -1,0 +1,99 @@
+"""How a command ends that is stopped, runs out of memory, or cannot create its folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from imgcap_jax.cli import main as cli
+from imgcap_jax.cli.main import main
+from imgcap_jax.data.builders.archives import check_space
+from imgcap_jax.errors import UserError
+
+Refused = Callable[..., str]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 35491601944 bytes."),
+            "not enough memory on the device (35.5 GB needed at once); ",
+        ),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in hbm"),
+            "not enough memory on the device; ",
+        ),
+        (np._core._exceptions._ArrayMemoryError((10**6,), np.dtype("float32")), "not enough memory; "),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    error: Exception, said: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("imgcap_jax.train.train", fail)
+    assert refused(["train", "scenes_demo"]) == f"imgcap: {said}use a smaller --data.batch-size"
+    monkeypatch.setitem(cli._COMMANDS, "evaluate", fail)
+    assert refused(["evaluate", "run"]) == f"imgcap: {said}a smaller batch, image or beam helps"
+
+
+def test_other_errors_of_jax_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr("imgcap_jax.train.train", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        main(["train", "scenes_demo"])
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def terminated(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("imgcap_jax.train.train", terminated)
+    assert main(["train", "scenes_demo"]) == 143
+    assert capsys.readouterr().err == "imgcap: interrupted; the same command resumes\n"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.slow
+def test_sigterm_before_the_first_step_leaves_no_lock(tiny_data: Path, tiny_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "imgcap_jax.cli.main", "train", str(tiny_file), "--run", str(run)],
+        env={**os.environ, "TFDS_DATA_DIR": str(tiny_data), "XLA_FLAGS": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (run / ".lock").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    assert errors.endswith("imgcap: interrupted; the same command resumes\n")
+    assert not (run / ".lock").exists()
+
+
+def test_folder_that_cannot_be_created_is_one_line(tiny_file: Path, tmp_path: Path, refused: Refused) -> None:
+    file = tmp_path / "README.md"
+    file.write_text("mine")
+    command = ["train", str(tiny_file), "--run"]
+    assert "/proc/x can't be created (No such file or directory)" in refused([*command, "/proc/x"])
+    for folder in (file, file / "runs" / "run"):
+        assert f"{folder} can't be created ({file} is not a folder)" in refused([*command, str(folder)])
+    assert "/proc/x/scenes can't be created" in refused(["data", "prepare", "scenes", "--data-dir", "/proc/x"])
+    with pytest.raises(UserError, match="/proc/x can't be created"):
+        check_space((Path("/proc/x"), 10, "--data-dir"))
+    assert list(tmp_path.iterdir()) == [file]
