@@ -126,7 +126,18 @@ def override(settings: Settings, arguments: Sequence[str], *, prefix: str = "") 
         plain = re.sub("[─━│╭╮╰╯]+", "-", messages.getvalue())
         parts = [" ".join(part.split()) for part in re.split("-{5,}", plain)]
         reason = parts[1] if len(parts) > 1 else " ".join(parts)
-        raise UserError(f"{reason}; --help lists the options") from error
+        raise UserError(f"{_plain(reason, arguments)}; --help lists the options") from error
+
+
+def _plain(reason: str, arguments: Sequence[str]) -> str:
+    """A message of tyro, without the terms of Python for numbers."""
+    if found := re.fullmatch(r"Error parsing (\S+): could not convert string to float: (.*)", reason):
+        return as_typed(f"{found[1]} is {found[2]}; it must be a number", arguments)
+    if found := re.fullmatch(r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", reason):
+        return as_typed(f"{found[1]} is {found[2]}; it must be a whole number", arguments)
+    if found := re.fullmatch(r"Missing value for argument '(\S+)'\. Expected 1 values\.", reason):
+        return f"{found[1]} has no value; give one"
+    return reason
 
 
 def as_typed(message: str, arguments: Sequence[str]) -> str:
@@ -188,6 +199,27 @@ def _names(settings: Any, prefix: str) -> Iterator[str]:
 
 
 def unknown_option(option: str, known: Sequence[str]) -> UserError:
-    """The error for an option that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(option.replace("_", "-"), known, n=1, cutoff=0.4)
-    return UserError(f"unknown option {option}; {f'did you mean {near[0]}?' if near else '--help lists the options'}")
+    """The error for an option that does not exist, with the nearest one that does, if one is near.
+
+    Options are compared by the part after the last dot: ``--epochs`` is near ``--training.epochs``. A name of initials
+    is near the whole name: ``--lr`` is near ``--optimizer.learning-rate``.
+    """
+    asked, name = option.replace("_", "-"), _last_part(option.replace("_", "-"))
+    lasts = {one: _last_part(one) for one in known}
+    near = {name} if name in lasts.values() else {last for last in lasts.values() if _initials(last) == name}
+    near = near or set(difflib.get_close_matches(name, set(lasts.values()), n=1, cutoff=_NEAR))
+    # If several options have this last part, the rest decides.
+    found = difflib.get_close_matches(asked, [one for one in known if lasts[one] in near], n=1, cutoff=0.0)
+    return UserError(f"unknown option {option}; {f'did you mean {found[0]}?' if found else '--help lists the options'}")
+
+
+def _last_part(option: str) -> str:
+    return option.removeprefix("--").rpartition(".")[2]
+
+
+def _initials(name: str) -> str:
+    words = name.split("-")
+    return "".join(word[:1] for word in words) if len(words) > 1 else ""
+
+
+_NEAR = 0.65  # difflib's similarity of two names, 0 to 1

@@ -1,6 +1,7 @@
 """Prepares datasets: draws or reads images and captions, and writes them as TFDS array_record."""
 
 import contextlib
+import difflib
 import errno
 import functools
 import os
@@ -163,6 +164,10 @@ def _prepare_folder(
 
     folder = path.resolve()
     check_name(folder)
+    if not path.exists():
+        near = difflib.get_close_matches(str(path), [*_RESERVED, *_FLICKR], n=1, cutoff=0.7)
+        advice = f"did you mean {near[0]}?" if near else "check the path"
+        raise UserError(f"{path}: no such file or folder; {advice}")
     name = name or _default_name(find_annotations(path)[0].resolve())
     _check_name(name)
     origin = Origin("folder", source, licence, "", str(folder))

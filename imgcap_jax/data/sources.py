@@ -7,10 +7,12 @@ The folder of a dataset is `<data_dir>/<name>/<version>` or, for the official `c
 import bisect
 import contextlib
 import copy
+import difflib
 import itertools
 import logging
 import os
 import re
+import shlex
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -389,8 +391,16 @@ def _not_prepared(name: str, data_dir: Path) -> NoReturn:
     if (damaged := find_damaged(name, data_dir)) is not None:
         raise UserError(f"{damaged / layout.INFO_FILE} is missing: {PREPARE_AGAIN}")
     known = {"scenes": "scenes", coco.NAME: "coco", "flickr8k": "flickr8k", "flickr30k": "flickr30k"}
-    command = known.get(name, f"FOLDER --name {name}")
     there = sorted(folder.name for folder in data_dir.glob("*/") if find_prepared(folder.name, data_dir) is not None)
+    last = Path(name).name
+    near = [last] if last in there else difflib.get_close_matches(name, there, n=1, cutoff=0.7)
+    if near and name not in known:
+        raise UserError(f"dataset {name!r} is not prepared in {data_dir}; did you mean {near[0]}?")
+    if Path(name).is_dir() and name not in known:
+        raise UserError(
+            f"{name} is a folder, not the name of a prepared dataset; run: imgcap data prepare {shlex.quote(name)}"
+        )
+    command = known.get(name, f"FOLDER --name {name if _NAME.fullmatch(name) else 'NAME'}")
     raise UserError(
         f"dataset {name!r} is not prepared in {data_dir} (prepared datasets: {', '.join(there) or 'none'}); "
         f"run: imgcap data prepare {command}; or, if it is in another folder, set TFDS_DATA_DIR or pass --data-dir "

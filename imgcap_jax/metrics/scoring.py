@@ -326,9 +326,15 @@ def _candidate_warnings(tokens: Sequence[list[str]], candidates: Mapping[int, st
             f"{len(marked)} of {len(tokens)} candidates contain a special token such as {marked[0]}, which is "
             "scored as a word: remove special tokens from the captions"
         )
-    if len(tokens) > 1 and len(set(map(tuple, tokens))) == 1:
-        warnings.append(f"all {len(tokens)} candidates are the same caption")
+    same = Counter(map(tuple, tokens)).most_common(1)[0][1] if tokens else 0
+    if same == len(tokens) > 1:
+        warnings.append(f"all {len(tokens)} images have the same caption")
+    elif len(tokens) >= _MANY and 2 * same > len(tokens):
+        warnings.append(f"{same} of {len(tokens)} images have the same caption")
     return warnings
+
+
+_MANY = 10  # images; of fewer, the same caption for more than half of them can be chance
 
 
 _MARKER = re.compile(

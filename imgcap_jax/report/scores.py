@@ -21,7 +21,7 @@ def lines(report: ScoreReport) -> list[str]:
         "",
         f"captions: {own.length:.1f} words on average, {own.vocabulary:,} different words, "
         f"distinct-1 {100 * own.distinct[0]:.1f} %, distinct-2 {100 * own.distinct[1]:.1f} %",
-        f"          {100 * own.unique:.1f} % of the captions occur for one image only{novel}",
+        f"          {100 * own.unique:.1f} % of the captions are unique: no other image has the same one{novel}",
     ]
     if report.sets is not None:
         sets = report.sets

@@ -238,7 +238,7 @@ def test_a_mistake_is_reported_in_one_line_and_leaves_no_files(mistake: str, fol
 
 
 def test_a_missing_folder_and_invalid_names_are_refused(folder: Path, data_dir: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere: no such folder"):
+    with pytest.raises(UserError, match=r"nowhere: no such file or folder"):
         quietly(folder / "nowhere", data_dir)
     with pytest.raises(UserError, match=r"'../x' cannot name a dataset"):
         quietly(folder, data_dir, name="../x")

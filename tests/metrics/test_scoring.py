@@ -244,7 +244,7 @@ def test_one_image_has_a_cider_with_document_frequencies_of_another_corpus() -> 
 def test_special_tokens_and_equal_candidates_are_reported() -> None:
     scores = CaptionScorer({1: ["a dog"], **OTHERS}).score({1: "a <unk> dog", 2: "two cats <eos>", 3: "some people"})
     assert "2 of 3 candidates contain a special token such as <unk>" in scores.warnings[0]
-    assert "same caption" in CaptionScorer(OTHERS).score({2: "a dog", 3: "A dog."}).warnings[0]
+    assert "all 2 images have the same caption" in CaptionScorer(OTHERS).score({2: "a dog", 3: "A dog."}).warnings
 
 
 def test_a_single_image_and_newlines_give_warnings() -> None:
@@ -356,3 +356,11 @@ def test_meteor_of_other_languages_is_warned_about() -> None:
     assert warned in CaptionScorer(texts, metrics).warnings[0]
     english = {i: ["a man in a red shirt stands on a ladder", f"the two dogs {i}"] for i in range(12)}
     assert CaptionScorer(english, metrics).warnings == ()
+
+
+def test_one_caption_for_most_images_is_noted() -> None:
+    scorer = CaptionScorer({image: [f"a dog {image}"] for image in range(12)})
+    most = {image: "A man." if image < 11 else "a dog" for image in range(12)}
+    assert "11 of 12 images have the same caption" in scorer.score(most).warnings
+    half = {image: "a man" if image < 6 else f"dog {image}" for image in range(12)}
+    assert not any("same caption" in line for line in scorer.score(half).warnings)
