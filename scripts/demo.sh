@@ -14,3 +14,4 @@ imgcap train scenes_demo --run "$run"
 imgcap evaluate "$run" --split test --page "$run/report.html"
 imgcap evaluate "$run" --split test_compositional
 echo "finished in $((SECONDS - start)) s after installation; $run/report.html shows ten scenes of the test split with captions"
+echo "to go on: source ${VENV:-.venv}/bin/activate; export TFDS_DATA_DIR=$TFDS_DATA_DIR"

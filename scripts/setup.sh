@@ -40,3 +40,4 @@ if [ -n "${NEWEST:-}" ] || [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted"
   echo "$wanted" > "$venv/installed"
   echo "setup: installed in $SECONDS s"
 fi
+[ ! -t 1 ] || echo "setup: to use the command imgcap: source $venv/bin/activate"

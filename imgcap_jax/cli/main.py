@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -103,7 +104,10 @@ def _continuation(options: argparse.Namespace) -> list[str]:
     """What the same command does after an interruption, if that is not obvious."""
     if options.command not in ("train", "features", "prepare"):
         return []
-    return [f"the same command {'starts again' if getattr(options, 'smoke', False) else 'resumes'}"]
+    again = getattr(options, "smoke", False)
+    if options.command == "prepare":  # only COCO's downloads continue
+        again = options.source not in ("coco", "coco_captions")
+    return [f"the same command {'starts again' if again else 'resumes'}"]
 
 
 def _unknown_argument(argument: str, parser: argparse.ArgumentParser, command: str) -> UserError:
@@ -352,7 +356,7 @@ def _prepare(options: argparse.Namespace) -> int:
     if options.train_scenes is not None:
         check_range("--train-scenes", options.train_scenes, at_least=1, at_most=9_999_999)
         splits = SceneSplits(train=options.train_scenes)
-    prepare(
+    folder = prepare(
         options.source,
         name=options.name,
         data_dir=options.data_dir,
@@ -365,7 +369,13 @@ def _prepare(options: argparse.Namespace) -> int:
         scenes=splits,
         say=print,
     )
+    name = folder.parent.name
+    print(f"next: {shlex.join(['imgcap', 'data', 'inspect', name, *_same_data_dir(options)])}")
     return 0
+
+
+def _same_data_dir(options: argparse.Namespace) -> list[str]:
+    return [] if options.data_dir is None else ["--data-dir", str(options.data_dir)]
 
 
 def _inspect(options: argparse.Namespace) -> int:

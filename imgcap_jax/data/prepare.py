@@ -191,6 +191,7 @@ def _prepare_flickr(
         if split_file is None:
             for line in dataset.guide():
                 say(line)
+            raise UserError(f"{name} is not downloaded automatically; get its files as described, then use --images")
         raise UserError(f"{name}: the photos are missing; pass their folder or zip archive with --images")
     if len(images) > 1:
         raise UserError(f"{name}: --images is given {len(images)} times; pass one folder or zip archive")

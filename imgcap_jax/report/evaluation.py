@@ -23,12 +23,8 @@ def lines(evaluation: Evaluation) -> list[str]:
     """The lines of a report: title, scores x100, caption statistics, speed, warnings and score signature."""
     report = [f"{evaluation.title}:", "  " + "  ".join(f"{k} {v}" for k, v in _scores(evaluation).items())]
     report += [f"  {sentence}" for sentence in (*_floor(evaluation), *_truth(evaluation))]
-    captioned, found = evaluation.captioned, evaluation.degeneration
-    report.append(
-        f"  {found.length:.1f} words per caption; {100 * found.bad_endings:.1f} % with a bad ending, "
-        f"{100 * found.repetitions:.1f} % with a repeated phrase, {100 * found.repeated_words:.1f} % with a repeated "
-        f"word, {100 * (found.unfinished or 0):.1f} % unfinished"
-    )
+    captioned = evaluation.captioned
+    report.append(f"  {_defects(evaluation)}")
     report.append(
         f"  {captioned.mean_steps:.1f} decoder steps per batch on average (at most {captioned.max_steps}); "
         f"{captioned.images_per_second:.0f} images/s"
@@ -36,6 +32,15 @@ def lines(evaluation: Evaluation) -> list[str]:
     report += [f"  note: {warning}" for warning in evaluation.warnings]
     report += [f"  note: {name} is missing: {how}" for name, how in evaluation.scores.missing.items()]
     return [*report, f"  signature {evaluation.scores.signature}"]
+
+
+def _defects(evaluation: Evaluation) -> str:
+    found = evaluation.degeneration
+    return (
+        f"{found.length:.1f} words per caption; {100 * found.bad_endings:.1f} % with a bad ending, "
+        f"{100 * found.repetitions:.1f} % with a repeated phrase, {100 * found.repeated_words:.1f} % with a repeated "
+        f"word, {100 * (found.unfinished or 0):.1f} % unfinished"
+    )
 
 
 def write_page(evaluation: Evaluation, path: Path) -> None:
@@ -48,7 +53,7 @@ def write_page(evaluation: Evaluation, path: Path) -> None:
         _scores(evaluation),
         facts=_facts(evaluation),
         legend=_legend(evaluation, rows),
-        paragraphs=_truth(evaluation),
+        paragraphs=[*_truth(evaluation), _defects(evaluation), *(f"Note: {note}" for note in evaluation.warnings)],
     )
 
 
@@ -79,6 +84,7 @@ def _legend(evaluation: Evaluation, rows: Sequence[Row]) -> list[str]:
         of = "the images below"
     said = [
         f"The scores are times 100 and of {of}. Higher is better. Scores with different signatures cannot be compared.",
+        "CIDEr-D times 100 is from 0 to 1000; the other scores times 100 are from 0 to 100.",
         "In bold: the caption that the model wrote. Below the line: the reference captions.",
     ]
     if _resize(evaluation) == "crop":

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from imgcap_jax.cli.main import main
 
 Refused = Callable[..., str]
 
@@ -55,3 +58,23 @@ def test_a_file_that_cannot_be_written_is_reported_before_the_work(
         assert f"{place}.html can't be written (" in refused(["evaluate", str(trained), "--page", f"{place}.html"])
         assert f"{place}.png can't be written (" in refused(["data", "inspect", "scenes", "--sheet", f"{place}.png"])
         assert f"{place}.json can't be written (" in refused(["score", "a", "b", "--json", f"{place}.json"])
+
+
+def test_an_interrupted_preparation_says_whether_it_continues(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("imgcap_jax.data.prepare.prepare", interrupt)
+    for source, said in ("scenes", "starts again"), ("coco", "resumes"):
+        assert main(["data", "prepare", source]) == 130
+        assert capsys.readouterr().err == f"imgcap: interrupted; the same command {said}\n"
+
+
+def test_preparation_ends_with_the_next_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("imgcap_jax.data.prepare.prepare", lambda *_, **__: Path("data/mine/1.0.0"))
+    assert main(["data", "prepare", "photos", "--data-dir", "my data"]) == 0
+    assert capsys.readouterr().out == "next: imgcap data inspect mine --data-dir 'my data'\n"

@@ -204,7 +204,7 @@ def test_without_options_the_addresses_of_the_files_are_printed(
     monkeypatch.chdir(tmp_path)
     assert main(["data", "prepare", name, "--data-dir", str(tmp_path / "data")]) == 2
     out, err = capsys.readouterr()
-    assert err == f"imgcap: {name}: the photos are missing; pass their folder or zip archive with --images\n"
+    assert err == f"imgcap: {name} is not downloaded automatically; get its files as described, then use --images\n"
     assert "request form: https://forms.illinois.edu/sec/" in out
     assert "non-commercial research" in out
     assert out.splitlines()[-1].split() == ["then", *f"imgcap data prepare {name}".split(), *out.split()[-4:]]
