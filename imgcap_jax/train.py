@@ -28,7 +28,7 @@ from imgcap_jax.models.decoders.contract import check_length
 from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import Frozen, parameter_count, split_trained
 from imgcap_jax.report import smoke as smoke_report
-from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator
+from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator, naming_run
 from imgcap_jax.run.extraction import Extraction, uses_store
 from imgcap_jax.run.folder import PROCESSES, Run, empty_smoke, find_run, nothing_left_if_refused
 from imgcap_jax.run.generation import check_decoding
@@ -194,7 +194,9 @@ def _train(
         writing=is_first_process(),
     )
     member = Member(graph, experiment.data, data.validation_store)
-    validate = Validation(experiment, member, frozen, data, run.vocabulary, parallel, checkpoints, log, show, not smoke)
+    validate = Validation(
+        experiment, member, frozen, data, run.vocabulary, parallel, checkpoints, log, show, not smoke, folder
+    )
     learning_rate = learning_rate_of(experiment.optimizer, steps_per_epoch, total_steps)
 
     # The loop.
@@ -253,6 +255,8 @@ def _train(
                 meter.restart(progress)
             if interrupted:
                 break
+        if done and not interrupted:
+            validate.advise()
         if smoke and not interrupted:
             _check_restored(checkpoints, state)
     if smoke and not interrupted:
@@ -275,13 +279,15 @@ class Data:
 
     Attributes:
         sources: the training split of each dataset of the mixture; weights: their weights.
-        validation: the validation split of the first dataset.
+        validation: the validation split of the first dataset, or its first images.
+        all_validation: the number of images of the whole validation split.
         stores: regions of the sources, if they are stored or ready-made; validation_store: of the validation split.
     """
 
     sources: list[CaptionSource]
     weights: list[float]
     validation: CaptionSource
+    all_validation: int
     stores: list[RegionSource] | None = None
     validation_store: RegionSource | None = None
 
@@ -308,8 +314,9 @@ def _open_data(experiment: Experiment, smoke: bool) -> Data:
     validation = open_source(mixture[0][0], "val", experiment.data.data_dir)
     if smoke:
         sources = [source.first(SMOKE_IMAGES) for source in sources]
-    validation = validation.first(experiment.training.validation_images or len(validation))
-    return Data(sources, [weight for _, weight in mixture], validation)
+    all_validation = len(validation)
+    validation = validation.first(experiment.training.validation_images or all_validation)
+    return Data(sources, [weight for _, weight in mixture], validation, all_validation)
 
 
 def _with_features(data: Data, experiment: Experiment, cache: Path) -> Data:
@@ -401,6 +408,7 @@ class Validation:
 
     Attributes:
         judged: whether scores and defects of captions are shown. Those of a smoke run mean nothing.
+        folder: the run's folder.
         metrics: the names of the scores; empty before the first validation.
     """
 
@@ -414,6 +422,7 @@ class Validation:
     log: MetricsLog
     show: Say
     judged: bool
+    folder: Path
 
     def __post_init__(self) -> None:
         self.metrics: list[str] = []
@@ -427,6 +436,7 @@ class Validation:
         )
         ids = list(self._evaluator.references)
         self._sampled = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, _SAMPLES).astype(int))]
+        self._advice: list[str] = []
         self._shown: set[str] = set()  # notes about the references, which would repeat at each validation
 
     @property
@@ -446,6 +456,7 @@ class Validation:
             **asdict(degeneration),
         }
         progress, note = _select(progress, scores)
+        self._advice = naming_run(warnings, self.folder)
         if progress.best_step == progress.step:
             self.checkpoints.save_best(progress.step, params)
         self.metrics = list(scored.values)
@@ -455,12 +466,22 @@ class Validation:
             count = counted(len(captioned.captions), "image")
             self.show(f"validation at step {progress.step}: {count} decoded and scored")
             return progress
-        self.show(_validation_line(progress, scores, captioned))
-        for line in dict.fromkeys([*scored.warnings, *warnings, *note]):
-            if line not in self._shown or line in warnings:
+        images = counted(len(captioned.captions), "image")
+        if len(captioned.captions) < self.data.all_validation:
+            images = f"{len(captioned.captions):,} of {self.data.all_validation:,} images"
+        self.show(_validation_line(progress, scores, captioned, f"{images}, {self.search.title}"))
+        if summary := evaluator.degeneration_summary(degeneration):
+            self.show(f"  {summary}")
+        for line in dict.fromkeys([*scored.warnings, *note]):
+            if line not in self._shown:
                 self.show(f"  note: {line}")
                 self._shown.add(line)
         return progress
+
+    def advise(self) -> None:
+        """Shows what prevents the defects of the captions of the last validation."""
+        for line in self._advice if self.judged else ():
+            self.show(f"  note: {line}")
 
     def _sample(self, image_id: int, captioned: Captioned) -> Sample:
         evaluator = self._evaluator
@@ -537,10 +558,10 @@ def _finished(experiment: Experiment, progress: Progress, total_steps: int) -> b
     return progress.step >= total_steps or (patience > 0 and progress.misses >= patience)
 
 
-def _validation_line(progress: Progress, scores: Mapping[str, float], captioned: Captioned) -> str:
+def _validation_line(progress: Progress, scores: Mapping[str, float], captioned: Captioned, how: str) -> str:
     best = "best so far" if progress.best_step == progress.step else f"best {100 * (progress.best or 0):.1f}"
     return (
-        f"validation at step {progress.step}: CIDEr-D {100 * scores['CIDEr-D']:.1f} ({best})  "
+        f"validation at step {progress.step} ({how}): CIDEr-D {100 * scores['CIDEr-D']:.1f} ({best})  "
         f"BLEU-4 {100 * scores['BLEU-4']:.1f}  teacher-forced perplexity "
         f"{scores['teacher_forced_perplexity']:.2f}  {captioned.images_per_second:.0f} images/s"
     )

@@ -141,6 +141,19 @@ class Degeneration:
             )
         return tuple(said)
 
+    def summary(self, references: "Degeneration") -> str:
+        """The shares that are worse than those of the references by more than chance, in one line; "" if none is."""
+        shares = {
+            "bad endings": (self.bad_endings, references.bad_endings),
+            "repeated phrases": (self.repetitions, references.repetitions),
+            "repeated words": (self.repeated_words, references.repeated_words),
+            "unfinished": (self.unfinished or 0.0, 0.0),
+        }
+        said = [f"{name} {100 * share:.0f} %" for name, (share, usual) in shares.items() if self._above(share, usual)]
+        if self.length < _SHORTEST * references.length:
+            said.append(f"{self.length:.1f} words on average (references {references.length:.1f})")
+        return f"captions: {', '.join(said)}" if said else ""
+
     def _above(self, share: float, usual: float) -> bool:
         """Whether a share of these captions exceeds the usual share by more than chance."""
         return share - usual > max(_MARGIN, 3 * math.sqrt(share * (1 - share) / self.captions))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -191,6 +192,10 @@ class SplitEvaluator:
         texts = (tokens_of(text, self._vocabulary.tokenizer) for text in captioned.captions.values())
         found = Degeneration.of(texts, captioned.unfinished)
         return found, found.warnings(self._references_degeneration)
+
+    def degeneration_summary(self, found: Degeneration) -> str:
+        """The defects that are more frequent than in the references, in one line; "" if there are none."""
+        return found.summary(self._references_degeneration)
 
     @cached_property
     def _references_degeneration(self) -> Degeneration:
@@ -394,7 +399,7 @@ def sweep(
             scores,
             captioned,
             degeneration,
-            (*scores.warnings, *warnings),
+            (*scores.warnings, *naming_run(warnings, runs[0].folder)),
             _truth(source, captioned.captions, evaluator.references),
             evaluator.score_of_other_photos(captioned.captions) if floor else None,
             tuple(runs),
@@ -409,6 +414,11 @@ def sweep(
         else:
             _add_to_sweep(sweep_file, results)
         yield evaluation
+
+
+def naming_run(warnings: Sequence[str], folder: Path) -> list[str]:
+    """The warnings, with the run in the commands that they suggest."""
+    return [line.replace("imgcap evaluate ", f"imgcap evaluate {shlex.quote(str(folder))} ") for line in warnings]
 
 
 def check_ensemble(runs: Sequence[Run]) -> None:

@@ -132,3 +132,11 @@ def test_human_captions_give_no_warning(shared: Path) -> None:
     everyone = Degeneration.of(caption for captions in by_person for caption in captions)
     for captions in by_person:
         assert Degeneration.of(captions, unfinished=0.0).warnings(everyone) == ()
+
+
+def test_summary_has_the_shares_that_are_worse_than_those_of_the_references() -> None:
+    references = Degeneration(500, 10.0, 0.0, 0.0, 0.2)
+    assert Degeneration(200, 10.0, 1.0, 0.3, 0.2, 0.0).summary(references) == (
+        "captions: bad endings 100 %, repeated phrases 30 %"
+    )
+    assert references.summary(references) == ""

@@ -196,6 +196,23 @@ def test_notes_are_printed_once_by_a_new_run(tiny: Experiment, started: tuple[Pa
     assert not any(line.startswith("note:") for line in resumed)
 
 
+def test_validation_says_how_it_decodes_and_gives_advice_once(experiment: Experiment, tmp_path: Path) -> None:
+    few = replace(experiment, training=replace(experiment.training, validation_images=6))
+    said: list[str] = []
+    folder = tmp_path / "run"
+    train(few, folder, cache=tmp_path / "cache", show=said.append)
+    validations = [line for line in said if line.startswith("validation at step")]
+    assert validations
+    assert all("(6 of 8 images, greedy" in line for line in validations)
+    last = said.index(validations[-1])
+    assert not any("of the captions" in line for line in said[:last])
+    assert any(line.startswith("  captions: ") for line in said)
+    assert all(f"imgcap evaluate {folder} --decode" in line for line in said if "imgcap evaluate" in line)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [[line["step"] for line in lines if line["kind"] == kind] for kind in ("train", "validation")]
+    assert set(steps[1]) <= set(steps[0])
+
+
 def test_captions_of_the_same_five_images_are_logged(tiny: Experiment, started: tuple[Path, list[str]]) -> None:
     """Validation after step 0, because the run starts from another one, and after step 1."""
     source = open_source("scenes", "val", tiny.data.data_dir)
