@@ -102,7 +102,9 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     monkeypatch.setattr(
         imgcap_jax.data.prepare,
         "prepare",
-        lambda data, **options: None if data in ("coco", "flickr8k", "flickr30k") else prepare(data, **options),
+        lambda data, **options: (
+            Path("data") / data / "1.0.0" if data in ("coco", "flickr8k", "flickr30k") else prepare(data, **options)
+        ),
     )
     return asked
 
@@ -135,6 +137,8 @@ def _run(command: str, where: str) -> None:
         for extra in re.findall(r"\.\[(\w+)\]", command):
             assert extra in setup["options.extras_require"], where
         assert (REPOSITORY / "constraints.txt").is_file()
+    elif program in ("python3", "source"):
+        assert ".venv" in command, where
     else:
         assert program == "imgcap", where
         assert main(arguments) == 0, where

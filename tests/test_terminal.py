@@ -169,8 +169,10 @@ def test_durations() -> None:
 
 
 WAITING = """
-import atexit, sys, time
+import atexit, signal, sys, time
 from imgcap_jax.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored by what a shell runs in the background
 
 def inspect(options):
     print("a line")

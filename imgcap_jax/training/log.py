@@ -71,15 +71,17 @@ class MetricsLog:
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         _append(self._metrics, {"kind": kind, "step": step, **values})
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # TensorBoard warns otherwise
-        for name, value in finite.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+        with disk_errors(self._events.logdir):
+            for name, value in finite.items():
+                self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Writes captions of validation images. Raises UserError if the disk is full."""
         if not self._writing:
             return
         _append(self._samples, {"step": step, "samples": [asdict(sample) for sample in samples]})
-        self._events.add_text("validation/captions", "\n\n".join(map(_markdown, samples)), step)
+        with disk_errors(self._events.logdir):
+            self._events.add_text("validation/captions", "\n\n".join(map(_markdown, samples)), step)
 
     def validation(self, step: int) -> dict[str, float] | None:
         """The line of the validation at a step, without kind and step; None if it was not logged."""
@@ -89,12 +91,13 @@ class MetricsLog:
         return None
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Flushes and closes the files. Raises UserError if the disk is full."""
         if not self._writing:
             return
-        self._metrics.close()
-        self._samples.close()
-        self._events.close()
+        with disk_errors(self._events.logdir):
+            self._metrics.close()
+            self._samples.close()
+            self._events.close()
 
 
 def _continued(path: Path, resumed_step: int) -> TextIO:

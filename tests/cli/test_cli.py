@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -275,7 +276,8 @@ def test_full_file_system(
         assert "full" in line
         (small / "filler").unlink()
         assert main(command) == 0
-        assert "at step 3 of 10" in capfd.readouterr().out
+        # The fourth checkpoint also fits if an older one has already been deleted, in the background.
+        assert re.search("at step [23] of 10", capfd.readouterr().out)
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
 
@@ -387,8 +389,8 @@ def test_captions_of_a_folder_in_coco_results_format(
     assert main([*command, str(output)]) == 2
     assert "are both image 7" in capsys.readouterr().err
     (photos / "beach_7.png").unlink()
-    assert main([*command, str(tmp_path / "nowhere" / "results.json")]) == 2
-    assert "choose a folder that exists" in capsys.readouterr().err
+    assert main([*command, str(output / "results.json")]) == 2  # in a file
+    assert "results.json can't be written" in capsys.readouterr().err
     assert len(json.loads(output.read_text())) == 2  # the existing file is unchanged
 
 
