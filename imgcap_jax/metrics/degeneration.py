@@ -30,33 +30,9 @@ FUNCTION_WORDS = (
         {
             *("he", "she", "it", "they", "him", "them", "himself", "herself", "itself", "themselves", "i", "you", "we"),
             *("who", "whom", "whose", "which", "what", "there", "here", "some", "any", "each", "every", "both", "all"),
-            *(
-                "off",
-                "out",
-                "up",
-                "down",
-                "through",
-                "across",
-                "around",
-                "along",
-                "against",
-                "above",
-                "below",
-                "beside",
-            ),
-            *(
-                "between",
-                "among",
-                "during",
-                "after",
-                "before",
-                "towards",
-                "toward",
-                "inside",
-                "outside",
-                "past",
-                "about",
-            ),
+            *("off", "out", "up", "down", "through", "across", "around", "along", "against", "above", "below"),
+            *("beside", "between", "among", "during", "after", "before", "towards", "toward", "inside", "outside"),
+            *("past", "about"),
             *("within", "without", "underneath", "beneath", "beyond", "atop", "upon", "like", "than"),
             *("front", "next", "side"),
             *("be", "been", "being", "am", "has", "have", "had", "having", "do", "does", "did", "can", "could", "will"),
@@ -115,25 +91,27 @@ class Degeneration:
 
     def warnings(self, references: "Degeneration") -> tuple[str, ...]:
         """One line for each value that is worse than that of the references by more than chance."""
-        said = []
-        if self._above(self.bad_endings, references.bad_endings):
+        said, worse = [], self._worse(references)
+        if "bad endings" in worse:
             said.append(
                 f"{_percent(self.bad_endings)} of the captions end with a word such as 'a' or 'with' (references "
                 f"{_percent(references.bad_endings)}); imgcap evaluate --decode.forbid-bad-endings true prevents this"
             )
-        if self._above(self.repetitions, references.repetitions):
+        if "repeated phrases" in worse:
             said.append(
                 f"{_percent(self.repetitions)} of the captions repeat a phrase (references "
                 f"{_percent(references.repetitions)})"
             )
-        if self._above(self.repeated_words, references.repeated_words):
+        if "repeated words" in worse:
             said.append(
                 f"{_percent(self.repeated_words)} of the captions repeat a word as in 'a car in a car' (references "
                 f"{_percent(references.repeated_words)}); imgcap evaluate --decode.forbid-repeated-words true prevents "
                 f"this"
             )
-        if self.unfinished is not None and self._above(self.unfinished, 0.0):
-            said.append(f"{_percent(self.unfinished)} of the captions have no end and were cut at the maximum length")
+        if "unfinished" in worse:
+            said.append(
+                f"{_percent(worse['unfinished'])} of the captions have no end and were cut at the maximum length"
+            )
         if self.length < _SHORTEST * references.length:
             said.append(
                 f"the captions are shorter than the references: {self.length:.1f} words on average, references "
@@ -143,16 +121,20 @@ class Degeneration:
 
     def summary(self, references: "Degeneration") -> str:
         """The shares that are worse than those of the references by more than chance, in one line; "" if none is."""
+        said = [f"{name} {100 * share:.0f} %" for name, share in self._worse(references).items()]
+        if self.length < _SHORTEST * references.length:
+            said.append(f"{self.length:.1f} words on average (references {references.length:.1f})")
+        return f"captions: {', '.join(said)}" if said else ""
+
+    def _worse(self, references: "Degeneration") -> dict[str, float]:
+        """The shares that are worse than those of the references by more than chance, by their names."""
         shares = {
             "bad endings": (self.bad_endings, references.bad_endings),
             "repeated phrases": (self.repetitions, references.repetitions),
             "repeated words": (self.repeated_words, references.repeated_words),
             "unfinished": (self.unfinished or 0.0, 0.0),
         }
-        said = [f"{name} {100 * share:.0f} %" for name, (share, usual) in shares.items() if self._above(share, usual)]
-        if self.length < _SHORTEST * references.length:
-            said.append(f"{self.length:.1f} words on average (references {references.length:.1f})")
-        return f"captions: {', '.join(said)}" if said else ""
+        return {name: share for name, (share, usual) in shares.items() if self._above(share, usual)}
 
     def _above(self, share: float, usual: float) -> bool:
         """Whether a share of these captions exceeds the usual share by more than chance."""
