@@ -89,7 +89,7 @@ class Captioner:
         self._graphs, self._params, self._frozen = [], [], []
         for run in runs:
             run.check_weights()
-            graph, params, frozen = split_trained(run.model(with_encoder=True))
+            graph, params, frozen = split_trained(run.model(with_encoder=True, restored=True))
             self._params.append(restore_best(run.folder, params)[0])
             self._graphs.append(graph)
             self._frozen.append(frozen)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,20 +121,28 @@ def _train(
             show(f"note: {note}")
     data = _with_features(data, experiment, cache)
 
-    # The model (encoder and decoder, see run/folder.py), on all devices.
-    with working("initialising the model", shown=is_first_process()):
-        model = run.model(with_encoder=data.stores is None)
+    # The model (encoder and decoder, see run/folder.py), on all devices. The state of a resumed run has no values yet.
     checkpoints = Checkpoints(folder, writing=True)
     resumed = checkpoints.step is not None
     _check_processes(run, checkpoints.step, parallel)
-    if run.init_from is not None and not resumed:
-        show(transfer(run.init_from, model, run.vocabulary))
+    started = ""
+    with working("loading the model" if resumed else "initialising the model", shown=is_first_process()):
+        if run.init_from is not None and not resumed:
+            model, started = transfer(run.init_from, run, with_encoder=data.stores is None)
+        else:
+            model = run.model(with_encoder=data.stores is None, restored=resumed)
+    if started:
+        show(started)
     graph, params, frozen = split_trained(model)
     steps_per_epoch = max(1, math.ceil(data.images_per_epoch / experiment.data.batch_size))
     total_steps = max(1, steps_of(training.epochs, steps_per_epoch))
     transformation = experiment.optimizer.build(steps_per_epoch, total_steps)
-    state = parallel.replicate(first_state(params, transformation, ema=training.ema_decay > 0))
+    first = partial(first_state, transformation=transformation, ema=training.ema_decay > 0)
+    state = parallel.replicate(jax.eval_shape(first, params) if resumed else first(params))
     frozen = parallel.replicate(frozen)
+    progress = None
+    if resumed:
+        state, progress = checkpoints.restore(state)
 
     # The objective's compiled step, and the batches that it needs.
     references = experiment.objective.references(data.sources, run.vocabulary)
@@ -167,15 +176,14 @@ def _train(
         references=references,
     )
 
-    # The state and position of the newest checkpoint, if there is one.
-    progress = Progress(step=0, data=batches.get_state())
-    if resumed:
-        state, progress = checkpoints.restore(state)
+    # The position of the newest checkpoint, if there is one.
+    if progress is not None:
         batches.set_state(progress.data)
         show(f"resuming {folder} at step {progress.step} of {total_steps}")
         for change in run.code_changes():
             show(f"note: {change}")
     else:
+        progress = Progress(step=0, data=batches.get_state())
         show(
             f"{data.images} training images, {len(run.vocabulary)} words, "
             f"{parameter_count(params):,} trained parameters, {len(parallel.devices)} "

@@ -1,17 +1,19 @@
 """CaptionModel: an encoder and a decoder, split into trained parameters and the rest."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from jax import Array
 
+from imgcap_jax.errors import UserError
 from imgcap_jax.models.decoders.contract import Decoder, StepOutput
 from imgcap_jax.models.layers import row_keys
 
 Params = Any  # nnx.State of the trained parameters
 Frozen = Any  # nnx.State of everything else
+Part = TypeVar("Part", bound=nnx.Module)
 
 # What a row's key is folded with for each of its uses.
 START_KEYS, UNROLL_KEYS, DRAW_KEYS = 0, 1, 2
@@ -78,6 +80,31 @@ def split_trained(model: CaptionModel) -> tuple[nnx.GraphDef[CaptionModel], Para
     """
     graph, params, *rest = nnx.split(model, nnx.Param, ...)
     return graph, params, rest[0]
+
+
+def without_values(build: Callable[[], Part]) -> Part | None:
+    """Builds an encoder or a decoder whose parameters have shapes but no values, for a checkpoint to replace.
+
+    Random initial values take seconds to compile. Here they are traced and not computed.
+
+    Args:
+        build: makes the part, and any ``nnx.Rngs`` that it needs.
+
+    Returns:
+        The part, with ``jax.ShapeDtypeStruct`` in place of arrays. None: it must be built with values, because it has
+        variables that no checkpoint contains, or because ``build`` depends on values.
+
+    Raises:
+        UserError: as ``build`` does.
+    """
+    try:
+        part: Part = nnx.eval_shape(build)
+    except UserError:
+        raise
+    except Exception:  # of many types, if values are read; a true error occurs again when the part is built with values
+        return None
+    _, _, *others = nnx.split(part, nnx.Param, ...)
+    return None if jax.tree.leaves(others) else part
 
 
 def parameter_count(params: Params) -> int:

@@ -374,7 +374,7 @@ def sweep(
         stored = uses_store(run.experiment)
         store = Extraction(run.experiment, cache).regions(source, views=1) if stored else None
         with working("loading the model", shown=is_first_process()):
-            graph, own, rest = split_trained(run.model(with_encoder=not stored))
+            graph, own, rest = split_trained(run.model(with_encoder=not stored, restored=True))
             best, step = restore_best(run.folder, parallel.replicate(own))
         params.append(best)
         steps.append(step)

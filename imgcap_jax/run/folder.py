@@ -28,8 +28,9 @@ from imgcap_jax.files import (
     write_digests,
     write_text,
 )
+from imgcap_jax.models.decoders.contract import Decoder
 from imgcap_jax.models.encoders.contract import build_encoder, weights_digest, with_weights
-from imgcap_jax.models.model import CaptionModel
+from imgcap_jax.models.model import CaptionModel, without_values
 from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
 from imgcap_jax.training.log import METRICS, SAMPLES, TENSORBOARD
 from imgcap_jax.training.self_critical import FREQUENCIES
@@ -173,25 +174,40 @@ class Run:
                 f"captions; give the original file with --weights"
             )
 
-    def model(self, *, with_encoder: bool) -> CaptionModel:
-        """A freshly initialised model.
+    def model(self, *, with_encoder: bool, restored: bool = False) -> CaptionModel:
+        """The model, freshly initialised.
 
         Args:
             with_encoder: False if regions come from a feature store.
+            restored: whether a checkpoint replaces all trained parameters. They then have shapes, and values only if
+                they cost little or cannot be left out (see ``without_values``). Frozen variables always have values.
 
         Raises:
             UserError: the encoder is wanted, but the run was trained on ready-made regions.
         """
         experiment = self.experiment
-        settings = experiment.encoder
-        rngs = nnx.Rngs(experiment.training.seed)
+        settings: Any = experiment.encoder
+        if with_encoder and has_ready_regions(settings):
+            raise UserError(f"{self.folder} was trained on ready-made regions, so it has no encoder for photos")
         dtype = jnp.dtype(experiment.training.dtype)
+
+        def build_own_encoder(rngs: nnx.Rngs) -> nnx.Module:
+            encoder: nnx.Module = build_encoder(settings, experiment.data.image_size, dtype=dtype, rngs=rngs)
+            return encoder
+
+        def build_decoder(rngs: nnx.Rngs) -> Decoder:
+            return experiment.decoder.build(settings.region_size, len(self.vocabulary), dtype=dtype, rngs=rngs)
+
+        seed = experiment.training.seed
+        decoder = without_values(lambda: build_decoder(nnx.Rngs(seed))) if restored else None
         encoder = None
-        if with_encoder:
-            if has_ready_regions(settings):
-                raise UserError(f"{self.folder} was trained on ready-made regions, so it has no encoder for photos")
-            encoder = build_encoder(settings, experiment.data.image_size, dtype=dtype, rngs=rngs)
-        decoder = experiment.decoder.build(settings.region_size, len(self.vocabulary), dtype=dtype, rngs=rngs)
+        # Weights that are read from a file cost little.
+        if decoder is not None and with_encoder and not settings.frozen and weights_digest(settings) is None:
+            encoder = without_values(lambda: build_own_encoder(nnx.Rngs(seed)))
+        if decoder is None or (with_encoder and encoder is None):
+            rngs = nnx.Rngs(seed)  # the encoder draws first, then the decoder
+            encoder = build_own_encoder(rngs) if with_encoder else None
+            decoder = build_decoder(rngs) if decoder is None else decoder
         return CaptionModel(encoder, decoder)
 
 

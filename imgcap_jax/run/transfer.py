@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.models.encoders.contract import weights_digest
-from imgcap_jax.models.model import CaptionModel, split_trained
+from imgcap_jax.models.model import CaptionModel, Params, split_trained
 from imgcap_jax.run.extraction import uses_store
 from imgcap_jax.run.folder import Run, without_weights_path
 from imgcap_jax.training.checkpoints import restore_best
@@ -48,37 +47,43 @@ def _encoder_differences(old: Any, new: Any) -> str:
     return ""
 
 
-def transfer(source: Path, model: CaptionModel, vocabulary: Vocabulary) -> str:
-    """Copies the best parameters of the run ``source`` into ``model``, in place.
+def transfer(source: Path, run: Run, *, with_encoder: bool) -> tuple[CaptionModel, str]:
+    """Makes the model of a new run and copies the best parameters of the run ``source`` into it.
 
     The word embedding and the output layer (``Decoder.word_axes``) are mapped by word: rows of words that both
     vocabularies have are copied, rows of new words keep the model's initial values.
 
     Args:
         source: the folder of the run to start from.
-        model: the new model.
-        vocabulary: the vocabulary of the new model.
+        run: the new run.
+        with_encoder: see ``Run.model``.
 
     Returns:
-        A line that says how many words were found.
+        The model, and a line that says how many words were found.
 
     Raises:
         UserError: there is no run, no finished validation in it, or it has another architecture (see also
             `check_encoder`).
     """
     old = Run.load(source)
-    old_model = old.model(with_encoder=not uses_store(old.experiment))
+    vocabulary = run.vocabulary
+    old_model = old.model(with_encoder=not uses_store(old.experiment), restored=True)
     _, template, _ = split_trained(old_model)
     restored, _ = restore_best(source, template)
     known = {word: i for i, word in enumerate(old.vocabulary.words)}
     pairs = [(i, known[word]) for i, word in enumerate(vocabulary.words) if word in known]
     new_rows = jnp.array([i for i, _ in pairs])
     old_rows = jnp.array([i for _, i in pairs])
-
-    _, params, _ = split_trained(model)
     old_leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(restored)}
 
-    def mapped(path: Any, leaf: jax.Array) -> jax.Array:
+    model = run.model(with_encoder=with_encoder, restored=len(pairs) == len(vocabulary))
+    _, params, _ = split_trained(model)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+    if any(name not in old_leaves for name in names) and _lacks_values(params):
+        model = run.model(with_encoder=with_encoder)
+        _, params, _ = split_trained(model)
+
+    def mapped(path: Any, leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path)
         other = old_leaves.get(name)
         if other is None and name.startswith("['encoder']"):
@@ -92,7 +97,8 @@ def transfer(source: Path, model: CaptionModel, vocabulary: Vocabulary) -> str:
         rest = tuple(size for i, size in enumerate(leaf.shape) if i != axis)
         old_rest = tuple(size for i, size in enumerate(other.shape) if i != axis)
         if axis is not None and rest == old_rest:
-            moved = jnp.moveaxis(leaf, axis, 0).at[new_rows].set(jnp.moveaxis(other, axis, 0)[old_rows])
+            first = jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+            moved = jnp.moveaxis(first, axis, 0).at[new_rows].set(jnp.moveaxis(other, axis, 0)[old_rows])
             return jnp.moveaxis(moved, 0, axis)
         if leaf.shape != other.shape:
             raise UserError(
@@ -101,12 +107,15 @@ def transfer(source: Path, model: CaptionModel, vocabulary: Vocabulary) -> str:
             )
         return other
 
-    ours = {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)}
-    lost = [name for name in old_leaves if name not in ours]
+    lost = [name for name in old_leaves if name not in names]
     if lost:
         raise UserError(
             f"{source} trained {lost[0]}, which is not trained here; "
             f"use the --encoder and --decoder options of that run"
         )
     nnx.update(model, jax.tree_util.tree_map_with_path(mapped, params))
-    return f"starting from {source}: {len(pairs)} of {len(vocabulary)} words are in its vocabulary"
+    return model, f"starting from {source}: {len(pairs)} of {len(vocabulary)} words are in its vocabulary"
+
+
+def _lacks_values(params: Params) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from jax import Array
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
 from imgcap_jax.errors import UserError
@@ -330,8 +331,11 @@ def _like(template: Any, raw: dict[str, Any]) -> Any:
 
 
 def _abstract(tree: Any) -> Any:
-    def abstract(leaf: Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    """The shapes, types and placement of a tree. Leaves without a placement go to the default device."""
+    default = SingleDeviceSharding(jax.local_devices()[0])
+
+    def abstract(leaf: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default)
 
     return jax.tree.map(abstract, tree)
 

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from tensorboardX import SummaryWriter
-
 from imgcap_jax.errors import printable
 from imgcap_jax.files import appending, disk_errors, reading, write_text
 
@@ -55,6 +53,8 @@ class MetricsLog:
         if not writing:
             return
         self._metrics, self._samples = (_continued(folder / name, resumed_step) for name in (METRICS, SAMPLES))
+        from tensorboardX import SummaryWriter  # imports PyTorch if it is installed, which takes a second
+
         self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=resumed_step + 1)
 
     @property

@@ -14,6 +14,8 @@ from imgcap_jax.special_tokens import BOS, EOS, PAD
 
 CHUNK = 768
 """The largest number of words that are scored at a time."""
+PARTS = 4
+"""The last words of a batch are scored in chunks that are smaller by this factor."""
 
 
 class WordLoss(Protocol):
@@ -134,8 +136,8 @@ def packed_word_loss(
         the arrays that ``score_words`` closes over, but not to ``counted``.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    # Equal chunks, so that the last chunk of a batch without pad is not mostly empty.
-    chunk = -(-flat.shape[0] // -(-flat.shape[0] // CHUNK))
+    # About half of the places are counted, so that a chunk of more than that would be mostly empty.
+    chunk = min(CHUNK, -(-flat.shape[0] // (2 * PARTS)) * PARTS)
     converted, closed_over = jax.closure_convert(score_words, flat[:chunk])
     log_likelihood, objective = _packed(
         converted, word_loss, chunk, closed_over, flat, targets.reshape(-1), counted.reshape(-1)
@@ -153,13 +155,12 @@ def _packed(
     targets: Array,
     counted: Array,
 ) -> tuple[Array, Array]:
-    def add(sums: tuple[Array, Array], part: tuple[Array, Array, Array], _: Array) -> tuple[Array, Array]:
+    def sums(part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         h, target, weight = part
         objective, log_likelihood = _chunk_sums(score(h, *closed_over), target, weight, word_loss)
-        return sums[0] + log_likelihood, sums[1] + objective
+        return log_likelihood, objective
 
-    zero = jnp.zeros((), jnp.float32)
-    return _over_chunks(add, (zero, zero), chunk, hidden, targets, counted)[0]
+    return _over_chunks(lambda part: (sums(part), ()), chunk, hidden, targets, counted)[0]
 
 
 def _packed_forward(
@@ -171,25 +172,17 @@ def _packed_forward(
     targets: Array,
     counted: Array,
 ) -> tuple[tuple[Array, Array], tuple[Any, Array]]:
-    def add(state: Any, part: tuple[Array, Array, Array], start: Array) -> Any:
-        (log_likelihood, objective), gradients, rows = state
+    def differentiated(part: tuple[Array, Array, Array]) -> tuple[Any, Array]:
         h, target, weight = part
 
         def chunk_loss(h: Array, closed_over: list[Array]) -> tuple[Array, Array]:
             return _chunk_sums(score(h, *closed_over), target, weight, word_loss)
 
-        more_objective, transpose, more_likelihood = jax.vjp(chunk_loss, h, closed_over, has_aux=True)
-        by_hidden, more = transpose(jnp.ones_like(more_objective))
-        rows = jax.lax.dynamic_update_slice_in_dim(rows, by_hidden, start, axis=0)
-        sums = log_likelihood + more_likelihood, objective + more_objective
-        return sums, jax.tree.map(jnp.add, gradients, more), rows
+        objective, transpose, log_likelihood = jax.vjp(chunk_loss, h, closed_over, has_aux=True)
+        by_hidden, gradients = transpose(jnp.ones_like(objective))
+        return ((log_likelihood, objective), gradients), by_hidden
 
-    zero = jnp.zeros((), jnp.float32)
-    padded = -(-hidden.shape[0] // chunk) * chunk
-    rows = jnp.zeros((padded, hidden.shape[1]), hidden.dtype)
-    first = (zero, zero), jax.tree.map(jnp.zeros_like, closed_over), rows
-    (sums, gradients, rows), order = _over_chunks(add, first, chunk, hidden, targets, counted)
-    by_hidden = jnp.zeros_like(hidden).at[order].set(rows, mode="drop", unique_indices=True)
+    (sums, gradients), by_hidden = _over_chunks(differentiated, chunk, hidden, targets, counted)
     return sums, (gradients, by_hidden)
 
 
@@ -205,26 +198,57 @@ _packed.defvjp(_packed_forward, _packed_backward)
 
 
 def _over_chunks(
-    add: Callable[[Any, tuple[Array, Array, Array], Array], Any],
-    state: Any,
+    score: Callable[[tuple[Array, Array, Array]], tuple[Any, Any]],
     chunk: int,
     hidden: Array,
     targets: Array,
     counted: Array,
-) -> tuple[Any, Array]:
-    """Folds ``add`` over chunks of the counted words; also returns the place of each row of the chunks."""
+) -> tuple[Any, Any]:
+    """Applies ``score`` to chunks of the counted words.
+
+    The first chunk always exists. Chunks of this size follow while they are full, then smaller ones.
+
+    Args:
+        score: (hidden, targets, counted) of a chunk -> (values to add up over chunks, values [n,...] of the words).
+        chunk: the number of words of a chunk.
+        hidden: [n,F].
+        targets: [n].
+        counted: [n].
+
+    Returns:
+        The sums, and the values of all words in their places [n,...], which are 0 for words that are not counted.
+    """
+    places = counted.shape[0]
+    small = chunk // PARTS
     count = jnp.sum(counted != 0)
     order = jnp.argsort(counted == 0, stable=True)  # counted words come first
-    order = jnp.pad(order, (0, -len(order) % chunk), constant_values=len(order))  # past the end: read as 0
+    order = jnp.pad(order, (0, -(places - chunk) % small + chunk), constant_values=places)  # past the end: read as 0
 
-    def body(loop: tuple[Array, Any]) -> tuple[Array, Any]:
-        start, state = loop
-        places = jax.lax.dynamic_slice_in_dim(order, start, chunk)
-        part = tuple(leaf.at[places].get(mode="fill", fill_value=0) for leaf in (hidden, targets, counted))
-        return start + chunk, add(state, part, start)  # type: ignore[arg-type]
+    def scored(start: Array | int, size: int) -> tuple[Any, Any]:
+        of_chunk = jax.lax.dynamic_slice_in_dim(order, start, size)
+        part = tuple(leaf.at[of_chunk].get(mode="fill", fill_value=0) for leaf in (hidden, targets, counted))
+        return score(part)  # type: ignore[arg-type]
 
-    _, state = jax.lax.while_loop(lambda loop: loop[0] < count, body, (jnp.zeros_like(count), state))
-    return state, order
+    def body(state: tuple[Array, Any, Any], size: int) -> tuple[Array, Any, Any]:
+        start, sums, values = state
+        more, of_words = scored(start, size)
+        return start + size, jax.tree.map(jnp.add, sums, more), put(values, of_words, start)
+
+    def put(values: Any, of_words: Any, start: Array | int) -> Any:
+        return jax.tree.map(
+            lambda leaf, part: jax.lax.dynamic_update_slice_in_dim(leaf, part, start, axis=0), values, of_words
+        )
+
+    sums, of_words = scored(0, chunk)
+    values = jax.tree.map(lambda part: jnp.zeros((len(order), *part.shape[1:]), part.dtype), of_words)
+    state = jnp.asarray(chunk, count.dtype), sums, put(values, of_words, 0)
+    if places >= 2 * chunk:
+        state = jax.lax.while_loop(lambda state: state[0] + chunk <= count, partial(body, size=chunk), state)
+    if places > chunk:
+        state = jax.lax.while_loop(lambda state: state[0] < count, partial(body, size=small), state)
+    _, sums, values = state
+    back = jnp.argsort(order[:places])
+    return sums, jax.tree.map(lambda leaf: leaf[back], values)
 
 
 def _chunk_sums(logits: Array, targets: Array, weight: Array, word_loss: WordLoss) -> tuple[Array, Array]:

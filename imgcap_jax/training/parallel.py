@@ -76,10 +76,13 @@ class DataParallel:
     def replicate(self, tree: Any) -> Any:
         """Puts a tree, which is the same on every process, on all devices.
 
-        The initial state must be placed like this. Otherwise the second call of the step compiles again.
+        The initial state must be placed like this. Otherwise the second call of the step compiles again. A
+        ``jax.ShapeDtypeStruct`` gets the placement, for a checkpoint to fill.
         """
 
-        def put(leaf: Any) -> Array:
+        def put(leaf: Any) -> Array | jax.ShapeDtypeStruct:
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._replicated)
             # An array of one process can reach the devices of another process only through the host.
             local = jax.process_count() > 1 and isinstance(leaf, Array) and leaf.is_fully_addressable
             return jax.device_put(np.asarray(leaf) if local else leaf, self._replicated)

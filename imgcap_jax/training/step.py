@@ -106,7 +106,9 @@ def train_step(
         return jax.lax.scan(add, zero, parts)[0]
 
     def step(state: TrainState, constants: Any, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        gradients, sums = jax.lax.psum(summed_gradient(state.params, constants, batch, state.step), AXIS)
+        gradients, sums = summed_gradient(state.params, constants, batch, state.step)
+        if jax.lax.axis_size(AXIS) > 1:  # on a CPU, the sum over one device copies all gradients
+            gradients, sums = jax.lax.psum((gradients, sums), AXIS)
         divisor, metrics = measure(sums)
         gradients = jax.tree.map(lambda leaf: leaf / divisor, gradients)
         updates, optimizer = transformation.update(gradients, state.optimizer, state.params)

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.layers import draw_words, dropout, row_keys
 from imgcap_jax.models.unrolling import scan_steps
-from imgcap_jax.special_tokens import BOS, PAD
+from imgcap_jax.special_tokens import BOS, EOS, PAD
 
 Memory = Any  # a pytree whose leaves lead with [B]
 Carry = Any  # a pytree whose leaves lead with [B,M]
@@ -212,12 +212,12 @@ class Decoder(nnx.Module):
         """
         graph, params = nnx.split(self)
 
-        def step(constants: tuple[Any, Memory], carry: Carry, inputs: tuple[Array, Any]) -> tuple[Carry, StepOutput]:
-            (params, memory), (token, step_keys) = constants, inputs
+        def step(params: Any, memory: Memory, carry: Carry, inputs: tuple[Array, Any]) -> tuple[Carry, StepOutput]:
+            token, step_keys = inputs
             return nnx.merge(graph, params).step(carry, token, memory, dropout_keys=step_keys)
 
         inputs = jnp.moveaxis(tokens, -1, 0), self._keys_of_steps(dropout_keys, tokens.shape[-1])
-        outputs = scan_steps(step, (params, memory), carry, inputs)
+        outputs = scan_steps(step, params, memory, carry, inputs, steps_of(tokens))
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), outputs)
 
     def unroll_sampled(
@@ -238,9 +238,9 @@ class Decoder(nnx.Module):
         graph, params = nnx.split(self)
 
         def step(
-            constants: tuple[Any, Memory], carry: tuple[Carry, Array], inputs: tuple[Array, Array, Array, Any]
+            params: Any, memory: Memory, carry: tuple[Carry, Array], inputs: tuple[Array, Array, Array, Any]
         ) -> tuple[tuple[Carry, Array], StepOutput]:
-            (params, memory), (token, replaced, place, step_keys), (carry, drawn) = constants, inputs, carry
+            (token, replaced, place, step_keys), (carry, drawn) = inputs, carry
             decoder = nnx.merge(graph, params)
             token = jnp.where(replaced, drawn, token)
             carry, output = decoder.step(carry, token, memory, dropout_keys=step_keys)
@@ -252,7 +252,9 @@ class Decoder(nnx.Module):
         read = jnp.moveaxis(tokens, -1, 0)  # [T,B,M]
         replaced = (coin < probability) & (jnp.arange(T)[:, None, None] > 0) & (read != PAD)
         inputs = read, replaced, place, self._keys_of_steps(dropout_keys, T)
-        outputs = scan_steps(step, (params, memory), (carry, jnp.zeros_like(tokens[..., 0])), inputs)
+        outputs = scan_steps(
+            step, params, memory, (carry, jnp.zeros_like(tokens[..., 0])), inputs, steps_of(tokens)
+        )
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), outputs)
 
     def _keys_of_steps(self, dropout_keys: Array | None, length: int) -> Array | None:
@@ -275,6 +277,16 @@ class Decoder(nnx.Module):
         """An LSTM's (h, c) as the next step reads it: with variational dropout, units of h are dropped."""
         hidden, cell = carry
         return (self.drop(hidden, dropout_keys, number) if self.variational else hidden), cell
+
+
+def steps_of(tokens: Array) -> Array:
+    """The number of steps [B] after which no sequence of a row reads a word that another word follows.
+
+    Args:
+        tokens: int32 [B,M,T], the input of the steps: bos, words, then (if there is room) eos and pad.
+    """
+    places = jnp.arange(1, tokens.shape[-1] + 1, dtype=jnp.int32)
+    return jnp.where((tokens != PAD) & (tokens != EOS), places, 0).max(axis=(1, 2))
 
 
 def _drawn(logits: Array, place: Array) -> Array:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.models.encoders.convolution import adaptive_average_pool
+from imgcap_jax.models.encoders.convolution import adaptive_average_pool, on_device
 from imgcap_jax.models.encoders.pretrained.sources import Pixel, weights_digest
 from imgcap_jax.models.encoders.pretrained.state_dict import Layer, Network
 from imgcap_jax.models.encoders.pretrained.weights import FrozenVariable
@@ -182,8 +182,8 @@ class MeanClassifier(nnx.Module):
     """The mean of all regions, followed by one linear layer."""
 
     def __init__(self, layer: Layer) -> None:
-        self.kernel = FrozenVariable(jnp.asarray(layer["kernel"]))
-        self.shift = FrozenVariable(jnp.asarray(layer["shift"]))
+        held = on_device(layer)
+        self.kernel, self.shift = FrozenVariable(held["kernel"]), FrozenVariable(held["shift"])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B,h,w,D] -> logits [B,1000]."""
