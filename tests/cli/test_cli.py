@@ -422,9 +422,9 @@ def test_init_from_copies_parameters_and_maps_words(
     old = Run.load(trained)
     words = (*old.vocabulary.words[:4], "unheard", *reversed(old.vocabulary.words[4:20]))
     vocabulary = Vocabulary(words, (0,) * len(words))
-    model = Run(tmp_path, old.experiment, vocabulary).model(with_encoder=True)
-    fresh = np.asarray(model.decoder.embedding.embedding[...])
-    line = transfer(trained, model, vocabulary)
+    run = Run(tmp_path, old.experiment, vocabulary)
+    fresh = np.asarray(run.model(with_encoder=True).decoder.embedding.embedding[...])
+    model, line = transfer(trained, run, with_encoder=True)
     assert f"{len(words) - 1} of {len(words)} words" in line
     _, template, _ = split_trained(old.model(with_encoder=True))
     checkpoints = Checkpoints(trained)
