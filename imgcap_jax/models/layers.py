@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from imgcap_jax.models.additive_scores import additive_scores
-from imgcap_jax.models.unrolling import constant_product
+from imgcap_jax.models.constants import with_constants
 
 
 def dropout(x: Array, rate: float, dropout_keys: Array | None) -> Array:
@@ -85,7 +85,7 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: Array, out_sharding: Any = None) -> Array:
         """x [...,I] -> [...,O]."""
-        y = constant_product(_products[jnp.dtype(self.dtype)], x, self.kernel[...])
+        y = with_constants(_products[jnp.dtype(self.dtype)], x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -94,7 +94,7 @@ class Embed(nnx.Embed):
 
     def __call__(self, tokens: Array, out_sharding: Any = None) -> Array:
         """tokens int32 [...] -> [...,E]."""
-        return constant_product(_rows, tokens, self.embedding[...]).astype(self.dtype)
+        return with_constants(_rows, tokens, self.embedding[...]).astype(self.dtype)
 
 
 def _rows(tokens: Array, table: Array) -> Array:
@@ -184,20 +184,24 @@ class AdditiveAttention(nnx.Module):
             The context [B,M,D] and the weights of the regions, float32 [B,M,N].
         """
         query = self.query(query)
-        score = self.score.kernel[..., 0]  # [A]
-        scores = additive_scores(query, keys, score)  # [B,M,N]
+        scores = with_constants(_scores, query, keys, self.score.kernel[...])  # [B,M,N]
         if region_mask is not None:
             scores = jnp.where(region_mask[:, None], scores, -1e9)
         if sentinel is not None:
             key, value = sentinel
+            score = self.score.kernel[..., 0]  # [A]
             last = jnp.sum(score * jnp.tanh((key + query).astype(jnp.float32)), axis=-1, keepdims=True)  # [B,M,1]
             scores = jnp.concatenate([scores, last], axis=-1)  # [B,M,N+1]
         weights = jax.nn.softmax(scores, axis=-1)
         seen = weights[..., : keys.shape[1]]  # [B,M,N]
-        context = constant_product(_weighted_sum, seen, regions)
+        context = with_constants(_weighted_sum, seen, regions)
         if sentinel is not None:
             context = context + weights[..., -1:].astype(value.dtype) * value
         return context, seen
+
+
+def _scores(query: Array, keys: Array, kernel: Array) -> Array:
+    return additive_scores(query, keys, kernel[:, 0])
 
 
 def _weighted_sum(weights: Array, regions: Array) -> Array:

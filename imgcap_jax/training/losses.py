@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.models.packing import chunk_size, over_chunks
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 
 CHUNK = 768
 """The largest number of words that are scored at a time."""
-PARTS = 4
-"""The last words of a batch are scored in chunks that are smaller by this factor."""
 
 
 class WordLoss(Protocol):
@@ -136,8 +135,7 @@ def packed_word_loss(
         the arrays that ``score_words`` closes over, but not to ``counted``.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    # About half of the places are counted, so that a chunk of more than that would be mostly empty.
-    chunk = min(CHUNK, -(-flat.shape[0] // (2 * PARTS)) * PARTS)
+    chunk = chunk_size(flat.shape[0], CHUNK)
     converted, closed_over = jax.closure_convert(score_words, flat[:chunk])
     log_likelihood, objective = _packed(
         converted, word_loss, chunk, closed_over, flat, targets.reshape(-1), counted.reshape(-1)
@@ -155,12 +153,11 @@ def _packed(
     targets: Array,
     counted: Array,
 ) -> tuple[Array, Array]:
-    def sums(part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        h, target, weight = part
+    def sums(h: Array, target: Array, weight: Array) -> tuple[tuple[Array, Array], tuple[()]]:
         objective, log_likelihood = _chunk_sums(score(h, *closed_over), target, weight, word_loss)
-        return log_likelihood, objective
+        return (log_likelihood, objective), ()
 
-    return _over_chunks(lambda part: (sums(part), ()), chunk, hidden, targets, counted)[0]
+    return over_chunks(sums, (hidden, targets, counted), counted != 0, chunk)[0]
 
 
 def _packed_forward(
@@ -172,9 +169,7 @@ def _packed_forward(
     targets: Array,
     counted: Array,
 ) -> tuple[tuple[Array, Array], tuple[Any, Array]]:
-    def differentiated(part: tuple[Array, Array, Array]) -> tuple[Any, Array]:
-        h, target, weight = part
-
+    def differentiated(h: Array, target: Array, weight: Array) -> tuple[Any, Array]:
         def chunk_loss(h: Array, closed_over: list[Array]) -> tuple[Array, Array]:
             return _chunk_sums(score(h, *closed_over), target, weight, word_loss)
 
@@ -182,7 +177,7 @@ def _packed_forward(
         by_hidden, gradients = transpose(jnp.ones_like(objective))
         return ((log_likelihood, objective), gradients), by_hidden
 
-    (sums, gradients), by_hidden = _over_chunks(differentiated, chunk, hidden, targets, counted)
+    (sums, gradients), by_hidden = over_chunks(differentiated, (hidden, targets, counted), counted != 0, chunk)
     return sums, (gradients, by_hidden)
 
 
@@ -195,60 +190,6 @@ def _packed_backward(
 
 
 _packed.defvjp(_packed_forward, _packed_backward)
-
-
-def _over_chunks(
-    score: Callable[[tuple[Array, Array, Array]], tuple[Any, Any]],
-    chunk: int,
-    hidden: Array,
-    targets: Array,
-    counted: Array,
-) -> tuple[Any, Any]:
-    """Applies ``score`` to chunks of the counted words.
-
-    The first chunk always exists. Chunks of this size follow while they are full, then smaller ones.
-
-    Args:
-        score: (hidden, targets, counted) of a chunk -> (values to add up over chunks, values [n,...] of the words).
-        chunk: the number of words of a chunk.
-        hidden: [n,F].
-        targets: [n].
-        counted: [n].
-
-    Returns:
-        The sums, and the values of all words in their places [n,...], which are 0 for words that are not counted.
-    """
-    places = counted.shape[0]
-    small = chunk // PARTS
-    count = jnp.sum(counted != 0)
-    order = jnp.argsort(counted == 0, stable=True)  # counted words come first
-    order = jnp.pad(order, (0, -(places - chunk) % small + chunk), constant_values=places)  # past the end: read as 0
-
-    def scored(start: Array | int, size: int) -> tuple[Any, Any]:
-        of_chunk = jax.lax.dynamic_slice_in_dim(order, start, size)
-        part = tuple(leaf.at[of_chunk].get(mode="fill", fill_value=0) for leaf in (hidden, targets, counted))
-        return score(part)  # type: ignore[arg-type]
-
-    def body(state: tuple[Array, Any, Any], size: int) -> tuple[Array, Any, Any]:
-        start, sums, values = state
-        more, of_words = scored(start, size)
-        return start + size, jax.tree.map(jnp.add, sums, more), put(values, of_words, start)
-
-    def put(values: Any, of_words: Any, start: Array | int) -> Any:
-        return jax.tree.map(
-            lambda leaf, part: jax.lax.dynamic_update_slice_in_dim(leaf, part, start, axis=0), values, of_words
-        )
-
-    sums, of_words = scored(0, chunk)
-    values = jax.tree.map(lambda part: jnp.zeros((len(order), *part.shape[1:]), part.dtype), of_words)
-    state = jnp.asarray(chunk, count.dtype), sums, put(values, of_words, 0)
-    if places >= 2 * chunk:
-        state = jax.lax.while_loop(lambda state: state[0] + chunk <= count, partial(body, size=chunk), state)
-    if places > chunk:
-        state = jax.lax.while_loop(lambda state: state[0] < count, partial(body, size=small), state)
-    _, sums, values = state
-    back = jnp.argsort(order[:places])
-    return sums, jax.tree.map(lambda leaf: leaf[back], values)
 
 
 def _chunk_sums(logits: Array, targets: Array, weight: Array, word_loss: WordLoss) -> tuple[Array, Array]:

@@ -252,9 +252,7 @@ class Decoder(nnx.Module):
         read = jnp.moveaxis(tokens, -1, 0)  # [T,B,M]
         replaced = (coin < probability) & (jnp.arange(T)[:, None, None] > 0) & (read != PAD)
         inputs = read, replaced, place, self._keys_of_steps(dropout_keys, T)
-        outputs = scan_steps(
-            step, params, memory, (carry, jnp.zeros_like(tokens[..., 0])), inputs, steps_of(tokens)
-        )
+        outputs = scan_steps(step, params, memory, (carry, jnp.zeros_like(tokens[..., 0])), inputs, steps_of(tokens))
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), outputs)
 
     def _keys_of_steps(self, dropout_keys: Array | None, length: int) -> Array | None:
