@@ -23,8 +23,7 @@ from imgcap_jax.image_ids import LIMIT
 from imgcap_jax.metrics.coco_format import write_results
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.report.attention import attention_picture
-from imgcap_jax.run.evaluation import check_ensemble
-from imgcap_jax.run.folder import Run, use_weights
+from imgcap_jax.run.folder import Run, check_ensemble, use_weights
 from imgcap_jax.run.generation import attention_function, caption_function, caption_rows, check_decoding
 from imgcap_jax.tokenizers import text_of
 from imgcap_jax.training.checkpoints import restore_best

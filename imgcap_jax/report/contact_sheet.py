@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -12,9 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 from imgcap_jax.data.builders.layout import PREPARE_AGAIN
 from imgcap_jax.data.image_files import ImageError
 from imgcap_jax.data.images import Resize, view
-from imgcap_jax.data.sources import CaptionExample, CaptionSource
 from imgcap_jax.errors import UserError, counted
 from imgcap_jax.files import replacing
+
+if TYPE_CHECKING:
+    from imgcap_jax.data.sources import CaptionExample, CaptionSource
 
 # Sizes in pixels.
 _TILE = 256  # a multiple of 64, the side of the drawn scenes
@@ -73,7 +76,7 @@ def contact_sheet(
         sheet.save(temporary, "PNG")
 
 
-def dataset_sheet(source: CaptionSource, path: Path, *, count: int = 12, columns: int = 4, seed: int = 0) -> None:
+def dataset_sheet(source: "CaptionSource", path: Path, *, count: int = 12, columns: int = 4, seed: int = 0) -> None:
     """Writes a contact sheet of randomly chosen images of a split with all their captions.
 
     Raises:
@@ -88,7 +91,7 @@ def dataset_sheet(source: CaptionSource, path: Path, *, count: int = 12, columns
     contact_sheet(images, [example.captions for example in examples], path, columns, title)
 
 
-def example_picture(example: CaptionExample, longest: int, resize: Resize = "squash") -> np.ndarray:
+def example_picture(example: "CaptionExample", longest: int, resize: Resize = "squash") -> np.ndarray:
     """The image of an example, or the part that an encoder sees, uint8 [h,w,3], with no side above `longest` pixels.
 
     Raises:

@@ -23,14 +23,14 @@ from imgcap_jax.data.scenes.world import Scene
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.decoding.settings import Decoding
-from imgcap_jax.errors import UserError, counted
+from imgcap_jax.errors import counted
 from imgcap_jax.files import read_json, reading, write_text
 from imgcap_jax.metrics.coco_format import write_references, write_results
 from imgcap_jax.metrics.degeneration import Degeneration
 from imgcap_jax.metrics.scoring import CaptionScorer, CustomMetric, Scores, available_metrics, with_custom
 from imgcap_jax.models.model import CaptionModel, Frozen, Params, split_trained
 from imgcap_jax.run.extraction import Extraction, uses_store
-from imgcap_jax.run.folder import Run
+from imgcap_jax.run.folder import Run, check_ensemble
 from imgcap_jax.run.generation import attention_function, caption_function, caption_rows, check_decoding
 from imgcap_jax.special_tokens import EOS
 from imgcap_jax.terminal import Say, Work, working
@@ -419,22 +419,6 @@ def sweep(
 def naming_run(warnings: Sequence[str], folder: Path) -> list[str]:
     """The warnings, with the run in the commands that they suggest."""
     return [line.replace("imgcap evaluate ", f"imgcap evaluate {shlex.quote(str(folder))} ") for line in warnings]
-
-
-def check_ensemble(runs: Sequence[Run]) -> None:
-    """Raises UserError unless all runs have the same vocabulary and tokeniser."""
-    for run in runs[1:]:
-        if run.vocabulary.tokenizer != runs[0].vocabulary.tokenizer:
-            raise UserError(
-                f"{run.folder} and {runs[0].folder} have different tokenizers "
-                f"({run.vocabulary.tokenizer.label}, {runs[0].vocabulary.tokenizer.label}); train the runs of an "
-                f"ensemble with the same data.tokenizer"
-            )
-        if run.vocabulary.words != runs[0].vocabulary.words:
-            raise UserError(
-                f"{run.folder} and {runs[0].folder} have different vocabularies, so their probabilities cannot be "
-                f"averaged; train the runs of an ensemble on the same captions with the same min_count"
-            )
 
 
 def _read_sweep(path: Path) -> list[dict[str, Any]]:

@@ -297,6 +297,22 @@ def use_weights(runs: Sequence[Run], files: Sequence[Path]) -> list[Run]:
     return found
 
 
+def check_ensemble(runs: Sequence[Run]) -> None:
+    """Raises UserError unless all runs have the same vocabulary and tokeniser."""
+    for run in runs[1:]:
+        if run.vocabulary.tokenizer != runs[0].vocabulary.tokenizer:
+            raise UserError(
+                f"{run.folder} and {runs[0].folder} have different tokenizers "
+                f"({run.vocabulary.tokenizer.label}, {runs[0].vocabulary.tokenizer.label}); train the runs of an "
+                f"ensemble with the same data.tokenizer"
+            )
+        if run.vocabulary.words != runs[0].vocabulary.words:
+            raise UserError(
+                f"{run.folder} and {runs[0].folder} have different vocabularies, so their probabilities cannot be "
+                f"averaged; train the runs of an ensemble on the same captions with the same min_count"
+            )
+
+
 def find_run(folder: Path) -> "Run | None":
     """The run that training in ``folder`` resumes. None: nothing was trained there, so training starts.
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import json
+import os
 import platform
 import re
 import shutil
@@ -451,6 +452,26 @@ def compilation_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], 
     yield lambda: jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", before)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+def test_all_programs_are_kept_until_they_are_too_large(
+    tmp_path: Path, compilation_cache: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ones that were not used for the longest time are deleted. Other files stay."""
+    import jax
+
+    from imgcap_jax.cli import main as module
+
+    folder = tmp_path / "xla"
+    folder.mkdir(mode=0o700)
+    for age, name in enumerate(["new-cache", "old-cache", "older-cache", "used-cache", "oldest"]):
+        (folder / name).write_bytes(bytes(10))
+        os.utime(folder / name, (1e9 if name == "used-cache" else 1e9 - age, 1e9 - age))  # read, written
+    monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "_COMPILED_BYTES", 20)
+    module._keep_compiled()
+    assert {path.name for path in folder.iterdir()} == {"new-cache", "used-cache", "oldest"}
+    assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 0
 
 
 def test_compiled_programs_are_not_read_from_next_to_a_run(
