@@ -46,13 +46,13 @@ def _forward(query: Array, keys: Array, score: Array) -> tuple[Array, tuple[Arra
 
 def _backward(kept: tuple[Array, Array, Array], by_scores: Array) -> tuple[Array, Array, Array]:
     query, keys, score = kept
-    key = _exponential(keys, 2.0)  # [B,N,A]
-    one = _exponential(query, 2.0)  # [...,B,M,A]
-    slope = 4.0 * score.astype(jnp.float32)  # d tanh(x) / dx = 4 (s - s^2) with s = 1 / (1 + e^2x)
+    key, key_inverse = _exponential(keys, 2.0), _exponential(keys, -2.0)  # [B,N,A] both
+    one, one_inverse = _exponential(query, 2.0), _exponential(query, -2.0)  # [...,B,M,A] both
+    slope = 4.0 * score.astype(jnp.float32)  # d tanh(x) / dx = 4 / (2 + e^2x + e^-2x)
 
-    share = 1.0 / (1.0 + key[:, None] * one[..., None, :])  # [...,B,M,N,A]
-    by_query = slope * jnp.sum(by_scores[..., None] * (share - share * share), axis=-2)  # [...,B,M,A]
-    by_keys, by_score = _of_constants(one, _exponential(query, -2.0), key, _exponential(keys, -2.0), by_scores)
+    both = key[:, None] * one[..., None, :] + key_inverse[:, None] * one_inverse[..., None, :]  # [...,B,M,N,A]
+    by_query = slope * jnp.sum(by_scores[..., None] / (2.0 + both), axis=-2)  # [...,B,M,A]
+    by_keys, by_score = _of_constants(one, one_inverse, key, key_inverse, by_scores)
     return by_query.astype(query.dtype), (slope * by_keys).astype(keys.dtype), by_score.astype(score.dtype)
 
 

@@ -21,7 +21,6 @@ from jax import Array
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from imgcap_jax.models.constants import Call, Recorder
-from imgcap_jax.models.packing import chunk_size, over_chunks
 
 Step = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
@@ -311,25 +310,39 @@ def _with_calls(calls: list[Call], kept: _Kept, by_results: list[Array], by_cons
     for call, x, by_result in zip(calls, kept.inputs, by_results, strict=True):
         # The rows of a product by weights can be packed. (A table of words is read row by row.)
         if max(call.places) < weights and jnp.issubdtype(x.dtype, np.inexact):
-            packed.append((call, *(leaf.reshape(-1, *leaf.shape[2:]) for leaf in (x, by_result))))
+            packed.append((call, x.reshape(-1, *x.shape[2:]), by_result.reshape(-1, *by_result.shape[2:])))
         else:
             add(call, call.gradients(x, constants, by_result))
     if packed:
-
-        def products(*arrays: Array) -> tuple[list[tuple[Array, ...]], tuple[()]]:
-            pairs = zip(arrays[::2], arrays[1::2], strict=True)
-            return [
-                call.gradients(x, constants, by_result)
-                for (call, *_), (x, by_result) in zip(packed, pairs, strict=True)
-            ], ()
-
-        length = kept.inputs[0].shape[0]
-        counted = (jnp.arange(length)[:, None] < kept.lengths).reshape(-1)  # [T B]
-        arrays = [leaf for _, *pair in packed for leaf in pair]
-        sums, _ = over_chunks(products, arrays, counted, chunk_size(len(counted)))
-        for (call, *_), more in zip(packed, sums, strict=True):
+        counted = (jnp.arange(kept.inputs[0].shape[0])[:, None] < kept.lengths).reshape(-1)  # [T B]
+        for (call, *_), more in zip(packed, _packed_gradients(packed, constants, counted), strict=True):
             add(call, more)
     return tree.unflatten(gradients)
+
+
+def _packed_gradients(
+    packed: list[tuple[Call, Array, Array]], constants: list[Array], counted: Array
+) -> list[tuple[Array, ...]]:
+    """The gradients that calls have for their constants, from the counted rows alone, if they are few enough.
+
+    Args:
+        packed: each call with its x [P,...] and the gradient of its result [P,...], 0 in rows that are not counted.
+        constants: those of the scan.
+        counted: bool [P].
+    """
+    places = len(counted)
+    order = jnp.argsort(~counted, stable=True)  # counted rows come first
+
+    def of_rows(rows: Array | None) -> list[tuple[Array, ...]]:
+        return [
+            call.gradients(x, constants, by) if rows is None else call.gradients(x[rows], constants, by[rows])
+            for call, x, by in packed
+        ]
+
+    # Captions of COCO take 0.55 of the steps for 20 words, the longest of five 0.7.
+    sizes = sorted({-(-places * 5 // 8), -(-places * 3 // 4)} - {places})
+    branches = [*(partial(of_rows, order[:size]) for size in sizes), partial(of_rows, None)]
+    return jax.lax.switch(sum((jnp.int32(jnp.sum(counted) > size) for size in sizes), jnp.int32(0)), branches)
 
 
 _scan.defvjp(_forward, lambda step, backward, by_ys: backward(by_ys))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from imgcap_jax.metrics.corpus import expand, join, pairs, unpair, words_left
+from imgcap_jax.metrics.meteor.stemmer import stem
 from imgcap_jax.metrics.meteor.tables import Tables
 
 EXACT, STEM, SYNONYM, PARAPHRASE = range(4)
@@ -49,7 +50,7 @@ class Words:
         known = self.tables.number.get(word, -1)
         self._known.append(known)
         self._function.append(known >= 0 and bool(self.tables.function[known]))
-        self._stem.append(self._stem_number.setdefault(self.tables.stem(word), len(self._stem_number)))
+        self._stem.append(self._stem_number.setdefault(stem(word), len(self._stem_number)))
         self._synsets.append(self.tables.synsets(word))
 
     @property

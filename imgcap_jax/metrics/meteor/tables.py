@@ -1,4 +1,4 @@
-"""METEOR's English tables: stems, synonyms, function words, paraphrases.
+"""METEOR's English tables: synonyms, function words, paraphrases.
 
 The data are those of the official tool, read from the installed package `pycocoevalcap` (extra `meteor`). They are
 compiled once into arrays in the cache folder, which are then mapped into memory. No code of the package is run.
@@ -7,17 +7,15 @@ Letters: K known words, D entries of synsets, P nodes of the prefix tree of phra
 """
 
 import gzip
-import re
 import shutil
 import sys
 import tempfile
 import time
 import zipfile
 import zlib
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -25,16 +23,16 @@ import numpy as np
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import cache_folder, damages, read_digests, write_digests
-from imgcap_jax.metrics.corpus import pairs
+from imgcap_jax.metrics.corpus import expand, pairs
 from imgcap_jax.metrics.official import official_folder
 
 HOW_TO_ADD = "pip install pycocoevalcap adds its tables"
 LONGEST = 7  # words of the longest phrase in the table
-_FORMAT = 3  # version of the compiled tables; must be increased when their format changes
+_AT_A_TIME = 1 << 18  # phrases; limits the memory of the compilation
+_FORMAT = 4  # version of the compiled tables; must be increased when their format changes
 _ARRAYS = ("function", "synset_start", "synset", "base_start", "base", "paraphrase_start", "paraphrase")
 _PREFIXES = tuple(f"prefix_{length}" for length in range(2, LONGEST + 1))
-_TEXTS = ("words", "stems")
-_FILES = {*(f"{name}.npy" for name in _ARRAYS + _PREFIXES), *(f"{name}.txt" for name in _TEXTS)}
+_FILES = {"words.txt", *(f"{name}.npy" for name in _ARRAYS + _PREFIXES)}
 
 # Endings that WordNet's morphology replaces, in this order, until the result is a word in the dictionary.
 _ENDINGS = (
@@ -59,7 +57,6 @@ class Tables:
 
     Attributes:
         number: the id of each known word.
-        stems: the stem of each known word.
         function: whether each known word is a function word, [K].
         synset_start [K+1], synset [D]: the synsets of each word, from `synset_start[word]` on, without those of its
             base forms.
@@ -71,7 +68,6 @@ class Tables:
     """
 
     number: dict[str, int]
-    stems: list[str]
     function: np.ndarray
     synset_start: np.ndarray
     synset: np.ndarray
@@ -101,15 +97,10 @@ class Tables:
                 f"cannot write METEOR's tables to {folder.parent} ({error.strerror or error}): set IMGCAP_CACHE to a "
                 "writable folder with 100 MB of free space"
             ) from error
-        words, stems = ((folder / f"{name}.txt").read_text("utf-8").split("\n") for name in _TEXTS)
+        words = (folder / "words.txt").read_text("utf-8").split("\n")
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
         prefix = tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _PREFIXES)
-        return cls({word: i for i, word in enumerate(words)}, stems, prefix=prefix, **arrays)
-
-    def stem(self, word: str) -> str:
-        """The stem of a word, by Snowball's English stemmer ("Porter 2")."""
-        known = self.number.get(word)
-        return _stem(word) if known is None else self.stems[known]
+        return cls({word: i for i, word in enumerate(words)}, prefix=prefix, **arrays)
 
     def synsets(self, word: str) -> set[int]:
         """The synsets of a word and of its possible base forms, which are found as in WordNet's morphology."""
@@ -161,22 +152,6 @@ class Tables:
             yield place, node
 
 
-@cache
-def _snowball() -> Callable[[str], str]:
-    from nltk.stem.snowball import EnglishStemmer  # slow to import, and rarely needed: the tables contain most stems
-
-    stem: Callable[[str], str] = EnglishStemmer().stem
-    return stem
-
-
-def _stem(word: str) -> str:
-    stem = _snowball()(word)
-    # With these suffixes nltk keeps the e of -ize and -ate, which the last step of Snowball removes.
-    if re.search("(?:ization|izer|ational)", word) and stem.endswith(("ize", "ate")):
-        return stem[:-1]
-    return stem
-
-
 def _is_whole(folder: Path) -> bool:
     """Whether all files are as they were written (0.1 s). A power cut or a clean-up can damage a cache."""
     try:
@@ -220,47 +195,58 @@ def _compile(package: Path, folder: Path) -> None:
 
 
 def _write_tables(jar: Path, paraphrases: Path, folder: Path) -> None:
+    from imgcap_jax.metrics.meteor.paraphrases import Paraphrases  # imports pyarrow, which only this needs
+
+    table = Paraphrases.read(paraphrases)
+    words = _write_words(jar, table.words, folder)
+    number = {word: i for i, word in enumerate(words)}
+    ids = np.array([number[word] for word in table.words], np.int64)
+    prefix, node_of = _prefix_tree(table.flat, table.lengths, ids, len(words))
+    for length, keys in enumerate(prefix, 2):
+        np.save(folder / f"prefix_{length}.npy", keys)
+    nodes = len(words) + sum(map(len, prefix))
+    targets, sources = np.split(node_of, [len(node_of) - len(table.repeats)])
+    starts = np.concatenate([[0], np.cumsum(np.bincount(sources, table.repeats, nodes))])
+    np.save(folder / "paraphrase_start.npy", starts.astype(np.int32))
+    begin = np.cumsum(table.repeats) - table.repeats
+    of_sources = (
+        targets[expand(begin[some], table.repeats[some])[1]]
+        for some in np.array_split(np.argsort(sources, kind="stable"), 16)  # in parts, which need less memory
+    )
+    np.save(folder / "paraphrase.npy", np.concatenate(list(of_sources)))
+
+
+def _write_words(jar: Path, in_phrases: Sequence[str], folder: Path) -> list[str]:
+    """Writes the known words, their synsets and their base forms. Returns the words, sorted."""
     with zipfile.ZipFile(jar) as archive:
 
         def lines(name: str) -> list[str]:
             return archive.read(name).decode("utf-8").split("\n")
 
-        function = lines("function/english.words")
+        function = set(lines("function/english.words")) - {""}
         synsets = dict(_pairs(lines("synonym/english.synsets")))
-        bases: dict[str, list[str]] = {}
+        bases = defaultdict[str, list[str]](list)
         for base, forms in _pairs(lines("synonym/english.exceptions")):
-            for form in forms:
-                bases.setdefault(form, []).append(base)
-    phrases, source, target = _read_paraphrases(paraphrases)
-    in_phrases = {word for phrase in phrases for word in phrase.split(" ")}
+            for form in forms.split():
+                bases[form].append(base)
     irregular = {word for form, words in bases.items() for word in (form, *words)}
     # Entries of several words ("ice_cream") are omitted, because METEOR matches synonyms word by word.
-    words = sorted(word for word in {*filter(None, function), *synsets, *irregular, *in_phrases} if "_" not in word)
+    words = sorted(word for word in {*function, *synsets, *irregular, *in_phrases} if "_" not in word)
     number = {word: i for i, word in enumerate(words)}
-    (folder / "words.txt").write_text("\n".join(words), "utf-8")
-    (folder / "stems.txt").write_text("\n".join(map(_stem, words)), "utf-8")
-
-    known_bases = [[number[base] for base in bases.get(word, ()) if base in number] for word in words]
     arrays = {
-        "function": np.isin(words, function),
-        **_listed("synset", [[int(synset) for synset in synsets.get(word, ())] for word in words]),
-        **_listed("base", known_bases),
+        "function": np.array([word in function for word in words]),
+        **_listed("synset", [[int(synset) for synset in synsets.get(word, "").split()] for word in words]),
+        **_listed("base", [[number[base] for base in bases.get(word, ()) if base in number] for word in words]),
     }
-    prefix, node_of = _prefix_tree(phrases, number)
-    arrays |= {f"prefix_{length}": keys for length, keys in enumerate(prefix, 2)}
-    nodes = len(words) + sum(map(len, prefix))
-    sources, targets = node_of[np.frombuffer(source, np.int32)], node_of[np.frombuffer(target, np.int32)]
-    order = np.argsort(sources, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(sources, minlength=nodes))])
-    arrays |= {"paraphrase_start": starts.astype(np.int32), "paraphrase": targets[order].astype(np.int32)}
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", values)
+    (folder / "words.txt").write_text("\n".join(words), "utf-8")
+    return words
 
 
-def _pairs(lines: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Pairs of lines: a word, then the list of its values."""
-    for word, values in zip(lines[::2], lines[1::2], strict=False):
-        yield word, values.split()
+def _pairs(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of lines: a word, then its values."""
+    return zip(lines[::2], lines[1::2], strict=False)
 
 
 def _listed(name: str, lists: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
@@ -270,34 +256,101 @@ def _listed(name: str, lists: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
     return {f"{name}_start": starts.astype(np.int32), name: values}
 
 
-def _read_paraphrases(path: Path) -> tuple[list[str], array, array]:
-    """All phrases, and the indices of the two phrases of each pair, in the order of the table."""
-    number: dict[str, int] = {}
-    source, target = array("i"), array("i")
-    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as lines:
-        stripped = (line.rstrip("\n") for line in lines)
-        for _probability, one, other in zip(stripped, stripped, stripped, strict=True):
-            source.append(number.setdefault(one, len(number)))
-            target.append(number.setdefault(other, len(number)))
-    return list(number), source, target
+def _prefix_tree(
+    words: np.ndarray, lengths: np.ndarray, ids: np.ndarray, known: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The sorted pairs (``Tables.prefix``) of each length from 2 on, and the node of each phrase.
 
+    The tree is made in parts, which need little memory. A part contains all phrases that begin with the same words.
 
-def _prefix_tree(phrases: Sequence[str], number: dict[str, int]) -> tuple[list[np.ndarray], np.ndarray]:
-    """The sorted pairs (``Tables.prefix``) of each length from 2 on, and the node of each phrase."""
-    flat = array("i", (number[word] for phrase in phrases for word in phrase.split(" ")))
-    words = np.frombuffer(flat, np.int32).astype(np.int64)
-    lengths = np.fromiter((phrase.count(" ") + 1 for phrase in phrases), np.int64, len(phrases))
-    begin = np.cumsum(lengths) - lengths
-    node, node_of, offset, prefix = words[begin], np.zeros(len(phrases), np.int64), len(number), []
-    alive = np.arange(len(phrases))
-    for length in range(1, LONGEST + 1):
-        if length > 1:
-            longer = lengths[alive] >= length
-            alive, node = alive[longer], node[longer]
-            keys, node = np.unique(pairs(node, words[begin[alive] + length - 1]), return_inverse=True)
-            node = node + offset
-            offset += len(keys)
-            prefix.append(keys)
-        ends = lengths[alive] == length
-        node_of[alive[ends]] = node[ends]
+    Args:
+        words: the words of F phrases, as indices into `ids`, concatenated.
+        lengths: the number of words in each phrase, [F].
+        ids: the ids of these words, ascending.
+        known: the number of known words, K.
+
+    Raises:
+        ValueError: a phrase has more than `LONGEST` words.
+    """
+    if lengths.max(initial=1) > LONGEST:
+        raise ValueError(f"a phrase of {lengths.max()} words")
+    begin = np.cumsum(lengths, dtype=np.int32) - lengths
+    first_word = words[begin]
+    part_of_word = np.cumsum(np.bincount(first_word, minlength=len(ids))) // _AT_A_TIME
+    part = part_of_word.astype(np.int32)[first_word]
+    node_of, parts = np.zeros(len(lengths), np.int32), []
+    for i in range(int(part.max(initial=0)) + 1):
+        phrases = np.flatnonzero(part == i)
+        phrase, word = expand(begin[phrases], lengths[phrases].astype(np.int64))
+        padded = np.zeros((len(phrases), LONGEST), np.min_scalar_type(len(ids)))
+        padded[phrase, word - begin[phrases][phrase]] = words[word] + 1
+        found, node_of[phrases] = _part_of_tree(padded, len(ids) + 1)
+        parts.append(found)
+
+    # In each part, nodes are counted from 0 for each length. The parts of each length follow each other.
+    sizes = np.array([[0, *(len(parents) for parents, _ in found)] for found in parts])  # 0: single words
+    total = sizes.sum(0)
+    first = known + np.cumsum(total) - total + np.cumsum(sizes, 0) - sizes
+    first[:, 0] = 0
+    node_of += first.astype(np.int32)[part, lengths - 1]
+    single = lengths == 1
+    node_of[single] = ids[node_of[single]]
+    prefix = []
+    for length in range(2, LONGEST + 1):
+        parents, last = zip(*(found[length - 2] for found in parts), strict=True)
+        nodes = [
+            ids[node] if length == 2 else node + start
+            for node, start in zip(parents, first[:, length - 2], strict=True)
+        ]
+        prefix.append(pairs(np.concatenate(nodes), ids[np.concatenate(last)]))
     return prefix, node_of
+
+
+def _part_of_tree(words: np.ndarray, base: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+    """The prefixes of N phrases.
+
+    The phrases are sorted by as many words at once as an integer holds, which is four for the official table.
+
+    Args:
+        words: the words of each phrase, from 1 to `base` - 1, then 0, [N, LONGEST].
+
+    Returns:
+        For each length from 2 on: the parent and the last word of each prefix, sorted. For each phrase: its node.
+        Words and nodes are counted from 0, nodes for each length. The node of a single word is the word.
+    """
+    found, node_of = list[tuple[np.ndarray, np.ndarray]](), np.zeros(len(words), np.int64)
+    phrase, count, depth = np.arange(len(words)), 1, 0  # the phrases longer than `depth`; their different beginnings
+    while depth < LONGEST:
+        at_once = 1
+        while depth + at_once < LONGEST and count * base ** (at_once + 1) < 2**63:
+            at_once += 1
+        key = node_of[phrase]
+        for place in range(depth, depth + at_once):
+            key = key * base + words[phrase, place]
+        order = np.argsort(key)
+        phrase, key = phrase[order], key[order]
+        differs = _changes(key)
+        key = key[differs]
+        node = key // base**at_once
+        for place in range(at_once):
+            beginning = key // base ** (at_once - 1 - place)
+            word = beginning % base
+            if depth + place == 0:
+                node = word - 1
+                continue
+            new = (word > 0) & _changes(beginning)
+            found.append((node[new], word[new] - 1))
+            node = np.where(word > 0, np.cumsum(new) - 1, node)
+            count = len(found[-1][0])
+        node_of[phrase] = node[np.cumsum(differs) - 1]
+        depth += at_once
+        if depth < LONGEST:
+            phrase = phrase[words[phrase, depth] > 0]
+    return found, node_of
+
+
+def _changes(values: np.ndarray) -> np.ndarray:
+    """Whether each value differs from the one before it. The first value does."""
+    changes = np.ones(len(values), bool)
+    changes[1:] = values[1:] != values[:-1]
+    return changes
