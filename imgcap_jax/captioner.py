@@ -1,12 +1,15 @@
 """Captioner: load a run and caption photos. The Python API for using a trained model."""
 
+import itertools
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +18,7 @@ from PIL import Image
 from imgcap_jax.data.image_files import AnyImage, ImageError, read_file
 from imgcap_jax.data.images import decode, view
 from imgcap_jax.data.photo_files import photo_path
+from imgcap_jax.data.prefetch import map_ahead
 from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError, printable
@@ -30,7 +34,9 @@ from imgcap_jax.training.checkpoints import restore_best
 from imgcap_jax.user_code import load_all_code
 
 Photo = str | Path | AnyImage
-BATCH = 8
+BATCH, SMALL_BATCH = 32, 8  # images per batch; up to 8 images are one small batch
+_BATCHES_AT_ONCE = 2
+_READERS = 8  # threads at most, each with a photo in memory
 _VIEW = 512  # the longer side of a photo in a picture of attention, in pixels
 
 
@@ -55,6 +61,14 @@ class Caption:
     log_probs: tuple[float, ...]
     score: float
     attention: np.ndarray | None = None
+
+
+class _Batch(NamedTuple):
+    """images: uint8 [B,s,s,3] per run. rows: int32 [B]. real: the number of images that are not padding."""
+
+    images: list[np.ndarray]
+    rows: np.ndarray
+    real: int
 
 
 class Captioner:
@@ -142,7 +156,7 @@ class Captioner:
         """The ``decoding.n_best`` captions of each photo, best first, or all samples. Raises as ``__call__``."""
         if isinstance(photos, str | Path | bytes | np.ndarray | Image.Image) and not _is_batch(photos):
             raise TypeError("photos is a single photo; give a list")
-        return [captions for group in self.stream(list(map(self.pixels, photos))) for captions in group]
+        return [captions for group in self.stream(map(self.pixels, photos)) for captions in group]
 
     def pixels(self, photo: Photo) -> list[np.ndarray]:
         """A photo at the size of each run's encoder: uint8 [s,s,3]. Raises as ``__call__``."""
@@ -156,21 +170,37 @@ class Captioner:
         """
         return view(_image(photo), _VIEW, self.runs[0].experiment.data.resize)
 
-    def stream(self, images: Sequence[Sequence[np.ndarray]], first_row: int = 0) -> Iterator[list[list[Caption]]]:
-        """All captions of images (as ``pixels`` returns them), one batch at a time.
+    def stream(self, images: Iterable[Sequence[np.ndarray]], first_row: int = 0) -> Iterator[list[list[Caption]]]:
+        """All captions of images (as ``pixels`` returns them), one batch at a time, in order.
 
-        Batches are padded, so that two shapes are compiled: one for a single image, one for more. ``first_row`` is the
-        place of the first image in the whole input, which determines samples.
+        Images are drawn while earlier ones are captioned. ``first_row`` is the place of the first image in the whole
+        input, which determines samples.
         """
-        for first in range(0, len(images), BATCH):
-            group = list(images[first : first + BATCH])
-            size = 1 if len(images) == 1 else BATCH
+        batches = self._batches(images, first_row)
+        first = next(batches, None)
+        if first is not None:
+            yield self._caption(first)  # alone, because each thread would compile the program
+        # The small operations of a search keep one core busy, so the next batch is encoded at the same time.
+        yield from map_ahead(self._caption, batches, threads=_BATCHES_AT_ONCE, ahead=_BATCHES_AT_ONCE - 1)
+
+    def _batches(self, images: Iterable[Sequence[np.ndarray]], first_row: int) -> Iterator[_Batch]:
+        """Batches of one size, padded with copies of the last image.
+
+        There are three sizes, so that few programs are compiled: for a single image, for some, and for more.
+        """
+        remaining, size = iter(images), 0
+        while group := list(itertools.islice(remaining, BATCH)):
+            size = size or min(one for one in (1, SMALL_BATCH, BATCH) if one >= len(group))
             filled = [np.stack(own) for own in zip(*group, *[group[-1]] * (size - len(group)), strict=True)]
-            rows = np.arange(size, dtype=np.int32) + first_row + first
-            batches = [{"image": own, "row": rows} for own in filled]
-            decoded = jax.device_get(self._captions(self._params, self._frozen, batches))
-            maps = self._maps(filled, decoded.tokens)
-            yield [self._hypotheses(decoded, maps, row) for row in range(len(group))]
+            yield _Batch(filled, np.arange(size, dtype=np.int32) + first_row, len(group))
+            first_row += len(group)
+
+    def _caption(self, batch: _Batch) -> list[list[Caption]]:
+        """All captions of each image of a batch."""
+        parts = [{"image": own, "row": batch.rows} for own in batch.images]
+        decoded = jax.device_get(self._captions(self._params, self._frozen, parts))
+        maps = self._maps(batch.images, decoded.tokens)
+        return [self._hypotheses(decoded, maps, row) for row in range(batch.real)]
 
     def _hypotheses(self, decoded: Decoded, maps: np.ndarray | None, row: int) -> list[Caption]:
         captions = []
@@ -283,21 +313,28 @@ def caption_files(
 
 
 def _captioned(captioner: Captioner, files: Sequence[Path]) -> Iterator[tuple[Path, Sequence[Caption] | str]]:
-    """The captions of each file, or the reason why it has none."""
-    done = 0
-    for group in _chunks(files, BATCH):
-        images: list[list[np.ndarray]] = []
-        read: list[Path] = []
-        for path in group:
-            try:
-                images.append(captioner.pixels(path))
-                read.append(path)
-            except (ImageError, OSError) as error:
-                yield path, reason(error)
-        if images:
-            captions = [one for part in captioner.stream(images, done) for one in part]
-            done += len(images)
-            yield from zip(read, captions, strict=True)
+    """The captions of each file, or the reason why it has none, in order. The next files are read in threads."""
+    read: deque[tuple[Path, str]] = deque()  # with the reason of each file that cannot be read, else ""
+
+    def pixels(path: Path) -> list[np.ndarray] | str:
+        try:
+            return captioner.pixels(path)
+        except (ImageError, OSError) as error:
+            return reason(error)
+
+    def readable() -> Iterator[list[np.ndarray]]:
+        found = map_ahead(pixels, files, threads=min(os.cpu_count() or 1, _READERS), ahead=2 * BATCH)
+        for path, image in zip(files, found, strict=True):
+            read.append((path, image if isinstance(image, str) else ""))
+            if not isinstance(image, str):
+                yield image
+
+    for batch in captioner.stream(readable()):
+        for captions in batch:
+            while read[0][1]:
+                yield read.popleft()
+            yield read.popleft()[0], captions
+    yield from read
 
 
 def _draw(captioner: Captioner, path: Path, caption: Caption, picture: Path) -> None:
@@ -353,7 +390,3 @@ def _new_name(path: Path, taken: set[str]) -> str:
         name, number = f"{path.stem}_{number}_attention.png", number + 1
     taken.add(name)
     return name
-
-
-def _chunks(items: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
-    return (items[first : first + size] for first in range(0, len(items), size))

@@ -1,12 +1,16 @@
-"""Transfers batches to the device in the background, while the device computes."""
+"""Work in the background: transfers of batches to the device while it computes, and functions in threads."""
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, NamedTuple, TypeVar
 
 Batch = TypeVar("Batch")
 DeviceBatch = TypeVar("DeviceBatch")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class _End(NamedTuple):
@@ -94,3 +98,33 @@ def device_prefetch(
         the batches that precede it. `close()`, or leaving the `with` block, stops the thread.
     """
     return DevicePrefetch(iterator, put, depth)
+
+
+def map_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
+) -> Iterator[Result]:
+    """The results of a function in the order of the items, computed in threads.
+
+    Items are drawn by the caller's thread. If it stops early, the items that are not begun are dropped, and it does not
+    wait for the others.
+
+    Args:
+        function: called in several threads at the same time.
+        items: can be endless.
+        threads: the number of threads.
+        ahead: the number of items that are begun, or wait for a thread, while the caller uses a result.
+
+    Returns:
+        Iterator over results. An error of the function is raised in place of its result.
+    """
+    pool = ThreadPoolExecutor(threads)
+    begun: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            begun.append(pool.submit(function, item))
+            if len(begun) > ahead:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

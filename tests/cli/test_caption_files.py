@@ -19,7 +19,9 @@ from imgcap_jax.data import image_files
 from imgcap_jax.data.photo_files import photo_files
 from imgcap_jax.data.scenes.builder import encode_png
 from imgcap_jax.data.scenes.world import draw_scene, sample_scene
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
+from imgcap_jax.run.folder import Run
 
 
 class Stub(Captioner):
@@ -95,6 +97,71 @@ def test_all_photos_of_a_folder_are_captioned_or_reported(tmp_path: Path) -> Non
         f"{image_files.READS} are read); not captioned",
         f"imgcap: {tmp_path}/pipe.png: is a device or a pipe, not a file; not captioned",
     ]
+
+
+def test_captions_and_failures_come_in_the_order_of_the_files(tmp_path: Path) -> None:
+    """Files are read in threads, and more than one batch of them ahead."""
+    bad = (0, 1, 7, 33, 70, 98, 99)
+    for number in range(100):
+        path = tmp_path / f"{number:02}.png"
+        if number in bad:
+            path.write_bytes(b"no image")
+        else:
+            photo(path, number, (8, 8) if number % 3 else (900, 900))
+    found = list(caption_files(Stub(), photo_files([tmp_path]), as_json=False))
+    assert [failed for _, failed in found] == [number in bad for number in range(100)]
+    for number, (line, failed) in enumerate(found):
+        assert f"{number:02}.png: " + ("unknown image format" if failed else f"red {number}") in line
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [(0, []), (1, [(1, 1)]), (2, [(2, 8)]), (8, [(8, 8)]), (9, [(9, 32)]), (70, [(32, 32), (32, 32), (6, 32)])],
+)
+def test_all_batches_of_photos_have_one_size(count: int, sizes: list[tuple[int, int]]) -> None:
+    """A second size would be compiled too."""
+    images = [[np.full((2, 2, 3), number, np.uint8)] for number in range(count)]
+    batches = list(Stub()._batches(images, first_row=5))
+    assert [(batch.real, len(batch.rows)) for batch in batches] == sizes
+    assert all(len(own) == len(batch.rows) for batch in batches for own in batch.images)
+    rows = [row for batch in batches for row in batch.rows[: batch.real].tolist()]
+    assert rows == list(range(5, 5 + count))
+    shown = [red for batch in batches for red in batch.images[0][: batch.real, 0, 0, 0].tolist()]
+    assert shown == list(range(count))
+
+
+def test_samples_of_a_photo_in_a_folder_depend_on_its_place_only(trained: Path, tmp_path: Path) -> None:
+    """Two batches are computed at a time, by one compiled program."""
+    for number in range(70):
+        (tmp_path / f"{number:02}.png").write_bytes(encode_png(draw_scene(sample_scene("test", number % 5), 32)))
+    files = photo_files([tmp_path])
+    captioner = Captioner(Run.load(trained), Decoding(samples=2, max_words=6))
+    lines = [json.loads(line) for line, _ in caption_files(captioner, files, as_json=True)]
+    assert captioner._captions._cache_size() == 1  # type: ignore[attr-defined]
+    for place in (0, 35, 69):
+        [[alone]] = captioner.stream([captioner.pixels(files[place])], place)
+        assert [one["text"] for one in lines[2 * place : 2 * place + 2]] == [one.text for one in alone]
+
+
+def test_captions_that_are_printed_need_no_photo_after_them(tmp_path: Path) -> None:
+    """An interruption during the third batch leaves the lines of the first."""
+    for number in range(5 * module.BATCH):
+        photo(tmp_path / f"{number:03}.png", number % 256)
+
+    class Interrupted(Stub):
+        def _caption(self, batch: module._Batch) -> list[list[Caption]]:
+            if batch.rows[0] >= 2 * module.BATCH:
+                raise KeyboardInterrupt
+            return [[Caption(f"red {image[0, 0, 0]}", -1.0, (), (), -1.0)] for image in batch.images[0]]
+
+        stream = Captioner.stream
+
+    found = caption_files(Interrupted(), photo_files([tmp_path]), as_json=False, results=tmp_path / "results.json")
+    lines: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        lines.extend(line for line, _ in found)  # keeps those before the error
+    assert [line.partition(": ")[2] for line in lines] == [f"red {number}" for number in range(2 * module.BATCH)]
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 2 * module.BATCH
 
 
 def test_photos_that_are_all_missing_are_an_error_before_the_run_is_loaded(
