@@ -24,6 +24,7 @@ from imgcap_jax.metrics.corpus import (
     NGramCounts,
     NGramNumbers,
     References,
+    distinct,
     join,
     mean_score,
     pairs,
@@ -64,7 +65,7 @@ def inverse_document_frequency(image: np.ndarray, gram: np.ndarray, *, images: i
     Returns:
         The idf, [grams]. An n-gram that no image contains gets the idf of an n-gram that one image contains.
     """
-    documents = unpair(np.unique(pairs(image, gram)))[1]
+    documents = unpair(distinct(pairs(image, gram)))[1]
     return np.log(images) - np.log(np.maximum(1, np.bincount(documents, minlength=grams)))
 
 

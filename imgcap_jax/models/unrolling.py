@@ -79,7 +79,7 @@ class _Floating(NamedTuple):
         of_kind = {True: iter(floating), False: iter(others)}
         return self.tree.unflatten([next(of_kind[kind]) for kind in self.floating])
 
-    def gradient(self, floating: Sequence[Array]) -> Any:
+    def gradient(self, floating: Sequence[Array | None]) -> Any:
         """The tree of gradients; None for leaves that have none."""
         return self.join(floating, [None] * self.floating.count(False))
 
@@ -103,6 +103,7 @@ class _TracedStep:
 
     Attributes:
         calls: the calls of ``with_constants``; taps: the shapes of their results.
+        unused: for each floating constant, whether only such calls read it, so that a step has no gradient for it.
         shapes: the shapes of what ``run`` returns. y: the shapes of the step's y.
     """
 
@@ -146,6 +147,12 @@ class _TracedStep:
         self._fixed = _depend_on(jaxpr, len(jax.tree.leaves(constants)))[self._ends[-1] :]
         self.shapes = self._parts([leaf for part in shapes for leaf in part])
 
+        by_carry, by_y = of_carry.split(carry)[0], of_y.split(self.y)[0]
+        jaxpr = jax.make_jaxpr(self._transposed)(self.shapes.kept, self.shapes.fixed, by_carry, by_y)
+        self._run_transposed = jaxpr_as_fun(jaxpr)
+        self._counts = [sum(of.floating) for of in (of_constants, of_carry)]
+        self.unused = _zeros(jaxpr)[: self._counts[0]]
+
     def run(self, weights: Any, memory: Any, carry: Any, x: Any) -> _Parts:
         """One step."""
         return self._parts(self._run(*jax.tree.leaves((weights, memory, carry, x))))
@@ -157,10 +164,21 @@ class _TracedStep:
         kept = [leaf for leaf, fixed in zip(read, self._fixed, strict=True) if not fixed]
         return _Parts(carry, y, inputs, kept, [leaf for leaf, fixed in zip(read, self._fixed, strict=True) if fixed])
 
-    def transpose(self, kept: Sequence[Array], fixed: Sequence[Array], by_carry: list[Array], by_y: list[Array]) -> Any:
-        """The gradients of (weights and memory, carry, taps), of their leaves that have gradients."""
+    def _transposed(
+        self, kept: Sequence[Array], fixed: Sequence[Array], by_carry: list[Array], by_y: list[Array]
+    ) -> list[Array]:
         of_kind = {True: iter(fixed), False: iter(kept)}
-        return self._transpose.unflatten([next(of_kind[kind]) for kind in self._fixed])((by_carry, by_y))
+        transpose = self._transpose.unflatten([next(of_kind[kind]) for kind in self._fixed])
+        return jax.tree.leaves(transpose((by_carry, by_y)))
+
+    def transpose(
+        self, kept: Sequence[Array], fixed: Sequence[Array], by_carry: list[Array], by_y: list[Array]
+    ) -> tuple[list[Array], list[Array], list[Array]]:
+        """The gradients of the constants that are not ``unused``, of the carry, and of the results of the calls."""
+        leaves = self._run_transposed(*kept, *fixed, *by_carry, *by_y)
+        first, second = self._counts[0], sum(self._counts)
+        used = [leaf for leaf, unused in zip(leaves[:first], self.unused, strict=True) if not unused]
+        return used, leaves[first:second], leaves[second:]
 
 
 def _depend_on(jaxpr: ClosedJaxpr, inputs: int) -> tuple[bool, ...]:
@@ -174,6 +192,19 @@ def _depend_on(jaxpr: ClosedJaxpr, inputs: int) -> tuple[bool, ...]:
         if all(map(is_known, equation.invars)):
             known.update(equation.outvars)
     return tuple(map(is_known, jaxpr.jaxpr.outvars))
+
+
+def _zeros(jaxpr: ClosedJaxpr) -> tuple[bool, ...]:
+    """Whether each output is an array of zeros, whatever the inputs."""
+    zeros = {
+        equation.outvars[0]
+        for equation in jaxpr.jaxpr.eqns
+        if equation.primitive.name == "broadcast_in_dim"
+        and isinstance(equation.invars[0], Literal)
+        and jnp.issubdtype(equation.invars[0].aval.dtype, np.inexact)
+        and equation.invars[0].val == 0
+    }
+    return tuple(not isinstance(atom, Literal) and atom in zeros for atom in jaxpr.jaxpr.outvars)
 
 
 def _first(tree: Any, rows: int) -> Any:
@@ -259,52 +290,61 @@ def _forward(step: Step, weights: Any, memory: Any, carry: Any, xs: Any, lengths
 
 
 def _backward(stages: list[int], traced: list[_TracedStep], kept: _Kept, by_ys: Any) -> Any:
-    of_weights, of_memory, of_carry = (_Floating.of(tree) for tree in (kept.weights, kept.memory, kept.carry))
-    of_y = _Floating.of(traced[0].y)
+    constants = (kept.weights, kept.memory)
+    of_constants, of_carry, of_y = (_Floating.of(tree) for tree in (constants, kept.carry, traced[0].y))
+    leaves, unused = of_constants.split(constants)[0], traced[0].unused
+    of_rows = [False] * sum(_Floating.of(kept.weights).floating)
+    of_rows += [True] * (len(leaves) - len(of_rows))
+    summed = [number for number in range(len(leaves)) if not unused[number]]
     by_y = of_y.split(by_ys)[0]
-    memory, carry = of_memory.split(kept.memory)[0], of_carry.split(kept.carry)[0]
-    by_weights = [jnp.zeros_like(leaf) for leaf in of_weights.split(kept.weights)[0]]
-    # Gradients of the rows; those of the next stage's rows are continued.
-    by_memory, by_carry = ([jnp.zeros_like(leaf[:0]) for leaf in leaves] for leaves in (memory, carry))
+    # Sums over the steps. Those of rows begin without rows and are extended to the rows of each stage.
+    sums = [jnp.zeros_like(leaves[number][:0] if of_rows[number] else leaves[number]) for number in summed]
+    by_carry = [jnp.zeros_like(leaf[:0]) for leaf in of_carry.split(kept.carry)[0]]
     taps = _empty(by_y[0].shape[0], traced[0].taps)
 
     def body(state: Any, traced_step: _TracedStep, fixed: list[Array]) -> Any:
-        t, by_weights, by_memory, by_carry, taps = state
+        t, sums, by_carry, taps = state
         t = t - 1
         read = _read(kept.kept, traced_step.shapes.kept, t)
         of_step = _read(by_y, of_y.split(traced_step.y)[0], t)
-        by_constants, by_carry, by_taps = traced_step.transpose(read, fixed, by_carry, of_step)
-        sums = jax.tree.map(jnp.add, [*by_weights, *by_memory], by_constants)
-        return t, sums[: len(by_weights)], sums[len(by_weights) :], by_carry, _write(taps, by_taps, t)
+        more, by_carry, by_taps = traced_step.transpose(read, fixed, by_carry, of_step)
+        return t, jax.tree.map(jnp.add, sums, more), by_carry, _write(taps, by_taps, t)
 
     for number in reversed(range(len(stages))):
-        by_memory, by_carry = (_padded(leaves, stages[number]) for leaves in (by_memory, by_carry))
+        rows = stages[number]
+        sums = [_padded(leaf, rows) if of_rows[place] else leaf for leaf, place in zip(sums, summed, strict=True)]
+        by_carry = [_padded(leaf, rows) for leaf in by_carry]
         start = kept.ends[number - 1] if number else jnp.zeros((), jnp.int32)
-        _, by_weights, by_memory, by_carry, taps = jax.lax.while_loop(
-            lambda state, start=start: state[0] > start,
+        _, sums, by_carry, taps = jax.lax.while_loop(
+            lambda state, start=start: state[0] > start,  # type: ignore[misc]
             partial(body, traced_step=traced[number], fixed=kept.fixed[number]),
-            (kept.ends[number], by_weights, by_memory, by_carry, taps),
+            (kept.ends[number], sums, by_carry, taps),
         )
-    by_constants = _with_calls(
-        traced[0].calls, kept, taps, (of_weights.gradient(by_weights), of_memory.gradient(by_memory))
-    )
+    gradients: list[Array | None] = [None] * len(leaves)
+    for number, leaf in zip(summed, sums, strict=True):
+        gradients[number] = leaf
+    by_constants = _with_calls(traced[0].calls, kept, taps, of_constants.gradient(gradients))
     return *by_constants, of_carry.gradient(by_carry), None, None
 
 
-def _padded(leaves: list[Array], rows: int) -> list[Array]:
+def _padded(leaf: Array, rows: int) -> Array:
     """Zeros appended to the first axis, so that there are this many rows."""
-    return [jnp.pad(leaf, [(0, rows - len(leaf))] + [(0, 0)] * (leaf.ndim - 1)) for leaf in leaves]
+    return jnp.pad(leaf, [(0, rows - len(leaf))] + [(0, 0)] * (leaf.ndim - 1))
 
 
 def _with_calls(calls: list[Call], kept: _Kept, by_results: list[Array], by_constants: Any) -> Any:
-    """Adds the gradients that all calls have for their constants, from the gradients of their results [T,...]."""
+    """Adds the gradients that all calls have for their constants, from the gradients of their results [T,...].
+
+    None stands for zeros before, and afterwards for constants that have no gradient.
+    """
     gradients, tree = jax.tree.flatten(by_constants, is_leaf=lambda leaf: leaf is None)
     constants = jax.tree.leaves((kept.weights, kept.memory))
     weights = len(jax.tree.leaves(kept.weights))
 
     def add(call: Call, more: tuple[Array, ...]) -> None:
         for place, gradient in zip(call.places, more, strict=True):
-            gradients[place] = gradients[place] + gradient
+            before = gradients[place]
+            gradients[place] = gradient if before is None else before + gradient
 
     packed: list[tuple[Call, Array, Array]] = []
     for call, x, by_result in zip(calls, kept.inputs, by_results, strict=True):

@@ -234,12 +234,14 @@ def _over_chunks(
     sums, values = of_chunk(0, chunk)
     every = jax.tree.map(lambda leaf: jnp.zeros((len(order), *leaf.shape[1:]), leaf.dtype), values)
     state = jnp.asarray(chunk, jnp.int32), sums, put(every, values, 0)
-    if places > chunk + 3 * quarter:
-        state = jax.lax.while_loop(lambda state: state[0] + 3 * quarter < count, partial(advance, size=chunk), state)
-    if places > chunk:
-        rest = count - state[0]
-        last = [lambda state: state, partial(advance, size=quarter), partial(advance, size=3 * quarter)]
-        state = jax.lax.switch(jnp.int32(rest > 0) + jnp.int32(rest > quarter), last, state)
+    # Each loop but the first runs once at most. Unlike a branch, it does not copy the sums.
+    for size, fewest in ((chunk, 3 * quarter), (3 * quarter, quarter), (quarter, 0)):
+        if places > chunk + fewest:
+            state = jax.lax.while_loop(
+                lambda state, fewest=fewest: state[0] + fewest < count,  # type: ignore[misc]
+                partial(advance, size=size),
+                state,
+            )
     _, sums, every = state
     back = jnp.argsort(order[:places])
     return sums, jax.tree.map(lambda leaf: leaf[back], every)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from imgcap_jax.metrics.corpus import expand, join, pairs, unpair, words_left
+from imgcap_jax.metrics.corpus import distinct, expand, join, pairs, unpair, words_left
 from imgcap_jax.metrics.meteor.stemmer import stem
 from imgcap_jax.metrics.meteor.tables import Tables
 
@@ -94,7 +94,7 @@ class Graph(NamedTuple):
         order = np.argsort(key, kind="stable")
         word, key = word[order], key[order]
         entry, other = join(key, key)
-        source, target = unpair(np.unique(pairs(word[entry], word[other])))
+        source, target = unpair(distinct(pairs(word[entry], word[other])))
         different = source != target
         return cls(source[different], target[different], np.zeros(different.sum(), np.int64))
 

@@ -12,71 +12,74 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 _BLOCK = 1 << 21  # bytes of text; larger blocks need more memory and are slower
+_AT_A_TIME = 1 << 17  # phrases
 
 
 @dataclass(frozen=True)
 class Paraphrases:
     """The table of paraphrases: several phrases in a row for each source phrase.
 
-    Letters: E paraphrases; S sources; F = E + S phrases, some of them equal; W words of all phrases.
+    Letters: E paraphrases; S sources; F = E + S phrases, some of them equal.
 
     Attributes:
         words: the different words, sorted.
-        flat: the words of the phrases, as indices into `words`, [W]. The paraphrases are first, in the order of the
-            table, and the sources follow.
-        lengths: the number of words in each phrase, [F].
+        phrases: the words of each phrase, then zeros. Word 1 is the first of `words`. The paraphrases are first, in the
+            order of the table, and the sources follow, [F, number of words in the longest phrase].
         repeats: the number of paraphrases of each source, [S].
     """
 
     words: list[str]
-    flat: np.ndarray
-    lengths: np.ndarray
+    phrases: np.ndarray
     repeats: np.ndarray
 
     @classmethod
-    def read(cls, path: Path) -> "Paraphrases":
+    def read(cls, path: Path, longest: int) -> "Paraphrases":
         """Reads the table (gzip): three lines per paraphrase, which are its probability, its source and itself.
+
+        Args:
+            path: the file.
+            longest: the number of words in the longest phrase.
 
         Raises:
             ValueError, EOFError, OSError, zlib.error: the file is damaged or cannot be read.
         """
-        number: defaultdict[str, int] = defaultdict()
-        number.default_factory = number.__len__  # a new word gets the next number
+        number = defaultdict[str, int]()
+        number.default_factory = lambda: len(number) + 1
 
-        def numbers(phrases: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
-            """The numbers of the words of all phrases, and the number of words in each phrase."""
+        def numbered(phrases: pa.StringArray) -> np.ndarray:
+            """The words of each phrase, as numbers in the order of their first occurrence, then zeros."""
             split = pc.split_pattern(phrases, " ")
+            lengths = pc.list_value_length(split).to_numpy()
+            if lengths.max(initial=1) > longest:
+                raise ValueError(f"a phrase of {lengths.max()} words")
             words = split.flatten().dictionary_encode()
-            known = np.array([number[word.removesuffix("\n")] for word in words.dictionary.to_pylist()], np.int64)
-            return _small(known)[words.indices.to_numpy()], _small(pc.list_value_length(split).to_numpy())
+            numbers = np.array([number[word.removesuffix("\n")] for word in words.dictionary.to_pylist()], np.int64)
+            numbers = numbers.astype(np.min_scalar_type(len(number)))
+            found = np.zeros((len(phrases), longest), numbers.dtype)
+            found[np.arange(longest) < lengths[:, None]] = numbers[words.indices.to_numpy()]
+            return found
 
-        targets, sources, repeats = [], [], []
-        for lines in _lines(path):
+        paraphrases, sources, repeats = [], [], []
+        for lines in _ahead(_lines(path)):
             runs = pc.run_end_encode(lines.take(np.arange(1, len(lines), 3)))
-            sources.append(numbers(runs.values))
-            targets.append(numbers(lines.take(np.arange(2, len(lines), 3))))
+            sources.append(numbered(runs.values))
+            paraphrases.append(numbered(lines.take(np.arange(2, len(lines), 3))))
             repeats.append(np.diff(runs.run_ends.to_numpy(), prepend=0))
-        ordered = sorted(number)
-        place = _small(np.argsort([number[word] for word in ordered]))
-        return cls(
-            ordered,
-            np.concatenate([place[flat] for flat, _ in targets + sources]),
-            np.concatenate([lengths for _, lengths in targets + sources]),
-            np.concatenate(repeats),
-        )
-
-
-def _small(values: np.ndarray) -> np.ndarray:
-    """The values as integers without a sign of the smallest size that holds them."""
-    return values.astype(np.min_scalar_type(values.max(initial=0)))
+        words = sorted(number)
+        phrases = np.concatenate(paraphrases + sources)
+        del paraphrases, sources
+        place = np.zeros(len(words) + 1, phrases.dtype)
+        place[[number[word] for word in words]] = np.arange(1, len(place))
+        for begin in range(0, len(phrases), _AT_A_TIME):
+            phrases[begin : begin + _AT_A_TIME] = place[phrases[begin : begin + _AT_A_TIME]]
+        return cls(words, phrases, np.concatenate(repeats))
 
 
 def _lines(path: Path) -> Iterator[pa.StringArray]:
-    """The lines with their newlines, in blocks of whole paraphrases. A second thread decompresses the next block."""
-    with gzip.open(path) as file, ThreadPoolExecutor(1) as reader:
-        rest, following = b"", reader.submit(file.read, _BLOCK)
-        while block := following.result():
-            following = reader.submit(file.read, _BLOCK)
+    """The lines with their newlines, in blocks of whole paraphrases."""
+    rest = b""
+    with gzip.open(path) as file:
+        while block := file.read(_BLOCK):
             text = rest + block
             ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")) + 1
             offsets = np.concatenate([[0], ends[: len(ends) // 3 * 3]]).astype(np.int32)
@@ -84,3 +87,12 @@ def _lines(path: Path) -> Iterator[pa.StringArray]:
             yield pa.StringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(text))
     if rest:
         raise ValueError(f"{path.name} does not consist of groups of three lines")
+
+
+def _ahead(blocks: Iterator[pa.StringArray]) -> Iterator[pa.StringArray]:
+    """The same blocks. A second thread makes the next one while the caller works on one."""
+    with ThreadPoolExecutor(1) as maker:
+        following = maker.submit(next, blocks, None)
+        while (block := following.result()) is not None:
+            following = maker.submit(next, blocks, None)
+            yield block
