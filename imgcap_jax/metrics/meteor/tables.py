@@ -207,15 +207,17 @@ def _write_tables(jar: Path, paraphrases: Path, folder: Path) -> None:
     number = {word: i for i, word in enumerate(words)}
     ids = np.array([number[word] for word in table.words], np.int64)
     prefix, node_of = _prefix_tree(table.phrases, ids, len(words))
+    repeats = table.repeats
+    del table  # the phrases are not needed any more, and large
     for length, keys in enumerate(prefix, 2):
         np.save(folder / f"prefix_{length}.npy", keys)
     nodes = len(words) + sum(map(len, prefix))
-    targets, sources = np.split(node_of, [len(node_of) - len(table.repeats)])
-    starts = np.concatenate([[0], np.cumsum(np.bincount(sources, table.repeats, nodes))])
+    targets, sources = np.split(node_of, [len(node_of) - len(repeats)])
+    starts = np.concatenate([[0], np.cumsum(np.bincount(sources, repeats, nodes))])
     np.save(folder / "paraphrase_start.npy", starts.astype(np.int32))
-    begin = np.cumsum(table.repeats) - table.repeats
+    begin = np.cumsum(repeats) - repeats
     of_sources = (
-        targets[expand(begin[some], table.repeats[some])[1]]
+        targets[expand(begin[some], repeats[some])[1]]
         for some in np.array_split(np.argsort(sources, kind="stable"), 16)  # in parts, which need less memory
     )
     np.save(folder / "paraphrase.npy", np.concatenate(list(of_sources)))
