@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -60,11 +61,10 @@ class Paraphrases:
             return found
 
         paraphrases, sources, repeats = [], [], []
-        for lines in _ahead(_lines(path)):
-            runs = pc.run_end_encode(lines.take(np.arange(1, len(lines), 3)))
-            sources.append(numbered(runs.values))
-            paraphrases.append(numbered(lines.take(np.arange(2, len(lines), 3))))
-            repeats.append(np.diff(runs.run_ends.to_numpy(), prepend=0))
+        for block in _ahead(_blocks(path)):
+            paraphrases.append(numbered(block.paraphrases))
+            sources.append(numbered(block.sources))
+            repeats.append(block.repeats)
         words = sorted(number)
         phrases = np.concatenate(paraphrases + sources)
         del paraphrases, sources
@@ -75,8 +75,15 @@ class Paraphrases:
         return cls(words, phrases, np.concatenate(repeats))
 
 
-def _lines(path: Path) -> Iterator[pa.StringArray]:
-    """The lines with their newlines, in blocks of whole paraphrases."""
+class _Block(NamedTuple):
+    """Consecutive paraphrases of the table. The attributes are as in ``Paraphrases``; each phrase ends in a newline."""
+
+    paraphrases: pa.StringArray
+    sources: pa.StringArray
+    repeats: np.ndarray
+
+
+def _blocks(path: Path) -> Iterator[_Block]:
     rest = b""
     with gzip.open(path) as file:
         while block := file.read(_BLOCK):
@@ -84,12 +91,15 @@ def _lines(path: Path) -> Iterator[pa.StringArray]:
             ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")) + 1
             offsets = np.concatenate([[0], ends[: len(ends) // 3 * 3]]).astype(np.int32)
             rest = text[offsets[-1] :]
-            yield pa.StringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(text))
+            lines = pa.StringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(text))
+            sources = pc.run_end_encode(lines.take(np.arange(1, len(lines), 3)))
+            repeats = np.diff(sources.run_ends.to_numpy(), prepend=0)
+            yield _Block(lines.take(np.arange(2, len(lines), 3)), sources.values, repeats)
     if rest:
         raise ValueError(f"{path.name} does not consist of groups of three lines")
 
 
-def _ahead(blocks: Iterator[pa.StringArray]) -> Iterator[pa.StringArray]:
+def _ahead(blocks: Iterator[_Block]) -> Iterator[_Block]:
     """The same blocks. A second thread makes the next one while the caller works on one."""
     with ThreadPoolExecutor(1) as maker:
         following = maker.submit(next, blocks, None)

@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,7 +29,7 @@ from imgcap_jax.metrics.official import official_folder
 
 HOW_TO_ADD = "pip install pycocoevalcap adds its tables"
 LONGEST = 7  # words of the longest phrase in the table
-_AT_A_TIME = 1 << 18  # phrases; limits the memory of the compilation
+_AT_A_TIME = 1 << 17  # phrases; limits the memory of the compilation
 _FORMAT = 4  # version of the compiled tables; must be increased when their format changes
 _ARRAYS = ("function", "synset_start", "synset", "base_start", "base", "paraphrase_start", "paraphrase")
 _PREFIXES = tuple(f"prefix_{length}" for length in range(2, LONGEST + 1))
@@ -278,12 +279,16 @@ def _prefix_tree(phrases: np.ndarray, ids: np.ndarray, known: int) -> tuple[list
     part = part_of_word.astype(np.int16)[first_word]
     order = np.argsort(part, kind="stable").astype(np.int32)
     rows = np.split(order, np.cumsum(np.bincount(part))[:-1])
-    node_of, lengths, parts = np.zeros(len(phrases), np.int32), np.zeros(len(phrases), np.uint8), []
-    for some in rows:
+    node_of, lengths = np.zeros(len(phrases), np.int32), np.zeros(len(phrases), np.uint8)
+
+    def part_of_tree(some: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         words = phrases[some]
         lengths[some] = np.count_nonzero(words, 1)
         found, node_of[some] = _part_of_tree(words, len(ids))
-        parts.append(found)
+        return found
+
+    with ThreadPoolExecutor(2) as pool:  # numpy sorts without the lock of the interpreter
+        parts = list(pool.map(part_of_tree, rows))
 
     # In each part, nodes are counted from 0 for each length. Each length's nodes of all parts follow each other.
     sizes = np.array([[len(parents) for parents, _ in found] for found in parts])
