@@ -4,8 +4,14 @@ The comparison with the official Java tool is in tests/real/test_official_scores
 """
 
 import gzip
+import os
 import random
+import re
+import shutil
+import subprocess
+import sys
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +20,13 @@ import pytest
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.metrics import scoring
-from imgcap_jax.metrics.meteor import metric, tables
+from imgcap_jax.metrics.corpus import unpair
+from imgcap_jax.metrics.meteor import metric, paraphrases, tables
 from imgcap_jax.metrics.meteor.alignment import BEAM, align
 from imgcap_jax.metrics.meteor.matching import EXACT, PARAPHRASE, STEM, SYNONYM, Matches, Sentences, Words, find_matches
 from imgcap_jax.metrics.meteor.normalize import normalize
+from imgcap_jax.metrics.meteor.paraphrases import Paraphrases
+from imgcap_jax.metrics.meteor.stemmer import stem
 from imgcap_jax.metrics.meteor.tables import Tables
 from imgcap_jax.metrics.scoring import CaptionScorer
 
@@ -121,6 +130,153 @@ def test_a_failed_compilation_leaves_no_files(small: Path, tmp_path: Path, monke
             Tables.load()
     assert not list((tmp_path / "meteor").iterdir())
     Tables.load()
+
+
+def test_a_table_that_another_process_has_just_compiled_is_used(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path))
+    monkeypatch.setattr(tables, "package_folder", lambda: small)
+    write, files = tables._write_tables, []
+
+    def write_after_another(*arguments: Path) -> None:
+        monkeypatch.setattr(tables, "_write_tables", write)
+        Tables.load()
+        files.extend(path.stat().st_ino for path in sorted((tmp_path / "meteor").glob("[!.]*/*")))
+        write(*arguments)
+
+    monkeypatch.setattr(tables, "_write_tables", write_after_another)
+    assert "hound" in Tables.load().number
+    assert files == [path.stat().st_ino for path in sorted((tmp_path / "meteor").glob("*/*"))]
+
+
+def table_of_paraphrases(path: Path, paraphrases: Sequence[tuple[str, str]]) -> Path:
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(f"0.5\n{source}\n{paraphrase}\n" for source, paraphrase in paraphrases)
+    return path
+
+
+@pytest.mark.parametrize("block", [60, 1 << 20])
+def test_the_table_of_paraphrases_is_read_in_blocks(
+    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks end within lines. Sources come again later, and words have several bytes per letter."""
+    monkeypatch.setattr(paraphrases, "_BLOCK", block)
+    rng = random.Random(0)
+    words = [f"w{i}" for i in range(300)] + ["caf\u00e9", "\u2026", "a"]  # more than one byte per number
+    phrases = [" ".join(rng.choices(words, k=rng.randint(1, 7))) for _ in range(200)]
+    expected = [
+        (source, rng.choice(phrases)) for source in rng.choices(phrases, k=150) for _ in range(rng.randint(1, 4))
+    ]
+    found = Paraphrases.read(table_of_paraphrases(tmp_path / "table.gz", expected), 7)
+    assert found.words == sorted({word for pair in expected for phrase in pair for word in phrase.split()})
+    read = [" ".join(found.words[word - 1] for word in phrase if word) for phrase in found.phrases.tolist()]
+    sources = np.repeat(read[-len(found.repeats) :], found.repeats).tolist()
+    assert list(zip(sources, read, strict=False)) == expected
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: gzip.compress(gzip.decompress(content)[:-1]), "groups of three lines"),
+        (lambda content: gzip.compress(b"0.5\na b c d e f g h\nx\n"), "a phrase of 8 words"),
+        (lambda content: gzip.compress(b"0.5\na\n\xff\n"), "decode"),
+        (lambda content: content[:-12], "ended before"),
+        (lambda content: b"", "is empty"),
+    ],
+)
+def test_a_damaged_table_of_paraphrases_is_reported(
+    damage: Callable[[bytes], bytes], message: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(small, package)
+    table = package / "data" / "paraphrase-en.gz"
+    table.write_bytes(damage(table.read_bytes()))
+    monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tables, "package_folder", lambda: package)
+    with pytest.raises(UserError, match=f"is damaged .*{message}.*: install pycocoevalcap again"):
+        Tables.load()
+    assert not list((tmp_path / "cache" / "meteor").iterdir())
+
+
+@pytest.mark.parametrize("vocabulary", [4, 255, 256, 70_000])
+def test_prefix_tree_equals_a_plain_version(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of words at the limits of a byte and above 16 bits, in one part and in many parts."""
+    rng = random.Random(vocabulary)
+    ids, known = np.arange(vocabulary) * 2 + 1, 2 * vocabulary
+    some = [1, 2, 3, vocabulary]
+    phrases = [tuple(rng.choices(some, k=rng.randint(1, 7))) for _ in range(400)]
+    beginnings = sorted(
+        {phrase[:n] for phrase in phrases for n in range(2, len(phrase) + 1)}, key=lambda words: (len(words), words)
+    )
+    node = {(word,): int(ids[word - 1]) for word in some} | {words: known + i for i, words in enumerate(beginnings)}
+    padded = np.zeros((len(phrases), 7), np.min_scalar_type(vocabulary))
+    for row, phrase in zip(padded, phrases, strict=True):
+        row[: len(phrase)] = phrase
+    for at_a_time in (1 << 17, 50):
+        monkeypatch.setattr(tables, "_AT_A_TIME", at_a_time)
+        prefix, node_of = tables._prefix_tree(padded, ids, known)
+        assert node_of.tolist() == [node[phrase] for phrase in phrases]
+        for length, keys in enumerate(prefix, 2):
+            expected = [(node[words[:-1]], node[words[-1:]]) for words in beginnings if len(words) == length]
+            assert list(zip(*(half.tolist() for half in unpair(keys)), strict=True)) == expected
+
+
+def test_stems_equal_nltk(real_tables: Tables) -> None:
+    from nltk.stem.snowball import EnglishStemmer
+
+    oracle = EnglishStemmer()
+    for word in [*list(real_tables.number)[::23], *LEXICON, "", "y", "yy", "say", "eyed", "boy's", "'tis", "gently"]:
+        expected = oracle.stem(word)
+        # With these suffixes nltk keeps the e of -ize and -ate, which the last step of Snowball removes.
+        if re.search("(?:ization|izer|ational)", word) and expected.endswith(("ize", "ate")):
+            expected = expected[:-1]
+        assert stem(word) == expected, word
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("caresses", "caress"), ("ties", "tie"), ("cries", "cri"), ("gas", "gas"), ("gaps", "gap"), ("buses", "buse"),
+        ("agreed", "agre"), ("feed", "feed"), ("hopped", "hop"), ("hoping", "hope"), ("luxuriating", "luxuri"),
+        ("troubled", "troubl"), ("happy", "happi"), ("by", "by"), ("say", "say"), ("youth", "youth"),
+        ("generously", "generous"), ("communion", "communion"), ("realization", "realiz"), ("organizer", "organ"),
+        ("relational", "relat"), ("apology", "apolog"), ("likely", "like"), ("vitally", "vital"),
+        ("hopefulness", "hope"), ("triplicate", "triplic"), ("authoritative", "authorit"), ("talkative", "talkat"),
+        ("adoption", "adopt"), ("replacement", "replac"), ("rate", "rate"), ("controlling", "control"),
+        ("skies", "sky"), ("innings", "inning"), ("proceeding", "proceed"), ("szdtated", "szdtate"),
+    ],
+)  # fmt: skip
+def test_stems(word: str, expected: str) -> None:
+    """Each rule. The values are those of the official jar (the last one differs from nltk)."""
+    assert stem(word) == expected
+
+
+def test_scoring_imports_no_large_library(small: Path, tmp_path: Path) -> None:
+    """With compiled tables, METEOR imports neither pyarrow, which compiles them, nor JAX nor nltk."""
+    program = f"""
+import sys
+from pathlib import Path
+from imgcap_jax.metrics.meteor import tables
+from imgcap_jax.metrics.score_files import CaptionScorer
+tables.package_folder = lambda: Path({str(small)!r})
+if sys.argv[1:]:
+    from imgcap_jax.metrics.meteor.metric import prepare
+    print(CaptionScorer({{1: ["a dog unknownly"]}}, {{"METEOR": prepare}}).score({{1: "the hound unknowns"}}).values)
+else:
+    tables.Tables.load()
+print(sorted({{"jax", "nltk", "pyarrow", "scipy"}} & set(sys.modules)))
+"""
+    environment = {**os.environ, "IMGCAP_CACHE": str(tmp_path)}
+    lines = [
+        subprocess.run(
+            [sys.executable, "-c", program, *arguments], env=environment, check=True, capture_output=True, text=True
+        ).stdout.splitlines()
+        for arguments in ([], ["score"])
+    ]
+    assert lines[0] == ["['pyarrow']"]
+    assert "METEOR" in lines[1][0]
+    assert lines[1][1:] == ["[]"]
 
 
 def test_synsets_of_inflected_words(small_tables: Tables) -> None:

@@ -52,7 +52,7 @@ class Paraphrases:
             split = pc.split_pattern(phrases, " ")
             lengths = pc.list_value_length(split).to_numpy()
             if lengths.max(initial=1) > longest:
-                raise ValueError(f"a phrase of {lengths.max()} words")
+                raise ValueError(f"{path.name} has a phrase of {lengths.max()} words")
             words = split.flatten().dictionary_encode()
             numbers = np.array([number[word.removesuffix("\n")] for word in words.dictionary.to_pylist()], np.int64)
             numbers = numbers.astype(np.min_scalar_type(len(number)))
@@ -65,6 +65,8 @@ class Paraphrases:
             paraphrases.append(numbered(block.paraphrases))
             sources.append(numbered(block.sources))
             repeats.append(block.repeats)
+        if not number:
+            raise ValueError(f"{path.name} is empty")
         words = sorted(number)
         phrases = np.concatenate(paraphrases + sources)
         del paraphrases, sources

@@ -209,7 +209,7 @@ def _write_tables(jar: Path, paraphrases: Path, folder: Path) -> None:
     ids = np.array([number[word] for word in table.words], np.int64)
     prefix, node_of = _prefix_tree(table.phrases, ids, len(words))
     repeats = table.repeats
-    del table  # the phrases are not needed any more, and large
+    del table  # frees the memory of the phrases
     for length, keys in enumerate(prefix, 2):
         np.save(folder / f"prefix_{length}.npy", keys)
     nodes = len(words) + sum(map(len, prefix))
