@@ -48,12 +48,20 @@ def sample(
         raise ValueError(f"{keys.shape[0]} keys for {batch} images; there must be one key per image")
     if temperature != 1.0:
         rules = (Temperature(temperature), *rules)
-    # JAX's generator returns the same numbers for the first rows, independent of the number of rows that follow.
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (parallel, max_steps)))(keys)  # [B,M,T]
+    uniform = uniform_numbers(keys, parallel, max_steps)  # [B,M,T]
+    return rollout(step, carry, lambda ruled, t: draw(ruled, uniform[:, :, t]), max_steps=max_steps, rules=rules)
 
-    def draw(ruled: Array, t: Array) -> tuple[Array, Array]:
-        log_probs = jax.nn.log_softmax(ruled)  # [B,M,V]
-        word = draw_words(jnp.exp(log_probs), uniform[:, :, t])  # [B,M]; a forbidden word has probability 0
-        return word, jnp.take_along_axis(log_probs, word[..., None], axis=-1)[..., 0]  # [B,M] both
 
-    return rollout(step, carry, draw, max_steps=max_steps, rules=rules)
+def uniform_numbers(keys: Array, parallel: int, max_steps: int) -> Array:
+    """The random numbers [B,M,T] from which captions are drawn, from one key [B] per image.
+
+    JAX's generator returns the same numbers for the first captions, independent of the number of captions that follow.
+    """
+    return jax.vmap(lambda key: jax.random.uniform(key, (parallel, max_steps)))(keys)
+
+
+def draw(logits: Array, uniform: Array) -> tuple[Array, Array]:
+    """Words drawn from the softmax of logits [B,M,V] by uniform numbers [B,M], and their log-probabilities [B,M]."""
+    word = draw_words(logits, uniform)
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    return word, jnp.take_along_axis(logits, word[..., None], axis=-1)[..., 0] - log_total

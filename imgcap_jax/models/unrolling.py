@@ -29,7 +29,15 @@ FEWEST_ROWS = 8
 """The scan does not continue with fewer rows than this. A thinner product takes as long."""
 
 
-def scan_steps(step: Step, weights: Any, memory: Any, carry: Any, xs: Any, lengths: Array | None = None) -> Any:
+def scan_steps(
+    step: Step,
+    weights: Any,
+    memory: Any,
+    carry: Any,
+    xs: Any,
+    lengths: Array | None = None,
+    until: Callable[[Any], Array] | None = None,
+) -> Any:
     """``jax.lax.scan`` of ``step(weights, memory, carry, x) -> (carry, y)`` over xs; returns the stacked ys.
 
     The step must not close over any traced array: pass everything that changes between calls through the arguments.
@@ -44,6 +52,8 @@ def scan_steps(step: Step, weights: Any, memory: Any, carry: Any, xs: Any, lengt
         lengths: int32 [B], the number of steps of each row whose ys are used, at most T; None: T. When the scan is
             differentiated, the ys of other steps can be zeros, and their gradients must be zeros. The cost is lowest
             if the lengths descend.
+        until: carry -> bool [B], whether a row has ended; for lengths that depend on the steps themselves. The scan
+            ends with the last row. What holds for ``lengths`` holds for the steps after a row's end.
 
     Returns:
         ys; the leaves lead with [T,B].
@@ -51,11 +61,14 @@ def scan_steps(step: Step, weights: Any, memory: Any, carry: Any, xs: Any, lengt
     if lengths is None:
         length, rows = jax.tree.leaves(xs)[0].shape[:2]
         lengths = jnp.full(rows, length, jnp.int32)
-    return _scan(step, weights, memory, carry, xs, lengths)
+    return _scan(step, until, weights, memory, carry, xs, lengths)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(step: Step, weights: Any, memory: Any, carry: Any, xs: Any, lengths: Array) -> Any:
+Until = Callable[[Any], Array] | None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(step: Step, until: Until, weights: Any, memory: Any, carry: Any, xs: Any, lengths: Array) -> Any:
     return jax.lax.scan(lambda carry, x: step(weights, memory, carry, x), carry, xs)[1]
 
 
@@ -235,38 +248,48 @@ def _read(buffers: list[Array], shapes: list[Any], t: Array) -> list[Array]:
 class _Kept(NamedTuple):
     """What the backward pass reads.
 
-    ends: the number of steps after each stage. fixed: see ``_Parts``, of each stage. kept, inputs: [T,...].
+    counted: bool [T,B], the steps that count. ends: the number of steps after each stage. fixed: see ``_Parts``, of
+    each stage. kept, inputs: [T,...].
     """
 
     weights: Any
     memory: Any
     carry: Any
-    lengths: Array
+    counted: Array
     ends: list[Array]
     fixed: list[list[Array]]
     kept: list[Array]
     inputs: list[Array]
 
 
-def _forward(step: Step, weights: Any, memory: Any, carry: Any, xs: Any, lengths: Array) -> tuple[Any, Any]:
+def _forward(
+    step: Step, until: Until, weights: Any, memory: Any, carry: Any, xs: Any, lengths: Array
+) -> tuple[Any, Any]:
     length, batch = jax.tree.leaves(xs)[0].shape[:2]
-    stages = [batch, batch // 2] if batch >= 2 * FEWEST_ROWS else [batch]
+    stages = [batch, batch // 2] if batch >= 2 * FEWEST_ROWS and until is None else [batch]
     of_carry = jax.tree.structure(carry)
     x = jax.tree.map(lambda leaf: leaf[0], xs)
     traced = [_TracedStep(step, weights, *(_first(tree, rows) for tree in (memory, carry, x))) for rows in stages]
     shapes = traced[0].shapes
     buffers = [_empty(length, part) for part in (shapes.y, shapes.inputs, shapes.kept)]
+    counted = jnp.arange(length)[:, None] < lengths  # [T,B]
     t = jnp.zeros((), jnp.int32)
     ends: list[Array] = []
     fixed: list[list[Array]] = []
 
     def body(state: Any, run: Callable[[Any, Array], _Parts]) -> Any:
-        t, carry, buffers = state
+        t, carry, buffers, counted = state
+        if until is not None:
+            (counted,) = _write([counted], [~until(carry)], t)
         parts = run(carry, t)
         written = [
             _write(buffer, part, t) for buffer, part in zip(buffers, (parts.y, parts.inputs, parts.kept), strict=True)
         ]
-        return t + 1, of_carry.unflatten(parts.carry), written
+        return t + 1, of_carry.unflatten(parts.carry), written, counted
+
+    def goes_on(state: Any, end: Array) -> Array:
+        t, carry, *_ = state
+        return t < end if until is None else (t < end) & ~jnp.all(until(carry))
 
     following = carry
     for traced_step, rows, fewer in zip(traced, stages, [*stages[1:], 0], strict=True):
@@ -278,12 +301,14 @@ def _forward(step: Step, weights: Any, memory: Any, carry: Any, xs: Any, lengths
 
         end = jnp.maximum(t, lengths[fewer:].max())
         fixed.append(run(following, t).fixed)  # XLA computes nothing else of this step
-        t, following, buffers = jax.lax.while_loop(
-            lambda state, end=end: state[0] < end, partial(body, run=run), (t, following, buffers)
+        t, following, buffers, counted = jax.lax.while_loop(
+            partial(goes_on, end=end), partial(body, run=run), (t, following, buffers, counted)
         )
         ends.append(t)
+    if until is not None:
+        counted &= jnp.arange(length)[:, None] < t
     y, inputs, kept = buffers
-    rest = _Kept(weights, memory, carry, lengths, ends, fixed, kept, inputs)
+    rest = _Kept(weights, memory, carry, counted, ends, fixed, kept, inputs)
     ys = jax.tree.unflatten(jax.tree.structure(traced[0].y), y)
     return ys, jax.tree_util.Partial(partial(_backward, stages, traced), rest)
 
@@ -353,8 +378,9 @@ def _with_calls(calls: list[Call], kept: _Kept, by_results: list[Array], by_cons
         else:
             add(call, call.gradients(x, constants, by_result))
     if packed:
-        counted = (jnp.arange(kept.inputs[0].shape[0])[:, None] < kept.lengths).reshape(-1)  # [T B]
-        for (call, *_), more in zip(packed, _packed_gradients(packed, constants, counted), strict=True):
+        for (call, *_), more in zip(
+            packed, _packed_gradients(packed, constants, kept.counted.reshape(-1)), strict=True
+        ):
             add(call, more)
     return tree.unflatten(gradients)
 
@@ -384,4 +410,4 @@ def _packed_gradients(
     return jax.lax.switch(sum((jnp.int32(jnp.sum(counted) > size) for size in sizes), jnp.int32(0)), branches)
 
 
-_scan.defvjp(_forward, lambda step, backward, by_ys: backward(by_ys))
+_scan.defvjp(_forward, lambda step, until, backward, by_ys: backward(by_ys))

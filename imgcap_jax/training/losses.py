@@ -136,11 +136,30 @@ def packed_word_loss(
     flat = hidden.reshape(-1, hidden.shape[-1])
     # 20 words of COCO's lengths fill slightly more than half of their places, which fits into 4/7.
     chunk = -(-min(CHUNK, -(-flat.shape[0] * 4 // 7)) // 4) * 4
-    converted, closed_over = jax.closure_convert(score_words, flat[:chunk])
+    converted, closed_over = _converted(score_words, flat, [chunk, chunk * 3 // 4, chunk // 4])
     log_likelihood, objective = _packed(
         converted, word_loss, chunk, closed_over, flat, targets.reshape(-1), counted.reshape(-1)
     )
     return jax.lax.stop_gradient(log_likelihood), objective
+
+
+def _converted(
+    score_words: Callable[[Array], Array], hidden: Array, sizes: Sequence[int]
+) -> tuple[Callable[..., Array], list[Array]]:
+    """``jax.closure_convert`` for several numbers of rows: (hidden [n,F], *closed over) -> logits [n,V], closed over."""
+    versions: dict[int, tuple[Callable[..., Array], list[int]]] = {}
+    closed_over: list[Array] = []
+    for size in sizes:
+        version, arrays = jax.closure_convert(score_words, jax.ShapeDtypeStruct((size, hidden.shape[1]), hidden.dtype))
+        # The same arrays are closed over, perhaps in another order.
+        closed_over.extend(array for array in arrays if not any(array is known for known in closed_over))
+        versions[size] = version, [next(i for i, known in enumerate(closed_over) if known is array) for array in arrays]
+
+    def score(hidden: Array, *closed_over: Array) -> Array:
+        version, places = versions[len(hidden)]
+        return version(hidden, *(closed_over[place] for place in places))
+
+    return score, closed_over
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -17,8 +17,9 @@ from jax import Array, lax
 from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.sources import CaptionSource
 from imgcap_jax.data.vocabulary import Vocabulary
+from imgcap_jax.decoding.decoded import StepFn
 from imgcap_jax.decoding.greedy import greedy
-from imgcap_jax.decoding.sampling import sample
+from imgcap_jax.decoding.sampling import draw, sample, uniform_numbers
 from imgcap_jax.errors import UserError
 from imgcap_jax.metrics.bleu_device import bleu_4
 from imgcap_jax.metrics.cider import SIGMA
@@ -255,6 +256,13 @@ class _Sums(NamedTuple):
     divergence: Array
 
 
+class _Samples(NamedTuple):
+    """Sampled captions int32 [B,M,T] and their log-probabilities [B,M]."""
+
+    tokens: Array
+    score: Array
+
+
 def self_critical_step(
     graph: nnx.GraphDef[CaptionModel],
     objective: SelfCritical,
@@ -300,41 +308,64 @@ def self_critical_step(
     """
     rewards = rewards or objective.rewards
 
-    def explore(
-        params: Params, constants: Constants, batch: Mapping[str, Array], regions: Array, keys: Array
-    ) -> tuple[Array, Array, _Sums]:
-        """Samples captions: their tokens [B,M,T], their advantages [B,M] and sums over them."""
-        model = nnx.merge(graph, params, constants.frozen)
-        mask, weight = batch.get("region_mask"), batch["weight"][:, None]
+    def drawn_while_reading(model: CaptionModel, batch: Mapping[str, Array], keys: Array) -> tuple[Array, _Samples]:
+        """Samples captions; what the decoder computed for them is differentiated. Returns hidden too: [B,M,T,F]."""
+        memory, carry = model.decoder.start(
+            batch["regions"],
+            objective.samples,
+            steps=max_words,
+            region_mask=batch.get("region_mask"),
+            dropout_keys=row_keys(keys, START_KEYS),
+        )
+        outputs, tokens, log_probs = model.decoder.unroll_chosen(
+            lambda logits, place: draw(_policy(logits, objective.temperature), place),
+            memory,
+            carry,
+            uniform_numbers(_draw_keys(keys), objective.samples, max_words),
+            dropout_keys=row_keys(keys, UNROLL_KEYS),
+        )
+        return outputs.hidden, _Samples(tokens, log_probs.sum(-1))
+
+    def drawn_before_reading(model: CaptionModel, batch: Mapping[str, Array], keys: Array) -> tuple[Array, _Samples]:
+        """The same for a decoder that reads all tokens at once faster than it steps."""
+        feed, carry = begun(*lax.stop_gradient((model, batch)), objective.samples, keys)
+        drawn = sample(feed, carry, _draw_keys(keys), max_steps=max_words, temperature=objective.temperature)
+        hidden = model.teacher_forced({**batch, "tokens": _after_bos(drawn.tokens)}, keys).hidden
+        return hidden, _Samples(drawn.tokens, drawn.score)
+
+    def begun(model: CaptionModel, batch: Mapping[str, Array], count: int, keys: Array | None) -> tuple[StepFn, Any]:
+        """The decoder's step and first carry. With keys, the dropout masks are those of ``teacher_forced``."""
+        regions, mask = batch["regions"], batch.get("region_mask")
+        memory, first = model.decoder.start(
+            regions, count, steps=max_words, region_mask=mask, dropout_keys=row_keys(keys, START_KEYS)
+        )
+        unroll_keys = row_keys(keys, UNROLL_KEYS)
+
+        def feed(carry: Any, tokens: Array) -> tuple[Any, Array]:
+            inner, t = carry
+            step_keys = model.decoder.step_keys(unroll_keys, t[0, 0])
+            inner, output = model.decoder.step(inner, tokens, memory, dropout_keys=step_keys)
+            return (inner, t + 1), model.decoder.logits(output)
+
+        return feed, (first, jnp.zeros((regions.shape[0], count), jnp.int32))
+
+    def judge(
+        params: Params, constants: Constants, batch: Mapping[str, Array], samples: _Samples, keys: Array
+    ) -> tuple[Array, _Sums]:
+        """The advantages [B,M] of samples, and sums over them."""
+        weight = batch["weight"][:, None]
         references = prepare_references(batch["references"], batch["reference_count"], constants.frequencies)
-
-        def begun(count: int, keys: Array | None) -> tuple[Any, Any]:
-            """The decoder's step and first carry. With keys, the dropout masks are those of ``teacher_forced``."""
-            memory, first = model.decoder.start(
-                regions, count, steps=max_words, region_mask=mask, dropout_keys=row_keys(keys, START_KEYS)
-            )
-            unroll_keys = row_keys(keys, UNROLL_KEYS)
-
-            def feed(carry: Any, tokens: Array) -> tuple[Any, Array]:
-                inner, t = carry
-                step_keys = model.decoder.step_keys(unroll_keys, t[0, 0])
-                inner, output = model.decoder.step(inner, tokens, memory, dropout_keys=step_keys)
-                return (inner, t + 1), model.decoder.logits(output)
-
-            return feed, (first, jnp.zeros((regions.shape[0], count), jnp.int32))
 
         def rewarded(tokens: Array) -> tuple[Array, Array]:
             """The rewards of captions [B,M,T], and the number of repeated words of each, both [B,M]."""
             repeated = repeated_words(tokens, function_words)
             return rewards(tokens, references, constants.frequencies) - objective.repetition * repeated, repeated
 
-        draws = row_keys(keys, DRAW_KEYS)
-        assert draws is not None
-        feed, carry = begun(objective.samples, keys)
-        drawn = sample(feed, carry, draws, max_steps=max_words, temperature=objective.temperature)
-        reward, repeated = rewarded(drawn.tokens)
+        tokens, score = samples
+        reward, repeated = rewarded(tokens)
         if objective.baseline == "greedy":
-            best = greedy(*begun(1, None), max_steps=max_words)
+            model = nnx.merge(graph, params, constants.frozen)
+            best = greedy(*begun(model, batch, 1, None), max_steps=max_words)
             baseline = jnp.broadcast_to(rewarded(best.tokens)[0], reward.shape)
             advantage = reward - baseline
         else:
@@ -343,37 +374,38 @@ def self_critical_step(
         divergence = jnp.zeros_like(reward)
         if objective.kl:
             start = nnx.merge(graph, constants.start, constants.frozen)
-            divergence = drawn.score - _log_probs(start, batch, drawn.tokens, keys, objective.temperature)
+            divergence = score - _log_probs(start, batch, tokens, keys, objective.temperature)
         if objective.kl or objective.entropy:
-            advantage -= _above_others(objective.kl * divergence + objective.entropy * drawn.score)
-        words = ((drawn.tokens != PAD) & (drawn.tokens != EOS)).sum(-1)
-        last = jnp.take_along_axis(drawn.tokens, jnp.maximum(words - 1, 0)[..., None], axis=-1)[..., 0]
+            advantage -= _above_others(objective.kl * divergence + objective.entropy * score)
+        words = ((tokens != PAD) & (tokens != EOS)).sum(-1)
+        last = jnp.take_along_axis(tokens, jnp.maximum(words - 1, 0)[..., None], axis=-1)[..., 0]
         measured = {
             "captions": jnp.ones_like(reward),
             "reward": reward,
             "squared_reward": reward**2,
             "baseline": baseline,
             "words": words,
-            "ended": (drawn.tokens == EOS).any(-1),
+            "ended": (tokens == EOS).any(-1),
             "bad_endings": jnp.isin(last, jnp.array(bad_endings, jnp.int32)),
             "repeated_words": repeated > 0,
-            "surprisal": -drawn.score,
+            "surprisal": -score,
             "divergence": divergence,
         }
         sums = {name: (value * weight).sum() for name, value in measured.items()}
-        return drawn.tokens, advantage * weight, _Sums(objective=jnp.zeros(()), **sums)
+        return advantage * weight, _Sums(objective=jnp.zeros(()), **sums)
 
     def loss(params: Params, constants: Constants, batch: Mapping[str, Array], step: Array) -> tuple[Array, _Sums]:
         model = nnx.merge(graph, params, constants.frozen)
         keys = keys_of_rows(key, step, batch["row"])
-        regions = model.regions(batch)
-        tokens, advantage, sums = explore(*lax.stop_gradient((params, constants, batch, regions)), keys)
-        outputs = model.teacher_forced({**batch, "regions": regions, "tokens": _after_bos(tokens)}, keys)
-        counted = jnp.where(tokens != PAD, advantage[..., None], 0.0)  # [B,M,T]
+        batch = {**batch, "regions": model.regions(batch)}
+        drawn = drawn_before_reading if model.decoder.reads_at_once else drawn_while_reading
+        hidden, samples = drawn(model, batch, keys)
+        advantage, sums = judge(*lax.stop_gradient((params, constants, batch, samples)), keys)
+        counted = jnp.where(samples.tokens != PAD, advantage[..., None], 0.0)  # [B,M,T]
         _, total = packed_word_loss(
             lambda hidden: _policy(model.score_words(hidden), objective.temperature),
-            outputs.hidden,
-            tokens,
+            hidden,
+            samples.tokens,
             counted,
             CROSS_ENTROPY,
         )
@@ -399,6 +431,13 @@ def self_critical_step(
         return captions, metrics
 
     return train_step(loss, measure, transformation, accumulate=accumulate, ema_decay=ema_decay)
+
+
+def _draw_keys(keys: Array) -> Array:
+    """The keys [B] of the samples, from the keys [B] of the rows."""
+    drawn = row_keys(keys, DRAW_KEYS)
+    assert drawn is not None
+    return drawn
 
 
 def _above_others(values: Array) -> Array:

@@ -10,7 +10,7 @@ per image, D region feature size, F size of ``output.hidden``, V vocabulary size
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -244,7 +244,7 @@ class Decoder(nnx.Module):
             decoder = nnx.merge(graph, params)
             token = jnp.where(replaced, drawn, token)
             carry, output = decoder.step(carry, token, memory, dropout_keys=step_keys)
-            return (carry, _drawn(jax.lax.stop_gradient(decoder.logits(output)), place)), output
+            return (carry, _drawn(_fixed_logits(graph, params, output), place)), output
 
         M, T = tokens.shape[1:]
         uniform = jax.vmap(lambda key: jax.random.uniform(key, (2, T, M)))(sampling_keys)  # [B,2,T,M]
@@ -254,6 +254,51 @@ class Decoder(nnx.Module):
         inputs = read, replaced, place, self._keys_of_steps(dropout_keys, T)
         outputs = scan_steps(step, params, memory, (carry, jnp.zeros_like(tokens[..., 0])), inputs, steps_of(tokens))
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), outputs)
+
+    @property
+    def reads_at_once(self) -> bool:
+        """Whether ``unroll`` reads all tokens at once, because a subclass has its own. Stepping then costs more."""
+        return type(self).unroll is not Decoder.unroll
+
+    def unroll_chosen(
+        self,
+        choose: Callable[[Array, Array], tuple[Array, Array]],
+        memory: Memory,
+        carry: Carry,
+        xs: Array,
+        *,
+        dropout_keys: Array | None = None,
+    ) -> tuple[StepOutput, Array, Array]:
+        """Reads the words that it chooses itself, until every sequence has ended.
+
+        The outputs equal those of ``unroll`` for these words, and have the same gradients. No gradient flows through
+        the choice.
+
+        Args:
+            choose: (logits float32 [B,M,V], x [B,M]) -> (words int32 [B,M], numbers float32 [B,M]). It must not close
+                over any array.
+            memory, carry: from ``start``.
+            xs: [B,M,T], what ``choose`` reads at each step. T is the maximum number of words, including eos.
+            dropout_keys: [B], or None.
+
+        Returns:
+            The outputs [B,M,T,...]; the words int32 [B,M,T]: words, eos, pad; the numbers float32 [B,M,T], 0 after eos.
+        """
+        graph, params = nnx.split(self)
+
+        def step(params: Any, memory: Memory, carry: Any, inputs: tuple[Array, Any]) -> Any:
+            (carry, last, ended), (x, step_keys) = carry, inputs
+            carry, output = nnx.merge(graph, params).step(carry, last, memory, dropout_keys=step_keys)
+            words, numbers = choose(_fixed_logits(graph, params, output), x)
+            words = jnp.where(ended, PAD, words)
+            return (carry, words, ended | (words == EOS)), (output, words, jnp.where(ended, 0.0, numbers))
+
+        start = jnp.full(xs.shape[:2], BOS, jnp.int32)
+        inputs = jnp.moveaxis(xs, -1, 0), self._keys_of_steps(dropout_keys, xs.shape[-1])
+        ys = scan_steps(
+            step, params, memory, (carry, start, start != BOS), inputs, until=lambda carry: carry[2].all(axis=1)
+        )
+        return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), ys)
 
     def _keys_of_steps(self, dropout_keys: Array | None, length: int) -> Array | None:
         """``step_keys`` of steps 0 to length - 1: [T,B]."""
@@ -287,11 +332,17 @@ def steps_of(tokens: Array) -> Array:
     return jnp.where((tokens != PAD) & (tokens != EOS), places, 0).max(axis=(1, 2))
 
 
+def _fixed_logits(graph: nnx.GraphDef[Decoder], params: Any, output: StepOutput) -> Array:
+    """The logits [B,M,V] of an output, as constants: neither the output nor the parameters get a gradient."""
+    params, output = jax.lax.stop_gradient((params, output))
+    return nnx.merge(graph, params).logits(output)
+
+
 def _drawn(logits: Array, place: Array) -> Array:
     """Words from the softmax of logits [B,M,V] by uniform numbers ``place`` [B,M]: int32 [B,M], never pad or bos."""
     words = jnp.arange(logits.shape[-1])
     logits = jnp.where((words == PAD) | (words == BOS), -jnp.inf, logits.astype(jnp.float32))
-    return draw_words(jax.nn.softmax(logits), place).astype(jnp.int32)
+    return draw_words(logits, place)
 
 
 def spread(leaf: Array, M: int) -> Array:
