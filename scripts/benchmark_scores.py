@@ -2,11 +2,13 @@
 
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from typing import NamedTuple
 
 # Each program tokenises one file of captions and computes BLEU, METEOR, ROUGE-L and CIDEr-D.
 OURS = """
@@ -37,52 +39,76 @@ scorers = {"ROUGE-L": Rouge, "CIDEr-D": Cider} | ({"METEOR": Meteor} if with_met
 for name, scorer in scorers.items():
     values[name] = scorer().compute_score(references, captions)[0]
 """
+# A small process in between: the system counts the memory of the process that starts a program as that of the program.
+LAUNCHER = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stderr=subprocess.DEVNULL).returncode
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6)
+sys.exit(code)
+"""
 REPORT = """
 print(",".join(f"{name}={values[name]:.12f}" for name in sorted(values)))
 """
 
 
+class _Run(NamedTuple):
+    """A run of a program: wall-clock and CPU time in seconds, memory of its largest process in MB, its last line."""
+
+    seconds: float
+    cpu: float
+    memory: float
+    line: str
+
+
 def score(options: argparse.Namespace) -> None:
-    """Times both programs in interleaved rounds and compares their scores."""
+    """Times both programs in interleaved rounds and compares their scores.
+
+    The official tools, which need Java, are left out if there is none.
+    """
     if len(options.files) != 2:
         sys.exit("benchmark.py score: give a file of captions and a file of references in COCO's format")
-    for with_meteor in (True, False):
-        sides = {
-            name: f"with_meteor = {with_meteor}\n{code}{REPORT}" for name, code in (("ours", OURS), ("theirs", THEIRS))
-        }
-        if with_meteor:
-            with tempfile.TemporaryDirectory() as empty:
-                seconds, memory, _ = _run(sides["ours"], options.files, {"IMGCAP_CACHE": empty})
-            print(f"ours, with the one-time compilation of METEOR's tables: {seconds:.1f} s, {memory:.0f} MB")
+    programs = {"ours": OURS} | ({"theirs": THEIRS} if shutil.which("java") else {})
+    if "theirs" not in programs:
+        print("without the official tools: java is not installed")
+    for title, with_meteor, cold in (
+        ("first scoring, which compiles METEOR's tables", True, True),
+        ("with METEOR", True, False),
+        ("without METEOR", False, False),
+    ):
+        sides = {name: f"with_meteor = {with_meteor}\n{code}{REPORT}" for name, code in programs.items()}
+        if with_meteor and not cold:
             _run(sides["ours"], options.files, {})  # compiles them in the usual cache folder, if necessary
-        found: dict[str, list[tuple[float, float, str]]] = {name: [] for name in sides}
+        found: dict[str, list[_Run]] = {name: [] for name in sides}
         for _ in range(options.rounds):
             for name, code in sides.items():
-                found[name].append(_run(code, options.files, {}))
-        print("with METEOR" if with_meteor else "without METEOR")
-        median = {name: statistics.median(run[0] for run in runs) for name, runs in found.items()}
+                with tempfile.TemporaryDirectory() as empty:
+                    found[name].append(_run(code, options.files, {"IMGCAP_CACHE": empty} if cold else {}))
+        print(title)
+        median = {name: statistics.median(run.seconds for run in runs) for name, runs in found.items()}
         for name, runs in found.items():
-            print(f"  {name}: {median[name]:.2f} s, {max(run[1] for run in runs):.0f} MB in the largest process")
-        print(f"  {median['theirs'] / median['ours']:.1f} times as fast")
-        print(f"  largest difference between the scores: {_difference(found['ours'][0][2], found['theirs'][0][2]):.1e}")
+            cpu = statistics.median(run.cpu for run in runs)
+            memory = max(run.memory for run in runs)
+            print(f"  {name}: {median[name]:.2f} s, {cpu:.2f} s of CPU time, {memory:.0f} MB in the largest process")
+        if "theirs" in found:
+            print(f"  {median['theirs'] / median['ours']:.1f} times as fast")
+            difference = _difference(found["ours"][0].line, found["theirs"][0].line)
+            print(f"  largest difference between the scores: {difference:.1e}")
 
 
-def _run(code: str, files: list[str], environment: dict[str, str]) -> tuple[float, float, str]:
-    """The wall-clock time in seconds, the memory of the largest process in MB, and the last line printed."""
+def _run(code: str, files: list[str], environment: dict[str, str]) -> _Run:
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *files],
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, sys.executable, "-c", code, *files],
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, **environment},
     )
-    assert process.stdout is not None
-    lines = process.stdout.read().strip().split("\n")
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    if done.returncode:
         sys.exit(f"benchmark.py score: this program failed; run it by hand to see the error:\n{code}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024, lines[-1]
+    *_, line, usage = done.stdout.strip().split("\n")
+    cpu, memory = map(float, usage.split())
+    return _Run(time.perf_counter() - start, cpu, memory, line)
 
 
 def _difference(one: str, other: str) -> float:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 _BLOCK = 1 << 21  # bytes of text; larger blocks need more memory and are slower
-_AT_A_TIME = 1 << 17  # phrases
+_AT_A_TIME = 1 << 17  # phrases; limits the memory
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Paraphrases:
             ValueError, EOFError, OSError, zlib.error: the file is damaged or cannot be read.
         """
         number = defaultdict[str, int]()
-        number.default_factory = lambda: len(number) + 1
+        number.default_factory = lambda: len(number) + 1  # a new word gets the next number
 
         def numbered(phrases: pa.StringArray) -> np.ndarray:
             """The words of each phrase, as numbers in the order of their first occurrence, then zeros."""
@@ -67,6 +67,7 @@ class Paraphrases:
             repeats.append(block.repeats)
         if not number:
             raise ValueError(f"{path.name} is empty")
+        pa.default_memory_pool().release_unused()  # 20 MB
         words = sorted(number)
         phrases = np.concatenate(paraphrases + sources)
         del paraphrases, sources
@@ -86,6 +87,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(path: Path) -> Iterator[_Block]:
+    """The whole table, in blocks. Raises the errors of ``Paraphrases.read``."""
     rest = b""
     with gzip.open(path) as file:
         while block := file.read(_BLOCK):
