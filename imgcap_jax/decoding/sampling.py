@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from imgcap_jax.decoding.decoded import Decoded, StepFn, parallel_shape
@@ -49,7 +48,7 @@ def sample(
     if temperature != 1.0:
         rules = (Temperature(temperature), *rules)
     uniform = uniform_numbers(keys, parallel, max_steps)  # [B,M,T]
-    return rollout(step, carry, lambda ruled, t: draw(ruled, uniform[:, :, t]), max_steps=max_steps, rules=rules)
+    return rollout(step, carry, lambda ruled, t: draw_words(ruled, uniform[:, :, t]), max_steps=max_steps, rules=rules)
 
 
 def uniform_numbers(keys: Array, parallel: int, max_steps: int) -> Array:
@@ -58,10 +57,3 @@ def uniform_numbers(keys: Array, parallel: int, max_steps: int) -> Array:
     JAX's generator returns the same numbers for the first captions, independent of the number of captions that follow.
     """
     return jax.vmap(lambda key: jax.random.uniform(key, (parallel, max_steps)))(keys)
-
-
-def draw(logits: Array, uniform: Array) -> tuple[Array, Array]:
-    """Words drawn from the softmax of logits [B,M,V] by uniform numbers [B,M], and their log-probabilities [B,M]."""
-    word = draw_words(logits, uniform)
-    log_total = jax.nn.logsumexp(logits, axis=-1)
-    return word, jnp.take_along_axis(logits, word[..., None], axis=-1)[..., 0] - log_total

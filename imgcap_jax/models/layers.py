@@ -45,7 +45,7 @@ def dropout(x: Array, rate: float, dropout_keys: Array | None) -> Array:
     return jnp.where(keep, x * (65536 / kept), 0.0).astype(x.dtype)
 
 
-def draw_words(logits: Array, uniform: Array) -> Array:
+def draw_words(logits: Array, uniform: Array) -> tuple[Array, Array]:
     """Draws words from the softmax of logits, by inverting the cumulative distribution.
 
     One random number per word is enough. ``jax.random.categorical`` draws V numbers per word and takes six times as
@@ -57,13 +57,14 @@ def draw_words(logits: Array, uniform: Array) -> Array:
         uniform: uniform random numbers [...], 0 to 1.
 
     Returns:
-        Word ids int32 [...].
+        Word ids int32 [...], and their log-probabilities [...].
     """
     size = logits.shape[-1]
     top = jnp.max(logits, axis=-1, keepdims=True)
     padding = [(0, 0)] * (logits.ndim - 1) + [(0, -size % _BLOCK)]
     blocks = jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(*logits.shape[:-1], -1, _BLOCK)
-    reached = _reached(jnp.sum(jnp.exp(blocks - top[..., None]), axis=-1))  # [...,V/block]
+    sums = jnp.sum(jnp.exp(blocks - top[..., None]), axis=-1)  # [...,V/block]
+    reached = _reached(sums)
     target = uniform * jnp.max(reached, axis=-1)  # [...]
     block = jnp.argmax(reached > target[..., None], axis=-1)  # the first block that passes the target
     earlier = jnp.arange(reached.shape[-1]) < block[..., None]
@@ -76,7 +77,9 @@ def draw_words(logits: Array, uniform: Array) -> Array:
     passes = (reached > target[..., None]) & (probs > 0)
     last = _BLOCK - 1 - jnp.argmax(probs[..., ::-1] > 0, axis=-1)
     place = jnp.where(passes.any(axis=-1), jnp.argmax(passes, axis=-1), last)
-    return (block * _BLOCK + place).astype(jnp.int32)
+    drawn = jnp.take_along_axis(inside, place[..., None], axis=-1)[..., 0]
+    log_probs = drawn - top[..., 0] - jnp.log(jnp.sum(sums, axis=-1))
+    return (block * _BLOCK + place).astype(jnp.int32), log_probs
 
 
 _BLOCK = 128

@@ -124,30 +124,33 @@ class _TracedStep:
     def __init__(self, step: Step, weights: Any, memory: Any, carry: Any, x: Any) -> None:
         recorders: list[Recorder] = []
 
-        def measured(constants: Any, carry: Any, x: Any) -> Any:
-            recorders.append(Recorder(constants))
+        def measured(weights: Any, memory: Any, carry: Any, x: Any) -> Any:
+            recorders.append(Recorder((weights, memory)))
             with recorders[0].recording():
-                return step(*constants, carry, x)[1]
+                return step(weights, memory, carry, x)[1]
 
         constants = (weights, memory)
-        self.y = jax.eval_shape(measured, constants, carry, x)
+        self.y = jax.eval_shape(measured, weights, memory, carry, x)
         self.calls, self.taps = recorders[0].calls, recorders[0].results
         of_constants, of_carry, of_y = _Floating.of(constants), _Floating.of(carry), _Floating.of(self.y)
+
+        structures: list[Any] = []
 
         def differentiated(constants: Any, carry: Any, x: Any) -> Any:
             (constants, fixed_constants), (carry, fixed_carry) = of_constants.split(constants), of_carry.split(carry)
 
             def run(constants: list[Array], carry: list[Array], taps: list[Array]) -> Any:
-                joined = of_constants.join(constants, fixed_constants)
-                recorder = Recorder(joined, taps)
+                weights, memory = of_constants.join(constants, fixed_constants)
+                recorder = Recorder((weights, memory), taps)
                 with recorder.recording():
-                    following, y = step(*joined, of_carry.join(carry, fixed_carry), x)
+                    following, y = step(weights, memory, of_carry.join(carry, fixed_carry), x)
                 (carry, other_carry), (y, other_y) = of_carry.split(following), of_y.split(y)
                 return (carry, y), (other_carry, other_y, recorder.inputs)
 
             taps = [jnp.zeros(tap.shape, tap.dtype) for tap in self.taps]
             (carry, y), transpose, (other_carry, other_y, inputs) = jax.vjp(run, constants, carry, taps, has_aux=True)
-            leaves, self._transpose = jax.tree.flatten(transpose)
+            leaves, structure = jax.tree.flatten(transpose)
+            structures.append(structure)
             return (
                 jax.tree.leaves(of_carry.join(carry, other_carry)),
                 jax.tree.leaves(of_y.join(y, other_y)),
@@ -157,6 +160,7 @@ class _TracedStep:
 
         jaxpr, shapes = jax.make_jaxpr(differentiated, return_shape=True)(constants, carry, x)
         self._run = jaxpr_as_fun(jaxpr)
+        (self._transpose,) = structures
         self._ends = np.cumsum([len(part) for part in shapes])[:-1].tolist()
         self._fixed = _depend_on(jaxpr, len(jax.tree.leaves(constants)))[self._ends[-1] :]
         self.shapes = self._parts([leaf for part in shapes for leaf in part])
@@ -215,8 +219,8 @@ def _zeros(jaxpr: ClosedJaxpr) -> tuple[bool, ...]:
         for equation in jaxpr.jaxpr.eqns
         if equation.primitive.name == "broadcast_in_dim"
         and isinstance(equation.invars[0], Literal)
-        and jnp.issubdtype(equation.invars[0].aval.dtype, np.inexact)
-        and equation.invars[0].val == 0
+        and jnp.issubdtype(np.asarray(equation.invars[0].val).dtype, np.inexact)
+        and np.all(equation.invars[0].val == 0)
     }
     return tuple(not isinstance(atom, Literal) and atom in zeros for atom in jaxpr.jaxpr.outvars)
 
@@ -267,7 +271,7 @@ def _forward(
 ) -> tuple[Any, Any]:
     length, batch = jax.tree.leaves(xs)[0].shape[:2]
     stages = [batch, batch // 2] if batch >= 2 * FEWEST_ROWS and until is None else [batch]
-    of_carry = jax.tree.structure(carry)
+    of_carry: Any = jax.tree.structure(carry)
     x = jax.tree.map(lambda leaf: leaf[0], xs)
     traced = [_TracedStep(step, weights, *(_first(tree, rows) for tree in (memory, carry, x))) for rows in stages]
     shapes = traced[0].shapes
@@ -309,7 +313,8 @@ def _forward(
         counted &= jnp.arange(length)[:, None] < t
     y, inputs, kept = buffers
     rest = _Kept(weights, memory, carry, counted, ends, fixed, kept, inputs)
-    ys = jax.tree.unflatten(jax.tree.structure(traced[0].y), y)
+    of_y: Any = jax.tree.structure(traced[0].y)
+    ys = of_y.unflatten(y)
     return ys, jax.tree_util.Partial(partial(_backward, stages, traced), rest)
 
 
@@ -361,6 +366,7 @@ def _with_calls(calls: list[Call], kept: _Kept, by_results: list[Array], by_cons
 
     None stands for zeros before, and afterwards for constants that have no gradient.
     """
+    tree: Any
     gradients, tree = jax.tree.flatten(by_constants, is_leaf=lambda leaf: leaf is None)
     constants = jax.tree.leaves((kept.weights, kept.memory))
     weights = len(jax.tree.leaves(kept.weights))

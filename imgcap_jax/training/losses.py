@@ -146,7 +146,12 @@ def packed_word_loss(
 def _converted(
     score_words: Callable[[Array], Array], hidden: Array, sizes: Sequence[int]
 ) -> tuple[Callable[..., Array], list[Array]]:
-    """``jax.closure_convert`` for several numbers of rows: (hidden [n,F], *closed over) -> logits [n,V], closed over."""
+    """``jax.closure_convert`` for several numbers of rows.
+
+    Returns:
+        (hidden [n,F], *arrays) -> logits [n,V], for every n in ``sizes``; and the arrays, which ``score_words`` closes
+        over.
+    """
     versions: dict[int, tuple[Callable[..., Array], list[int]]] = {}
     closed_over: list[Array] = []
     for size in sizes:

@@ -19,7 +19,7 @@ from imgcap_jax.data.sources import CaptionSource
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.decoding.decoded import StepFn
 from imgcap_jax.decoding.greedy import greedy
-from imgcap_jax.decoding.sampling import draw, sample, uniform_numbers
+from imgcap_jax.decoding.sampling import sample, uniform_numbers
 from imgcap_jax.errors import UserError
 from imgcap_jax.metrics.bleu_device import bleu_4
 from imgcap_jax.metrics.cider import SIGMA
@@ -32,7 +32,7 @@ from imgcap_jax.metrics.cider_device import (
 )
 from imgcap_jax.metrics.degeneration import BAD_ENDINGS, CONJUNCTIONS, FUNCTION_WORDS
 from imgcap_jax.metrics.degeneration_device import FunctionWords, repeated_words
-from imgcap_jax.models.layers import row_keys
+from imgcap_jax.models.layers import draw_words, row_keys
 from imgcap_jax.models.model import DRAW_KEYS, START_KEYS, UNROLL_KEYS, CaptionModel, Frozen, Params
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 from imgcap_jax.training.checkpoints import Checkpoints
@@ -318,7 +318,7 @@ def self_critical_step(
             dropout_keys=row_keys(keys, START_KEYS),
         )
         outputs, tokens, log_probs = model.decoder.unroll_chosen(
-            lambda logits, place: draw(_policy(logits, objective.temperature), place),
+            lambda logits, place: draw_words(_policy(logits, objective.temperature), place),
             memory,
             carry,
             uniform_numbers(_draw_keys(keys), objective.samples, max_words),

@@ -184,6 +184,34 @@ def test_rows_that_fill_the_last_chunk_have_a_real_word(
     assert np.all(np.isfinite(gradient))
 
 
+@pytest.mark.parametrize("words", [1, 5, 8, 11, 14, 16, 27])
+def test_scores_that_depend_on_the_number_of_rows_are_traced_for_each_chunk(
+    words: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of 8, 6 and 2 rows: a first one, full ones, and the rest. Rows change places in halves."""
+    monkeypatch.setattr(losses, "CHUNK", 8)
+    rng = np.random.default_rng(6)
+    weight, hidden = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, V), (27, 5)))
+    targets = jnp.asarray(rng.integers(3, V, 27))
+    counted = jnp.asarray(rng.permutation(np.arange(27) < words), jnp.float32)
+
+    def packed(weight: jax.Array, hidden: jax.Array) -> jax.Array:
+        def score(h: jax.Array) -> jax.Array:
+            half = len(h) // 2
+            return jnp.concatenate([h[:half] @ weight, h[half : 2 * half] @ weight, h[2 * half :] @ weight])
+
+        return losses.packed_word_loss(score, hidden, targets, counted, losses.CROSS_ENTROPY)[1]
+
+    def whole(weight: jax.Array, hidden: jax.Array) -> jax.Array:
+        return (losses.CROSS_ENTROPY(hidden @ weight, targets) * counted).sum()
+
+    value, got = jax.value_and_grad(packed, argnums=(0, 1))(weight, hidden)
+    expected_value, expected = jax.value_and_grad(whole, argnums=(0, 1))(weight, hidden)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_log_normaliser_has_the_derivatives_of_logsumexp() -> None:
     logits = jnp.asarray(np.random.default_rng(5).normal(size=(7, V)) * 20, jnp.float32)
     np.testing.assert_allclose(log_normaliser(logits), jax.nn.logsumexp(logits, axis=-1))

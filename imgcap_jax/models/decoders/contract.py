@@ -342,7 +342,7 @@ def _drawn(logits: Array, place: Array) -> Array:
     """Words from the softmax of logits [B,M,V] by uniform numbers ``place`` [B,M]: int32 [B,M], never pad or bos."""
     words = jnp.arange(logits.shape[-1])
     logits = jnp.where((words == PAD) | (words == BOS), -jnp.inf, logits.astype(jnp.float32))
-    return draw_words(logits, place)
+    return draw_words(logits, place)[0]
 
 
 def spread(leaf: Array, M: int) -> Array:
