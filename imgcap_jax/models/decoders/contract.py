@@ -139,8 +139,12 @@ class Decoder(nnx.Module):
     Masks depend on the row's key alone, so that any number of devices draws the same ones. For this reason
     ``nnx.Dropout`` must not be used.
 
+    **Rows.** A step computes each row of the batch independently of the other rows and of their number: a search
+    reorders rows, and training continues with the first half of them when all captions of the others have ended.
+
     **Speed.** If a step uses ``layers.Linear`` and ``layers.Embed``, the gradient of each weight is computed in one
-    product after the scan, not in a thin one per step.
+    product after the scan, not in a thin one per step. For other functions of weights or memory, see
+    ``models/constants.py``.
 
     **Another run's weights.** ``--init-from`` copies parameters by path and maps the axes in ``word_axes`` by word,
     because the other run can have another vocabulary.
@@ -206,6 +210,10 @@ class Decoder(nnx.Module):
 
     def unroll(self, tokens: Array, memory: Memory, carry: Carry, *, dropout_keys: Array | None = None) -> StepOutput:
         """Teacher forcing: reads tokens [B,M,T] one after the other; the leaves of the output are [B,M,T,...].
+
+        When it is differentiated, steps for captions that have ended are skipped where possible: an output at or after
+        eos can be zeros, and its gradient must be zero. The cost is lowest if the rows of the longest captions come
+        first.
 
         A decoder that can read all tokens at once overrides this. The result must equal that of stepping, dropout
         included (see ``step_keys``).
