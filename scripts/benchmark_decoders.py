@@ -1,8 +1,12 @@
-"""Speed of decoders: training steps and decoding compared with PyTorch, and all decoders (see benchmark.py)."""
+"""Speed of decoders: training steps and decoding compared with PyTorch, and all decoders (see benchmark.py).
+
+Functions import imgcap_jax themselves, because ``--before`` builds the same candidates with another checkout of it.
+"""
 
 import argparse
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,72 +14,46 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from checkouts import of_each_checkout
 from flax import nnx
-from measuring import Thing, decoder_sizes, matmul, medians
+from jax import Array
+from measuring import (
+    EOS,
+    WORDS,
+    Thing,
+    chosen_lengths,
+    decoder_sizes,
+    lengths_text,
+    matmul,
+    medians,
+    print_ratios,
+    random_captions,
+    regions_of,
+    times,
+    word_counts,
+)
 
-from imgcap_jax.data.vocabulary import Vocabulary
-from imgcap_jax.decoding.settings import Decoding
-from imgcap_jax.models.decoders.attend import ShowAttendTell
-from imgcap_jax.models.decoders.up_down import UpDown
-from imgcap_jax.models.model import CaptionModel, parameter_count, split_trained
-from imgcap_jax.run.generation import caption_function
-from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step
-from imgcap_jax.training.optimizer import Optimizer
-from imgcap_jax.training.parallel import DataParallel
-from imgcap_jax.training.step import first_state
-
-# All sizes are 512. The regions are projected to this size.
-DECODERS: dict[str, Any] = {
-    "up_down": UpDown(hidden_size=512, embedding_size=512, attention_size=512, region_size=512),
-    "attend": ShowAttendTell(),
-}
-
-
-def _decoder(options: argparse.Namespace) -> tuple[CaptionModel, dict[str, int]]:
-    sizes = decoder_sizes(options, batch=64)
-    config = DECODERS[options.decoder]
-    decoder = config.build(sizes["D"], sizes["V"], dtype=jnp.dtype(options.dtype), rngs=nnx.Rngs(0))
-    return CaptionModel(None, decoder), sizes
+DECODERS = ("up_down", "attend", "show_tell")
+BEAMS = {"greedy": 1, "beam 5": 5}
 
 
-def _decoder_flops(name: str, s: Mapping[str, int], words: int) -> float:
-    """FLOPs of the matrix products of one forward pass.
+def built_decoder(options: argparse.Namespace, s: Mapping[str, int]) -> Any:
+    """The decoder of the options with random weights. All its sizes are H, that of projected regions included."""
+    from imgcap_jax.models.decoders.attend import ShowAttendTell
+    from imgcap_jax.models.decoders.show_tell import ShowTell
+    from imgcap_jax.models.decoders.up_down import UpDown
 
-    Products that are moved out of the loop over T count once per image. The vocabulary layer counts ``words`` times.
-    """
-    H = E = A = R = s["H"]
-    once = s["N"] * (s["D"] * R + R * A)
-    if name == "attend":
-        once += R * 2 * H
-        step = H * A + s["N"] * (A + R) + H + (E + R + H) * 4 * H
-        word = (H + R) * E + E * s["V"]
-    else:
-        once += R * 4 * H
-        step = (H + E + H) * 4 * H + H * A + s["N"] * (A + R) + (R + H + H) * 4 * H
-        word = H * s["V"]
-    return 2.0 * (s["B"] * (once + s["M"] * (s["T"] - 1) * step) + words * word)
+    size = s["H"]
+    config: Any = {
+        "up_down": UpDown(hidden_size=size, embedding_size=size, attention_size=size, region_size=size),
+        "attend": ShowAttendTell(hidden_size=size, embedding_size=size, attention_size=size, region_size=size),
+        "show_tell": ShowTell(hidden_size=size, embedding_size=size),
+    }[options.decoder]
+    return config.build(s["D"], s["V"], dtype=jnp.dtype(options.dtype), rngs=nnx.Rngs(0))
 
 
-def _captions(s: Mapping[str, int], lengths: str) -> np.ndarray:
-    """Random captions int32 [B,M,T] that fill all positions, or with lengths as in COCO (10.5 words on average)."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(4, s["V"], (s["B"], s["M"], s["T"])).astype(np.int32)
-    tokens[..., 0] = 1
-    if lengths == "captions":
-        words = np.clip(rng.normal(10.5, 2.4, (s["B"], s["M"])).round(), 6, s["T"] - 2).astype(int)
-        place = np.arange(s["T"])
-        tokens[place == words[..., None] + 1] = 2
-        tokens[place > words[..., None] + 1] = 0
-    return tokens
-
-
-def regions_of(s: Mapping[str, int]) -> np.ndarray:
-    """Random regions float16 [B,N,D]."""
-    return np.random.default_rng(0).random((s["B"], s["N"], s["D"])).astype(np.float16)
-
-
-def _torch_decoder(options: argparse.Namespace, s: Mapping[str, int]) -> Any:
-    """The decoder in PyTorch and its module, or None if a fair comparison is not possible."""
+def torch_decoders(options: argparse.Namespace) -> Any:
+    """The module of the decoders in PyTorch, or None and a line that says why there is no fair comparison."""
     if importlib.util.find_spec("torch") is None:
         print("PyTorch is not installed; the comparison is skipped")
         return None
@@ -87,105 +65,208 @@ def _torch_decoder(options: argparse.Namespace, s: Mapping[str, int]) -> Any:
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    kind = {"up_down": torch_decoders.UpDown, "attend": torch_decoders.Attend}[options.decoder]
-    return kind(s["D"], s["H"], s["V"]), torch_decoders
+    return torch_decoders
+
+
+def torch_decoder(module: Any, options: argparse.Namespace, s: Mapping[str, int]) -> Any:
+    """The decoder of the options in PyTorch."""
+    kind = {
+        "up_down": module.UpDown,
+        "attend": module.Attend,
+        "show_tell": module.ShowTell,
+    }[options.decoder]
+    return kind(s["D"], s["H"], s["V"])
+
+
+def _training_flops(name: str, s: Mapping[str, int], words: int) -> float:
+    """FLOPs of the matrix products of a training step.
+
+    Products that are moved out of the loop over T count once per image. The others count once per word (with eos).
+    """
+    H = E = A = R = s["H"]
+    image = s["D"] * R * (1 if name == "show_tell" else s["N"])
+    if name == "show_tell":
+        once = (E + H) * 4 * H
+        word = (E + H) * 4 * H + H * s["V"]
+    elif name == "attend":
+        once = s["N"] * R * A + R * 2 * H
+        step = H * A + s["N"] * (A + R) + H + (E + R + H) * 4 * H
+        word = step + (H + R) * E + E * s["V"]
+    else:
+        once = s["N"] * R * A + R * 4 * H
+        step = (H + E + H) * 4 * H + H * A + s["N"] * (A + R) + (R + H + H) * 4 * H
+        word = step + H * s["V"]
+    # Each product has two gradients, except that of the regions, which need no gradient.
+    return 2.0 * (2 * s["B"] * image + 3 * (s["B"] * once + words * word))
+
+
+def _train_steps(
+    options: argparse.Namespace, s: Mapping[str, int], tokens: Mapping[str, np.ndarray]
+) -> dict[str, Thing]:
+    """A training step of imgcap_jax for each kind of lengths. All share one compiled step and one state."""
+    from imgcap_jax.models.model import CaptionModel, split_trained
+    from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step
+    from imgcap_jax.training.optimizer import Optimizer
+    from imgcap_jax.training.parallel import DataParallel
+    from imgcap_jax.training.step import first_state
+
+    graph, params, frozen = split_trained(CaptionModel(None, built_decoder(options, s)))
+    optimizer = Optimizer().build(100, 1000)
+    parallel = DataParallel()
+    step = parallel.compile(
+        cross_entropy_step(
+            graph,
+            CrossEntropy(),
+            optimizer,
+            key=jax.random.key(0),
+            ema_decay=options.ema,
+        )
+    )
+    held = [parallel.replicate(first_state(params, optimizer, ema=options.ema > 0))]
+
+    def once(batch: Mapping[str, Array]) -> None:
+        held[0], _ = step(held[0], frozen, batch)
+        jax.block_until_ready(held[0])
+
+    return {
+        lengths: partial(
+            once,
+            parallel.put(rows_of(s) | {"regions": regions_of(s), "tokens": captions}),
+        )
+        for lengths, captions in tokens.items()
+    }
+
+
+def rows_of(s: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """The weight and the number of each image of a batch, as a training step reads them."""
+    return {
+        "weight": np.ones(s["B"], np.float32),
+        "row": np.arange(s["B"], dtype=np.int32),
+    }
 
 
 def train(options: argparse.Namespace) -> None:
     """Prints captions/s of a training step, its share of the plain matmul rate, and the same for PyTorch."""
-    model, s = _decoder(options)
-    graph, params, frozen = split_trained(model)
-    optimizer = Optimizer().build(100, 1000)
-    parallel = DataParallel()
-    step = parallel.compile(
-        cross_entropy_step(graph, CrossEntropy(), optimizer, key=jax.random.key(0), ema_decay=options.ema)
-    )
-    tokens = _captions(s, options.lengths)
-    words = int((tokens[..., 1:] != 0).sum())
-    regions = regions_of(s)
-    batch = parallel.put(
-        {
-            "regions": regions,
-            "tokens": tokens,
-            "weight": np.ones(s["B"], np.float32),
-            "row": np.arange(s["B"], dtype=np.int32),
-        }
-    )
-    held = [parallel.replicate(first_state(params, optimizer, ema=options.ema > 0))]
-
-    def once() -> None:
-        held[0], _ = step(held[0], frozen, batch)
-        jax.block_until_ready(held[0])
-
-    product, flops = matmul(options.dtype)
-    things: dict[str, Thing] = {"imgcap_jax": once, "matmul": product}
-    if (rival := _torch_decoder(options, s)) is not None:
+    s = decoder_sizes(options, batch=64)
+    tokens = {lengths: random_captions(s, lengths) for lengths in chosen_lengths(options)}
+    things = of_each_checkout(options, lambda: _train_steps(options, s, tokens))
+    if (module := torch_decoders(options)) is not None:
         import torch
 
-        decoder, module = rival
-        adam = torch.optim.AdamW(decoder.parameters(), lr=1e-4)
-        theirs = torch.from_numpy(regions).float(), torch.from_numpy(tokens).long()
-        things["PyTorch"] = lambda: module.train_step(decoder, adam, *theirs)
-    seconds = medians(things, options.rounds)
-    plain = flops / seconds.pop("matmul")
-    for side, value in seconds.items():
-        # Each product has two gradients, except the projection of the regions, which needs no gradient of its input.
-        products = 3 * _decoder_flops(options.decoder, s, words) - 2.0 * s["B"] * s["N"] * s["D"] * s["H"]
-        rate = products / value
-        print(
-            f"{options.decoder}, batch {s['B']} x {s['M']} captions of {words / s['B'] / s['M']:.1f} words with eos, "
-            f"N={s['N']}, V={s['V']}: {side} {value:.3f} s per step, {s['B'] * s['M'] / value:.1f} captions/s, "
-            f"{rate / 1e9:.1f} GFLOP/s, {rate / plain:.2f} of the plain matmul rate ({plain / 1e9:.1f})"
-        )
-    if "PyTorch" in seconds:
-        print(f"ratio to PyTorch: {seconds['PyTorch'] / seconds['imgcap_jax']:.2f}")
+        sides = {"PyTorch": torch_decoder(module, options, s)}
+        if options.decoder == "show_tell":
+            sides["PyTorch with packed nn.LSTM"] = module.PackedShowTell(s["D"], s["H"], s["V"])
+        regions = torch.from_numpy(regions_of(s)).float()
+        for side, decoder in sides.items():
+            adam = torch.optim.AdamW(decoder.parameters(), lr=1e-4)
+            for lengths, captions in tokens.items():
+                theirs = torch.from_numpy(captions).long()
+                things[side, lengths] = partial(module.train_step, decoder, adam, regions, theirs)
+    product, flops = matmul(options.dtype)
+    things["matmul", ""] = product
+    found = times(things, options.rounds)
+    plain = flops / found.pop(("matmul", "")).wall
+    print(
+        f"{options.decoder}, batch {s['B']} x {s['M']} captions, N={s['N']}, V={s['V']}; "
+        f"plain matmul rate between the steps: {plain / 1e9:.1f} GFLOP/s ({options.dtype})"
+    )
+    for lengths, captions in tokens.items():
+        words = (captions[..., 1:] > 0).sum(-1)  # with eos
+        print(lengths_text(lengths, words - 1))
+        for (side, row), time in found.items():
+            if row == lengths:
+                rate = _training_flops(options.decoder, s, int(words.sum())) / time.wall
+                print(
+                    f"  {side}: {1e3 * time.wall:.1f} ms per step, {s['B'] * s['M'] / time.wall:.1f} captions/s, "
+                    f"{rate / 1e9:.1f} GFLOP/s, {rate / plain:.2f} of the plain matmul rate"
+                )
+        print_ratios(found, lengths)
+
+
+@dataclass(frozen=True)
+class _EndAfter:
+    """The logit rule by which the captions of each image end after a number of words."""
+
+    words: tuple[int, ...]
+
+    def __call__(self, logits: Array, tokens: Array, t: Array) -> Array:
+        from imgcap_jax.decoding.rules import FORBIDDEN
+
+        ends = (jnp.array(self.words) == t)[:, None, None]
+        return jnp.where(ends == (jnp.arange(logits.shape[-1]) == EOS), logits, FORBIDDEN)
+
+
+def _searches(
+    options: argparse.Namespace,
+    s: Mapping[str, int],
+    regions: np.ndarray,
+    words: Mapping[str, np.ndarray],
+) -> dict[str, Thing]:
+    """Searches of imgcap_jax, greedy and with beam 5, for each kind of lengths."""
+    from imgcap_jax.data.vocabulary import Vocabulary
+    from imgcap_jax.decoding.settings import Decoding
+    from imgcap_jax.models.model import CaptionModel, split_trained
+    from imgcap_jax.run.generation import caption_function
+
+    graph, params, frozen = split_trained(CaptionModel(None, built_decoder(options, s)))
+    vocabulary = Vocabulary.build(map(str, range(s["V"] - 4)), min_count=1)
+    things: dict[str, Thing] = {}
+    for lengths, counts in words.items():
+        for name, beam in BEAMS.items():
+            rules = (_EndAfter(tuple(counts.tolist())),)
+            search = caption_function([graph], Decoding(beam=beam, max_words=WORDS, rules=rules), vocabulary)
+
+            def once(search: Any = search, counts: np.ndarray = counts) -> None:
+                tokens = np.asarray(search([params], [frozen], [{"regions": regions}]).tokens[:, 0])
+                assert ((tokens > EOS).sum(-1) == counts).all(), "captions have other lengths than drawn"
+
+            things[f"{name}, {lengths}"] = once
+    return things
 
 
 def decode(options: argparse.Namespace) -> None:
-    """Prints captions/s of greedy decoding and beam 5 from region features in 20 steps, and the same for PyTorch."""
-    model, s = _decoder(options)
-    graph, params, frozen = split_trained(model)
-    regions = np.random.default_rng(0).random((s["B"], s["N"], s["D"])).astype(np.float32)
-    vocabulary = Vocabulary.build(map(str, range(s["V"] - 4)), min_count=1)
-    rival = _torch_decoder(options, s)
-    things: dict[str, Thing] = {}
-    for name, beam in (("greedy", 1), ("beam 5", 5)):
-        # The weights are random. eos is forbidden on both sides, so that all captions take all steps.
-        search = caption_function([graph], Decoding(beam=beam, max_words=20, min_words=20), vocabulary)
-        things[f"imgcap_jax, {name}"] = lambda search=search: jax.block_until_ready(
-            search([params], [frozen], [{"regions": regions}])
-        )
-        if rival is not None:
-            import torch
+    """Prints captions/s of greedy decoding and beam 5 from region features, and the same for PyTorch.
 
-            decoder, module = rival
-            decoder.eval()
-            with torch.no_grad():
-                decoder.words.bias[2] = -1e9
-            pixels = torch.from_numpy(regions)
-            things[f"PyTorch, {name}"] = partial(module.decode, decoder, pixels, beam, 20)
-    seconds = medians(things, options.rounds)
-    for name, value in seconds.items():
-        print(f"{options.decoder}, {name}, batch {s['B']}, N={s['N']}, V={s['V']}: {s['B'] / value:.1f} captions/s")
-    for name in ("greedy", "beam 5") if rival is not None else ():
-        ratio = seconds[f"PyTorch, {name}"] / seconds[f"imgcap_jax, {name}"]
-        print(f"ratio to PyTorch, {name}: {ratio:.2f}")
+    The weights are random. Both sides are made to end each caption after a given number of words: all 20 that are
+    allowed, or a drawn number per image. A batch ends with its longest caption.
+    """
+    s = decoder_sizes(options, batch=64)
+    regions = regions_of(s).astype(np.float32)
+    words = {lengths: word_counts((s["B"],), lengths) for lengths in chosen_lengths(options)}
+    things = of_each_checkout(options, lambda: _searches(options, s, regions, words))
+    if (module := torch_decoders(options)) is not None:
+        import torch
+
+        decoder = torch_decoder(module, options, s).eval()
+        pixels = torch.from_numpy(regions)
+        for lengths, counts in words.items():
+            for name, beam in BEAMS.items():
+                ends = torch.from_numpy(counts)
+                things["PyTorch", f"{name}, {lengths}"] = partial(module.decode, decoder, pixels, beam, WORDS, ends)
+    found = times(things, options.rounds)
+    print(f"{options.decoder}, batch {s['B']}, N={s['N']}, V={s['V']}, at most {WORDS} words")
+    for lengths, counts in words.items():
+        print(f"{lengths_text(lengths, counts)}, the longest {counts.max()}")
+        for name in BEAMS:
+            row = f"{name}, {lengths}"
+            for (side, of), time in found.items():
+                if of == row:
+                    print(f"  {name}, {side}: {s['B'] / time.wall:.1f} captions/s")
+            print_ratios(found, row, f"{name}, ")
 
 
 def decoders(options: argparse.Namespace) -> None:
     """Prints training captions/s and parameter counts of all decoders in experiments/flickr8k_*.py."""
     from imgcap_jax.cli.experiments import find  # needs TFDS
+    from imgcap_jax.models.model import CaptionModel, parameter_count, split_trained
+    from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step
+    from imgcap_jax.training.parallel import DataParallel
+    from imgcap_jax.training.step import first_state
 
     s = {"B": 16, "M": 5, "T": 18, "N": 64, "D": 1280, "V": 2543}
     parallel = DataParallel()
-    batch = parallel.put(
-        {
-            "regions": regions_of(s),
-            "tokens": _captions(s, "captions"),
-            "weight": np.ones(s["B"], np.float32),
-            "row": np.arange(s["B"], dtype=np.int32),
-        }
-    )
+    tokens = random_captions(s, "captions")
+    batch = parallel.put(rows_of(s) | {"regions": regions_of(s), "tokens": tokens})
     things: dict[str, Thing] = {}
     parameters: dict[str, int] = {}
     for path in sorted((Path(__file__).parent.parent / "experiments").glob("flickr8k_*.py")):
@@ -198,7 +279,13 @@ def decoders(options: argparse.Namespace) -> None:
         parameters[name] = parameter_count(params)
         optimizer = experiment.optimizer.build(100, 1000)
         step = parallel.compile(
-            cross_entropy_step(graph, experiment.objective, optimizer, key=jax.random.key(0), ema_decay=0.999)
+            cross_entropy_step(
+                graph,
+                experiment.objective,
+                optimizer,
+                key=jax.random.key(0),
+                ema_decay=0.999,
+            )
         )
         held = [parallel.replicate(first_state(params, optimizer, ema=True))]
 
@@ -207,6 +294,7 @@ def decoders(options: argparse.Namespace) -> None:
             jax.block_until_ready(held[0])
 
         things[name] = once
+    print(lengths_text("captions", (tokens[..., 1:] > EOS).sum(-1)))
     for name, value in medians(things, options.rounds).items():
         rate = s["B"] * s["M"] / value
         print(f"{name}: {parameters[name]:,} parameters, {1e3 * value:.0f} ms per step, {rate:.0f} captions/s")

@@ -1,28 +1,50 @@
-"""Shared code of the benchmarks: interleaved rounds, the plain matmul rate, the sizes of decoders."""
+"""Shared code of the benchmarks: interleaved rounds, the plain matmul rate, the sizes and captions of decoders."""
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Thing = Callable[[], Any]
+Name = TypeVar("Name")
+
+WORDS = 20
+"""The maximum number of words per caption, without eos."""
+PAD, BOS, EOS = 0, 1, 2
+FIRST_WORD = 4
 
 
-def medians(things: Mapping[str, Thing], rounds: int) -> dict[str, float]:
-    """Median seconds of each candidate over interleaved rounds, without a first round for compilation."""
-    times: dict[str, list[float]] = {name: [] for name in things}
+class Times(NamedTuple):
+    """Seconds of a candidate: wall-clock time, and CPU time of all threads, which depends less on other programs."""
+
+    wall: float
+    cpu: float
+
+
+def times(things: Mapping[Name, Thing], rounds: int) -> dict[Name, Times]:
+    """Median times of each candidate over interleaved rounds, without a first round for compilation.
+
+    Every other round is in reverse order, so that a candidate does not always follow the same one.
+    """
+    found: dict[Name, list[Times]] = {name: [] for name in things}
     for number in range(rounds + 1):
-        for name, thing in things.items():
-            start = time.perf_counter()
-            thing()
+        for name in list(things)[:: -1 if number % 2 else 1]:
+            start = Times(time.perf_counter(), time.process_time())
+            things[name]()
             if number:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+                end = Times(time.perf_counter(), time.process_time())
+                found[name].append(Times(end.wall - start.wall, end.cpu - start.cpu))
+    return {name: Times(*map(statistics.median, zip(*of, strict=True))) for name, of in found.items()}
+
+
+def medians(things: Mapping[Name, Thing], rounds: int) -> dict[Name, float]:
+    """The wall-clock times of ``times`` in seconds."""
+    return {name: found.wall for name, found in times(things, rounds).items()}
 
 
 def matmul(dtype: str, size: int = 2048, count: int = 20) -> tuple[Thing, float]:
@@ -38,7 +60,73 @@ def matmul(dtype: str, size: int = 2048, count: int = 20) -> tuple[Thing, float]
     return run, 2.0 * count * size**3
 
 
+def print_machine() -> None:
+    """Prints JAX's version, the devices and the rate of plain matrix products, which says how fast the machine is."""
+    device = jax.devices()[0]
+    product, flops = matmul("float32", count=5)
+    rate = flops / medians({"matmul": product}, 5)["matmul"]
+    print(f"jax {jax.__version__}, {len(jax.devices())} x {device.device_kind} ({device.platform})")
+    print(
+        f"plain matmul rate of this machine: {rate / 1e9:.0f} GFLOP/s (float32)",
+        flush=True,
+    )
+
+
 def decoder_sizes(options: argparse.Namespace, *, batch: int) -> dict[str, int]:
     """The sizes of a decoder benchmark by shape letter. ``batch`` is the default number of images."""
-    sizes = {"T": 22, "D": 1280, "H": 512, "V": options.vocabulary, "N": options.regions}
+    sizes = {
+        "T": WORDS + 2,
+        "D": 1280,
+        "H": 512,
+        "V": options.vocabulary,
+        "N": options.regions,
+    }
     return sizes | {"B": options.batch or batch, "M": options.captions}
+
+
+def chosen_lengths(options: argparse.Namespace) -> tuple[str, ...]:
+    """The kinds of caption lengths that are measured: "full", "captions" or both."""
+    return ("full", "captions") if options.lengths == "both" else (options.lengths,)
+
+
+def word_counts(shape: tuple[int, ...], lengths: str, longest: int = WORDS, seed: int = 0) -> np.ndarray:
+    """Numbers of words without eos, int32 of this shape: all ``longest``, or drawn.
+
+    Drawn lengths have a mean of 10.75 words and a standard deviation of 2.4, between those of two datasets, in the
+    package's tokens: COCO 2014 (10.4 words, deviation 2.2; 12,303 captions) and Flickr8k (10.8, 3.8; 35,000 captions).
+    """
+    if lengths == "full":
+        return np.full(shape, longest, np.int32)
+    drawn = np.random.default_rng(seed).normal(10.75, 2.4, shape).round()
+    return np.clip(drawn, 6, longest).astype(np.int32)
+
+
+def random_captions(s: Mapping[str, int], lengths: str) -> np.ndarray:
+    """Random captions int32 [B,M,T]: bos, words, eos, pad. See ``word_counts``."""
+    tokens = np.random.default_rng(1).integers(FIRST_WORD, s["V"], (s["B"], s["M"], s["T"])).astype(np.int32)
+    end = word_counts((s["B"], s["M"], 1), lengths, s["T"] - 2) + 1
+    place = np.arange(s["T"])
+    return np.where(place == 0, BOS, np.where(place == end, EOS, np.where(place > end, PAD, tokens)))
+
+
+def lengths_text(lengths: str, words: np.ndarray) -> str:
+    """A line about the lengths of captions of these numbers of words."""
+    kind = "full length" if lengths == "full" else "real lengths"
+    return f"captions of {kind}: {words.mean():.2f} words on average, {words.mean() + 1:.2f} with eos"
+
+
+def regions_of(s: Mapping[str, int]) -> np.ndarray:
+    """Random regions float16 [B,N,D]."""
+    return np.random.default_rng(0).random((s["B"], s["N"], s["D"])).astype(np.float16)
+
+
+def print_ratios(found: Mapping[tuple[str, str], Times], row: str, label: str = "") -> None:
+    """Prints the times of the other sides in a row of (side, row) -> times, each divided by that of imgcap_jax."""
+    own = found["imgcap_jax", row]
+    ratios = [
+        f"{of.wall / own.wall:.2f} to {side} ({of.cpu / own.cpu:.2f} in CPU time)"
+        for (side, of_row), of in found.items()
+        if of_row == row and side != "imgcap_jax"
+    ]
+    if ratios:
+        print(f"  {label}ratio {', '.join(ratios)}")

@@ -1,0 +1,114 @@
+"""The benchmarks in scripts/: other checkouts in the same process, caption lengths, and the PyTorch sides."""
+
+import argparse
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import imgcap_jax
+from imgcap_jax import errors
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SCRIPTS = REPOSITORY / "scripts"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of scripts/ by name."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return import_module
+
+
+def _checkout(folder: Path, code: str = "") -> Path:
+    """A folder with a package imgcap_jax that contains this code."""
+    (folder / "imgcap_jax").mkdir()
+    (folder / "imgcap_jax" / "__init__.py").write_text(code)
+    return folder
+
+
+def test_another_checkout_is_imported_in_its_block_only(script: Any, tmp_path: Path) -> None:
+    """The own modules are the same objects after the block."""
+    path = list(sys.path)
+    with script("checkouts").package_of(_checkout(tmp_path, "name = 'other'")):
+        assert import_module("imgcap_jax").__dict__["name"] == "other"
+    assert sys.modules["imgcap_jax"] is imgcap_jax
+    assert sys.modules["imgcap_jax.errors"] is errors
+    assert sys.path == path
+
+
+def test_modules_of_two_checkouts_are_not_mixed(script: Any, tmp_path: Path) -> None:
+    """An editable installation finds a module that the other checkout lacks. This is an error."""
+    with pytest.raises(ImportError), script("checkouts").package_of(_checkout(tmp_path)):
+        import_module("imgcap_jax.errors")
+    assert sys.modules["imgcap_jax.errors"] is errors
+
+
+def test_a_checkout_with_another_interface_is_one_line(script: Any, tmp_path: Path) -> None:
+    """The own candidates are built; what fails for the other checkout is named in one line."""
+    options = argparse.Namespace(before=_checkout(tmp_path))
+
+    def build() -> Any:
+        return {"row": import_module("imgcap_jax.errors").UserError}
+
+    with pytest.raises(SystemExit) as end:
+        script("checkouts").of_each_checkout(options, build)
+    assert f"--before {tmp_path}: this checkout" in str(end.value)
+    assert "\n" not in str(end.value)
+
+
+def test_real_lengths_have_the_stated_mean(script: Any) -> None:
+    """10.75 words, deviation 2.4, at most T - 2; captions are bos, words, eos, pad."""
+    measuring = script("measuring")
+    counts = measuring.word_counts((20_000,), "captions")
+    assert counts.mean() == pytest.approx(10.75, abs=0.05)
+    assert counts.std() == pytest.approx(2.4, abs=0.05)
+    tokens = measuring.random_captions({"B": 3, "M": 2, "T": 22, "V": 9}, "captions")
+    drawn = measuring.word_counts((3, 2), "captions")
+    np.testing.assert_array_equal((tokens > measuring.EOS).sum(-1), drawn)
+    np.testing.assert_array_equal((tokens == measuring.EOS).argmax(-1), drawn + 1)
+    np.testing.assert_array_equal((tokens != measuring.PAD).sum(-1), drawn + 2)
+
+
+def test_packed_lstm_has_the_loss_of_single_steps(script: Any) -> None:
+    """Show and Tell in PyTorch: both sides score the same words from the same inputs."""
+    torch = pytest.importorskip("torch")
+    decoders = script("torch_decoders")
+    torch.manual_seed(0)
+    stepped, packed = decoders.ShowTell(6, 5, 9).eval(), decoders.PackedShowTell(6, 5, 9).eval()
+    state = {f"{name}_l0" if name.startswith("lstm") else name: value for name, value in stepped.state_dict().items()}
+    packed.load_state_dict(state)
+    tokens = torch.tensor([[[1, 4, 5, 2, 0, 0], [1, 4, 5, 6, 7, 2]], [[1, 8, 2, 0, 0, 0], [1, 4, 8, 2, 0, 0]]])
+    regions = torch.randn(2, 3, 6)
+    assert packed.loss(regions, tokens).item() == pytest.approx(stepped.loss(regions, tokens).item(), rel=1e-5)
+
+
+def test_captions_of_pytorch_end_after_the_given_numbers_of_words(script: Any) -> None:
+    """Beam search and sampling; a number that equals the limit means that there is no eos."""
+    torch = pytest.importorskip("torch")
+    decoders = script("torch_decoders")
+    torch.manual_seed(0)
+    decoder = decoders.UpDown(6, 5, 9)
+    regions, words = torch.randn(3, 2, 6), torch.tensor([[2, 5], [4, 1], [1, 6]])
+    sampled = decoders.self_critical_step(decoder, torch.optim.Adam(decoder.parameters()), regions, words, 6)
+    assert torch.equal((sampled > decoders.EOS).sum(-1), words)
+    assert torch.equal((sampled == decoders.EOS).sum(-1), (words < 6).long())
+    for beam in (1, 2):
+        found = decoders.decode(decoder.eval(), regions, beam, 6, words[:, 1])
+        assert torch.equal((found > decoders.EOS).sum(-1), words[:, 1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["train", "decode", "scst"])
+def test_benchmarks_run_next_to_another_checkout(what: str) -> None:
+    """Small sizes; the other checkout is this one. The benchmarks check the lengths of decoded captions themselves."""
+    sizes = ["--batch", "2", "--captions", "2", "--regions", "3", "--vocabulary", "200", "--rounds", "1"]
+    command = [sys.executable, str(SCRIPTS / "benchmark.py"), what, *sizes, "--before", str(REPOSITORY)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout.splitlines()
+    assert lines[1].startswith("plain matmul rate of this machine: ")
+    assert sum(line.startswith("captions of ") for line in lines) == 2  # full length and real lengths
+    assert any(" to before (" in line for line in lines)
