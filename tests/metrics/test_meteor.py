@@ -150,6 +150,63 @@ def test_a_table_that_another_process_has_just_compiled_is_used(
     assert files == [path.stat().st_ino for path in sorted((tmp_path / "meteor").glob("*/*"))]
 
 
+def test_tables_of_earlier_formats_are_deleted(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path))
+    monkeypatch.setattr(tables, "package_folder", lambda: small)
+    others = {"1.5-en-1-2-999", "1.5-en-notes-1", "notes-1"}
+    for name in {"1.5-en-1-2-1", f"1.5-en-1-2-{tables._FORMAT - 1}", *others}:
+        (tmp_path / "meteor" / name).mkdir(parents=True)
+        (tmp_path / "meteor" / name / "words.txt").touch()
+    Tables.load()
+    found = {path.name for path in (tmp_path / "meteor").iterdir()}
+    assert others < found
+    assert [name[-2:] for name in found - others] == [f"-{tables._FORMAT}"]
+
+
+def test_damaged_tables_are_deleted_under_another_name(
+    small_tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process never reads a folder of which some files have been deleted."""
+    folder = next((tmp_path / "meteor").iterdir())
+    (folder / "words.txt").write_text("")
+    delete, deleted = shutil.rmtree, list[str]()
+
+    def only_if_replaced(path: Path, ignore_errors: bool) -> None:
+        assert path != folder
+        if path.parent == folder.parent and path.exists():
+            assert tables._is_whole(folder)
+            deleted.append((path / "words.txt").read_text())
+        delete(path, ignore_errors=ignore_errors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tables.shutil, "rmtree", only_if_replaced)
+        Tables.load()
+    assert deleted == [""]
+    assert list((tmp_path / "meteor").iterdir()) == [folder]
+
+
+def test_tables_that_disappear_while_they_are_read_are_read_again(
+    small_tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, mapped = next((tmp_path / "meteor").iterdir()), tables._mapped
+
+    def moved(path: Path) -> np.ndarray:
+        monkeypatch.setattr(tables, "_mapped", mapped)
+        folder.rename(tmp_path / "moved")
+        return mapped(path)
+
+    monkeypatch.setattr(tables, "_mapped", moved)
+    np.testing.assert_array_equal(Tables.load().paraphrase, small_tables.paraphrase)
+    assert (tmp_path / "moved").exists()
+
+    def unreadable(path: Path) -> np.ndarray:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tables, "_mapped", unreadable)
+    with pytest.raises(UserError, match=r"Permission denied.*: set IMGCAP_CACHE"):
+        Tables.load()
+
+
 def table_of_paraphrases(path: Path, paraphrases: Sequence[tuple[str, str]]) -> Path:
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.writelines(f"0.5\n{source}\n{paraphrase}\n" for source, paraphrase in paraphrases)

@@ -1,8 +1,8 @@
 """Snowball's English stemmer ("Porter 2", snowballstem.org/algorithms/english/stemmer.html), as METEOR 1.5 uses it.
 
 Its stems of all 109,445 words in METEOR's tables equal those of PyStemmer 2.2, which has no wheel for Python 3.14, and
-of snowballstemmer 2.2, which takes four times as long. Version 3 of both has further rules: PyStemmer 3.1 differs for 198
-words. nltk's stemmer takes 0.8 s to import and differs for 18 words.
+of snowballstemmer 2.2, which takes four times as long. Version 3 of both has further rules: PyStemmer 3.1 differs for
+198 words. nltk's stemmer takes 0.8 s to import and differs for 18 words.
 """
 
 import re

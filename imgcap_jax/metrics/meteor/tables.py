@@ -7,6 +7,7 @@ Letters: K known words, D entries of synsets, P nodes of the prefix tree of phra
 """
 
 import gzip
+import re
 import shutil
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -91,13 +93,20 @@ class Tables:
         sizes = "-".join(str(path.stat().st_size) for path in _sources(package))
         folder = cache_folder("meteor") / f"1.5-en-{sizes}-{_FORMAT}"
         try:
-            if not _is_whole(folder):
-                _compile(package, folder)
+            try:
+                return cls._read(package, folder)
+            except FileNotFoundError:  # another process has just replaced the folder, which was damaged
+                return cls._read(package, folder)
         except OSError as error:
             raise UserError(
-                f"cannot write METEOR's tables to {folder.parent} ({error.strerror or error}): set IMGCAP_CACHE to a "
+                f"cannot keep METEOR's tables in {folder.parent} ({error.strerror or error}): set IMGCAP_CACHE to a "
                 "writable folder with 100 MB of free space"
             ) from error
+
+    @classmethod
+    def _read(cls, package: Path, folder: Path) -> "Tables":
+        if not _is_whole(folder):
+            _compile(package, folder)
         words = (folder / "words.txt").read_text("utf-8").split("\n")
         arrays = {name: _mapped(folder / f"{name}.npy") for name in _ARRAYS}
         prefix = tuple(_mapped(folder / f"{name}.npy") for name in _PREFIXES)
@@ -171,9 +180,11 @@ def _compile(package: Path, folder: Path) -> None:
     print("METEOR: compiling its tables (only once, a few seconds)", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(".1.5-en-*"):  # left by a process that was killed
-        if time.time() - left.stat().st_mtime > 3600:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # that process is alive and has just finished
+            if time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    damaged = temporary.with_name(f"{temporary.name}.damaged")
     temporary.chmod(0o755)  # the cache can be shared between users
     try:
         try:
@@ -190,14 +201,20 @@ def _compile(package: Path, folder: Path) -> None:
             raise UserError(f"{package} is damaged ({error}): install pycocoevalcap again") from error
         write_digests(temporary)
         if folder.is_dir() and not _is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another process has just moved it
+                folder.rename(damaged)  # at once; other processes could read a folder that is being deleted
         try:
             temporary.rename(folder)
         except OSError:
             if not _is_whole(folder):  # otherwise another process has just created it
                 raise
+        for other in folder.parent.glob("1.5-en-*"):
+            written = re.fullmatch(r"1\.5-en-\d+-\d+-(\d+)", other.name)
+            if written and int(written[1]) < _FORMAT:  # only earlier releases of this package read it
+                shutil.rmtree(other, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(damaged, ignore_errors=True)
 
 
 def _write_tables(jar: Path, paraphrases: Path, folder: Path) -> None:
