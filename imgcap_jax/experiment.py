@@ -207,9 +207,9 @@ def _missing(value: Any) -> dict[str, list[str]]:
     return missing
 
 
-def classes(experiment: Experiment) -> set[type]:
-    """All settings classes that occur in an experiment."""
-    return {type(value) for value in _settings(experiment)}
+def classes(settings: Any) -> set[type]:
+    """All settings classes that occur in an experiment, or in one of its parts."""
+    return {type(value) for value in _settings(settings)}
 
 
 def _settings(value: Any) -> Iterator[Any]:

@@ -177,6 +177,77 @@ def _check_smoke(printed: Any, options: list[str]) -> None:
     assert "of the captions" not in before + printed.err
 
 
+KEEPS_ARRAYS = """
+import functools
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+from flax import nnx
+from imgcap_jax.experiment import Experiment, Training
+from imgcap_jax.data.pipeline import CaptionData
+from imgcap_jax.models.encoders.small_cnn import SmallCNN
+from imgcap_jax.decoding.settings import Decoding
+from my_decoder import Elman, ElmanDecoder
+
+
+@functools.cache
+def half():
+    return jnp.float32(2.0) ** -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping(Elman):
+    def build(self, region_size, vocabulary_size, *, dtype, rngs):
+        return KeepingDecoder(self, region_size, vocabulary_size, dtype=dtype, rngs=rngs)
+
+
+class KeepingDecoder(ElmanDecoder):
+    def __init__(self, config, region_size, vocabulary_size, *, dtype, rngs):
+        super().__init__(config, region_size, vocabulary_size, dtype=dtype, rngs=rngs)
+        self.shift = jnp.ones(config.hidden_size) / 8
+        scale = jnp.sqrt(4.0) * half()
+        self.act = lambda x: x * scale
+
+    def logits(self, output):
+        return self.words(self.act(output.hidden + self.shift), self.embedding)
+
+
+@dataclass(frozen=True)
+class KeepingCNN(SmallCNN):
+    def build(self, image_size, *, dtype, rngs):
+        encoder = super().build(image_size, dtype=dtype, rngs=rngs)
+        encoder.scale = half() * jnp.ones(8)
+        return encoder
+
+
+experiment = Experiment(
+    data=CaptionData(dataset="squares", image_size=32, batch_size=8, min_count=1),
+    encoder=KeepingCNN(widths=(8, 8), blocks=(0, 0)),
+    decoder=Keeping(hidden_size=8, embedding_size=8),
+    training=Training(epochs=1, validation_images=2),
+    decoding=Decoding(beam=2, max_words=3),
+)
+"""
+
+
+def test_own_parts_can_keep_arrays_in_attributes_closures_and_caches(
+    trained_own: Path, forget_code: Forget, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are built with values, also if a checkpoint replaces those."""
+    Path("my_keeping.py").write_text(KEEPS_ARRAYS)
+    sys.path.append(os.getcwd())
+    assert main(["train", "my_keeping.py", "--run", "runs/keeping"]) == 0
+    forget_code()
+    sys.path.append(os.getcwd())
+    assert main(["train", "my_keeping.py", "--run", "runs/keeping"]) == 0
+    assert "resuming runs/keeping" in capsys.readouterr().out
+    code = ["--code", "my_decoder.py", "--code", "my_keeping.py"]
+    forget_code()
+    assert main(["caption", "red.png", "--run", "runs/keeping", *code]) == 0
+    assert "red.png: " in capsys.readouterr().out
+    assert main(["evaluate", "runs/keeping", *code]) == 0
+
+
 def test_an_own_reward_refines_a_run_of_own_parts(
     trained_own: Path, forget_code: Forget, capsys: pytest.CaptureFixture[str]
 ) -> None:

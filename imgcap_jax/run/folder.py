@@ -180,7 +180,8 @@ class Run:
         Args:
             with_encoder: False if regions come from a feature store.
             restored: whether a checkpoint replaces all trained parameters. They then have shapes, and values only if
-                they cost little or cannot be left out (see ``without_values``). Frozen variables always have values.
+                they cost little or cannot be left out (see ``without_values``). Frozen variables always have values,
+                and so have encoders and decoders with code of users.
 
         Raises:
             UserError: the encoder is wanted, but the run was trained on ready-made regions.
@@ -199,16 +200,26 @@ class Run:
             return experiment.decoder.build(settings.region_size, len(self.vocabulary), dtype=dtype, rngs=rngs)
 
         seed = experiment.training.seed
-        decoder = without_values(lambda: build_decoder(nnx.Rngs(seed))) if restored else None
-        encoder = None
+        decoder = encoder = None
+        if restored and _can_be_traced(experiment.decoder):
+            decoder = without_values(lambda: build_decoder(nnx.Rngs(seed)))
         # Weights that are read from a file cost little.
-        if decoder is not None and with_encoder and not settings.frozen and weights_digest(settings) is None:
+        costly = with_encoder and not settings.frozen and weights_digest(settings) is None
+        if decoder is not None and costly and _can_be_traced(settings):
             encoder = without_values(lambda: build_own_encoder(nnx.Rngs(seed)))
         if decoder is None or (with_encoder and encoder is None):
             rngs = nnx.Rngs(seed)  # the encoder draws first, then the decoder
             encoder = build_own_encoder(rngs) if with_encoder else None
             decoder = build_decoder(rngs) if decoder is None else decoder
         return CaptionModel(encoder, decoder)
+
+
+def _can_be_traced(settings: Any) -> bool:
+    """Whether a part with these settings can be built without values: all of its code is the package's own.
+
+    The code of users can keep arrays in attributes, in closures or in caches, where tracers would fail later.
+    """
+    return all(kind.__module__.startswith("imgcap_jax.") for kind in classes(settings))
 
 
 def is_run(folder: Path) -> bool:

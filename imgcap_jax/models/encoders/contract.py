@@ -68,9 +68,6 @@ class EncoderSettings(Protocol):
     def build(self, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Any:
         """Makes the encoder (see ``Encoder``).
 
-        If a checkpoint replaces the parameters, it is also traced (see ``without_values`` in ``models/model.py``), so it
-        must not keep arrays outside of the encoder.
-
         Args:
             image_size: side of the images in pixels.
             dtype: type that products are computed in; parameters and regions are float32.
