@@ -137,7 +137,7 @@ def test_a_table_that_another_process_has_just_compiled_is_used(
 ) -> None:
     monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path))
     monkeypatch.setattr(tables, "package_folder", lambda: small)
-    write, files = tables._write_tables, []
+    write, files = tables._write_tables, list[int]()
 
     def write_after_another(*arguments: Path) -> None:
         monkeypatch.setattr(tables, "_write_tables", write)
