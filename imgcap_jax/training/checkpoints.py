@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax import Array
-from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
 from imgcap_jax.errors import UserError
@@ -332,7 +332,7 @@ def _like(template: Any, raw: dict[str, Any]) -> Any:
 
 def _abstract(tree: Any) -> Any:
     """The shapes, types and placement of a tree. Leaves without a placement go to the default device."""
-    default = SingleDeviceSharding(jax.local_devices()[0])
+    default = jnp.zeros(()).sharding
 
     def abstract(leaf: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default)

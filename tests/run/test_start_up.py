@@ -159,6 +159,8 @@ def test_a_template_without_values_is_filled_and_checked(tmp_path: Path) -> None
     checkpoints.close()
     bare = jax.eval_shape(lambda: values)
     assert_same(restore_best(tmp_path, bare)[0], values)
+    with jax.default_device(jax.devices()[2]):
+        assert restore_best(tmp_path, bare)[0]["w"].devices() == {jax.devices()[2]}
     placed = restore_best(tmp_path, DataParallel(devices=jax.devices()[:2]).replicate(bare))[0]
     assert_same(placed, values)
     assert all(len(leaf.sharding.device_set) == 2 and leaf.is_fully_replicated for leaf in placed.values())
