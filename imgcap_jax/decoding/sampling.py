@@ -7,6 +7,7 @@ import jax
 from jax import Array
 
 from imgcap_jax.decoding.decoded import Decoded, StepFn, parallel_shape
+from imgcap_jax.decoding.limits import check_limits
 from imgcap_jax.decoding.rollout import rollout
 from imgcap_jax.decoding.rules import Rule, Temperature
 from imgcap_jax.models.layers import draw_words
@@ -42,6 +43,7 @@ def sample(
         UserError: temperature is below 0.01, or max_steps is below 1.
         ValueError: the number of keys is not B, or the leaves of the carry do not all start with the same [B,M].
     """
+    check_limits(max_steps=max_steps)
     batch, parallel = parallel_shape(carry)
     if keys.shape[0] != batch:
         raise ValueError(f"{keys.shape[0]} keys for {batch} images; there must be one key per image")

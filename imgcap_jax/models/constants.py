@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from flax.core.tracers import current_trace
 from jax import Array
 
 Function = Callable[..., Array]
@@ -23,29 +25,43 @@ def with_constants(function: Function, x: Array, *constants: Array) -> Array:
     Within ``scan_steps``, the gradient of the constants is computed after the scan. Elsewhere this is a plain call.
 
     Args:
-        function: it must not close over any array. It must also accept an x with one more leading axis and, if all
-            constants are weights, with the axes [T,B] of an x [T,B,...] merged.
+        function: it must not close over any array, and must compute each row independently. A step calls it with x
+            [B,...]. For the gradient it is called with x [T,B,...] or, if all constants are weights, with any of these
+            rows, [n,...].
         x: what differs between the steps.
-        constants: unmodified leaves of the weights or the memory of ``scan_steps``. For other arrays this is a plain
-            call.
+        constants: unmodified leaves of the weights or the memory of ``scan_steps``. For other arrays, and within
+            another transformation (``jax.checkpoint``, ``jax.vmap``, an inner scan), this is a plain call.
     """
     recorder = _current.get()
     return function(x, *constants) if recorder is None else recorder.call(function, x, constants)
 
 
 class Call(NamedTuple):
-    """A call of ``with_constants``: the function, and the places of its constants among those of the scan."""
+    """A call of ``with_constants``: the function, and the indices of its constants among those of the scan."""
 
     function: Function
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
 
     def gradients(self, x: Array, constants: list[Array], by_y: Array) -> tuple[Array, ...]:
-        """The gradients of the call's constants, from x and the gradient of the result.
+        """The gradients of the call's floating constants, from x and the gradient of the result.
 
         ``constants`` are those of the scan.
         """
-        _, transpose = jax.vjp(partial(self.function, x), *(constants[place] for place in self.places))
+        own = [constants[index] for index in self.indices]
+        floating = [jnp.issubdtype(constant.dtype, jnp.inexact) for constant in own]
+
+        def of_floating(*values: Array) -> Array:
+            rest = iter(values)
+            return self.function(
+                x, *(next(rest) if is_floating else c for c, is_floating in zip(own, floating, strict=True))
+            )
+
+        _, transpose = jax.vjp(of_floating, *(c for c, is_floating in zip(own, floating, strict=True) if is_floating))
         return transpose(by_y)
+
+    def floating(self, constants: list[Array]) -> list[int]:
+        """The indices of the constants that ``gradients`` has gradients of."""
+        return [index for index in self.indices if jnp.issubdtype(constants[index].dtype, jnp.inexact)]
 
 
 class Recorder:
@@ -55,17 +71,19 @@ class Recorder:
     """
 
     def __init__(self, constants: Any, taps: list[Array] | None = None) -> None:
-        self._places = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(constants))}
+        self._indices = {id(leaf): index for index, leaf in enumerate(jax.tree.leaves(constants))}
         self._taps = taps
+        self._trace: Any = None
         self.calls: list[Call] = []
         self.inputs: list[Array] = []
         self.results: list[jax.ShapeDtypeStruct] = []
 
     def call(self, function: Function, x: Array, constants: tuple[Array, ...]) -> Array:
-        places = tuple(self._places.get(id(constant), -1) for constant in constants)
-        if min(places) < 0:
+        indices = tuple(self._indices.get(id(constant), -1) for constant in constants)
+        # The values of an inner trace must not be kept beyond it.
+        if min(indices) < 0 or current_trace() != self._trace:
             return function(x, *constants)
-        self.calls.append(Call(function, places))
+        self.calls.append(Call(function, indices))
         self.inputs.append(x)
         if self._taps is None:
             y = function(x, *constants)
@@ -76,6 +94,7 @@ class Recorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Calls within this context are recorded here."""
+        self._trace = current_trace()
         token = _current.set(self)
         try:
             yield

@@ -4,7 +4,8 @@ Shape letters are those of ``decoders/contract.py``. A is the attention size, H 
 """
 
 import math
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -59,6 +60,7 @@ def draw_words(logits: Array, uniform: Array) -> tuple[Array, Array]:
     Returns:
         Word ids int32 [...], and their log-probabilities [...].
     """
+    logits = logits.astype(jnp.float32)  # sums of many probabilities need more than 8 bits
     size = logits.shape[-1]
     top = jnp.max(logits, axis=-1, keepdims=True)
     padding = [(0, 0)] * (logits.ndim - 1) + [(0, -size % _BLOCK)]
@@ -79,7 +81,8 @@ def draw_words(logits: Array, uniform: Array) -> tuple[Array, Array]:
     place = jnp.where(passes.any(axis=-1), jnp.argmax(passes, axis=-1), last)
     drawn = jnp.take_along_axis(inside, place[..., None], axis=-1)[..., 0]
     log_probs = drawn - top[..., 0] - jnp.log(jnp.sum(sums, axis=-1))
-    return (block * _BLOCK + place).astype(jnp.int32), log_probs
+    # Logits that are not finite give some word of the vocabulary.
+    return jnp.minimum(block * _BLOCK + place, size - 1).astype(jnp.int32), log_probs
 
 
 _BLOCK = 128
@@ -113,7 +116,7 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: Array, out_sharding: Any = None) -> Array:
         """x [...,I] -> [...,O]."""
-        y = with_constants(_products[jnp.dtype(self.dtype)], x, self.kernel[...])
+        y = with_constants(_product_in(jnp.dtype(self.dtype or jnp.float32)), x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -135,7 +138,9 @@ def _product(dtype: Any, x: Array, kernel: Array) -> Array:
     return flat.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-_products = {jnp.dtype(dtype): partial(_product, dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float64)}
+@cache
+def _product_in(dtype: Any) -> Callable[[Array, Array], Array]:
+    return partial(_product, dtype)
 
 
 class LSTMCell(nnx.Module):

@@ -8,7 +8,7 @@ compile.)
 
 A loop of unknown length has no derivative in JAX. Therefore the step is differentiated here, once for each number of
 rows: the forward loop keeps what the transposed step reads, and the backward loop reads it. Gradients of constants are
-computed after the loop (see ``constants``).
+computed after the loop (see ``constants``). All of this was measured on a CPU only.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,18 +49,16 @@ def scan_steps(
         memory: constants of each row; the leaves lead with [B].
         carry: the state before the first step; the leaves lead with [B].
         xs: what the steps read; the leaves lead with [T,B]. No gradient flows into them.
-        lengths: int32 [B], the number of steps of each row whose ys are used, at most T; None: T. When the scan is
-            differentiated, the ys of other steps can be zeros, and their gradients must be zeros. The cost is lowest
-            if the lengths descend.
+        lengths: int32 [B], the number of steps of each row; None: T. The cost is lowest if they descend.
         until: carry -> bool [B], whether a row has ended; for lengths that depend on the steps themselves. The scan
-            ends with the last row. What holds for ``lengths`` holds for the steps after a row's end.
+            ends with the last row.
 
     Returns:
-        ys; the leaves lead with [T,B].
+        ys; the leaves lead with [T,B]. After the end of a row they are zeros. Without differentiation, all T steps are
+        computed. Only reverse mode and first derivatives are defined.
     """
-    if lengths is None:
-        length, rows = jax.tree.leaves(xs)[0].shape[:2]
-        lengths = jnp.full(rows, length, jnp.int32)
+    length, rows = jax.tree.leaves(xs)[0].shape[:2]
+    lengths = jnp.full(rows, length, jnp.int32) if lengths is None else jnp.minimum(lengths, length)
     return _scan(step, until, weights, memory, carry, xs, lengths)
 
 
@@ -69,7 +67,18 @@ Until = Callable[[Any], Array] | None
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(step: Step, until: Until, weights: Any, memory: Any, carry: Any, xs: Any, lengths: Array) -> Any:
-    return jax.lax.scan(lambda carry, x: step(weights, memory, carry, x), carry, xs)[1]
+    def advance(carry: Any, x: Any) -> tuple[Any, Any]:
+        goes_on = jnp.ones(lengths.shape, bool) if until is None else ~until(carry)
+        carry, y = step(weights, memory, carry, x)
+        return carry, (y, goes_on)
+
+    ys, counted = jax.lax.scan(advance, carry, xs)[1]
+    return _masked(ys, counted & (jnp.arange(len(counted))[:, None] < lengths))
+
+
+def _masked(ys: Any, counted: Array) -> Any:
+    """ys, leaves [T,B,...], with zeros where ``counted`` [T,B] is false."""
+    return jax.tree.map(lambda y: jnp.where(counted.reshape(*counted.shape, *(1 for _ in y.shape[2:])), y, 0), ys)
 
 
 class _Floating(NamedTuple):
@@ -101,7 +110,7 @@ class _Floating(NamedTuple):
 class _Parts(NamedTuple):
     """What one step returns, as leaves.
 
-    carry, y; inputs: of the calls with constants; kept: what the transposed step reads and each step computes anew;
+    carry, y; inputs: of the calls with constants; kept: what the transposed step reads and each step computes again;
     fixed: what it reads and is the same at all steps.
     """
 
@@ -314,7 +323,7 @@ def _forward(
     y, inputs, kept = buffers
     rest = _Kept(weights, memory, carry, counted, ends, fixed, kept, inputs)
     of_y: Any = jax.tree.structure(traced[0].y)
-    ys = of_y.unflatten(y)
+    ys = _masked(of_y.unflatten(y), counted)
     return ys, jax.tree_util.Partial(partial(_backward, stages, traced), rest)
 
 
@@ -325,7 +334,7 @@ def _backward(stages: list[int], traced: list[_TracedStep], kept: _Kept, by_ys: 
     of_rows = [False] * sum(_Floating.of(kept.weights).floating)
     of_rows += [True] * (len(leaves) - len(of_rows))
     summed = [number for number in range(len(leaves)) if not unused[number]]
-    by_y = of_y.split(by_ys)[0]
+    by_y = _masked(of_y.split(by_ys)[0], kept.counted)
     # Sums over the steps. Those of rows begin without rows and are extended to the rows of each stage.
     sums = [jnp.zeros_like(leaves[number][:0] if of_rows[number] else leaves[number]) for number in summed]
     by_carry = [jnp.zeros_like(leaf[:0]) for leaf in of_carry.split(kept.carry)[0]]
@@ -372,14 +381,14 @@ def _with_calls(calls: list[Call], kept: _Kept, by_results: list[Array], by_cons
     weights = len(jax.tree.leaves(kept.weights))
 
     def add(call: Call, more: tuple[Array, ...]) -> None:
-        for place, gradient in zip(call.places, more, strict=True):
-            before = gradients[place]
-            gradients[place] = gradient if before is None else before + gradient
+        for index, gradient in zip(call.floating(constants), more, strict=True):
+            before = gradients[index]
+            gradients[index] = gradient if before is None else before + gradient
 
     packed: list[tuple[Call, Array, Array]] = []
     for call, x, by_result in zip(calls, kept.inputs, by_results, strict=True):
         # The rows of a product by weights can be packed. (A table of words is read row by row.)
-        if max(call.places) < weights and jnp.issubdtype(x.dtype, np.inexact):
+        if max(call.indices) < weights and jnp.issubdtype(x.dtype, np.inexact):
             packed.append((call, x.reshape(-1, *x.shape[2:]), by_result.reshape(-1, *by_result.shape[2:])))
         else:
             add(call, call.gradients(x, constants, by_result))
@@ -401,7 +410,7 @@ def _packed_gradients(
         constants: those of the scan.
         counted: bool [P].
     """
-    places = len(counted)
+    positions = len(counted)
     order = jnp.argsort(~counted, stable=True)  # counted rows come first
 
     def of_rows(rows: Array | None) -> list[tuple[Array, ...]]:
@@ -411,7 +420,7 @@ def _packed_gradients(
         ]
 
     # Captions of COCO take 0.55 of the steps for 20 words, the longest of five 0.7.
-    sizes = sorted({-(-places * 5 // 8), -(-places * 3 // 4)} - {places})
+    sizes = sorted({-(-positions * 5 // 8), -(-positions * 3 // 4)} - {positions})
     branches = [*(partial(of_rows, order[:size]) for size in sizes), partial(of_rows, None)]
     return jax.lax.switch(sum((jnp.int32(jnp.sum(counted) > size) for size in sizes), jnp.int32(0)), branches)
 

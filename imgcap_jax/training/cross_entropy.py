@@ -123,7 +123,8 @@ def cross_entropy_step(
 
     def loss(params: Params, frozen: Frozen, batch: Mapping[str, Array], step: Array) -> tuple[Array, _Sums]:
         model = nnx.merge(graph, params, frozen)
-        batch = longest_first(batch)
+        if not model.decoder.reads_at_once:
+            batch = longest_first(batch)
         keys = keys_of_rows(key, step, batch["row"])
         outputs = model.teacher_forced(batch, keys, objective.sampling_share(step, steps_per_epoch))
         sums = caption_loss(

@@ -134,7 +134,7 @@ def packed_word_loss(
         the arrays that ``score_words`` closes over, but not to ``counted``.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    # 20 words of COCO's lengths fill slightly more than half of their places, which fits into 4/7.
+    # Captions of COCO have 0.55 words per step of 20, which one chunk of 4/7 holds.
     chunk = -(-min(CHUNK, -(-flat.shape[0] * 4 // 7)) // 4) * 4
     converted, closed_over = _converted(score_words, flat, [chunk, chunk * 3 // 4, chunk // 4])
     log_likelihood, objective = _packed(

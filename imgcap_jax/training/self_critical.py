@@ -308,7 +308,7 @@ def self_critical_step(
     """
     rewards = rewards or objective.rewards
 
-    def drawn_while_reading(model: CaptionModel, batch: Mapping[str, Array], keys: Array) -> tuple[Array, _Samples]:
+    def sampled_in_one_pass(model: CaptionModel, batch: Mapping[str, Array], keys: Array) -> tuple[Array, _Samples]:
         """Samples captions; what the decoder computed for them is differentiated. Returns hidden too: [B,M,T,F]."""
         memory, carry = model.decoder.start(
             batch["regions"],
@@ -326,7 +326,7 @@ def self_critical_step(
         )
         return outputs.hidden, _Samples(tokens, log_probs.sum(-1))
 
-    def drawn_before_reading(model: CaptionModel, batch: Mapping[str, Array], keys: Array) -> tuple[Array, _Samples]:
+    def sampled_then_read(model: CaptionModel, batch: Mapping[str, Array], keys: Array) -> tuple[Array, _Samples]:
         """The same for a decoder that reads all tokens at once faster than it steps."""
         feed, carry = begun(*lax.stop_gradient((model, batch)), objective.samples, keys)
         drawn = sample(feed, carry, _draw_keys(keys), max_steps=max_words, temperature=objective.temperature)
@@ -398,7 +398,7 @@ def self_critical_step(
         model = nnx.merge(graph, params, constants.frozen)
         keys = keys_of_rows(key, step, batch["row"])
         batch = {**batch, "regions": model.regions(batch)}
-        drawn = drawn_before_reading if model.decoder.reads_at_once else drawn_while_reading
+        drawn = sampled_then_read if model.decoder.reads_at_once else sampled_in_one_pass
         hidden, samples = drawn(model, batch, keys)
         advantage, sums = judge(*lax.stop_gradient((params, constants, batch, samples)), keys)
         counted = jnp.where(samples.tokens != PAD, advantage[..., None], 0.0)  # [B,M,T]

@@ -12,7 +12,8 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.models.decoders.contract import Decoder
 from imgcap_jax.models.decoders.show_tell import ShowTell
 from imgcap_jax.models.decoders.up_down import UpDown
-from imgcap_jax.models.layers import dropout
+from imgcap_jax.models.layers import draw_words, dropout
+from imgcap_jax.special_tokens import BOS
 
 B, M, T, N, D, V = 3, 2, 7, 5, 6, 11
 
@@ -159,7 +160,7 @@ def test_scheduled_sampling_replaces_tokens_with_the_given_probability(
         pytest.skip("a plain carry, a nested carry and a cache are enough")
     regions, tokens = decoder_inputs
     many = 600
-    regions, tokens = np.repeat(regions[:1], many, 0), np.tile(tokens[:1, :1, :3], (many, M, 1))
+    regions, tokens = np.repeat(regions[:1], many, 0), np.tile([[[BOS, 5, 6]]], (many, M, 1))
     memory, carry = decoder.start(jnp.asarray(regions), M, steps=T)
     keys = jax.random.split(jax.random.key(7), many)
 
@@ -173,7 +174,7 @@ def test_scheduled_sampling_replaces_tokens_with_the_given_probability(
     for word in range(V):
         _, after = decoder.step(carry, jnp.asarray(tokens[:, :, 0]), memory)
         probs = np.array(jax.nn.softmax(decoder.logits(after)))[0, 0]
-        read = np.stack([tokens[:, :, 0], np.full((many, M), word)], -1)
+        read = np.stack([tokens[:, :, 0], np.full((many, M), word), tokens[:, :, 2]], -1)
         states.append(np.asarray(decoder.unroll(jnp.asarray(read), memory, carry).hidden)[0, 0, 1])
     probs[:2] = 0
     probs /= probs.sum()
@@ -212,3 +213,46 @@ def test_bfloat16_products_train_and_decode(
     memory, carry = decoder.start(regions, M, steps=T)
     after, _ = decoder.step(carry, tokens[:, :, 0], memory)
     assert [leaf.dtype for leaf in jax.tree.leaves(after)] == [leaf.dtype for leaf in jax.tree.leaves(carry)]
+
+
+def test_words_chosen_while_reading_have_the_outputs_and_gradients_of_teacher_forcing(
+    decoder_case: tuple[str, Decoder], decoder_inputs: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """Captions are drawn with dropout and a region mask, and end at different words."""
+    _, decoder = decoder_case
+    if decoder.reads_at_once:
+        pytest.skip("the Transformer's captions are drawn before they are read")
+    regions = jnp.asarray(decoder_inputs[0])
+    keys = jax.random.split(jax.random.key(0), len(regions))
+    mask = jnp.arange(regions.shape[1]) < jnp.array([[regions.shape[1]], [2]])[jnp.arange(len(regions)) % 2]
+    uniform = jax.random.uniform(jax.random.key(1), (len(regions), M, T))
+    graph, params = nnx.split(decoder)
+    options = {"steps": T, "region_mask": mask, "dropout_keys": keys}
+
+    def chosen(params: Any) -> Any:
+        decoder = nnx.merge(graph, params)
+        outputs, words, log_probs = decoder.unroll_chosen(
+            lambda logits, place: draw_words(logits.at[..., :2].set(-jnp.inf).at[..., 2].add(2.0), place),
+            *decoder.start(regions, M, **options),
+            uniform,
+            dropout_keys=keys,
+        )
+        return outputs.hidden, (words, log_probs)
+
+    hidden, transpose, (words, log_probs) = jax.vjp(chosen, params, has_aux=True)
+    lengths = np.asarray((words != 0).sum(-1))
+    assert lengths.min() < lengths.max() <= T
+    np.testing.assert_array_equal(np.asarray(log_probs) != 0, np.asarray(words) != 0)
+    counted = (words != 0)[..., None]
+
+    def forced(params: Any) -> Any:
+        decoder = nnx.merge(graph, params)
+        read = jnp.concatenate([jnp.full_like(words[..., :1], BOS), words[..., :-1]], axis=-1)
+        return decoder.unroll(read, *decoder.start(regions, M, **options), dropout_keys=keys).hidden * counted
+
+    expected, expected_transpose = jax.vjp(forced, params)
+    np.testing.assert_allclose(hidden * counted, expected, atol=1e-5)
+    direction = jax.random.normal(jax.random.key(2), hidden.shape) * counted
+    got, wanted = transpose(direction)[0], expected_transpose(direction)[0]
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

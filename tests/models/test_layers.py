@@ -33,3 +33,12 @@ def test_words_of_probability_0_are_never_drawn() -> None:
     for uniform in (0.0, 1 - 2**-24, *rng.random(3)):
         words, _ = draw_words(jnp.asarray(logits, jnp.float32), jnp.full(2000, uniform, jnp.float32))
         assert np.all(np.isfinite(logits[np.arange(2000), np.asarray(words)]))
+
+
+def test_logits_that_are_not_finite_give_a_word_of_the_vocabulary() -> None:
+    assert int(draw_words(jnp.full((1, 11), jnp.nan), jnp.zeros(1))[0][0]) < 11
+
+
+def test_many_small_probabilities_in_bfloat16_are_added_exactly() -> None:
+    words, _ = draw_words(jnp.zeros((3000, 300), jnp.bfloat16), (jnp.arange(3000) + 0.5) / 3000)
+    np.testing.assert_array_equal(np.bincount(words, minlength=300), 10)

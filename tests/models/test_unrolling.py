@@ -30,6 +30,10 @@ def scaled(x: jax.Array, per_row: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.sin(per_row * x) @ weight
 
 
+def kept(x: jax.Array, exists: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.where(exists[:, None], x, 0.0) @ weight
+
+
 def step(weights: Any, memory: Any, carry: Any, inputs: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
     """Calls with one weight twice, with a weight's transpose, with two constants; a mask; integers in the carry."""
     (hidden, count), (token, mask) = carry, inputs
@@ -38,6 +42,8 @@ def step(weights: Any, memory: Any, carry: Any, inputs: Any) -> tuple[Any, tuple
     new = with_constants(matmul, new, weights["weight"]) + new @ weights["weight"].T
     new = new + with_constants(scaled, hidden, memory["scale"], weights["out"][:, :H]) * memory["shift"]
     new = with_constants(scaled, new, memory["scale"], weights["square"])
+    for weight in (weights["square"], weights["weight"]):  # a constant without a gradient, twice
+        new = new + with_constants(kept, hidden, memory["exists"], weight)
     hidden = jnp.where(mask[:, None] & memory["exists"][:, None], new, hidden)
     return (hidden, count + 1), (with_constants(matmul, hidden, weights["out"]), count)
 
@@ -72,20 +78,26 @@ LENGTHS = {
 def test_values_and_gradients_equal_those_of_lax_scan(lengths: Any) -> None:
     weights, memory, (hidden, count), xs = inputs()
     counted = jnp.arange(T)[:, None] < (jnp.full(B, T) if lengths is None else jnp.asarray(lengths))  # [T,B]
-    direction = jax.random.normal(jax.random.key(0), (T, B, V)) * counted[..., None]
+    direction = jax.random.normal(jax.random.key(0), (T, B, V))
+    ours = lambda *a: scan_steps(step, *a, None if lengths is None else jnp.asarray(lengths))  # noqa: E731
+
+    def by_lax_counted(*a: Any) -> Any:
+        y, count = by_lax(*a)
+        return y * counted[..., None], count * counted
 
     def total(scan: Any, weights: Any, scale: Any, hidden: Any) -> tuple[jax.Array, jax.Array]:
-        y, count = scan(weights, memory | {"scale": scale}, (hidden, count_before), xs)
-        return (y * direction).sum(), jnp.where(counted, count, 0)
+        """A loss that does not leave out the steps after a row's end."""
+        y, counts = scan(weights, memory | {"scale": scale}, (hidden, count), xs)
+        return (y * direction + jnp.cos(y)).sum(), counts
 
-    count_before = count
-    ours = lambda *a: scan_steps(step, *a, None if lengths is None else jnp.asarray(lengths))  # noqa: E731
     (value, aux), got = jax.jit(jax.value_and_grad(lambda *a: total(ours, *a), argnums=(0, 1, 2), has_aux=True))(
         weights, memory["scale"], hidden
     )
     (expected_value, expected_aux), expected = jax.value_and_grad(
-        lambda *a: total(by_lax, *a), argnums=(0, 1, 2), has_aux=True
+        lambda *a: total(by_lax_counted, *a), argnums=(0, 1, 2), has_aux=True
     )(weights, memory["scale"], hidden)
+    undifferentiated, _ = total(ours, weights, memory["scale"], hidden)
+    np.testing.assert_allclose(undifferentiated, expected_value, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(value, expected_value, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(aux, expected_aux)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -103,35 +115,54 @@ def test_steps_of_captions_that_have_ended_are_not_computed() -> None:
 
 
 def test_a_scan_until_all_rows_have_ended() -> None:
-    """The length of each row depends on what the steps compute."""
-    weights, memory, (hidden, count), xs = inputs()
-    ends = jnp.arange(B) % 3 + 1
-
-    def counting(weights: Any, memory: Any, carry: Any, x: Any) -> Any:
-        (hidden, (y, count)) = step(weights, memory, carry, x)
-        return hidden, (jnp.where((carry[1] < ends_of(memory))[:, None], y, 0.0), count)
-
-    def ends_of(memory: Any) -> Any:
-        return memory["ends"]
-
-    memory["ends"] = ends
+    """The length of each row depends on what the steps compute: they end after 1, 2 or 3 steps."""
+    weights, memory, carry, xs = inputs()
+    memory["ends"] = jnp.arange(B) % 3 + 1
     direction = jax.random.normal(jax.random.key(0), (T, B, V))
 
+    def counting(weights: Any, memory: Any, carry: Any, x: Any) -> Any:
+        following, y = step(weights, memory, carry[0], x)
+        return (following, following[1] >= memory["ends"]), y
+
     def ours(weights: Any) -> Any:
-        until = lambda carry: carry[1] >= jnp.arange(B) % 3 + 1  # noqa: E731
-        y, count_of = scan_steps(counting, weights, memory, (hidden, count), xs, until=until)
-        return (y * direction).sum(), count_of
+        start = carry, jnp.zeros(B, bool)
+        y, counts = scan_steps(counting, weights, memory, start, xs, until=lambda carry: carry[1])
+        return (y * direction + jnp.cos(y)).sum(), counts
 
     def theirs(weights: Any) -> Any:
-        y, _ = jax.lax.scan(lambda carry, x: counting(weights, memory, carry, x), (hidden, count), xs)[1]
-        return (y * direction).sum()
+        y = by_lax(weights, memory, carry, xs)[0] * (jnp.arange(T)[:, None] < memory["ends"])[..., None]
+        return (y * direction + jnp.cos(y)).sum()
 
-    (value, steps), got = jax.value_and_grad(ours, has_aux=True)(weights)
+    (value, counts), got = jax.value_and_grad(ours, has_aux=True)(weights)
     expected_value, expected = jax.value_and_grad(theirs)(weights)
-    np.testing.assert_allclose(value, expected_value, rtol=1e-4)
-    assert int(steps.max()) == 2  # the fourth and fifth step are not computed
+    np.testing.assert_allclose([value, ours(weights)[0]], [expected_value] * 2, rtol=1e-4)
+    assert int(counts.max()) == 2
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [jax.checkpoint, jax.jit, jax.vmap, lambda f: lambda h: jax.lax.cond(True, f, lambda h: h, h)],
+    ids=["checkpoint", "jit", "vmap", "cond"],
+)
+def test_calls_within_another_transformation_are_plain_calls(wrap: Any) -> None:
+    weights, _, (hidden, _), (tokens, _) = inputs()
+
+    def wrapped(weights: Any, memory: Any, carry: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
+        carry = wrap(lambda h: jnp.tanh(with_constants(matmul, h, weights["weight"])))(carry)
+        carry = carry + with_constants(rows, token, weights["table"])
+        return carry, carry
+
+    def total(scan: Any, weights: Any) -> jax.Array:
+        return (scan(weights) ** 2).sum()
+
+    got = jax.grad(lambda w: total(lambda w: scan_steps(wrapped, w, (), hidden, tokens), w))(weights)
+    expected = jax.grad(
+        lambda w: total(lambda w: jax.lax.scan(lambda c, x: wrapped(w, (), c, x), hidden, tokens)[1], w)
+    )(weights)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("wrap", [jax.checkpoint, jax.vmap], ids=["checkpoint", "vmap"])
@@ -159,7 +190,7 @@ def test_what_is_the_same_at_all_steps_is_kept_once() -> None:
     traced = _TracedStep(run, params, memory, carry, jnp.ones((2, 2), jnp.int32))
     weights = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim > 1}
     assert not weights & {leaf.shape for leaf in traced.shapes.kept}
-    assert {leaf.dtype for leaf in traced.shapes.fixed} >= {jnp.dtype(jnp.float32)}
+    assert len(traced.calls) == 6  # embedding, two cells, query, scores, weighted sum
     assert all(unused for unused, leaf in zip(traced.unused, jax.tree.leaves(params), strict=False) if leaf.ndim > 1)
 
 
@@ -174,7 +205,7 @@ def test_gradient_of_every_kernel_is_computed_after_the_scan(
     call = constants.Recorder.call
 
     def watched(self: Any, function: Any, x: Any, of: Any) -> Any:
-        seen.extend(id(constant) in self._places for constant in of)
+        seen.extend(id(constant) in self._indices for constant in of)
         return call(self, function, x, of)
 
     monkeypatch.setattr(constants.Recorder, "call", watched)

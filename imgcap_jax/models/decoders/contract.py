@@ -211,9 +211,8 @@ class Decoder(nnx.Module):
     def unroll(self, tokens: Array, memory: Memory, carry: Carry, *, dropout_keys: Array | None = None) -> StepOutput:
         """Teacher forcing: reads tokens [B,M,T] one after the other; the leaves of the output are [B,M,T,...].
 
-        When it is differentiated, steps for captions that have ended are skipped where possible: an output at or after
-        eos can be zeros, and its gradient must be zero. The cost is lowest if the rows of the longest captions come
-        first.
+        Outputs after the last word of all sequences of a row are zeros. In training, these steps are skipped where
+        possible. The cost is lowest if the rows of the longest captions come first.
 
         A decoder that can read all tokens at once overrides this. The result must equal that of stepping, dropout
         included (see ``step_keys``).
@@ -301,11 +300,10 @@ class Decoder(nnx.Module):
             words = jnp.where(ended, PAD, words)
             return (carry, words, ended | (words == EOS)), (output, words, jnp.where(ended, 0.0, numbers))
 
-        start = jnp.full(xs.shape[:2], BOS, jnp.int32)
+        start, ended = jnp.full(xs.shape[:2], BOS, jnp.int32), jnp.zeros(xs.shape[:2], bool)
         inputs = jnp.moveaxis(xs, -1, 0), self._keys_of_steps(dropout_keys, xs.shape[-1])
-        ys = scan_steps(
-            step, params, memory, (carry, start, start != BOS), inputs, until=lambda carry: carry[2].all(axis=1)
-        )
+        ys = scan_steps(step, params, memory, (carry, start, ended), inputs, until=lambda carry: carry[2].all(axis=1))
+        assert PAD == 0  # the words of steps that are not computed are zeros
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), ys)
 
     def _keys_of_steps(self, dropout_keys: Array | None, length: int) -> Array | None:
