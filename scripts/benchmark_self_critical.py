@@ -231,6 +231,8 @@ def self_critical_benchmark(options: argparse.Namespace) -> None:
     things["reward alone", ""] = partial(alone, jnp.asarray(tokens))
     if importlib.util.find_spec("pycocoevalcap") is None:
         print("pycocoevalcap is not installed; the comparison is skipped")
+    elif len(jax.devices()) > 1:
+        print("the reward on the host is compared on one device only; the comparison is skipped")
     else:
         host = _on_host(images)
         own = _reward_alone(images, [], s)(_padded(images))
