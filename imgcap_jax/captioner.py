@@ -1,15 +1,16 @@
 """Captioner: load a run and caption photos. The Python API for using a trained model."""
 
-import itertools
 import json
 import os
 import re
+import threading
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -34,10 +35,16 @@ from imgcap_jax.training.checkpoints import restore_best
 from imgcap_jax.user_code import load_all_code
 
 Photo = str | Path | AnyImage
-BATCH, SMALL_BATCH = 32, 8  # images per batch; up to 8 images are one small batch
+BATCH, SMALL_BATCH = 32, 8  # images per batch
 _BATCHES_AT_ONCE = 2
 _READERS = 8  # threads at most, each with a photo in memory
+# JAX's settings that a context manager changes in one thread only, and that change what is computed or where.
+_THREAD_SETTINGS = ("default_device", "default_matmul_precision", "enable_x64", "debug_nans")
 _VIEW = 512  # the longer side of a photo in a picture of attention, in pixels
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ class Captioner:
         """The ``decoding.n_best`` captions of each photo, best first, or all samples. Raises as ``__call__``."""
         if isinstance(photos, str | Path | bytes | np.ndarray | Image.Image) and not _is_batch(photos):
             raise TypeError("photos is a single photo; give a list")
-        return [captions for group in self.stream(map(self.pixels, photos)) for captions in group]
+        return [captions for group in self.stream(list(map(self.pixels, photos))) for captions in group]
 
     def pixels(self, photo: Photo) -> list[np.ndarray]:
         """A photo at the size of each run's encoder: uint8 [s,s,3]. Raises as ``__call__``."""
@@ -176,24 +183,52 @@ class Captioner:
         Images are drawn while earlier ones are captioned. ``first_row`` is the place of the first image in the whole
         input, which determines samples.
         """
-        batches = self._batches(images, first_row)
-        first = next(batches, None)
-        if first is not None:
-            yield self._caption(first)  # alone, because each thread would compile the program
-        # The small operations of a search keep one core busy, so the next batch is encoded at the same time.
-        yield from map_ahead(self._caption, batches, threads=_BATCHES_AT_ONCE, ahead=_BATCHES_AT_ONCE - 1)
+        return filter(None, self.turns(images, first_row))
 
-    def _batches(self, images: Iterable[Sequence[np.ndarray]], first_row: int) -> Iterator[_Batch]:
-        """Batches of one size, padded with copies of the last image.
+    def turns(self, images: Iterable[Sequence[np.ndarray] | None], first_row: int = 0) -> Iterator[list[list[Caption]]]:
+        """As ``stream``, with an empty list after each image that completes no batch, which gives the caller its turn.
 
-        There are three sizes, so that few programs are compiled: for a single image, for some, and for more.
+        An image that is None has no captions and only gives the caller its turn.
         """
-        remaining, size = iter(images), 0
-        while group := list(itertools.islice(remaining, BATCH)):
-            size = size or min(one for one in (1, SMALL_BATCH, BATCH) if one >= len(group))
-            filled = [np.stack(own) for own in zip(*group, *[group[-1]] * (size - len(group)), strict=True)]
-            yield _Batch(filled, np.arange(size, dtype=np.int32) + first_row, len(group))
-            first_row += len(group)
+        compiled: set[int] = set()  # sizes of batches
+        compiling = threading.Lock()  # otherwise each thread would compile the program
+
+        def caption(batch: _Batch) -> list[list[Caption]]:
+            with nullcontext() if len(batch.rows) in compiled else compiling:
+                captions = self._caption(batch)
+            compiled.add(len(batch.rows))
+            return captions
+
+        # The small operations of a search keep one core busy, so the next batch is encoded at the same time.
+        batches = self._batches(images, first_row)
+        ahead = _BATCHES_AT_ONCE - 1
+        for captions in map_ahead(_with_these_settings(caption), batches, threads=_BATCHES_AT_ONCE, ahead=ahead):
+            yield captions or []
+
+    def _batches(self, images: Iterable[Sequence[np.ndarray] | None], first_row: int) -> Iterator[_Batch | None]:
+        """Batches, padded with copies of their last image, and None after each image that completes no batch.
+
+        There are three sizes, so that few programs are compiled: 32, 8 for a remainder of up to 24, and 1 for a single
+        image.
+        """
+
+        def batch(some: Sequence[Sequence[np.ndarray]], size: int, start: int) -> _Batch:
+            filled = [np.stack(own) for own in zip(*some, *[some[-1]] * (size - len(some)), strict=True)]
+            return _Batch(filled, np.arange(size, dtype=np.int32) + first_row + start, len(some))
+
+        group: list[Sequence[np.ndarray]] = []
+        drawn = 0  # images in earlier batches
+        for image in images:
+            if image is not None:
+                group.append(image)
+            if len(group) < BATCH:
+                yield None
+                continue
+            yield batch(group, BATCH, drawn)
+            drawn, group = drawn + BATCH, []
+        size = 1 if drawn + len(group) == 1 else SMALL_BATCH if len(group) <= BATCH - SMALL_BATCH else BATCH
+        for start in range(0, len(group), size):
+            yield batch(group[start : start + size], size, drawn + start)
 
     def _caption(self, batch: _Batch) -> list[list[Caption]]:
         """All captions of each image of a batch."""
@@ -245,6 +280,20 @@ class Captioner:
             for function, params, frozen, own in zip(self._attention, self._params, self._frozen, images, strict=False)
         ]
         return np.mean(maps, axis=0) if maps else None
+
+
+def _with_these_settings(function: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """The function for other threads, with the settings of JAX that this thread has."""
+    ours = {name: getattr(jax.config, f"jax_{name}") for name in _THREAD_SETTINGS}
+
+    def called(item: Item) -> Result:
+        with ExitStack() as stack:
+            for name, value in ours.items():
+                if getattr(jax.config, f"jax_{name}") != value:  # an equal one, set again, would compile again
+                    stack.enter_context(getattr(jax, name)(value))
+            return function(item)
+
+    return called
 
 
 def _image(photo: Photo) -> AnyImage:
@@ -322,18 +371,21 @@ def _captioned(captioner: Captioner, files: Sequence[Path]) -> Iterator[tuple[Pa
         except (ImageError, OSError) as error:
             return reason(error)
 
-    def readable() -> Iterator[list[np.ndarray]]:
-        found = map_ahead(pixels, files, threads=min(os.cpu_count() or 1, _READERS), ahead=2 * BATCH)
+    def images() -> Iterator[list[np.ndarray] | None]:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        found = map_ahead(pixels, files, threads=min(cores, _READERS), ahead=2 * BATCH, at_once=False)
         for path, image in zip(files, found, strict=True):
+            assert image is not None
             read.append((path, image if isinstance(image, str) else ""))
-            if not isinstance(image, str):
-                yield image
+            yield None if isinstance(image, str) else image
 
-    for batch in captioner.stream(readable()):
+    for batch in captioner.turns(images()):
         for captions in batch:
             while read[0][1]:
                 yield read.popleft()
             yield read.popleft()[0], captions
+        while read and read[0][1]:
+            yield read.popleft()
     yield from read
 
 

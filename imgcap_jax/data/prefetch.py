@@ -101,8 +101,13 @@ def device_prefetch(
 
 
 def map_ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
-) -> Iterator[Result]:
+    function: Callable[[Item], Result],
+    items: Iterable[Item | None],
+    *,
+    threads: int,
+    ahead: int,
+    at_once: bool = True,
+) -> Iterator[Result | None]:
     """The results of a function in the order of the items, computed in threads.
 
     Items are drawn by the caller's thread. If it stops early, the items that are not begun are dropped, and it does not
@@ -110,20 +115,24 @@ def map_ahead(
 
     Args:
         function: called in several threads at the same time.
-        items: can be endless.
+        items: can be endless. None stands for no item: nothing is computed, and results that are done are yielded.
         threads: the number of threads.
         ahead: the number of items that are begun, or wait for a thread, while the caller uses a result.
+        at_once: whether results that are done are yielded before the next item is drawn, even if fewer items are begun.
 
     Returns:
-        Iterator over results. An error of the function is raised in place of its result.
+        Iterator over results, and None for each None. An error of the function is raised in place of its result.
     """
     pool = ThreadPoolExecutor(threads)
     begun: deque[Future[Result]] = deque()
     try:
         for item in items:
-            begun.append(pool.submit(function, item))
-            if len(begun) > ahead:
+            if item is not None:
+                begun.append(pool.submit(function, item))
+            while begun and (len(begun) > ahead or (at_once and begun[0].done())):
                 yield begun.popleft().result()
+            if item is None:
+                yield None
         while begun:
             yield begun.popleft().result()
     finally:

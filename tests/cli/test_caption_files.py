@@ -4,10 +4,14 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -31,10 +35,11 @@ class Stub(Captioner):
         data = SimpleNamespace(image_size=8, resize="squash")
         self.runs = [SimpleNamespace(experiment=SimpleNamespace(data=data))]  # type: ignore[list-item]
 
-    def stream(self, images: Sequence[Sequence[np.ndarray]], first_row: int = 0) -> Iterator[list[list[Caption]]]:
+    def turns(self, images: Iterable[Sequence[np.ndarray] | None], first_row: int = 0) -> Iterator[list[list[Caption]]]:
         yield [
             [Caption(f"red {image[0][0, 0, 0]}", -1.0, ("red",), (-1.0,), -1.0, np.full((1, 4), 0.25))]
             for image in images
+            if image is not None
         ]
 
 
@@ -116,12 +121,21 @@ def test_captions_and_failures_come_in_the_order_of_the_files(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("count", "sizes"),
-    [(0, []), (1, [(1, 1)]), (2, [(2, 8)]), (8, [(8, 8)]), (9, [(9, 32)]), (70, [(32, 32), (32, 32), (6, 32)])],
+    [
+        (0, []),
+        (1, [(1, 1)]),
+        (2, [(2, 8)]),
+        (8, [(8, 8)]),
+        (9, [(8, 8), (1, 8)]),
+        (25, [(25, 32)]),
+        (33, [(32, 32), (1, 8)]),
+        (80, [(32, 32), (32, 32), (8, 8), (8, 8)]),
+    ],
 )
-def test_all_batches_of_photos_have_one_size(count: int, sizes: list[tuple[int, int]]) -> None:
-    """A second size would be compiled too."""
+def test_a_remainder_of_photos_is_padded_to_batches_of_8(count: int, sizes: list[tuple[int, int]]) -> None:
+    """More sizes would be compiled too."""
     images = [[np.full((2, 2, 3), number, np.uint8)] for number in range(count)]
-    batches = list(Stub()._batches(images, first_row=5))
+    batches = [batch for batch in Stub()._batches(images, first_row=5) if batch is not None]
     assert [(batch.real, len(batch.rows)) for batch in batches] == sizes
     assert all(len(own) == len(batch.rows) for batch in batches for own in batch.images)
     rows = [row for batch in batches for row in batch.rows[: batch.real].tolist()]
@@ -131,20 +145,19 @@ def test_all_batches_of_photos_have_one_size(count: int, sizes: list[tuple[int, 
 
 
 def test_samples_of_a_photo_in_a_folder_depend_on_its_place_only(trained: Path, tmp_path: Path) -> None:
-    """Two batches are computed at a time, by one compiled program."""
+    """Two batches are computed at a time, by one compiled program per size of a batch."""
     for number in range(70):
         (tmp_path / f"{number:02}.png").write_bytes(encode_png(draw_scene(sample_scene("test", number % 5), 32)))
     files = photo_files([tmp_path])
     captioner = Captioner(Run.load(trained), Decoding(samples=2, max_words=6))
     lines = [json.loads(line) for line, _ in caption_files(captioner, files, as_json=True)]
-    assert captioner._captions._cache_size() == 1  # type: ignore[attr-defined]
+    assert captioner._captions._cache_size() == 2  # type: ignore[attr-defined]
     for place in (0, 35, 69):
         [[alone]] = captioner.stream([captioner.pixels(files[place])], place)
         assert [one["text"] for one in lines[2 * place : 2 * place + 2]] == [one.text for one in alone]
 
 
-def test_captions_that_are_printed_need_no_photo_after_them(tmp_path: Path) -> None:
-    """An interruption during the third batch leaves the lines of the first."""
+def test_an_interruption_in_the_third_batch_leaves_the_lines_and_results_of_the_first_two(tmp_path: Path) -> None:
     for number in range(5 * module.BATCH):
         photo(tmp_path / f"{number:03}.png", number % 256)
 
@@ -154,7 +167,7 @@ def test_captions_that_are_printed_need_no_photo_after_them(tmp_path: Path) -> N
                 raise KeyboardInterrupt
             return [[Caption(f"red {image[0, 0, 0]}", -1.0, (), (), -1.0)] for image in batch.images[0]]
 
-        stream = Captioner.stream
+        turns = Captioner.turns
 
     found = caption_files(Interrupted(), photo_files([tmp_path]), as_json=False, results=tmp_path / "results.json")
     lines: list[str] = []
@@ -162,6 +175,50 @@ def test_captions_that_are_printed_need_no_photo_after_them(tmp_path: Path) -> N
         lines.extend(line for line, _ in found)  # keeps those before the error
     assert [line.partition(": ")[2] for line in lines] == [f"red {number}" for number in range(2 * module.BATCH)]
     assert len(json.loads((tmp_path / "results.json").read_text())) == 2 * module.BATCH
+
+
+def test_lines_and_failures_do_not_wait_for_photos_after_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH", 2)
+    go_on = threading.Event()  # without it, the last photo is never read
+    for number in range(5):
+        photo(tmp_path / f"{number}.png", number)
+    (tmp_path / "0.png").write_bytes(b"no image")
+
+    class Slow(Stub):
+        def pixels(self, photo: Any) -> list[np.ndarray]:
+            if photo.name == "4.png":
+                assert go_on.wait(60)
+            return super().pixels(photo)
+
+        def _caption(self, batch: module._Batch) -> list[list[Caption]]:
+            return [[Caption(f"red {image[0, 0, 0]}", -1.0, (), (), -1.0)] for image in batch.images[0]][: batch.real]
+
+        turns = Captioner.turns
+
+    found = caption_files(Slow(), photo_files([tmp_path]), as_json=False)
+    assert next(found)[1]
+    go_on.set()
+    assert [line.partition(": ")[2] for line, _ in found] == ["red 1", "red 2", "red 3", "red 4"]
+
+
+def test_batches_are_captioned_with_the_settings_of_jax_in_the_callers_thread() -> None:
+    found: list[tuple[object, object]] = []
+
+    class Recording(Stub):
+        def _caption(self, batch: module._Batch) -> list[list[Caption]]:
+            found.append((jax.config.jax_default_matmul_precision, jnp.zeros(3).devices()))  # type: ignore[attr-defined]
+            return [[] for _ in range(batch.real)]
+
+        turns = Captioner.turns
+
+    with jax.default_matmul_precision("highest"), jax.default_device(jax.devices()[1]):
+        assert sum(map(len, Recording().stream([[np.zeros((2, 2, 3), np.uint8)]] * 80))) == 80
+    assert found == [("highest", {jax.devices()[1]})] * 4
+
+
+def test_a_bad_photo_of_a_list_is_an_error_before_any_is_captioned() -> None:
+    with pytest.raises(image_files.ImageError):  # a stub cannot caption
+        Stub.n_best(Stub(), [np.zeros((4, 4, 3), np.uint8)] * 40 + [b"no image"])
 
 
 def test_photos_that_are_all_missing_are_an_error_before_the_run_is_loaded(
