@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,8 @@ from imgcap_jax.cli.parser import build_parser
 from imgcap_jax.errors import UserError, check_range, counted, printable
 
 _COMPILED_BYTES = 500_000_000  # of compiled programs; a training run needs about 1 MB on a CPU
+_LOOKED = "looked"  # a file whose time is that of the last look at their sizes
+_SECONDS_BETWEEN_LOOKS = 24 * 3600
 
 # Modules that import JAX or TFDS are imported where they are used, so that --help and errors are quick.
 
@@ -39,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.decoding = decoding
     options.rest = rest
     options.given = given
+    options.alone = arguments is None  # not called by a program that has its own modules and objects
     try:
         if rest and options.command not in ("train", "features"):
             raise _unknown_argument(rest[0], options.parser, options.command)
@@ -60,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    if arguments is None:
+    if options.alone:
         gc.freeze()  # the interpreter's last collections would take a third of a second
     return code
 
@@ -92,9 +96,11 @@ def _memory_errors(options: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        advice = (
-            "use a smaller --data.batch-size" if options.command == "train" else "a smaller batch, image or beam helps"
-        )
+        advice = {
+            "train": "use a smaller --data.batch-size",
+            "evaluate": "a smaller beam, or fewer samples, helps",
+            "caption": "a smaller beam, fewer samples, or smaller photos help",
+        }.get(options.command, "close other programs, or use a machine with more memory")
         if isinstance(error, MemoryError):
             raise UserError(f"not enough memory; {advice}") from error
         jax = sys.modules.get("jax")
@@ -129,9 +135,9 @@ def _unknown_argument(argument: str, parser: argparse.ArgumentParser, command: s
 
 
 @contextmanager
-def _importing() -> Iterator[None]:
+def _importing(options: argparse.Namespace) -> Iterator[None]:
     """While entered, modules are imported without garbage collections, which take a fifth of the time."""
-    if "jax" in sys.modules or not gc.isenabled():  # called by a program that has its own modules and objects
+    if not options.alone or not gc.isenabled():
         yield
         return
     gc.disable()
@@ -170,9 +176,17 @@ def _keep_compiled() -> None:
 
 
 def _forget_old_programs(folder: Path) -> None:
-    """Deletes the compiled programs that were not used for the longest time, if all of them together are too large."""
+    """Deletes the compiled programs that were not used for the longest time, if all of them together are too large.
+
+    It looks at most once per day.
+    """
     # JAX's own limit needs the package filelock, and fails on a cache that was written without a limit.
-    programs = [(path, path.stat()) for path in folder.glob("*-cache")]
+    looked = folder / _LOOKED
+    if looked.exists() and abs(time.time() - looked.stat().st_mtime) < _SECONDS_BETWEEN_LOOKS:
+        return
+    looked.touch()
+    with os.scandir(folder) as entries:
+        programs = [(Path(one.path), one.stat()) for one in entries if one.name.endswith("-cache")]
     size = 0
     for path, found in sorted(programs, key=lambda one: -max(one[1].st_atime, one[1].st_mtime)):
         size += found.st_size
@@ -296,7 +310,7 @@ def _features(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    with _importing():
+    with _importing(options):
         from imgcap_jax.files import check_writable
         from imgcap_jax.report.evaluation import lines, table, write_page
         from imgcap_jax.run.evaluation import sweep
@@ -335,7 +349,7 @@ def _caption(options: argparse.Namespace) -> int:
     if options.attention_dir is not None and not options.attention:
         raise UserError("--attention-dir has no effect without --attention; give both")
     files = photo_files(options.photos)  # before the model is loaded, in case there are none
-    with _importing():
+    with _importing(options):
         from imgcap_jax.captioner import Captioner, caption_files
 
     runs = _load_runs(options.run, options)

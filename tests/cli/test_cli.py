@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -470,7 +471,14 @@ def test_all_programs_are_kept_until_they_are_too_large(
     monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path))
     monkeypatch.setattr(module, "_COMPILED_BYTES", 20)
     module._keep_compiled()
-    assert {path.name for path in folder.iterdir()} == {"new-cache", "used-cache", "oldest"}
+    assert {path.name for path in folder.iterdir()} == {"new-cache", "used-cache", "oldest", "looked"}
+    (folder / "more-cache").write_bytes(bytes(10))
+    module._keep_compiled()
+    assert len(list(folder.iterdir())) == 5  # it looks once per day
+    os.utime(folder / "looked", (0, time.time() - 90_000))
+    module._keep_compiled()
+    assert len(list(folder.iterdir())) == 4
+    assert (folder / "more-cache").exists()
     assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 0
 
 

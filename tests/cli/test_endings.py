@@ -42,7 +42,7 @@ def test_too_little_memory_is_one_line(
     monkeypatch.setattr("imgcap_jax.train.train", fail)
     assert refused(["train", "scenes_demo"]) == f"imgcap: {said}use a smaller --data.batch-size"
     monkeypatch.setitem(cli._COMMANDS, "evaluate", fail)
-    assert refused(["evaluate", "run"]) == f"imgcap: {said}a smaller batch, image or beam helps"
+    assert refused(["evaluate", "run"]) == f"imgcap: {said}a smaller beam, or fewer samples, helps"
 
 
 def test_other_errors_of_jax_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
