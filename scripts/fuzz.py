@@ -605,7 +605,7 @@ def read_meteor(folder: Path) -> str:
     tables.official_folder = lambda part: folder / "package"
     found = tables.Tables.load()
     arrays = [found.function, found.synset, found.base, found.paraphrase, *found.prefix]
-    return digest([found.number, found.stems, *map(np.asarray, arrays)])
+    return digest([found.number, *map(np.asarray, arrays)])
 
 
 # The only file of annotations is gone.

@@ -32,6 +32,16 @@ def no_progress_lines() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs() -> Iterator[None]:
+    """Each compiled program takes several memory mappings, of which Linux allows a process 65,530."""
+    yield
+    if "jax" in sys.modules:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture
 def progress_lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The lines about the progress of long work, one per update; without a terminal, a clock decides which appear."""
