@@ -33,8 +33,7 @@ import benchmark_decoders
 import benchmark_encoders
 import benchmark_scores
 import benchmark_self_critical
-from checkouts import PACKAGE
-from measuring import print_machine
+from measuring import PACKAGE, print_machine
 
 OF_DECODERS = ("train", "decode", "scst")
 BENCHMARKS = {

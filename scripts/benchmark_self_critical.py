@@ -18,6 +18,7 @@ from jax import Array
 from measuring import (
     EOS,
     FIRST_WORD,
+    PACKAGE,
     PAD,
     WORDS,
     Thing,
@@ -255,7 +256,7 @@ def self_critical_benchmark(options: argparse.Namespace) -> None:
     )
     for lengths, counts in words.items():
         print(lengths_text(lengths, counts))
-        whole = found["imgcap_jax", f"{WHOLE}, {lengths}"].wall
+        whole = found[PACKAGE, f"{WHOLE}, {lengths}"].wall
         for name in (WHOLE, FREE):
             row = f"{name}, {lengths}"
             for (side, of), time in found.items():

@@ -8,10 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from measuring import Thing
-
-PACKAGE = "imgcap_jax"
-BEFORE = "before"  # the name of the other checkout in reports
+from measuring import BEFORE, PACKAGE, Thing
 
 
 def _take_modules() -> dict[str, ModuleType]:
