@@ -94,8 +94,8 @@ def chosen_lengths(options: argparse.Namespace) -> tuple[str, ...]:
 def word_counts(shape: tuple[int, ...], lengths: str, longest: int = WORDS, seed: int = 0) -> np.ndarray:
     """Numbers of words without eos, int32 of this shape: all ``longest``, or drawn.
 
-    Drawn lengths have a mean of 10.75 words and a standard deviation of 2.4, between those of two datasets, in the
-    package's tokens: COCO 2014 (10.4 words, deviation 2.2; 12,303 captions) and Flickr8k (10.8, 3.8; 35,000 captions).
+    Drawn lengths have a mean of 10.75 words and a standard deviation of 2.4, between those of two datasets: COCO 2014
+    (10.4 words, deviation 2.2; 12,303 captions in the package's tokens) and Flickr8k (10.8, 3.8; its own tokens).
     """
     if lengths == "full":
         return np.full(shape, longest, np.int32)
