@@ -24,12 +24,12 @@ from measuring import (
     chosen_lengths,
     decoder_sizes,
     lengths_text,
-    matmul,
     medians,
     print_ratios,
     random_captions,
     regions_of,
     times,
+    times_and_rate,
     word_counts,
 )
 
@@ -162,10 +162,7 @@ def train(options: argparse.Namespace) -> None:
             for lengths, captions in tokens.items():
                 theirs = torch.from_numpy(captions).long()
                 things[side, lengths] = partial(module.train_step, decoder, adam, regions, theirs)
-    product, flops = matmul(options.dtype)
-    things["matmul", ""] = product
-    found = times(things, options.rounds)
-    plain = flops / found.pop(("matmul", "")).wall
+    found, plain = times_and_rate(things, options)
     print(
         f"{options.decoder}, batch {s['B']} x {s['M']} captions, N={s['N']}, V={s['V']}; "
         f"plain matmul rate between the steps: {plain / 1e9:.1f} GFLOP/s ({options.dtype})"

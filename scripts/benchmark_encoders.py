@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from measuring import Thing, decoder_sizes, matmul, medians
+from measuring import Thing, decoder_sizes, medians, times_and_rate
 
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.encoders import efficientnet_lite, resnet, vgg
@@ -110,9 +110,8 @@ def encoder(options: argparse.Namespace) -> None:
     if "PyTorch" in things:
         theirs, ours = things["PyTorch"](), np.asarray(things["imgcap_jax"]())
         print(f"relative difference of the features: {np.linalg.norm(ours - theirs) / np.linalg.norm(theirs):.1e}")
-    things["matmul"], flops = matmul(options.dtype)
-    seconds = medians(things, options.rounds)
-    plain = flops / seconds.pop("matmul")
+    found, plain = times_and_rate(things, options)
+    seconds = {side: of.wall for side, of in found.items()}
     for side, value in seconds.items():
         rate = batch * encoder_flops(config, size) / value
         print(

@@ -25,10 +25,9 @@ from measuring import (
     chosen_lengths,
     decoder_sizes,
     lengths_text,
-    matmul,
     print_ratios,
     regions_of,
-    times,
+    times_and_rate,
     word_counts,
 )
 
@@ -246,10 +245,7 @@ def self_critical_benchmark(options: argparse.Namespace) -> None:
         for row, thing in build({WHOLE: lambda objective: by_host}).items():
             things["imgcap_jax with the reward of pycocoevalcap on the host", row] = thing
         things["reward of pycocoevalcap alone", ""] = partial(host, tokens)
-    product, flops = matmul(options.dtype)
-    things["matmul", ""] = product
-    found = times(things, options.rounds)
-    plain = flops / found.pop(("matmul", "")).wall
+    found, plain = times_and_rate(things, options)
     print(
         f"{options.decoder}, {s['B']} images x {s['M']} samples, N={s['N']}, V={s['V']}, document frequencies of "
         f"{CORPUS + s['B']} images; plain matmul rate between the steps: {plain / 1e9:.1f} GFLOP/s ({options.dtype})"

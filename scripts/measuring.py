@@ -62,6 +62,19 @@ def matmul(dtype: str, size: int = 2048, count: int = 20) -> tuple[Thing, float]
     return run, 2.0 * count * size**3
 
 
+def times_and_rate(things: Mapping[Name, Thing], options: argparse.Namespace) -> tuple[dict[Name, Times], float]:
+    """``times`` of candidates, and the rate of plain matrix products in the same rounds, in FLOP/s.
+
+    Args:
+        things: the candidates.
+        options: the number of rounds, and the dtype of the products.
+    """
+    product, flops = matmul(options.dtype)
+    plain: Any = "plain matrix products"
+    found = times({**things, plain: product}, options.rounds)
+    return found, flops / found.pop(plain).wall
+
+
 def print_machine() -> None:
     """Prints JAX's version, the devices and the rate of plain matrix products, which says how fast the machine is."""
     device = jax.devices()[0]

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"imgcap: {'; '.join(['interrupted', *_continuation(options)])}", file=sys.stderr)
         code = 128 + (signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT)
-        if arguments is None:  # JAX crashes if the interpreter shuts down while a computation runs
+        if options.alone:  # JAX crashes if the interpreter shuts down while a computation runs
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)

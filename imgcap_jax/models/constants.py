@@ -5,7 +5,7 @@ takes T thin products and T passes over arrays as large as the model. ``unrollin
 read and the gradient of its result, and then computes the gradient of the constants for all steps at once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core.tracers import current_trace
 from jax import Array
 
@@ -36,32 +37,59 @@ def with_constants(function: Function, x: Array, *constants: Array) -> Array:
     return function(x, *constants) if recorder is None else recorder.call(function, x, constants)
 
 
+def split(leaves: Sequence[Any], chosen: Sequence[bool]) -> tuple[list[Any], list[Any]]:
+    """The chosen leaves, and the others."""
+    pairs = list(zip(leaves, chosen, strict=True))
+    return [leaf for leaf, is_chosen in pairs if is_chosen], [leaf for leaf, is_chosen in pairs if not is_chosen]
+
+
+def join(leaves: Sequence[Any], others: Sequence[Any], chosen: Sequence[bool]) -> list[Any]:
+    """All leaves again, from what ``split`` returned."""
+    of_kind = {True: iter(leaves), False: iter(others)}
+    return [next(of_kind[is_chosen]) for is_chosen in chosen]
+
+
+class Floating(NamedTuple):
+    """Separates the leaves of a tree that have gradients from the others."""
+
+    tree: Any
+    floating: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, tree: Any) -> "Floating":
+        leaves, structure = jax.tree.flatten(tree)
+        return cls(structure, tuple(jnp.issubdtype(leaf.dtype, np.inexact) for leaf in leaves))
+
+    def split(self, tree: Any) -> tuple[list[Array], list[Array]]:
+        """The leaves that have gradients, and the others."""
+        return split(self.tree.flatten_up_to(tree), self.floating)
+
+    def join(self, floating: Sequence[Any], others: Sequence[Any]) -> Any:
+        """The tree of these leaves."""
+        return self.tree.unflatten(join(floating, others, self.floating))
+
+    def gradient(self, floating: Sequence[Array | None]) -> Any:
+        """The tree of gradients; None for leaves that have none."""
+        return self.join(floating, [None] * self.floating.count(False))
+
+
 class Call(NamedTuple):
     """A call of ``with_constants``: the function, and the indices of its constants among those of the scan."""
 
     function: Function
     indices: tuple[int, ...]
 
-    def gradients(self, x: Array, constants: list[Array], by_y: Array) -> tuple[Array, ...]:
-        """The gradients of the call's floating constants, from x and the gradient of the result.
+    def gradients(self, x: Array, constants: list[Array], by_y: Array) -> list[Array | None]:
+        """The gradients of the call's constants, from x and the gradient of the result; None for integers.
 
         ``constants`` are those of the scan.
         """
         own = [constants[index] for index in self.indices]
-        floating = [jnp.issubdtype(constant.dtype, jnp.inexact) for constant in own]
-
-        def of_floating(*values: Array) -> Array:
-            rest = iter(values)
-            return self.function(
-                x, *(next(rest) if is_floating else c for c, is_floating in zip(own, floating, strict=True))
-            )
-
-        _, transpose = jax.vjp(of_floating, *(c for c, is_floating in zip(own, floating, strict=True) if is_floating))
-        return transpose(by_y)
-
-    def floating(self, constants: list[Array]) -> list[int]:
-        """The indices of the constants that ``gradients`` has gradients of."""
-        return [index for index in self.indices if jnp.issubdtype(constants[index].dtype, jnp.inexact)]
+        of_own = Floating.of(own)
+        floating, others = of_own.split(own)
+        _, transpose = jax.vjp(lambda *floating: self.function(x, *of_own.join(floating, others)), *floating)
+        gradients: list[Array | None] = of_own.gradient(transpose(by_y))
+        return gradients
 
 
 class Recorder:

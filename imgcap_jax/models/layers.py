@@ -6,7 +6,7 @@ Shape letters are those of ``decoders/contract.py``. A is the attention size, H 
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +96,10 @@ def _reached(weights: Array) -> Array:
     return jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
 
 
+@overload
+def row_keys(keys: Array, number: int | Array) -> Array: ...
+@overload
+def row_keys(keys: Array | None, number: int | Array) -> Array | None: ...
 def row_keys(keys: Array | None, number: int | Array) -> Array | None:
     """Derives a new key per row: ``jax.random.fold_in`` of ``number`` into each of ``keys`` [B]. None stays None."""
     if keys is None:

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-from imgcap_jax.models.constants import Call, Recorder
+from imgcap_jax.models.constants import Call, Floating, Recorder, join, split
 
 Step = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
@@ -81,32 +81,6 @@ def _masked(ys: Any, counted: Array) -> Any:
     return jax.tree.map(lambda y: jnp.where(counted.reshape(*counted.shape, *(1 for _ in y.shape[2:])), y, 0), ys)
 
 
-class _Floating(NamedTuple):
-    """Separates the leaves of a tree that have gradients from the others."""
-
-    tree: Any
-    floating: tuple[bool, ...]
-
-    @classmethod
-    def of(cls, tree: Any) -> "_Floating":
-        leaves, structure = jax.tree.flatten(tree)
-        return cls(structure, tuple(jnp.issubdtype(leaf.dtype, np.inexact) for leaf in leaves))
-
-    def split(self, tree: Any) -> tuple[list[Array], list[Array]]:
-        """The leaves that have gradients, and the others."""
-        leaves = list(zip(self.tree.flatten_up_to(tree), self.floating, strict=True))
-        return [leaf for leaf, floating in leaves if floating], [leaf for leaf, floating in leaves if not floating]
-
-    def join(self, floating: Sequence[Any], others: Sequence[Any]) -> Any:
-        """The tree of these leaves."""
-        of_kind = {True: iter(floating), False: iter(others)}
-        return self.tree.unflatten([next(of_kind[kind]) for kind in self.floating])
-
-    def gradient(self, floating: Sequence[Array | None]) -> Any:
-        """The tree of gradients; None for leaves that have none."""
-        return self.join(floating, [None] * self.floating.count(False))
-
-
 class _Parts(NamedTuple):
     """What one step returns, as leaves.
 
@@ -141,7 +115,7 @@ class _TracedStep:
         constants = (weights, memory)
         self.y = jax.eval_shape(measured, weights, memory, carry, x)
         self.calls, self.taps = recorders[0].calls, recorders[0].results
-        of_constants, of_carry, of_y = _Floating.of(constants), _Floating.of(carry), _Floating.of(self.y)
+        of_constants, of_carry, of_y = Floating.of(constants), Floating.of(carry), Floating.of(self.y)
 
         structures: list[Any] = []
 
@@ -188,14 +162,13 @@ class _TracedStep:
         carry, y, inputs, read = (
             list(leaves[start:end]) for start, end in zip([0, *self._ends], [*self._ends, None], strict=True)
         )
-        kept = [leaf for leaf, fixed in zip(read, self._fixed, strict=True) if not fixed]
-        return _Parts(carry, y, inputs, kept, [leaf for leaf, fixed in zip(read, self._fixed, strict=True) if fixed])
+        fixed, kept = split(read, self._fixed)
+        return _Parts(carry, y, inputs, kept, fixed)
 
     def _transposed(
         self, kept: Sequence[Array], fixed: Sequence[Array], by_carry: list[Array], by_y: list[Array]
     ) -> list[Array]:
-        of_kind = {True: iter(fixed), False: iter(kept)}
-        transpose = self._transpose.unflatten([next(of_kind[kind]) for kind in self._fixed])
+        transpose = self._transpose.unflatten(join(fixed, kept, self._fixed))
         return jax.tree.leaves(transpose((by_carry, by_y)))
 
     def transpose(
@@ -204,7 +177,7 @@ class _TracedStep:
         """The gradients of the constants that are not ``unused``, of the carry, and of the results of the calls."""
         leaves = self._run_transposed(*kept, *fixed, *by_carry, *by_y)
         first, second = self._counts[0], sum(self._counts)
-        used = [leaf for leaf, unused in zip(leaves[:first], self.unused, strict=True) if not unused]
+        _, used = split(leaves[:first], self.unused)
         return used, leaves[first:second], leaves[second:]
 
 
@@ -329,14 +302,14 @@ def _forward(
 
 def _backward(stages: list[int], traced: list[_TracedStep], kept: _Kept, by_ys: Any) -> Any:
     constants = (kept.weights, kept.memory)
-    of_constants, of_carry, of_y = (_Floating.of(tree) for tree in (constants, kept.carry, traced[0].y))
-    leaves, unused = of_constants.split(constants)[0], traced[0].unused
-    of_rows = [False] * sum(_Floating.of(kept.weights).floating)
-    of_rows += [True] * (len(leaves) - len(of_rows))
-    summed = [number for number in range(len(leaves)) if not unused[number]]
+    of_constants, of_carry, of_y = (Floating.of(tree) for tree in (constants, kept.carry, traced[0].y))
+    unused = traced[0].unused
+    _, summed = split(of_constants.split(constants)[0], unused)
+    of_memory = Floating.of(kept.memory).floating.count(True)
+    _, has_rows = split([False] * (len(unused) - of_memory) + [True] * of_memory, unused)
     by_y = _masked(of_y.split(by_ys)[0], kept.counted)
     # Sums over the steps. Those of rows begin without rows and are extended to the rows of each stage.
-    sums = [jnp.zeros_like(leaves[number][:0] if of_rows[number] else leaves[number]) for number in summed]
+    sums = [jnp.zeros_like(leaf[:0] if of_rows else leaf) for leaf, of_rows in zip(summed, has_rows, strict=True)]
     by_carry = [jnp.zeros_like(leaf[:0]) for leaf in of_carry.split(kept.carry)[0]]
     taps = _empty(by_y[0].shape[0], traced[0].taps)
 
@@ -350,7 +323,7 @@ def _backward(stages: list[int], traced: list[_TracedStep], kept: _Kept, by_ys: 
 
     for number in reversed(range(len(stages))):
         rows = stages[number]
-        sums = [_padded(leaf, rows) if of_rows[place] else leaf for leaf, place in zip(sums, summed, strict=True)]
+        sums = [_padded(leaf, rows) if of_rows else leaf for leaf, of_rows in zip(sums, has_rows, strict=True)]
         by_carry = [_padded(leaf, rows) for leaf in by_carry]
         start = kept.ends[number - 1] if number else jnp.zeros((), jnp.int32)
         _, sums, by_carry, taps = jax.lax.while_loop(
@@ -358,10 +331,8 @@ def _backward(stages: list[int], traced: list[_TracedStep], kept: _Kept, by_ys: 
             partial(body, traced_step=traced[number], fixed=kept.fixed[number]),
             (kept.ends[number], sums, by_carry, taps),
         )
-    gradients: list[Array | None] = [None] * len(leaves)
-    for number, leaf in zip(summed, sums, strict=True):
-        gradients[number] = leaf
-    by_constants = _with_calls(traced[0].calls, kept, taps, of_constants.gradient(gradients))
+    gradients = of_constants.gradient(join([None] * unused.count(True), sums, unused))
+    by_constants = _with_calls(traced[0].calls, kept, taps, gradients)
     return *by_constants, of_carry.gradient(by_carry), None, None
 
 
@@ -380,10 +351,10 @@ def _with_calls(calls: list[Call], kept: _Kept, by_results: list[Array], by_cons
     constants = jax.tree.leaves((kept.weights, kept.memory))
     weights = len(jax.tree.leaves(kept.weights))
 
-    def add(call: Call, more: tuple[Array, ...]) -> None:
-        for index, gradient in zip(call.floating(constants), more, strict=True):
+    def add(call: Call, more: list[Array | None]) -> None:
+        for index, gradient in zip(call.indices, more, strict=True):
             before = gradients[index]
-            gradients[index] = gradient if before is None else before + gradient
+            gradients[index] = gradient if before is None else before if gradient is None else before + gradient
 
     packed: list[tuple[Call, Array, Array]] = []
     for call, x, by_result in zip(calls, kept.inputs, by_results, strict=True):
@@ -402,7 +373,7 @@ def _with_calls(calls: list[Call], kept: _Kept, by_results: list[Array], by_cons
 
 def _packed_gradients(
     packed: list[tuple[Call, Array, Array]], constants: list[Array], counted: Array
-) -> list[tuple[Array, ...]]:
+) -> list[list[Array | None]]:
     """The gradients that calls have for their constants, from the counted rows alone, if they are few enough.
 
     Args:
@@ -413,7 +384,7 @@ def _packed_gradients(
     positions = len(counted)
     order = jnp.argsort(~counted, stable=True)  # counted rows come first
 
-    def of_rows(rows: Array | None) -> list[tuple[Array, ...]]:
+    def of_rows(rows: Array | None) -> list[list[Array | None]]:
         return [
             call.gradients(x, constants, by) if rows is None else call.gradients(x[rows], constants, by[rows])
             for call, x, by in packed

@@ -308,20 +308,22 @@ def self_critical_step(
     """
     rewards = rewards or objective.rewards
 
-    def sampled_in_one_pass(model: CaptionModel, batch: Mapping[str, Array], keys: Array) -> tuple[Array, _Samples]:
-        """Samples captions; what the decoder computed for them is differentiated. Returns hidden too: [B,M,T,F]."""
-        memory, carry = model.decoder.start(
+    def started(model: CaptionModel, batch: Mapping[str, Array], count: int, keys: Array | None) -> tuple[Any, Any]:
+        """The decoder's memory and first carry, for this number of captions per image."""
+        return model.decoder.start(
             batch["regions"],
-            objective.samples,
+            count,
             steps=max_words,
             region_mask=batch.get("region_mask"),
             dropout_keys=row_keys(keys, START_KEYS),
         )
+
+    def sampled_in_one_pass(model: CaptionModel, batch: Mapping[str, Array], keys: Array) -> tuple[Array, _Samples]:
+        """Samples captions; what the decoder computed for them is differentiated. Returns hidden too: [B,M,T,F]."""
         outputs, tokens, log_probs = model.decoder.unroll_chosen(
             lambda logits, place: draw_words(_policy(logits, objective.temperature), place),
-            memory,
-            carry,
-            uniform_numbers(_draw_keys(keys), objective.samples, max_words),
+            *started(model, batch, objective.samples, keys),
+            uniform_numbers(row_keys(keys, DRAW_KEYS), objective.samples, max_words),
             dropout_keys=row_keys(keys, UNROLL_KEYS),
         )
         return outputs.hidden, _Samples(tokens, log_probs.sum(-1))
@@ -329,16 +331,13 @@ def self_critical_step(
     def sampled_then_read(model: CaptionModel, batch: Mapping[str, Array], keys: Array) -> tuple[Array, _Samples]:
         """The same for a decoder that reads all tokens at once faster than it steps."""
         feed, carry = begun(*lax.stop_gradient((model, batch)), objective.samples, keys)
-        drawn = sample(feed, carry, _draw_keys(keys), max_steps=max_words, temperature=objective.temperature)
+        drawn = sample(feed, carry, row_keys(keys, DRAW_KEYS), max_steps=max_words, temperature=objective.temperature)
         hidden = model.teacher_forced({**batch, "tokens": _after_bos(drawn.tokens)}, keys).hidden
         return hidden, _Samples(drawn.tokens, drawn.score)
 
     def begun(model: CaptionModel, batch: Mapping[str, Array], count: int, keys: Array | None) -> tuple[StepFn, Any]:
         """The decoder's step and first carry. With keys, the dropout masks are those of ``teacher_forced``."""
-        regions, mask = batch["regions"], batch.get("region_mask")
-        memory, first = model.decoder.start(
-            regions, count, steps=max_words, region_mask=mask, dropout_keys=row_keys(keys, START_KEYS)
-        )
+        memory, first = started(model, batch, count, keys)
         unroll_keys = row_keys(keys, UNROLL_KEYS)
 
         def feed(carry: Any, tokens: Array) -> tuple[Any, Array]:
@@ -347,7 +346,7 @@ def self_critical_step(
             inner, output = model.decoder.step(inner, tokens, memory, dropout_keys=step_keys)
             return (inner, t + 1), model.decoder.logits(output)
 
-        return feed, (first, jnp.zeros((regions.shape[0], count), jnp.int32))
+        return feed, (first, jnp.zeros((len(batch["regions"]), count), jnp.int32))
 
     def judge(
         params: Params, constants: Constants, batch: Mapping[str, Array], samples: _Samples, keys: Array
@@ -431,13 +430,6 @@ def self_critical_step(
         return captions, metrics
 
     return train_step(loss, measure, transformation, accumulate=accumulate, ema_decay=ema_decay)
-
-
-def _draw_keys(keys: Array) -> Array:
-    """The keys [B] of the samples, from the keys [B] of the rows."""
-    drawn = row_keys(keys, DRAW_KEYS)
-    assert drawn is not None
-    return drawn
 
 
 def _above_others(values: Array) -> Array:

@@ -40,8 +40,8 @@ class Fixed(nnx.Variable):
 
 
 @dataclass(frozen=True)
-class WithFixed:
-    """Settings of another part, to which they add random values that are not trained."""
+class Wrapped:
+    """Settings of another part."""
 
     part: Any
     frozen: bool = False
@@ -49,6 +49,11 @@ class WithFixed:
     @property
     def region_size(self) -> int:
         return int(self.part.region_size)
+
+
+@dataclass(frozen=True)
+class WithFixed(Wrapped):
+    """Settings of another part, to which they add random values that are not trained."""
 
     def build(self, *arguments: Any, rngs: nnx.Rngs, **options: Any) -> Any:
         part = self.part.build(*arguments, rngs=rngs, **options)
@@ -58,15 +63,8 @@ class WithFixed:
 
 
 @dataclass(frozen=True)
-class ReadsValues:
+class ReadsValues(Wrapped):
     """Settings of another part, whose parameters they read."""
-
-    part: Any
-    frozen: bool = False
-
-    @property
-    def region_size(self) -> int:
-        return int(self.part.region_size)
 
     def build(self, *arguments: Any, **options: Any) -> Any:
         part = self.part.build(*arguments, **options)

@@ -225,7 +225,7 @@ class Decoder(nnx.Module):
 
         inputs = jnp.moveaxis(tokens, -1, 0), self._keys_of_steps(dropout_keys, tokens.shape[-1])
         outputs = scan_steps(step, params, memory, carry, inputs, steps_of(tokens))
-        return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), outputs)
+        return _steps_third(outputs)
 
     def unroll_sampled(
         self,
@@ -260,7 +260,7 @@ class Decoder(nnx.Module):
         replaced = (coin < probability) & (jnp.arange(T)[:, None, None] > 0) & (read != PAD)
         inputs = read, replaced, place, self._keys_of_steps(dropout_keys, T)
         outputs = scan_steps(step, params, memory, (carry, jnp.zeros_like(tokens[..., 0])), inputs, steps_of(tokens))
-        return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), outputs)
+        return _steps_third(outputs)
 
     @property
     def reads_at_once(self) -> bool:
@@ -304,7 +304,7 @@ class Decoder(nnx.Module):
         inputs = jnp.moveaxis(xs, -1, 0), self._keys_of_steps(dropout_keys, xs.shape[-1])
         ys = scan_steps(step, params, memory, (carry, start, ended), inputs, until=lambda carry: carry[2].all(axis=1))
         assert PAD == 0  # the words of steps that are not computed are zeros
-        return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), ys)
+        return _steps_third(ys)
 
     def _keys_of_steps(self, dropout_keys: Array | None, length: int) -> Array | None:
         """``step_keys`` of steps 0 to length - 1: [T,B]."""
@@ -336,6 +336,11 @@ def steps_of(tokens: Array) -> Array:
     """
     places = jnp.arange(1, tokens.shape[-1] + 1, dtype=jnp.int32)
     return jnp.where((tokens != PAD) & (tokens != EOS), places, 0).max(axis=(1, 2))
+
+
+def _steps_third(ys: Any) -> Any:
+    """Stacked outputs of steps, leaves [T,B,M,...] -> [B,M,T,...]."""
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), ys)
 
 
 def _fixed_logits(graph: nnx.GraphDef[Decoder], params: Any, output: StepOutput) -> Array:
