@@ -244,6 +244,7 @@ def eval_batches(
     source: "CaptionSource",
     *,
     batch_size: int,
+    rows: npt.NDArray[np.int_] | None = None,
     features: RegionSource | None = None,
     vocabulary: "Vocabulary | None" = None,
 ) -> EvalBatches:
@@ -253,6 +254,8 @@ def eval_batches(
         config: image size, resize and threads; with a vocabulary also M and T.
         source: the images.
         batch_size: images per batch (B).
+        rows: the rows of each batch that this process computes, in ascending order; None: all of them. No other image
+            is read, and the batches consist of these rows only.
         features: the regions of the source, used instead of its images.
         vocabulary: if given, batches contain "tokens" int32 [B, M, T]: the first M captions, for the
             teacher-forced loss.
@@ -264,8 +267,19 @@ def eval_batches(
     Raises:
         UserError: the store does not belong to the source. While iterating: an image cannot be decoded.
     """
-    rows = _EvalRows(config, source, vocabulary, features, batch_size)
-    return EvalBatches(rows, -(-len(source) // batch_size), config)
+    rows = np.arange(batch_size) if rows is None else rows
+    reader = _EvalRows(config, source, vocabulary, features, batch_size, rows)
+    return EvalBatches(reader, -(-len(source) // batch_size), config)
+
+
+def images_of_rows(images: int, batch_size: int, rows: npt.NDArray[np.int_]) -> list[int]:
+    """The numbers of the images that ``eval_batches`` reads with these rows, in ascending order.
+
+    It is never empty: padding gets its shape from an image.
+    """
+    starts = np.arange(0, images, batch_size)
+    numbers = (starts[:, None] + rows).ravel()
+    return numbers[numbers < images].tolist() or [0]
 
 
 class _TrainRows(grain.transforms.RandomMap):
@@ -360,6 +374,7 @@ class _EvalRows(grain.transforms.Map):
         vocabulary: "Vocabulary | None",
         store: RegionSource | None,
         batch_size: int,
+        rows: npt.NDArray[np.int_],
     ) -> None:
         if store is not None:
             _check_store(source, store)
@@ -367,16 +382,21 @@ class _EvalRows(grain.transforms.Map):
         self._source = source
         self._store = store
         self._size = batch_size
+        self._rows = rows
         self._image_ids = np.asarray(source.image_ids(), np.int64)
         self._captions = None
         if vocabulary is not None:
             self._captions = CaptionTable.for_training([source], vocabulary, config.max_words + 2)
 
     def map(self, element: int) -> Batch:
-        start = int(element) * self._size
-        images = range(start, min(start + self._size, len(self._source)))
-        batch = self.batch(images)
-        missing = self._size - len(images)
+        images = self._rows + int(element) * self._size
+        images = images[images < len(self._source)].tolist()
+        missing = len(self._rows) - len(images)
+        if not images:  # all rows are padding, which has the shape of an image
+            batch = self.batch(images_of_rows(len(self._source), self._size, self._rows)[:1])
+            batch = {name: values[:0] for name, values in batch.items()}
+        else:
+            batch = self.batch(images)
         if missing:
             batch = {
                 name: np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1)) for name, values in batch.items()

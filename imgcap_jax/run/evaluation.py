@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from imgcap_jax.data.pipeline import CaptionData, EvalBatches, eval_batches
+from imgcap_jax.data.pipeline import CaptionData, EvalBatches, eval_batches, images_of_rows
 from imgcap_jax.data.regions import RegionSource
 from imgcap_jax.data.scenes.truth import TruthScores, judge
 from imgcap_jax.data.scenes.world import Scene
@@ -39,7 +39,18 @@ from imgcap_jax.training.checkpoints import restore_best
 from imgcap_jax.training.losses import LossSums, caption_loss
 from imgcap_jax.training.parallel import DataParallel, is_first_process
 
-BATCH = 64  # images decoded at a time
+BATCH = 64  # images that a device decodes at a time
+
+
+def batch_size(images: int, devices: int) -> int:
+    """The size of the batches in which a split of this number of images is evaluated, over all devices."""
+    return -(-min(BATCH * devices, images) // devices) * devices
+
+
+def evaluated_images(images: int, parallel: DataParallel) -> list[int]:
+    """The numbers of the images that this process reads to evaluate a split of this number of images."""
+    size = batch_size(images, len(parallel.devices))
+    return images_of_rows(images, size, parallel.rows(size))
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,8 @@ class Captioned:
         tokens: image id -> its tokens, int32 [T], without bos.
         hypotheses: image id -> the n best captions, best first, or all samples.
         unfinished: share of the best captions that were cut before their end.
-        mean_steps: mean number of decoder steps per batch.
+        mean_steps: mean number of decoder steps per batch. Of a batch on several devices, which end their searches
+            independently, it counts the steps of the device that takes the most.
         max_steps: the number of steps without early exit, T.
         images_per_second: without compilation.
     """
@@ -103,6 +115,9 @@ class SplitEvaluator:
     """Captions one split with given parameters, and scores the captions.
 
     References are tokenised once, so that only the candidates are processed after each epoch.
+
+    Each process reads and decodes the images of its own devices. The captions are gathered, so that every process has
+    all of them and computes the same scores.
     """
 
     def __init__(
@@ -135,50 +150,58 @@ class SplitEvaluator:
         with self._working("processing the references"):
             self._scorer = CaptionScorer(self.references, known, tokenizer=tokenizer)
         self._functions: dict[Decoding, Any] = {}
-        devices = len(parallel.devices)
-        self._size = -(-min(BATCH, len(source)) // devices) * devices
+        self._size = batch_size(len(source), len(parallel.devices))
+        self._rows = parallel.rows(self._size)
         self._images = [
-            eval_batches(member.data, source, batch_size=self._size, features=member.store) for member in members
+            eval_batches(member.data, source, batch_size=self._size, rows=self._rows, features=member.store)
+            for member in members
         ]
         self._with_tokens: EvalBatches | None = None
-        self._teacher_forced = jax.jit(self._loss_sums)
+        self._teacher_forced = parallel.map_rows(self._loss_sums)
 
     def caption(self, params: Sequence[Params], frozen: Sequence[Frozen], decoding: Decoding) -> Captioned:
         """Decodes the whole split with the parameters of each member."""
         if decoding not in self._functions:
             graphs = [member.graph for member in self._members]
-            function = self._functions[decoding] = caption_function(graphs, decoding, self._vocabulary)
+            captions_of = caption_function(graphs, decoding, self._vocabulary)
+            function = self._functions[decoding] = self._parallel.map_rows(captions_of)
             # Compiled before the time is measured.
             with self._working(f"compiling decoding ({decoding.title})", announced=self._say is not None):
                 first = [next(self._on_devices(images))[0] for images in self._images]
                 jax.block_until_ready(function(params, frozen, first).tokens)
+        start = time.perf_counter()
+        parts: list[tuple[np.ndarray, ...]] = []
+        with self._working("decoding", len(self._ids)) as work:
+            for batches in zip(*map(self._on_devices, self._images), strict=True):
+                decoded = self._functions[decoding](params, frozen, [batch for batch, _ in batches])
+                found = self._parallel.own((decoded.tokens, decoded.log_prob, decoded.score, decoded.steps))
+                parts.append((batches[0][1] + self._rows, *found))
+                work.update(min(batches[0][1] + self._size, len(self._ids)))
+        steps = self._parallel.gather(np.stack([part[-1] for part in parts], axis=1))  # [devices,batches]
+        joined = [np.concatenate(column) for column in list(zip(*parts, strict=True))[:-1]]
+        numbers, tokens, log_probs, scores = self._parallel.gather(joined)
         captions: dict[int, str] = {}
         best: dict[int, np.ndarray] = {}
         hypotheses: dict[int, list[Hypothesis]] = {}
-        steps: list[int] = []
         unfinished = 0
-        start = time.perf_counter()
-        with self._working("decoding", len(self._ids)) as work:
-            for batches in zip(*map(self._on_devices, self._images), strict=True):
-                parts, first = [batch for batch, _ in batches], batches[0][1]
-                decoded = self._functions[decoding](params, frozen, parts)
-                tokens, log_probs, scores = map(self._parallel.fetch, (decoded.tokens, decoded.log_prob, decoded.score))
-                steps.append(int(decoded.steps))
-                for row, image_id in enumerate(self._ids[first : first + len(tokens)]):
-                    hypotheses[image_id] = [
-                        Hypothesis(
-                            self._vocabulary.decode(tokens[row, m]), float(log_probs[row, m]), float(scores[row, m])
-                        )
-                        for m in caption_rows(tokens[row], decoding)
-                    ]
-                    captions[image_id] = hypotheses[image_id][0].caption
-                    best[image_id] = tokens[row, 0]
-                    unfinished += EOS not in best[image_id]
-                work.update(len(captions))
-        seconds = time.perf_counter() - start
-        rate = len(captions) / seconds
+        for row in np.argsort(numbers)[: len(self._ids)]:  # padding has the largest numbers
+            image_id = self._ids[numbers[row]]
+            hypotheses[image_id] = [
+                Hypothesis(self._vocabulary.decode(tokens[row, m]), float(log_probs[row, m]), float(scores[row, m]))
+                for m in caption_rows(tokens[row], decoding)
+            ]
+            captions[image_id] = hypotheses[image_id][0].caption
+            best[image_id] = tokens[row, 0]
+            unfinished += EOS not in best[image_id]
+        rate = len(captions) / (time.perf_counter() - start)
         return Captioned(
-            captions, best, hypotheses, unfinished / len(captions), float(np.mean(steps)), decoding.max_words, rate
+            captions,
+            best,
+            hypotheses,
+            unfinished / len(captions),
+            float(np.mean(steps.max(axis=0))),
+            decoding.max_words,
+            rate,
         )
 
     def score(self, captions: Mapping[int, str]) -> Scores:
@@ -240,18 +263,24 @@ class SplitEvaluator:
             member = self._members[0]
             with self._working("compiling the teacher-forced loss", announced=self._say is not None):
                 self._with_tokens = eval_batches(
-                    member.data, self.source, batch_size=self._size, features=member.store, vocabulary=self._vocabulary
+                    member.data,
+                    self.source,
+                    batch_size=self._size,
+                    rows=self._rows,
+                    features=member.store,
+                    vocabulary=self._vocabulary,
                 )
                 first_batch = next(self._on_devices(self._with_tokens))[0]
                 jax.block_until_ready(self._teacher_forced(params, frozen, first_batch))
-        log_likelihood = words = 0.0
+        parts = []
         with self._working("teacher-forced loss", len(self._ids)) as work:
             for batch, first in self._on_devices(self._with_tokens):
                 sums = self._teacher_forced(params, frozen, batch)
-                log_likelihood += float(sums.log_likelihood)
-                words += float(sums.words)
+                parts.append(np.stack(self._parallel.own((sums.log_likelihood, sums.words))))
                 work.update(min(first + self._size, len(self._ids)))
-        loss = -log_likelihood / max(words, 1.0)
+        sums = self._parallel.gather(np.stack(parts)[None])  # [processes,batches,2,devices of each]
+        log_likelihood, words = np.cumsum(sums.transpose(1, 0, 3, 2).reshape(-1, 2), axis=0, dtype=np.float64)[-1]
+        loss = -float(log_likelihood) / max(float(words), 1.0)
         return {"teacher_forced_loss": loss, "teacher_forced_perplexity": float(np.exp(loss))}
 
     def _loss_sums(self, params: Params, frozen: Frozen, batch: Mapping[str, Array]) -> LossSums:
@@ -269,8 +298,8 @@ class SplitEvaluator:
         """Batches on the devices, each with the number of its first image."""
         for number, batch in enumerate(batches):
             del batch["image_id"]  # 64 bits, stays on the host
-            batch["row"] = np.arange(self._size, dtype=np.int32) + number * self._size
-            yield self._parallel.put_rows(batch), number * self._size
+            batch["row"] = (self._rows + number * self._size).astype(np.int32)
+            yield self._parallel.put_rows(batch, self._size), number * self._size
 
 
 @dataclass(frozen=True)

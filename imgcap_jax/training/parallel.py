@@ -99,24 +99,65 @@ class DataParallel:
             leaf = leaf.reshape(local, leaf.shape[0] // local, *leaf.shape[1:])
         return jax.make_array_from_process_local_data(self._cut, leaf)
 
-    def put_rows(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """Splits a batch, of which every process has all rows, over all devices. For functions under ``jax.jit``."""
+    def rows(self, count: int) -> np.ndarray:
+        """The rows of a batch of ``count`` rows that the devices of this process compute, in ascending order."""
+        places = self._cut.addressable_devices_indices_map((count,)).values()
+        return np.unique(np.concatenate([np.arange(count)[place] for place in places if place is not None]))
+
+    def put_rows(self, batch: Mapping[str, np.ndarray], count: int) -> dict[str, Array]:
+        """Puts the ``rows`` that this process has of a batch of ``count`` rows on its devices, for ``map_rows``."""
+        rows = self.rows(count)
 
         def put(leaf: np.ndarray) -> Array:
-            return jax.make_array_from_callback(leaf.shape, self._cut, lambda index: leaf[index])
+            def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
+                return leaf[slice(*np.searchsorted(rows, index[0].indices(count)[:2]))]
+
+            return jax.make_array_from_callback((count, *leaf.shape[1:]), self._cut, of_device)
 
         return {name: put(np.asarray(leaf)) for name, leaf in batch.items()}
+
+    def map_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiles ``function(*constants, rows)``, which runs on each device with its own part of the rows.
+
+        No device waits for another. Constants are placed by ``replicate`` and rows by ``put_rows``. Each result has
+        the rows of all devices along its first axis; a scalar becomes an array with one value per device.
+        """
+
+        def of_device(*arguments: Any) -> Any:
+            return jax.tree.map(lambda leaf: leaf[None] if leaf.ndim == 0 else leaf, function(*arguments))
+
+        @jax.jit
+        def mapped(*arguments: Any) -> Any:
+            if len(self.devices) == 1:
+                return of_device(*arguments)
+            whole, cut = PartitionSpec(), PartitionSpec(AXIS)
+            specs = (*[whole] * (len(arguments) - 1), cut)
+            return jax.shard_map(of_device, mesh=self._mesh, in_specs=specs, out_specs=cut, check_vma=False)(*arguments)
+
+        return mapped
+
+    def own(self, tree: Any) -> Any:
+        """What the devices of this process computed with ``map_rows``, on the host, in ascending order."""
+
+        def fetch(leaf: Array) -> np.ndarray:
+            if leaf.is_fully_addressable:
+                return np.asarray(leaf)
+            shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+            return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+        return jax.tree.map(fetch, tree)
+
+    def gather(self, tree: Any) -> Any:
+        """Joins arrays of all processes, which have the same shape on each, along their first axis, on every host."""
+        if jax.process_count() == 1:
+            return tree
+        return jax.tree.map(np.concatenate, multihost_utils.process_allgather(tree))
 
     def _of_all_processes(self, leaf: Array) -> Array:
         """Makes the local result of ``pmap`` a global array on all devices, with the same buffers."""
         buffers = [shard.data for shard in leaf.addressable_shards]
         return jax.make_array_from_single_device_arrays(leaf.shape, self._replicated, buffers)
-
-    def fetch(self, leaf: Array) -> np.ndarray:
-        """The whole array on the host, even if other processes hold parts of it."""
-        if leaf.is_fully_addressable:
-            return np.asarray(leaf)
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
     def broadcast(self, number: int) -> int:
         """The number that process 0 passes, on all processes."""
