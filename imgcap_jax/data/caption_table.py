@@ -22,6 +22,7 @@ class CaptionTable:
         tokens: int32 [C, T] for C captions, filled up with pad.
         first: [images + 1].
         words: the largest id plus 1.
+        most: the largest number of captions of an image.
     """
 
     def __init__(self, tokens: npt.NDArray[np.int32], per_image: npt.ArrayLike) -> None:
@@ -29,6 +30,7 @@ class CaptionTable:
         self.first = np.concatenate([[0], np.cumsum(per_image, dtype=np.int64)])
         self.tokens = tokens
         self.words = int(self.tokens.max(initial=0)) + 1
+        self.most = int(np.diff(self.first).max(initial=0))
 
     @classmethod
     def for_training(cls, sources: "Sequence[CaptionSource]", vocabulary: "Vocabulary", length: int) -> "CaptionTable":
@@ -87,21 +89,46 @@ class CaptionTable:
         """A checksum of all tokens, so that a saved state is not resumed with other captions."""
         return f"{zlib.crc32(self.tokens.tobytes()):08x}"
 
-    @property
-    def most(self) -> int:
-        """The largest number of captions of an image."""
-        return int(np.diff(self.first).max(initial=0))
+    def choose(self, images: npt.NDArray[np.int64], keys: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int32]:
+        """Chooses `count` captions of each image without replacement: those with the smallest keys.
 
-    def count(self, image: int) -> int:
-        """The number of captions of an image."""
-        return int(self.first[image + 1] - self.first[image])
+        Args:
+            images: [B].
+            keys: [B, most], a number below 1 for each caption of each image.
+            count: M.
 
-    def rows(self, image: int, which: npt.ArrayLike, count: int) -> npt.NDArray[np.int32]:
-        """The image's captions with indices `which` (at most `count`) as [count, T], filled up with rows of pad."""
-        chosen = self.tokens[self.first[image] + np.asarray(which, np.int64)]
-        padded = np.full((count, self.tokens.shape[1]), PAD, np.int32)
-        padded[: len(chosen)] = chosen
-        return padded
+        Returns:
+            Rows of the table, int32 [B, M]; -1: the image has fewer than M captions.
+        """
+        first, there = self.first[images], self.counts(images)
+        order = np.argsort(np.where(np.arange(self.most) < there[:, None], keys, 1.0), axis=1, kind="stable")[:, :count]
+        return self._rows(first, there, order, count)
+
+    def first_rows(self, images: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int32]:
+        """The rows of the first `count` captions of each image [B], int32 [B, count]; -1: there are fewer."""
+        first, there = self.first[images], self.counts(images)
+        return self._rows(first, there, np.broadcast_to(np.arange(count), (len(images), count)), count)
+
+    def _rows(
+        self,
+        first: npt.NDArray[np.int64],
+        there: npt.NDArray[np.int64],
+        which: npt.NDArray[np.int64],
+        count: int,
+    ) -> npt.NDArray[np.int32]:
+        rows = np.full((len(first), count), -1, np.int32)
+        width = which.shape[1]
+        exist = np.arange(width) < there[:, None]
+        rows[:, :width][exist] = (first[:, None] + which)[exist]
+        return rows
+
+    def read(self, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """The captions in these rows [...] as int32 [..., T]; rows of pad for -1."""
+        return np.where(rows[..., None] >= 0, self.tokens[rows], np.int32(PAD))
+
+    def counts(self, images: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The number of captions of each image."""
+        return self.first[images + 1] - self.first[images]
 
     def captions(self) -> Iterator[list[list[int]]]:
         """Yields for each image the ids of its captions, without pad."""

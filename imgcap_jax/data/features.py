@@ -102,6 +102,14 @@ class FeatureStore:
             self._checked[image_and_view] = True
         return stored.view(self._dtype)
 
+    def read_many(self, images: npt.NDArray[np.int64], views: npt.NDArray[np.int32]) -> tuple[npt.NDArray[Any], None]:
+        """The regions [B, N, D] of these views [B] of these images [B]. See `regions.read_regions`."""
+        if self._digests is not None:
+            unread = ~self._checked[images, views]
+            for image, view in zip(images[unread].tolist(), views[unread].tolist(), strict=True):
+                _ = self[image, view]
+        return self._stored[images, views].view(self._dtype), None
+
     def read(self, i: int, view: int) -> tuple[npt.NDArray[Any], None]:
         """Implements `RegionSource.read`. The mask is None, because all regions exist."""
         return self[i, view], None

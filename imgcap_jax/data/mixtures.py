@@ -1,10 +1,10 @@
 """Mixtures of datasets: how often an epoch repeats each of them, and which source each row comes from."""
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import grain
+import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from imgcap_jax.data.sources import CaptionSource
@@ -31,27 +31,30 @@ def describe_mixture(mixture: Mixture) -> str:
     return f"an epoch has {sum(counts):,} images: {', '.join(parts)}"
 
 
-class Interleaving(grain.transforms.DatasetSelectionMap):
-    """The source of each row of an endless mixture. The rows of each source are spread evenly over the epoch.
+def interleave(
+    counts: Sequence[int], rows: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The source of each row of an endless mixture, and the number of the row among the rows of that source.
 
-    `MapDataset.mix` rounds the proportions to a hundredth of the smallest; here each epoch has the exact counts.
+    The rows of each source are spread evenly over the epoch, and each epoch has exactly ``counts`` rows of each source.
+
+    Args:
+        counts: the number of rows of each source per epoch.
+        rows: int64 [R].
+
+    Returns:
+        Two arrays int64 [R].
     """
-
-    def __init__(self, counts: Sequence[int]) -> None:
-        """Args: counts: the number of rows of each source per epoch."""
-        self._counts = tuple(counts)
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        """The number of the source, and of the row among the rows of that source."""
-        row, following, remaining = int(index), int(index) + 1, sum(self._counts)
-        for source, count in enumerate(self._counts):
-            # Of n rows, the sources after this one get n * (remaining - count) / remaining, rounded down.
-            others = row * (remaining - count) // remaining
-            others_following = following * (remaining - count) // remaining
-            if row - others != following - others_following:
-                return source, row - others
-            row, following, remaining = others, others_following, remaining - count
-        raise AssertionError("a row without a source")
+    source, place = np.full_like(rows, len(counts) - 1), rows.copy()
+    row, following, remaining = rows, rows + 1, sum(counts)
+    open_rows = np.ones(len(rows), np.bool_)
+    for number, count in enumerate(counts[:-1]):
+        # Of n rows, the sources after this one get n * (remaining - count) / remaining, rounded down.
+        others = row * (remaining - count) // remaining
+        others_following = following * (remaining - count) // remaining
+        here = open_rows & (row - others != following - others_following)
+        source[here], place[here] = number, (row - others)[here]
+        open_rows &= ~here
+        row, following, remaining = others, others_following, remaining - count
+    place[open_rows] = row[open_rows]
+    return source, place

@@ -1,10 +1,11 @@
-"""The input pipeline (Grain): shuffle, choose captions, decode or look up features, shard, batch.
+"""The input pipeline: reads what ``data/order.py`` draws, in threads or worker processes (Grain).
 
 Row r of batch k depends only on the seed, k and r, not on the number of threads, worker processes or hosts. The state
 of an iterator is therefore the number of batches it has returned.
 """
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,9 @@ from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.feature_files import DTYPES, Dtype
 from imgcap_jax.data.image_files import ImageError
 from imgcap_jax.data.images import Augmentation, Resize, augment, decode
-from imgcap_jax.data.mixtures import Interleaving, rows_per_epoch
-from imgcap_jax.data.regions import RegionSource
+from imgcap_jax.data.mixtures import rows_per_epoch
+from imgcap_jax.data.order import VERSION, Order
+from imgcap_jax.data.regions import RegionSource, read_regions
 from imgcap_jax.errors import UserError
 from imgcap_jax.tokenizers import DEFAULT, Tokenizer, check_tokenizer
 
@@ -123,11 +125,10 @@ class TrainBatches:
             UserError: the state belongs to other data, another batch size or another seed.
         """
         saved = {name: value for name, value in state.items() if name != "batches"}
-        same_sources = saved.get("sources") == self._identity["sources"]
-        if same_sources and "rows_per_epoch" in self._identity and "rows_per_epoch" not in saved:
+        if saved.get("order") != VERSION:
             raise UserError(
-                "the saved position is in a mixture whose weights were shares of the batches; they are repeats per "
-                "epoch, which gives another order: start a new run"
+                "the saved position belongs to another version of imgcap_jax, which draws batches in another order: "
+                "start a new run"
             )
         if saved != self._identity or "batches" not in state:
             changed = ", ".join(
@@ -198,29 +199,173 @@ def train_batches(
         )
     mixture = list(sources) if isinstance(sources, Sequence) else [(sources, 1.0)]
     stores = features if features is None or isinstance(features, Sequence) else [features]
-    rows = _TrainRows(config, [source for source, _ in mixture], vocabulary, stores, references)
-    seeds = [int(value) for value in np.random.SeedSequence(seed).generate_state(len(mixture) + 1)]
-    # Images are numbered across the mixture; each source is a range of these numbers.
-    numbers = [
-        grain.MapDataset.range(first, first + len(source)).shuffle(seed=source_seed).repeat()
-        for (source, _), first, source_seed in zip(mixture, rows.first, seeds[1:], strict=True)
-    ]
-    counts = rows_per_epoch(mixture)
-    images = grain.MapDataset.select_from_datasets(numbers, Interleaving(counts))
-    # Rows are computed before slicing, so that their random numbers depend on the position in the global sequence.
-    mine = images.random_map(rows, seed=seeds[0])[process_index::process_count]
-    batches = mine.batch(config.batch_size // process_count, drop_remainder=True)
-    identity = {
-        "seed": seed,
-        "batch_size": config.batch_size,
-        "captions": rows.fingerprint,
-        "sources": [[source.name, source.split, len(source), float(weight)] for source, weight in mixture],
-    }
-    if counts != [len(source) for source, _ in mixture] or len(mixture) > 1:
-        identity["rows_per_epoch"] = counts
-    if references is not None:
-        identity["references"] = references.fingerprint
-    return TrainBatches(batches, config, identity)
+    rows = TrainingRows(config, mixture, vocabulary, seed=seed, features=stores, references=references)
+    batches = rows.batches(process_index, process_count)
+    return TrainBatches(batches, config, rows.identity)
+
+
+class TrainingRows:
+    """What a run trains on: the order, the captions and the regions or images of a mixture.
+
+    Attributes:
+        order: which rows each batch has.
+        captions: the captions as the model reads them.
+        references: the references that batches contain; None if they contain none.
+        stores: the regions of each source; None if batches contain images.
+        identity: what a saved position must agree in, as JSON values.
+    """
+
+    def __init__(
+        self,
+        config: CaptionData,
+        mixture: "Sequence[tuple[CaptionSource, float]]",
+        vocabulary: "Vocabulary",
+        *,
+        seed: int,
+        features: Sequence[RegionSource] | None = None,
+        references: CaptionTable | None = None,
+    ) -> None:
+        """Encodes the captions. See `train_batches` for the arguments.
+
+        Raises:
+            UserError: a store does not belong to its source.
+        """
+        sources = [source for source, _ in mixture]
+        for source, store in zip(sources, features or (), strict=features is not None):
+            _check_store(source, store)
+        self.config, self.sources, self.stores, self.references = config, sources, features, references
+        self.captions = CaptionTable.for_training(sources, vocabulary, config.max_words + 2)
+        self.image_ids = np.concatenate([np.asarray(source.image_ids(), np.int64) for source in sources])
+        counts = rows_per_epoch(mixture)
+        views = 1 if features is None else _same_views(features)
+        self.order = Order(
+            [len(source) for source in sources],
+            counts,
+            self.captions,
+            seed=seed,
+            batch_size=config.batch_size,
+            captions_per_image=config.captions_per_image,
+            views=views,
+        )
+        self.identity: dict[str, Any] = {
+            "order": VERSION,
+            "seed": seed,
+            "batch_size": config.batch_size,
+            "captions": self.captions.fingerprint,
+            "sources": [[source.name, source.split, len(source), float(weight)] for source, weight in mixture],
+        }
+        if counts != [len(source) for source in sources] or len(mixture) > 1:
+            self.identity["rows_per_epoch"] = counts
+        if references is not None:
+            self.identity["references"] = references.fingerprint
+
+    def batches(self, process_index: int, process_count: int) -> grain.MapDataset[Batch]:
+        """The part that a process has of each batch, from batch 0 on."""
+        mine = slice(process_index, None, process_count)
+        if self.stores is not None:
+            return grain.MapDataset.range(sys.maxsize).map(_RegionBatches(self, mine))
+        # One row at a time, because threads decode the images of a batch together.
+        per_process = self.config.batch_size // process_count
+        rows = grain.MapDataset.range(sys.maxsize).map(_ImageRows(self, mine))
+        return rows.batch(per_process, drop_remainder=True)
+
+    def text(self, images: npt.NDArray[np.int64], captions: npt.NDArray[np.int32]) -> Batch:
+        """Everything of a batch except images and regions: the numbers of images [B], and rows of captions [B, M]."""
+        batch: Batch = {"tokens": self.captions.read(captions)}
+        if self.references is not None:
+            batch["references"] = self.references.read(self.references.first_rows(images, self.references.most))
+            batch["reference_count"] = self.references.counts(images).astype(np.float32)
+        batch["image_id"] = self.image_ids[images]
+        batch["weight"] = np.ones(len(images), np.float32)
+        return batch
+
+
+def _same_views(stores: Sequence[RegionSource]) -> int:
+    views = {store.views for store in stores}
+    if len(views) > 1:
+        raise UserError(f"the regions of the datasets have {sorted(views)} views; all must have the same number")
+    return views.pop()
+
+
+class _RegionBatches(grain.transforms.Map):
+    """Reads the part of a batch that a process has, from the number of the batch."""
+
+    def __init__(self, rows: TrainingRows, mine: slice) -> None:
+        self._rows, self._mine = rows, mine
+
+    def map(self, element: int) -> Batch:
+        images, views, captions = self._rows.order[int(element)].of(self._mine)
+        batch = self._rows.text(images, captions)
+        assert self._rows.stores is not None
+        batch["regions"], mask = self._read(self._rows.stores, images, views)
+        if mask is not None:
+            batch["region_mask"] = mask
+        return batch
+
+    def _read(
+        self, stores: Sequence[RegionSource], images: npt.NDArray[np.int64], views: npt.NDArray[np.int32]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+        first = self._rows.order.first
+        of = np.searchsorted(first, images, side="right") - 1
+        if len(stores) == 1:
+            return read_regions(stores[0], images, views)
+        regions: list[Any] = [None] * len(images)
+        masks: list[Any] = [None] * len(images)
+        for source in np.unique(of).tolist():
+            (places,) = np.nonzero(of == source)
+            found, mask = read_regions(stores[source], images[places] - first[source], views[places])
+            for number, place in enumerate(places.tolist()):
+                regions[place], masks[place] = found[number], None if mask is None else mask[number]
+        return np.stack(regions), None if masks[0] is None else np.stack(masks)
+
+
+class _ImageRows(grain.transforms.Map):
+    """Reads one row that a process has, from its number in the sequence of rows of that process."""
+
+    def __init__(self, rows: TrainingRows, mine: slice) -> None:
+        self._rows, self._mine = rows, mine
+        self._unreadable: list[dict[int, str]] = [{} for _ in rows.sources]
+
+    def map(self, element: int) -> Batch:
+        size = self._rows.config.batch_size
+        batch, place = divmod(int(element), len(range(*self._mine.indices(size))))
+        row = range(*self._mine.indices(size))[place]
+        images, _, captions = self._rows.order[batch].of(slice(row, row + 1))
+        rng = self._rows.order.rng(batch, row)
+        wanted = int(images[0])
+        number, image = self._readable(wanted, rng)
+        if number != wanted:
+            images = np.array([number])
+            keys = rng.random((1, self._rows.captions.most), np.float32)
+            captions = self._rows.captions.choose(images, keys, self._rows.config.captions_per_image)
+        return {"image": image, **{name: value[0] for name, value in self._rows.text(images, captions).items()}}
+
+    def _readable(self, number: int, rng: np.random.Generator) -> tuple[int, npt.NDArray[np.uint8]]:
+        """The number and the pixels of an image, or of the next image of its source that can be decoded."""
+        first, config = self._rows.order.first, self._rows.config
+        of = int(np.searchsorted(first, number, side="right")) - 1
+        source, start = self._rows.sources[of], int(first[of])
+        i = number - start
+        while True:
+            example = source[i]
+            try:
+                return start + i, augment(
+                    example.image, example.captions, config.image_size, rng, config.augmentation, config.resize
+                )
+            except ImageError as error:
+                self._count_unreadable(of, i, f"{example.filename}: {error}")
+            i = (i + 1) % len(source)
+
+    def _count_unreadable(self, of: int, i: int, what: str) -> None:
+        source, unreadable = self._rows.sources[of], self._unreadable[of]
+        if i not in unreadable:
+            unreadable[i] = what
+            _log.warning("%s: image skipped: %s", source.name, what)
+        if len(unreadable) > _UNREADABLE_MAX * len(source):
+            raise UserError(
+                f"{source.name}: {len(unreadable)} of {len(source)} images cannot be read, more than 1 % "
+                f"(the last: {what}); {PREPARE_AGAIN}"
+            )
 
 
 class EvalBatches:
@@ -282,88 +427,6 @@ def images_of_rows(images: int, batch_size: int, rows: npt.NDArray[np.int_]) -> 
     return numbers[numbers < images].tolist() or [0]
 
 
-class _TrainRows(grain.transforms.RandomMap):
-    """Computes one training row from the number of an image in the mixture."""
-
-    def __init__(
-        self,
-        config: CaptionData,
-        sources: "list[CaptionSource]",
-        vocabulary: "Vocabulary",
-        stores: Sequence[RegionSource] | None,
-        references: CaptionTable | None,
-    ) -> None:
-        self._config = config
-        self._sources = sources
-        self._stores = stores
-        if stores is not None:
-            for source, store in zip(sources, stores, strict=True):
-                _check_store(source, store)
-        self.first = [0, *np.cumsum([len(source) for source in sources]).tolist()][:-1]
-        self._captions = CaptionTable.for_training(sources, vocabulary, config.max_words + 2)
-        self._references = references
-        self._image_ids = np.concatenate([np.asarray(source.image_ids(), np.int64) for source in sources])
-        self._unreadable: list[dict[int, str]] = [{} for _ in sources]
-
-    @property
-    def fingerprint(self) -> str:
-        """A checksum of all captions as tokens, so that a saved state is not resumed with other captions."""
-        return self._captions.fingerprint
-
-    def random_map(self, element: int, rng: np.random.Generator) -> Batch:
-        number = int(element)
-        of = int(np.searchsorted(self.first, number, side="right")) - 1
-        i = number - self.first[of]
-        row: dict[str, Any] = {}
-        if self._stores is not None:
-            store = self._stores[of]
-            row["regions"], mask = store.read(i, int(rng.integers(store.views)))
-            if mask is not None:
-                row["region_mask"] = mask
-        else:
-            i, row["image"] = self._readable(of, i, rng)
-            number = self.first[of] + i
-        count = self._config.captions_per_image
-        chosen = rng.permutation(self._captions.count(number))[:count]
-        row["tokens"] = self._captions.rows(number, chosen, count)
-        if self._references is not None:
-            real = self._references.count(number)
-            row["references"] = self._references.rows(number, range(real), self._references.most)
-            row["reference_count"] = np.float32(real)
-        row["image_id"] = self._image_ids[number]
-        row["weight"] = np.float32(1)
-        return row
-
-    def _readable(self, of: int, i: int, rng: np.random.Generator) -> tuple[int, npt.NDArray[np.uint8]]:
-        """The number in its source and the pixels of image i, or of the next image that can be decoded."""
-        source, config = self._sources[of], self._config
-        while True:
-            example = source[i]
-            try:
-                return i, augment(
-                    example.image,
-                    example.captions,
-                    config.image_size,
-                    rng,
-                    config.augmentation,
-                    config.resize,
-                )
-            except ImageError as error:
-                self._count_unreadable(of, i, f"{example.filename}: {error}")
-            i = (i + 1) % len(source)
-
-    def _count_unreadable(self, of: int, i: int, what: str) -> None:
-        source, unreadable = self._sources[of], self._unreadable[of]
-        if i not in unreadable:
-            unreadable[i] = what
-            _log.warning("%s: image skipped: %s", source.name, what)
-        if len(unreadable) > _UNREADABLE_MAX * len(source):
-            raise UserError(
-                f"{source.name}: {len(unreadable)} of {len(source)} images cannot be read, more than 1 % "
-                f"(the last: {what}); {PREPARE_AGAIN}"
-            )
-
-
 class _EvalRows(grain.transforms.Map):
     """Computes one evaluation batch from its number."""
 
@@ -408,17 +471,15 @@ class _EvalRows(grain.transforms.Map):
         """The images with these numbers, without padding."""
         batch: Batch = {}
         if self._store is not None:
-            regions, masks = zip(*(self._store.read(i, 0) for i in images), strict=True)
-            batch["regions"] = np.stack(regions)
-            if masks[0] is not None:
-                batch["region_mask"] = np.stack(masks)
+            numbers = np.asarray(images, np.int64)
+            batch["regions"], mask = read_regions(self._store, numbers, np.zeros(len(numbers), np.int32))
+            if mask is not None:
+                batch["region_mask"] = mask
         else:
             batch["image"] = np.stack([self._image(i) for i in images])
         if self._captions is not None:
             count = self._config.captions_per_image
-            batch["tokens"] = np.stack(
-                [self._captions.rows(i, range(min(count, self._captions.count(i))), count) for i in images]
-            )
+            batch["tokens"] = self._captions.read(self._captions.first_rows(np.asarray(images, np.int64), count))
         batch["image_id"] = self._image_ids[list(images)]
         batch["weight"] = np.ones(len(images), np.float32)
         return batch

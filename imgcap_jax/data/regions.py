@@ -37,6 +37,22 @@ class RegionSource(Protocol):
         ...
 
 
+def read_regions(
+    source: RegionSource, images: npt.NDArray[np.int64], views: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+    """The regions [B, N, D] of these views of these images, and the mask [B, N] of those that exist; None: all of them.
+
+    A source can have a method `read_many` with these arguments and results, which then reads all of them at once.
+    """
+    read_many = getattr(source, "read_many", None)
+    if read_many is not None:
+        found: tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None] = read_many(images, views)
+        return found
+    rows = [source.read(i, view) for i, view in zip(images.tolist(), views.tolist(), strict=True)]
+    masks = [mask for _, mask in rows if mask is not None]
+    return np.stack([regions for regions, _ in rows]), np.stack(masks) if masks else None
+
+
 class RegionSettings(Protocol):
     """Settings of ready-made regions: a frozen dataclass in the place of an encoder's settings.
 

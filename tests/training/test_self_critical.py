@@ -374,8 +374,8 @@ def test_reward_of_real_captions_equals_the_official_score_of_their_text(eos: bo
         words = [vocabulary.words[number] if number != EOS else "endofcaption" for number in tokens if number != PAD]
         return " ".join(word for word in words if eos or word != "endofcaption")
 
-    tokens = np.stack([table.rows(i, range(table.count(i)), table.most) for i in range(len(images))])
-    count = jnp.array([table.count(i) for i in range(len(images))])
+    numbers = np.arange(len(images))
+    tokens, count = table.read(table.first_rows(numbers, table.most)), jnp.array(table.counts(numbers))
     objective, frequencies = SelfCritical(reward_eos=eos), document_frequencies(list(table.captions()), table.words)
     found = jax.jit(lambda said: objective.rewards(said, prepare_references(tokens, count, frequencies), frequencies))(
         said
