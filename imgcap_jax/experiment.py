@@ -37,6 +37,7 @@ from imgcap_jax.models.encoders.small_cnn import SmallCNN
 from imgcap_jax.training.cross_entropy import CrossEntropy
 from imgcap_jax.training.objective import Objective
 from imgcap_jax.training.optimizer import Optimizer, OptimizerSettings
+from imgcap_jax.training.parallel import Mode
 from imgcap_jax.user_code import NAME, UnknownClassError, check_name, class_name, find_class
 
 
@@ -54,7 +55,9 @@ class Training:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that matrix products are computed in; parameters and sums stay float32. For float32, JAX's default on TPU is
     bfloat16 passes and on recent GPUs TF32; JAX_DEFAULT_MATMUL_PRECISION=highest disables both."""
-    parallel: Literal["pmap", "shard_map"] = "pmap"
+    parallel: Mode = "auto"
+    """How a step runs on several devices; the results are the same. auto: pmap with one process, shard_map with several
+    (pmap then takes 4 ms more per step)."""
     evaluate_epochs: float = 1.0
     """Epochs between two validations."""
     validation_images: int | None = None
@@ -226,12 +229,14 @@ def _settings(value: Any) -> Iterator[Any]:
 _FREE = {
     "metrics",
     "data.data_dir",
+    "data.feed",
     "encoder.folder",
     "encoder.checkpoint_stages",
     "data.threads",
     "data.workers",
     "training.checkpoint_minutes",
     "training.log_steps",
+    "training.parallel",
 }
 
 

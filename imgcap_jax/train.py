@@ -9,7 +9,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +16,6 @@ import numpy as np
 from imgcap_jax.data.caption_tokens import CaptionTokens, total_counts
 from imgcap_jax.data.mixtures import describe_mixture, rows_per_epoch
 from imgcap_jax.data.pipeline import train_batches
-from imgcap_jax.data.prefetch import device_prefetch
 from imgcap_jax.data.regions import RegionSource
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
@@ -37,11 +35,12 @@ from imgcap_jax.run.notes import check_objective, check_together, starting_notes
 from imgcap_jax.run.transfer import check_encoder, transfer
 from imgcap_jax.terminal import Say, working
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
+from imgcap_jax.training.feed import open_feed
 from imgcap_jax.training.log import MetricsLog, Sample
 from imgcap_jax.training.meter import Meter
 from imgcap_jax.training.objective import StepSetup
 from imgcap_jax.training.optimizer import learning_rate_of, steps_of
-from imgcap_jax.training.parallel import DataParallel, Step, is_first_process
+from imgcap_jax.training.parallel import DataParallel, is_first_process
 from imgcap_jax.training.signals import StopRequest
 from imgcap_jax.training.step import TrainState, average_decay, first_state
 
@@ -164,7 +163,6 @@ def _train(
             checkpoints=checkpoints,
         )
     )
-    train_step = _announced(parallel.compile(per_device_step), show)
     batches = train_batches(
         experiment.data,
         data.mixture,
@@ -212,14 +210,14 @@ def _train(
     saved = time.monotonic()
     interrupted = 0
     done = _finished(experiment, progress, total_steps)
-    prefetched = device_prefetch(batches, lambda batch: parallel.put(_device_part(batch)))
+    feed = open_feed(per_device_step, batches, parallel, show)
     # Within StopRequest, Ctrl-C and SIGTERM set stop.signal, and the loop ends after the present step. A second Ctrl-C
     # raises KeyboardInterrupt.
     with (
         closing(checkpoints),
         closing(log),
         StopRequest(show) as stop,
-        prefetched,
+        feed,
         working("", total_steps, "steps", done=progress.step, shown=is_first_process(), say=show) as work,
     ):
         meter = Meter(
@@ -239,10 +237,10 @@ def _train(
         elif progress.best_step != checkpoints.best_step:
             progress = _without_best(state, progress, validate)
         while not done:
-            batch, data_state = next(prefetched)
-            state, metrics = train_step(state, constants, batch)
-            progress = replace(progress, step=progress.step + 1, data=data_state)
-            meter.add(progress, metrics)
+            until_validation = evaluate_steps - progress.step % evaluate_steps
+            state, ran = feed.run(state, constants, min(until_validation, total_steps - progress.step))
+            progress = replace(progress, step=progress.step + ran.steps, data=ran.position)
+            meter.add(progress, ran.metrics, ran.steps)
 
             validates = progress.step % evaluate_steps == 0
             if validates or progress.step == total_steps:
@@ -252,7 +250,7 @@ def _train(
 
             overdue = int(time.monotonic() - saved > 60 * training.checkpoint_minutes)
             # Several processes must agree on when to save. They wait for each other, so they do not do it at each step.
-            if jax.process_count() == 1 or validates or progress.step % training.log_steps == 0:
+            if jax.process_count() == 1 or validates or ran.steps > 1 or progress.step % training.log_steps == 0:
                 interrupted, overdue = parallel.agree(stop.signal or 0, overdue)
             else:
                 overdue = 0
@@ -394,22 +392,6 @@ def _check_processes(run: Run, step: int | None, parallel: DataParallel) -> None
         raise UserError("the processes have different experiments, data or runs; use the same command on all of them")
 
 
-def _announced(step: Step, show: Say) -> Step:
-    """The step, with a line or a bar while its first call compiles it."""
-    compiled = False
-
-    def call(*arguments: Any) -> tuple[Any, Any]:
-        nonlocal compiled
-        if compiled:
-            return step(*arguments)
-        compiled = True
-        with working("compiling the training step", shown=is_first_process(), say=show, announced=True):
-            result: tuple[Any, Any] = jax.block_until_ready(step(*arguments))
-        return result
-
-    return call
-
-
 @dataclass
 class Validation:
     """Decodes and scores the validation split, and saves the parameters if they are the best (see ``_select``).
@@ -534,15 +516,6 @@ def _check_restored(checkpoints: Checkpoints, state: TrainState) -> None:
                 f"{checkpoints.folder}: {jax.tree_util.keystr(path)} of the restored checkpoint differs from what was "
                 f"saved; check the disk"
             )
-
-
-def _device_part(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the step reads of a batch: everything except the ids, and the index of each row in the global batch."""
-    rows = len(batch["weight"])
-    part = {name: leaf for name, leaf in batch.items() if name != "image_id"}
-    # Rows are numbered as the pipeline deals them to processes, so that dropout does not depend on their number.
-    part["row"] = np.arange(rows, dtype=np.int32) * jax.process_count() + jax.process_index()
-    return part
 
 
 def _without_best(state: TrainState, progress: Progress, validate: "Validation") -> Progress:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import grain
 import numpy as np
@@ -71,6 +71,10 @@ class CaptionData:
     """Feature views per image if the encoder is frozen: plain, mirrored, crops."""
     feature_dtype: Dtype = "float16"
     """Type of the stored features of a frozen encoder. bfloat16 is for features beyond 65,504, the largest float16."""
+    feed: Literal["auto", "host", "device"] = "auto"
+    """What gives the devices their batches if the encoder is frozen. host: the host sends each batch. device: all
+    features stay in the memory of the devices, which read their batches there, many steps per call. auto: device on TPU
+    and GPU, host on CPU. If the features do not fit, the host sends the batches. They are the same either way."""
     threads: int = 2
     """Threads that decode images and look up features ahead of time (per worker process, if there are any)."""
     workers: int = 0
@@ -80,6 +84,8 @@ class CaptionData:
         check_tokenizer(self.tokenizer, "data.tokenizer")
         if self.feature_dtype not in DTYPES:
             raise UserError(f"data.feature_dtype is {self.feature_dtype!r}; it must be {' or '.join(DTYPES)}")
+        if self.feed not in ("auto", "host", "device"):
+            raise UserError(f"data.feed is {self.feed!r}; it must be auto, host or device")
         lowest = {"threads": 0, "workers": 0}
         for name in ("image_size", "batch_size", "captions_per_image", "max_words", "min_count", "views", *lowest):
             if getattr(self, name) < lowest.get(name, 1):
@@ -89,10 +95,9 @@ class CaptionData:
 class TrainBatches:
     """Endless iterator over batches. Its position can be saved and restored. See `train_batches`."""
 
-    def __init__(self, batches: grain.MapDataset[Batch], config: CaptionData, identity: Mapping[str, Any]) -> None:
-        self._batches = batches
-        self._config = config
-        self._identity = dict(identity)
+    def __init__(self, rows: "TrainingRows", process_index: int, process_count: int) -> None:
+        self.rows = rows
+        self._batches = rows.batches(process_index, process_count)
         self._count = 0
         self._iterator: grain.DatasetIterator[Batch] | None = None
 
@@ -107,16 +112,17 @@ class TrainBatches:
         return batch
 
     def _read_from(self, count: int) -> grain.IterDataset[Batch]:
-        batches = self._batches[count:].to_iter_dataset(_read_options(self._config))
-        if not self._config.workers:
+        config = self.rows.config
+        batches = self._batches[count:].to_iter_dataset(_read_options(config))
+        if not config.workers:
             return batches
         # Grain reads its absl flags here, and only absl's own main parses them.
         flags.FLAGS.mark_as_parsed()
-        return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._config.workers))
+        return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
 
     def get_state(self) -> dict[str, Any]:
         """The position after the last returned batch, as JSON values."""
-        return {"batches": self._count, **self._identity}
+        return self.rows.position(self._count)
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues at the position at which `state` was saved, with any number of processes.
@@ -124,24 +130,9 @@ class TrainBatches:
         Raises:
             UserError: the state belongs to other data, another batch size or another seed.
         """
-        saved = {name: value for name, value in state.items() if name != "batches"}
-        if saved.get("order") != VERSION:
-            raise UserError(
-                "the saved position belongs to another version of imgcap_jax, which draws batches in another order: "
-                "start a new run"
-            )
-        if saved != self._identity or "batches" not in state:
-            changed = ", ".join(
-                f"{name} {saved.get(name)} -> {self._identity.get(name)}"
-                for name in sorted({*saved, *self._identity})
-                if saved.get(name) != self._identity.get(name)
-            )
-            raise UserError(
-                f"the saved position does not belong to this data ({changed or 'no batches'}): resume with the "
-                "settings and the prepared dataset of the saved run, or start a new run"
-            )
+        count = self.rows.batches_before(state)
         self.close()
-        self._count = int(state["batches"])
+        self._count = count
 
     def close(self) -> None:
         """Stops threads and worker processes. If the iterator is used again, it continues at the same position."""
@@ -200,8 +191,7 @@ def train_batches(
     mixture = list(sources) if isinstance(sources, Sequence) else [(sources, 1.0)]
     stores = features if features is None or isinstance(features, Sequence) else [features]
     rows = TrainingRows(config, mixture, vocabulary, seed=seed, features=stores, references=references)
-    batches = rows.batches(process_index, process_count)
-    return TrainBatches(batches, config, rows.identity)
+    return TrainBatches(rows, process_index, process_count)
 
 
 class TrainingRows:
@@ -212,7 +202,6 @@ class TrainingRows:
         captions: the captions as the model reads them.
         references: the references that batches contain; None if they contain none.
         stores: the regions of each source; None if batches contain images.
-        identity: what a saved position must agree in, as JSON values.
     """
 
     def __init__(
@@ -247,7 +236,7 @@ class TrainingRows:
             captions_per_image=config.captions_per_image,
             views=views,
         )
-        self.identity: dict[str, Any] = {
+        self._identity: dict[str, Any] = {
             "order": VERSION,
             "seed": seed,
             "batch_size": config.batch_size,
@@ -255,9 +244,37 @@ class TrainingRows:
             "sources": [[source.name, source.split, len(source), float(weight)] for source, weight in mixture],
         }
         if counts != [len(source) for source in sources] or len(mixture) > 1:
-            self.identity["rows_per_epoch"] = counts
+            self._identity["rows_per_epoch"] = counts
         if references is not None:
-            self.identity["references"] = references.fingerprint
+            self._identity["references"] = references.fingerprint
+
+    def position(self, batches: int) -> dict[str, Any]:
+        """The position after this number of batches, as JSON values."""
+        return {"batches": batches, **self._identity}
+
+    def batches_before(self, position: Mapping[str, Any]) -> int:
+        """The number of batches before a saved position.
+
+        Raises:
+            UserError: the position belongs to other data, another batch size or another seed.
+        """
+        saved = {name: value for name, value in position.items() if name != "batches"}
+        if saved.get("order") != VERSION:
+            raise UserError(
+                "the saved position belongs to another version of imgcap_jax, which draws batches in another order: "
+                "start a new run"
+            )
+        if saved != self._identity or "batches" not in position:
+            changed = ", ".join(
+                f"{name} {saved.get(name)} -> {self._identity.get(name)}"
+                for name in sorted({*saved, *self._identity})
+                if saved.get(name) != self._identity.get(name)
+            )
+            raise UserError(
+                f"the saved position does not belong to this data ({changed or 'no batches'}): resume with the "
+                "settings and the prepared dataset of the saved run, or start a new run"
+            )
+        return int(position["batches"])
 
     def batches(self, process_index: int, process_count: int) -> grain.MapDataset[Batch]:
         """The part that a process has of each batch, from batch 0 on."""

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from jax import Array
@@ -14,10 +15,20 @@ from imgcap_jax.training.log import MetricsLog
 from imgcap_jax.training.optimizer import LearningRate
 
 
+class _Pending(NamedTuple):
+    """Metrics that are not read yet, of ``steps`` steps from ``first`` on, and the learning rates of logged steps."""
+
+    first: int
+    steps: int
+    metrics: Mapping[str, Array]
+    rates: Mapping[int, Mapping[str, Array | np.ndarray]]
+
+
 class Meter:
     """Logs the training metrics, and shows some of them with the speed, the time left and the best score.
 
-    Metrics are read one step late. The device is then already computing the next step and does not wait for the host.
+    Metrics are read one call of the feed late. The device is then already computing the next steps and does not wait
+    for the host.
 
     Attributes:
         losses: the loss of the first and of the latest step of this process; empty before the first step.
@@ -53,7 +64,7 @@ class Meter:
         self._total, self._epoch = total_steps, steps_per_epoch
         self._log_steps, self._log, self._work, self._formats = log_steps, log, work, shown
         self._learning_rate, self._judged = learning_rate, judged
-        self._pending: tuple[int, Mapping[str, Array | np.ndarray]] | None = None
+        self._pending: _Pending | None = None
         self._first = progress.step
         self.restart(progress)
 
@@ -62,57 +73,73 @@ class Meter:
         self._since, self._since_step, self._captions = time.perf_counter(), progress.step, 0.0
         self._best = progress.best
 
-    def add(self, progress: Progress, metrics: Mapping[str, Array]) -> None:
-        """Stores the metrics of a step that was just started, and reads those of the previous step.
+    def add(self, progress: Progress, metrics: Mapping[str, Array], steps: int = 1) -> None:
+        """Stores the metrics of steps that were just started, and reads those of the steps before.
+
+        Args:
+            progress: after these steps.
+            metrics: arrays [], or [K] of which the first ``steps`` are used.
+            steps: the number of steps.
 
         Raises:
-            UserError: the loss or the gradient norm of the previous step is not finite.
+            UserError: the loss or the gradient norm of a step before is not finite.
         """
         self.flush()
-        if progress.step == self._first + 1:
-            np.asarray(metrics["loss"])  # wait for the first step, whose time includes compilation
+        first = progress.step - steps + 1
+        if first == self._first + 1:
+            np.asarray(metrics["loss"])  # wait for the first call, whose time includes compilation
             self.restart(progress)
-        logged = progress.step % self._log_steps == 0
-        self._pending = (progress.step, {**metrics, **(self._rate(progress.step) if logged else {})})
+        logged = (step for step in range(first, progress.step + 1) if step % self._log_steps == 0)
+        self._pending = _Pending(first, steps, metrics, {step: self._rate(step) for step in logged})
 
-    def _rate(self, step: int) -> dict[str, Array | np.ndarray]:
+    def _rate(self, step: int) -> Mapping[str, Array | np.ndarray]:
         return {} if self._learning_rate is None else {"learning_rate": self._learning_rate(step - 1)}
 
     def flush(self, *, logged: bool = False) -> None:
         """Reads the pending metrics.
 
         Args:
-            logged: whether to log them at any step, not only every ``log_steps`` steps.
+            logged: whether to log the last step in any case, not only every ``log_steps`` steps.
 
         Raises:
             UserError: see ``add``.
         """
         if self._pending is None:
             return
-        step, metrics = self._pending
-        self._pending = None
-        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
-        captions = values.pop("captions")
-        # The loss belongs to the parameters before the update. A gradient that is not finite spoils the update.
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-            now = {name: float(np.asarray(value)) for name, value in self._rate(step).items()}
-            self._log.write("train", step, {**values, **now})
-            intact = "; the best parameters so far are intact: --init-from starts from them"
-            raise UserError(
-                f"the loss is {values['loss']:.4g} at step {step} (gradient norm {values['gradient_norm']:.4g}): train "
-                f"in another --run{', or delete the folder,' if self._best is None else ''} with a lower "
-                f"--optimizer.learning-rate, a longer --optimizer.warmup-epochs or --training.dtype float32"
-                f"{'' if self._best is None else intact}"
-            )
-        self.losses = (*self.losses[:1], values["loss"])
-        seconds = time.perf_counter() - self._since
-        steps = step - self._since_step
-        self._captions += captions if steps else 0.0
+        pending, self._pending = self._pending, None
+        columns = {name: np.atleast_1d(np.asarray(value))[: pending.steps] for name, value in pending.metrics.items()}
+        captions = columns.pop("captions")
+        rows = [
+            dict(zip(columns, row, strict=True)) for row in zip(*(of.tolist() for of in columns.values()), strict=True)
+        ]
+        for step, values in enumerate(rows, pending.first):
+            self._check(step, values)
+            self.losses = (*self.losses[:1], values["loss"])
+        last = pending.first + pending.steps - 1
+        seconds, steps = time.perf_counter() - self._since, last - self._since_step
+        self._captions += float(captions.sum()) if steps else 0.0
         rate = self._captions / seconds if steps else math.nan
-        if logged or step % self._log_steps == 0:
-            values |= {name: float(np.asarray(value)) for name, value in self._rate(step).items()}
+        rates = {**pending.rates, **({last: self._rate(last)} if logged else {})}
+        for step, of_step in rates.items():
+            values = rows[step - pending.first]
+            values |= {name: float(np.asarray(value)) for name, value in of_step.items()}
             self._log.write("train", step, {**values, "captions_per_second": rate})
-        self._work.update(step, self._parts(step, values, rate, seconds / steps if steps else math.nan))
+        self._work.update(last, self._parts(last, rows[-1], rate, seconds / steps if steps else math.nan))
+
+    def _check(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the metrics and raises UserError if the loss or the gradient norm is not finite."""
+        # The loss belongs to the parameters before the update. A gradient that is not finite spoils the update.
+        if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
+            return
+        rate = {name: float(np.asarray(value)) for name, value in self._rate(step).items()}
+        self._log.write("train", step, {**values, **rate})
+        intact = "; the best parameters so far are intact: --init-from starts from them"
+        raise UserError(
+            f"the loss is {values['loss']:.4g} at step {step} (gradient norm {values['gradient_norm']:.4g}): train "
+            f"in another --run{', or delete the folder,' if self._best is None else ''} with a lower "
+            f"--optimizer.learning-rate, a longer --optimizer.warmup-epochs or --training.dtype float32"
+            f"{'' if self._best is None else intact}"
+        )
 
     def _parts(self, step: int, values: Mapping[str, float], rate: float, seconds: float) -> list[str]:
         """What the progress shows, the most important first. seconds: per step."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
@@ -14,6 +15,8 @@ from imgcap_jax.files import reason
 
 AXIS = "devices"
 Step = Callable[[Any, Any, Mapping[str, Array]], tuple[Any, Any]]
+Loop = Callable[[Any, Any, Any, Any, Any, np.int32], tuple[Any, Any]]
+Mode = Literal["auto", "pmap", "shard_map"]
 
 
 def join_processes(where: str) -> None:
@@ -54,9 +57,10 @@ class DataParallel:
     its own part of the batch.
     """
 
-    def __init__(
-        self, mode: Literal["pmap", "shard_map"] = "pmap", devices: Sequence[jax.Device] | None = None
-    ) -> None:
+    def __init__(self, mode: Mode = "auto", devices: Sequence[jax.Device] | None = None) -> None:
+        """Args: mode: auto is pmap for one process and shard_map for several. devices: None for all devices."""
+        if mode == "auto":
+            mode = "pmap" if jax.process_count() == 1 else "shard_map"
         self.mode = mode
         self.devices = list(devices if devices is not None else jax.devices())
         mesh = Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
@@ -183,11 +187,70 @@ class DataParallel:
         The step must reduce everything that it returns over ``AXIS``, because the result is the value of one device.
         The buffers of the state are donated.
         """
+        return self._on_each_device(step, split=(False, False, True))
+
+    def compile_loop(self, step: Step, read: Callable[[Any, Any, Any], dict[str, Array]], longest: int) -> Loop:
+        """Compiles a loop over steps whose batches are read from tables in the memory of the devices.
+
+        Args:
+            step: see ``compile``.
+            read: (shared tables, tables of the device, numbers of one step) -> the device's part of a batch.
+            longest: K, the largest number of steps of one call.
+
+        Returns:
+            ``loop(state, constants, shared, tables, numbers, count) -> (state, metrics)``. ``shared`` is replicated,
+            ``tables`` come from ``put_tables``. ``numbers`` is a pytree of arrays [K,...], the same on all processes,
+            of which the first ``count`` (int32 []) are used. The metrics are [K], and 0 after the first ``count``. The
+            buffers of the state are donated.
+        """
+
+        def loop(state: Any, constants: Any, shared: Any, tables: Any, numbers: Any, count: Array) -> tuple[Any, Any]:
+            def one_step(state: Any, number: Array | int) -> tuple[Any, Any]:
+                of_step = jax.tree.map(lambda leaf: leaf[number], numbers)
+                return step(state, constants, read(shared, tables, of_step))
+
+            def add(number: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+                state, metrics = carry
+                state, new = one_step(state, number)
+                return state, jax.tree.map(lambda kept, one: kept.at[number].set(one), metrics, new)
+
+            shapes = jax.eval_shape(one_step, state, 0)[1]
+            metrics = jax.tree.map(lambda leaf: jnp.zeros((longest, *leaf.shape), leaf.dtype), shapes)
+            result: tuple[Any, Any] = jax.lax.fori_loop(0, count, add, (state, metrics))
+            return result
+
+        return self._on_each_device(loop, split=(False, False, False, True, False, False))
+
+    def put_tables(self, part: Callable[[int], np.ndarray], shape: tuple[int, ...]) -> Array:
+        """Puts a table with its own rows on each device, for ``compile_loop``.
+
+        Args:
+            part: the index of a device -> its table, of this shape. Called for the devices of this process.
+            shape: the shape of the table of one device.
+        """
+        mapped = self.mode == "pmap"
+        count = len(self.devices)
+        whole = (count, *shape) if mapped else (count * shape[0], *shape[1:])
+
+        def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start = index[0].start or 0
+            return part(start)[None] if mapped else part(start // shape[0])
+
+        return jax.make_array_from_callback(whole, self._cut, of_device)
+
+    def _on_each_device(self, function: Callable[..., Any], split: tuple[bool, ...]) -> Callable[..., Any]:
+        """Compiles a function that runs on each device. Its first argument is donated, and its result is replicated.
+
+        Args:
+            function: the function of the device's parts.
+            split: for each argument, whether it is split along its first axis. The others are replicated.
+        """
         if self.mode == "pmap":
             mapped = jax.pmap(
-                step,
+                function,
                 axis_name=AXIS,
-                in_axes=(None, None, 0),
+                in_axes=tuple(0 if is_split else None for is_split in split),
                 out_axes=None,
                 devices=self.devices if jax.process_count() == 1 else None,
                 donate_argnums=(0,),
@@ -197,10 +260,10 @@ class DataParallel:
             return lambda *arguments: jax.tree.map(self._of_all_processes, mapped(*arguments))
         whole, cut = PartitionSpec(), PartitionSpec(AXIS)
         mapped = jax.shard_map(
-            step,
+            function,
             mesh=self._mesh,
-            in_specs=(whole, whole, cut),
-            out_specs=(whole, whole),
+            in_specs=tuple(cut if is_split else whole for is_split in split),
+            out_specs=whole,
             check_vma=False,  # otherwise gradients are summed over the devices twice
         )
         return jax.jit(mapped, donate_argnums=(0,))

@@ -1,0 +1,348 @@
+"""What gives a training loop its batches: the host, which sends each of them, or the memory of the devices.
+
+Both feeds draw the same batches (``data/order.py``) and save the same positions, so that a run can change its feed.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+import psutil
+from jax import Array, lax
+
+from imgcap_jax.data.order import Draw
+from imgcap_jax.data.pipeline import TrainBatches
+from imgcap_jax.data.prefetch import device_prefetch
+from imgcap_jax.data.regions import RegionSource, read_regions
+from imgcap_jax.errors import UserError
+from imgcap_jax.special_tokens import PAD
+from imgcap_jax.terminal import Say, working
+from imgcap_jax.training.parallel import AXIS, DataParallel, Step, is_first_process
+
+_LONGEST = 256  # steps per call of the device feed
+_SECONDS = 5.0
+"""The longest time of a call, so that a run stops soon after a signal. Cloud machines are taken away after 30 s."""
+_SHARE = 0.6  # of a device's free memory, for features; the rest is for the training step
+_READ = 1024  # rows of features read at a time
+
+
+class Ran(NamedTuple):
+    """Steps that a feed has started.
+
+    steps: their number. metrics: arrays [] or [K], of which the first ``steps`` are of these steps.
+    position: the position in the data after them.
+    """
+
+    steps: int
+    metrics: Mapping[str, Array]
+    position: dict[str, Any]
+
+
+class Feed(Protocol):
+    """Runs training steps on its batches."""
+
+    def run(self, state: Any, constants: Any, limit: int) -> tuple[Any, Ran]:
+        """Runs at least one step, and at most ``limit``. The buffers of the state are donated."""
+        ...
+
+    def __enter__(self) -> "Feed": ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
+
+
+class HostFeed:
+    """Reads batches on the host and sends them to the devices ahead of time."""
+
+    def __init__(self, step: Step, batches: TrainBatches, parallel: DataParallel, show: Say) -> None:
+        """Starts to read.
+
+        Args:
+            step: not compiled.
+            batches: the part of this process, at the position of the first batch.
+            parallel: the devices.
+            show: receives a line while the step is compiled.
+        """
+        self._step = _announced(parallel.compile(step), show)
+        self._batches = device_prefetch(batches, lambda batch: parallel.put(_device_part(batch)))
+
+    def run(self, state: Any, constants: Any, limit: int) -> tuple[Any, Ran]:
+        """One step. See ``Feed``."""
+        batch, position = next(self._batches)
+        state, metrics = self._step(state, constants, batch)
+        return state, Ran(1, metrics, position)
+
+    def __enter__(self) -> "HostFeed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._batches.close()
+
+
+def _device_part(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the step reads of a batch: everything except the ids, and the index of each row in the global batch."""
+    part = {name: leaf for name, leaf in batch.items() if name != "image_id"}
+    # Rows are numbered as the pipeline deals them to processes, so that dropout does not depend on their number.
+    rows = np.arange(len(batch["weight"]), dtype=np.int32)
+    part["row"] = rows * jax.process_count() + jax.process_index()
+    return part
+
+
+class PackedRegions:
+    """The regions of all images and views as rows of 32-bit words, which devices can add without rounding.
+
+    A row contains the regions [N,D], as they are stored, and the mask [N] if there is one. Rows are ordered by image
+    and view.
+
+    Attributes:
+        rows: the number of rows, all images x views.
+        words: the number of words per row, W.
+    """
+
+    def __init__(self, stores: Sequence[RegionSource]) -> None:
+        """Reads one row, for its shape."""
+        self._stores = stores
+        self.views = stores[0].views
+        self.rows = self.views * sum(len(store) for store in stores)
+        regions, mask = stores[0].read(0, 0)
+        self._shape, self._dtype, self._masked = regions.shape, regions.dtype, mask is not None
+        self._region_words = -(-regions.nbytes // 4)
+        self.words = self._region_words + (-(-len(regions) // 4) if self._masked else 0)
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.uint32]:
+        """The rows from start to stop as [stop - start,W]; zeros after the last row."""
+        packed = np.zeros((stop - start, self.words), np.uint32)
+        first = 0
+        for store in self._stores:
+            count = len(store) * self.views
+            for begin in range(max(start, first), min(stop, first + count), _READ):
+                numbers = np.arange(begin, min(begin + _READ, stop, first + count)) - first
+                images, views = np.divmod(numbers, self.views)
+                regions, mask = read_regions(store, images, views.astype(np.int32))
+                block = packed[begin - start :][: len(numbers)].view(np.uint8)
+                block[:, : self._shape[0] * self._shape[1] * self._dtype.itemsize] = _bytes(regions)
+                if mask is not None:
+                    block[:, 4 * self._region_words :][:, : self._shape[0]] = mask
+            first += count
+        return packed
+
+    def unpack(self, words: Array) -> dict[str, Array]:
+        """The "regions" [B,N,D], and the "region_mask" [B,N] if there is one, of rows [B,W]."""
+        size = self._shape[0] * self._shape[1]
+        values = lax.bitcast_convert_type(words[:, : self._region_words], self._dtype).reshape(len(words), -1)
+        batch = {"regions": values[:, :size].reshape(-1, *self._shape)}
+        if self._masked:
+            mask = lax.bitcast_convert_type(words[:, self._region_words :], jnp.uint8).reshape(len(words), -1)
+            batch["region_mask"] = mask[:, : self._shape[0]] != 0
+        return batch
+
+
+def _bytes(regions: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(regions).reshape(len(regions), -1).view(np.uint8)
+
+
+class DeviceFeed:
+    """Draws batches from features that stay in the memory of the devices, many steps per call.
+
+    The features are split into shards, as few as fit into memory. Groups of as many devices have all shards. The
+    devices of a group add up their rows of the group's part of the batch, and each gets its own part of the sum (a
+    reduce-scatter of integers, in which all terms except one are 0). Batches are therefore those of the host, in the
+    same order, for any number of shards. Captions are small, and every device has all of them.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        batches: TrainBatches,
+        parallel: DataParallel,
+        show: Say,
+        *,
+        shards: int = 1,
+        longest: int = _LONGEST,
+    ) -> None:
+        """Reads the features and puts them on the devices.
+
+        Args:
+            step: not compiled.
+            batches: the batches of the host, at the position of the first batch.
+            parallel: the devices.
+            show: receives lines about the progress of this and of the compilation.
+            shards: the number of devices that have all features together, a divisor of the number of devices.
+            longest: the largest number of steps per call.
+
+        Raises:
+            UserError: features are damaged.
+        """
+        rows = batches.rows
+        assert rows.stores is not None
+        self._rows, self._parallel, self.shards = rows, parallel, shards
+        self._next = rows.batches_before(batches.get_state())
+        self._regions = PackedRegions(rows.stores)
+        self._rows_per_shard = size = -(-self._regions.rows // shards)
+
+        @lru_cache(maxsize=1)  # devices of this process can have the same shard
+        def shard(number: int) -> npt.NDArray[np.uint32]:
+            return self._regions.read(number * size, (number + 1) * size)
+
+        with working("putting the features on the devices", shown=is_first_process(), say=show):
+            self._table = parallel.put_tables(lambda device: shard(device % shards), (size, self._regions.words))
+        self._text = {"captions": rows.captions.tokens}
+        if rows.references is not None:
+            self._text |= {"references": rows.references.tokens, "first": rows.references.first.astype(np.int32)}
+        self._text = parallel.replicate(self._text)
+        self._loop = _announced(parallel.compile_loop(step, self._read, longest), show)
+        self._longest, self._steps, self._began = longest, 0, 0.0
+        per_process = np.arange(rows.config.batch_size).reshape(-1, jax.process_count())
+        self._order = per_process.T.reshape(-1)  # row r of the global batch belongs to process r % process_count
+
+    def _read(self, text: Mapping[str, Array], table: Array, numbers: Mapping[str, Array]) -> dict[str, Array]:
+        """The device's part of a batch, from the numbers of the rows of all devices."""
+        count = len(numbers["row"]) // len(self._parallel.devices)
+        device = lax.axis_index(AXIS)
+        own = {name: lax.dynamic_slice_in_dim(of, device * count, count) for name, of in numbers.items()}
+        batch = self._regions.unpack(self._words(table, numbers["regions"], count, device))
+        batch["tokens"] = _rows_of(text["captions"], own["captions"])
+        if "references" in text:
+            first, end = text["first"][own["image"]], text["first"][own["image"] + 1]
+            assert self._rows.references is not None
+            which = first[:, None] + jnp.arange(self._rows.references.most)
+            batch["references"] = _rows_of(text["references"], jnp.where(which < end[:, None], which, -1))
+            batch["reference_count"] = (end - first).astype(jnp.float32)
+        batch["weight"] = jnp.ones(count, jnp.float32)
+        batch["row"] = own["row"]
+        return batch
+
+    def _words(self, table: Array, wanted: Array, count: int, device: Array) -> Array:
+        """The packed rows of this device's part of a batch, from the numbers of the rows of all devices."""
+        shards, devices = self.shards, len(self._parallel.devices)
+        if shards == 1:
+            return table[lax.dynamic_slice_in_dim(wanted, device * count, count)]
+        in_group = device % shards
+        wanted = lax.dynamic_slice_in_dim(wanted, (device - in_group) * count, shards * count)
+        local = wanted - in_group * self._rows_per_shard
+        here = (local >= 0) & (local < self._rows_per_shard)
+        words = jnp.where(here[:, None], table[jnp.where(here, local, 0)], 0)
+        groups = np.arange(devices).reshape(-1, shards).tolist() if shards < devices else None
+        return lax.psum_scatter(words, AXIS, axis_index_groups=groups, tiled=True)
+
+    def run(self, state: Any, constants: Any, limit: int) -> tuple[Any, Ran]:
+        """As many steps as take at most 5 seconds. See ``Feed``."""
+        count = self._agreed_count(limit)
+        numbers = self._numbers([self._rows.order[self._next + step].of(self._order) for step in range(count)])
+        state, metrics = self._loop(state, constants, self._text, self._table, numbers, np.int32(count))
+        self._next += count
+        self._steps, self._began = count, time.monotonic()
+        return state, Ran(count, metrics, self._rows.position(self._next))
+
+    def _numbers(self, draws: Sequence[Draw]) -> dict[str, npt.NDArray[np.int32]]:
+        """What ``_read`` reads for each of K steps, of which the first have these draws."""
+        images, views, captions = (np.stack(of) for of in zip(*draws, strict=True))
+        missing = self._longest - len(draws)
+        rows = np.broadcast_to(self._order, images.shape)
+        found = {"image": images, "regions": images * self._regions.views + views, "captions": captions, "row": rows}
+        return {
+            name: np.pad(of, [(0, missing)] + [(0, 0)] * (of.ndim - 1)).astype(np.int32) for name, of in found.items()
+        }
+
+    def _agreed_count(self, limit: int) -> int:
+        """The number of steps of the next call, the same on all processes."""
+        count = 1  # the first call is compiled, so its time says nothing
+        if self._steps:
+            # A call returns before its steps are done. The loop reads the metrics of the call before it, so that the
+            # time between two calls is that of one call.
+            per_step = (time.monotonic() - self._began) / self._steps
+            count = max(1, min(8 * self._steps, int(_SECONDS / max(per_step, 1e-9))))
+        (count,) = self._parallel.agree(min(count, self._longest, limit))
+        return count
+
+    def __enter__(self) -> "DeviceFeed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
+
+
+def _rows_of(table: Array, rows: Array) -> Array:
+    """The rows [...] of a table as [...,T]; rows of pad for -1."""
+    return jnp.where((rows >= 0)[..., None], table[jnp.maximum(rows, 0)], PAD)
+
+
+Compiled = TypeVar("Compiled", bound=Callable[..., Any])
+
+
+def _announced(function: Compiled, show: Say) -> Compiled:
+    """The compiled step or loop, with a line or a bar while its first call compiles it."""
+    compiled = False
+
+    def call(*arguments: Any) -> Any:
+        nonlocal compiled
+        if compiled:
+            return function(*arguments)
+        compiled = True
+        with working("compiling the training step", shown=is_first_process(), say=show, announced=True):
+            return jax.block_until_ready(function(*arguments))
+
+    return cast(Compiled, call)
+
+
+def open_feed(step: Step, batches: TrainBatches, parallel: DataParallel, show: Say) -> Feed:
+    """The feed that ``data.feed`` asks for.
+
+    Args:
+        step: not compiled.
+        batches: the batches of the host, at the position of the first batch.
+        parallel: the devices.
+        show: receives a note if the features do not fit into the memory of the devices.
+
+    Raises:
+        UserError: ``data.feed`` is "device", but the experiment has no stored features.
+    """
+    wanted = batches.rows.config.feed
+    if wanted == "device" and batches.rows.stores is None:
+        raise UserError(
+            "data.feed is device, but the encoder computes new features in each step; set it to host, or freeze the "
+            "encoder and set data.views above 1"
+        )
+    on_host = parallel.devices[0].platform == "cpu"
+    if wanted == "host" or batches.rows.stores is None or (wanted == "auto" and on_host):
+        return HostFeed(step, batches, parallel, show)
+    regions = PackedRegions(batches.rows.stores)
+    shards = _shards(4 * regions.rows * regions.words, parallel)
+    if shards is None:
+        show(_too_large(4 * regions.rows * regions.words, parallel))
+        return HostFeed(step, batches, parallel, show)
+    return DeviceFeed(step, batches, parallel, show, shards=shards)
+
+
+def _shards(size: int, parallel: DataParallel) -> int | None:
+    """The smallest number of devices that have room for features of this size in bytes; None: all have too little."""
+    count, room = len(parallel.devices), _SHARE * _free_memory(parallel)
+    fitting = [shards for shards in range(1, count + 1) if count % shards == 0 and size / shards <= room]
+    (shards,) = parallel.agree(fitting[0] if fitting else count + 1)
+    return None if shards > count else shards
+
+
+def _free_memory(parallel: DataParallel) -> float:
+    """The free memory in bytes of a device of this process, the smallest of all."""
+    local = [device for device in parallel.devices if device.process_index == jax.process_index()]
+    stats = [device.memory_stats() for device in local]
+    if all(found and "bytes_limit" in found for found in stats):
+        return min(found["bytes_limit"] - found["bytes_in_use"] for found in stats)
+    return psutil.virtual_memory().available / len(local)  # devices of the CPU, which share the memory of the host
+
+
+def _too_large(size: int, parallel: DataParallel) -> str:
+    """The note for features that do not fit."""
+    count, free = len(parallel.devices), _free_memory(parallel)
+    each = f"{size / count / 1e9:,.1f} GB on each of {count} devices" if count > 1 else f"{size / 1e9:,.1f} GB"
+    return (
+        f"note: the features take {each}, more than {_SHARE:.0%} of the {free / 1e9:,.1f} GB that are free there: the "
+        f"host sends each batch (data.feed host)"
+    )

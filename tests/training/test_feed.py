@@ -1,0 +1,148 @@
+"""Batches from the memory of the devices, compared with those that the host sends."""
+
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import lax
+
+from imgcap_jax.data.caption_table import CaptionTable
+from imgcap_jax.data.pipeline import CaptionData, train_batches
+from imgcap_jax.data.vocabulary import Vocabulary
+from imgcap_jax.errors import UserError
+from imgcap_jax.training import feed
+from imgcap_jax.training.feed import DeviceFeed, HostFeed, PackedRegions, open_feed
+from imgcap_jax.training.parallel import AXIS, DataParallel
+
+VOCABULARY = Vocabulary(("<pad>", "<bos>", "<eos>", "<unk>", "a", "red", "dog"), (0,) * 7)
+CONFIG = CaptionData(batch_size=8, captions_per_image=2, max_words=4, threads=0)
+
+
+class Source:
+    """Image i has 1 + i % 4 captions."""
+
+    split = "train"
+
+    def __init__(self, name: str, count: int) -> None:
+        self.name, self._count = name, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        return tuple(" ".join(["a", "red", "dog", self.name][: 1 + (i + k) % 4]) for k in range(1 + i % 4))
+
+    def image_ids(self) -> list[int]:
+        return list(range(len(self)))
+
+
+class Regions:
+    """Random regions [N,D], of which some exist."""
+
+    def __init__(self, count: int, views: int, dtype: Any, *, masked: bool = True, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.views = views
+        self.values = rng.normal(size=(count, views, 3, 5)).astype(dtype)
+        self.masks = rng.random((count, 3)) < 0.6 if masked else None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def read(self, i: int, view: int) -> tuple[np.ndarray, np.ndarray | None]:
+        return self.values[i, view], None if self.masks is None else self.masks[i]
+
+
+def batches(config: CaptionData = CONFIG, *, dtype: Any = np.float16, masked: bool = True) -> Any:
+    """A mixture of two sources with regions in two views, and references."""
+    mixture: Any = [(Source("mine", 13), 1.0), (Source("other", 6), 2.0)]
+    references = CaptionTable.as_references([source for source, _ in mixture], VOCABULARY, eos=True)
+    stores = [Regions(len(source), 2, dtype, masked=masked, seed=number) for number, (source, _) in enumerate(mixture)]
+    return train_batches(config, mixture, VOCABULARY, seed=3, features=stores, references=references)
+
+
+def whole_batch(state: Any, constants: Any, batch: Any) -> tuple[Any, Any]:
+    """A step whose metrics are the batches of all devices."""
+    return state + 1, {"loss": lax.psum(0.0, AXIS), **{name: lax.all_gather(leaf, AXIS) for name, leaf in batch.items()}}
+
+
+def collected(feed: Any, parallel: DataParallel, steps: int, limit: int = 100) -> list[dict[str, np.ndarray]]:
+    state, found, done = parallel.replicate(np.int32(0)), [], 0
+    with feed:
+        while done < steps:
+            state, ran = feed.run(state, parallel.replicate(np.float32(0)), min(limit, steps - done))
+            done += ran.steps
+            assert ran.position["batches"] == done
+            for number in range(ran.steps):
+                single = isinstance(feed, HostFeed)
+                found.append({name: np.asarray(leaf if single else leaf[number]) for name, leaf in ran.metrics.items()})
+    assert int(state) == steps
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mode", "devices", "shards"),
+    [("pmap", 1, 1), ("shard_map", 1, 1), ("pmap", 4, 2), ("shard_map", 4, 2), ("shard_map", 4, 4), ("shard_map", 2, 1)],
+)
+def test_devices_read_the_batches_of_the_host(mode: Any, devices: int, shards: int) -> None:
+    parallel = DataParallel(mode, jax.devices()[:devices])
+    sent = collected(HostFeed(whole_batch, batches(), parallel, print), parallel, 9)
+    drawn = collected(
+        DeviceFeed(whole_batch, batches(), parallel, print, shards=shards, longest=5), parallel, 9, limit=4
+    )
+    for host, device in zip(sent, drawn, strict=True):
+        assert host.keys() == device.keys() >= {"regions", "region_mask", "tokens", "references", "row", "weight"}
+        for name, leaf in host.items():
+            assert device[name].dtype == leaf.dtype
+            np.testing.assert_array_equal(device[name], leaf, err_msg=name)
+    assert len({host["tokens"].tobytes() for host in sent}) == 9
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize("masked", [True, False])
+def test_packed_regions_are_those_of_the_store(dtype: Any, masked: bool) -> None:
+    stores = [Regions(5, 2, dtype, masked=masked), Regions(4, 2, dtype, masked=masked, seed=1)]
+    packed = PackedRegions(stores)
+    assert packed.rows == 18
+    whole = packed.read(0, 20)
+    np.testing.assert_array_equal(np.concatenate([packed.read(0, 7), packed.read(7, 20)]), whole)
+    found = jax.jit(packed.unpack)(whole)
+    assert ("region_mask" in found) == masked
+    for number in range(packed.rows):
+        store, (image, view) = stores[number >= 10], divmod(number % 10, 2)
+        regions, mask = store.read(image, view)
+        assert found["regions"].dtype == regions.dtype
+        np.testing.assert_array_equal(np.asarray(found["regions"][number]), regions)
+        if masked:
+            np.testing.assert_array_equal(np.asarray(found["region_mask"][number]), mask)
+
+
+def test_a_feed_continues_where_the_other_one_stopped() -> None:
+    parallel = DataParallel("pmap", jax.devices()[:1])
+    expected = collected(HostFeed(whole_batch, batches(), parallel, print), parallel, 6)
+    rest = batches()
+    rest.set_state({**rest.get_state(), "batches": 4})
+    state = parallel.replicate(np.int32(0))
+    _, ran = DeviceFeed(whole_batch, rest, parallel, print).run(state, state, 1)
+    np.testing.assert_array_equal(np.asarray(ran.metrics["tokens"][0]), expected[4]["tokens"])
+    assert ran.position == {**batches().get_state(), "batches": 5}
+
+
+def test_features_are_split_over_as_few_devices_as_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    parallel = DataParallel("pmap", jax.devices()[:4])
+    said: list[str] = []
+    wanted = replace(CONFIG, feed="device")
+    size = 4 * PackedRegions(batches().rows.stores).words * 2 * 19
+    for room, shards in ((1.1 * size, 1), (0.6 * size, 2), (0.3 * size, 4), (0.2 * size, None)):
+        monkeypatch.setattr(feed, "_free_memory", lambda parallel, room=room: room / 0.6)
+        found = open_feed(whole_batch, batches(wanted), parallel, said.append)
+        with found:
+            assert isinstance(found, HostFeed if shards is None else DeviceFeed)
+            assert getattr(found, "shards", None) == shards
+    assert said[-1].startswith("note: the features take 0.0 GB on each of 4 devices, more than 60% of the 0.0 GB")
+    images = train_batches(wanted, Source("mine", 13), VOCABULARY, seed=3)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"data\.feed is device, but the encoder computes new features"):
+        open_feed(whole_batch, images, parallel, said.append)
