@@ -42,7 +42,7 @@ from imgcap_jax.training.objective import StepSetup
 from imgcap_jax.training.optimizer import learning_rate_of, steps_of
 from imgcap_jax.training.parallel import DataParallel, is_first_process
 from imgcap_jax.training.signals import StopRequest
-from imgcap_jax.training.step import TrainState, average_decay, first_state
+from imgcap_jax.training.step import TrainState, average_decay, first_state, step_stream
 
 SMOKE_IMAGES = 48
 _SAMPLES = 5  # validation images whose captions are logged
@@ -151,7 +151,7 @@ def _train(
             params=state.params,
             frozen=frozen,
             transformation=transformation,
-            key=jax.random.key(training.seed),
+            key=step_stream(training.seed),
             steps_per_epoch=steps_per_epoch,
             accumulate=experiment.optimizer.accumulate,
             ema_decay=average_decay(training.ema_decay, initialised=run.init_from is not None),

@@ -27,7 +27,7 @@ class StepSetup:
             buffers; copy what you keep.
         frozen: the other variables of the model, on all devices.
         transformation: the optimizer.
-        key: of dropout and samples; fold in the step and the row (``step.keys_of_rows``).
+        key: of dropout and samples (``step.step_stream``); fold in the step and the row (``step.keys_of_rows``).
         steps_per_epoch: for schedules that count epochs.
         accumulate: microbatches per step.
         ema_decay: decay of the averaged parameters per step, a number or a function of the step, for

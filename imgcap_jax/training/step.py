@@ -58,6 +58,19 @@ def average_decay(decay: float, *, initialised: bool) -> float | optax.Schedule:
     return lambda step: jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
 
+STEP_STREAM = 0x53544550
+"""Folded into the seed's key for the keys of steps. Larger than the number of keys that initial parameters take."""
+
+
+def step_stream(seed: int | Array) -> Array:
+    """The PRNG key [] of all steps of a run: dropout, scheduled sampling, self-critical samples.
+
+    Initial parameters take ``fold_in(key(seed), i)`` for i = 0, 1, ... (``flax.nnx.Rngs(seed)``), and step t takes
+    ``fold_in(step_stream(seed), t)``. Without the constant, the first steps would use the keys of parameters.
+    """
+    return jax.random.fold_in(jax.random.key(seed), STEP_STREAM)
+
+
 def keys_of_rows(key: Array, step: Array, row: Array) -> Array:
     """One PRNG key [B] per image of a step, from its index in the global batch, ``row`` [B].
 

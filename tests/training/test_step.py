@@ -1,5 +1,6 @@
-"""The moving average of the parameters."""
+"""The moving average of the parameters, and the keys of steps."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,9 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from imgcap_jax.experiment import Experiment
+from imgcap_jax.train import train
+from imgcap_jax.training.cross_entropy import CrossEntropy
+from imgcap_jax.training.objective import StepSetup
 from imgcap_jax.training.parallel import DataParallel
-from imgcap_jax.training.step import average_decay, first_state, train_step
+from imgcap_jax.training.step import average_decay, first_state, keys_of_rows, step_stream, train_step
 
 
 @pytest.mark.parametrize("initialised", [True, False])
@@ -39,3 +45,37 @@ def test_decay_during_warm_up() -> None:
     np.testing.assert_allclose(found, [0.1, 0.99, 0.999, 0.999], rtol=1e-5)
     assert average_decay(0.0, initialised=False) == 0
     assert average_decay(0.999, initialised=True) == 0.999
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_keys_of_steps_are_none_of_the_parameters(seed: int) -> None:
+    """Neither the keys of rows nor those of whole steps are among the keys that ``nnx.Rngs`` gives to parameters."""
+
+    def data(keys: Any) -> set[tuple[int, ...]]:
+        return {tuple(map(int, pair)) for pair in np.asarray(jax.random.key_data(keys)).reshape(-1, 2)}
+
+    rngs = nnx.Rngs(seed)
+    parameters = data(rngs.default.key[...]) | {one for _ in range(300) for one in data(rngs.params())}
+    key, steps = step_stream(seed), jnp.arange(300)
+    of_steps = data(key) | data(jax.vmap(lambda step: jax.random.fold_in(key, step))(steps))
+    of_rows = data(jax.vmap(lambda step: keys_of_rows(key, step, jnp.arange(16)))(steps))
+    assert len(parameters) == len(of_steps) == 301
+    assert len(of_rows) == 4800
+    assert not parameters & of_steps
+    assert not parameters & of_rows
+    # Without the constant they are the same.
+    shared = jax.vmap(lambda step: jax.random.fold_in(jax.random.key(seed), step))(steps)
+    assert data(shared) <= parameters
+
+
+def test_training_uses_the_stream_of_steps(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen(Exception):
+        pass
+
+    def make_step(self: CrossEntropy, setup: StepSetup) -> Any:
+        raise Seen(jax.random.key_data(setup.key))
+
+    monkeypatch.setattr(CrossEntropy, "make_step", make_step)
+    with pytest.raises(Seen) as seen:
+        train(tiny, tmp_path / "run", cache=tmp_path / "cache", show=lambda line: None)
+    np.testing.assert_array_equal(seen.value.args[0], jax.random.key_data(step_stream(tiny.training.seed)))
