@@ -109,7 +109,8 @@ class Experiment:
         _check_offers("encoder", self.encoder, ("region_size", "frozen", *regions))
         _check_offers("decoder", self.decoder, ("build",))
         _check_offers("optimizer", self.optimizer, ("build", "accumulate"))
-        _check_offers("objective", self.objective, ("title", "progress", "references", "check", "make_step"))
+        of_objective = ("title", "progress", "references", "check", "constants", "make_step")
+        _check_offers("objective", self.objective, of_objective)
         for metric in self.metrics:
             _check_offers("metrics", metric, ("label", "__call__"))
         if has_ready_regions(self.encoder) and self.data.views > 1:

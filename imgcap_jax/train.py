@@ -145,24 +145,23 @@ def _train(
 
     # The objective's compiled step, and the batches that it needs.
     references = experiment.objective.references(data.sources, run.vocabulary)
-    per_device_step, constants = experiment.objective.make_step(
-        StepSetup(
-            graph=graph,
-            params=state.params,
-            frozen=frozen,
-            transformation=transformation,
-            key=step_stream(training.seed),
-            steps_per_epoch=steps_per_epoch,
-            accumulate=experiment.optimizer.accumulate,
-            ema_decay=average_decay(training.ema_decay, initialised=run.init_from is not None),
-            vocabulary=run.vocabulary,
-            max_words=experiment.decoding.max_words,
-            references=references,
-            parallel=parallel,
-            folder=folder,
-            checkpoints=checkpoints,
-        )
+    setup = StepSetup(
+        graph=graph,
+        params=state.params,
+        frozen=frozen,
+        transformation=transformation,
+        key=step_stream(training.seed),
+        steps_per_epoch=steps_per_epoch,
+        accumulate=experiment.optimizer.accumulate,
+        ema_decay=average_decay(training.ema_decay, initialised=run.init_from is not None),
+        vocabulary=run.vocabulary,
+        max_words=experiment.decoding.max_words,
+        references=references,
+        parallel=parallel,
+        folder=folder,
+        checkpoints=checkpoints,
     )
+    constants = experiment.objective.constants(setup)
     batches = train_batches(
         experiment.data,
         data.mixture,
@@ -210,7 +209,7 @@ def _train(
     saved = time.monotonic()
     interrupted = 0
     done = _finished(experiment, progress, total_steps)
-    feed = open_feed(per_device_step, batches, parallel, show)
+    feed = open_feed(experiment.objective.make_step(setup), batches, parallel, show)
     # Within StopRequest, Ctrl-C and SIGTERM set stop.signal, and the loop ends after the present step. A second Ctrl-C
     # raises KeyboardInterrupt.
     with (

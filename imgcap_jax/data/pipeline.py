@@ -21,17 +21,14 @@ from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.feature_files import DTYPES, Dtype
 from imgcap_jax.data.image_files import ImageError
 from imgcap_jax.data.images import Augmentation, Resize, augment, decode
-from imgcap_jax.data.mixtures import rows_per_epoch
-from imgcap_jax.data.order import VERSION, Order
 from imgcap_jax.data.regions import RegionSource, read_regions
+from imgcap_jax.data.rows import Batch, TrainingRows, check_store
 from imgcap_jax.errors import UserError
 from imgcap_jax.tokenizers import DEFAULT, Tokenizer, check_tokenizer
 
 if TYPE_CHECKING:
     from imgcap_jax.data.sources import CaptionSource
     from imgcap_jax.data.vocabulary import Vocabulary
-
-Batch = dict[str, npt.NDArray[Any]]
 
 # Largest tolerated share of unreadable images. Above it, the dataset as a whole is broken.
 _UNREADABLE_MAX = 0.01
@@ -95,9 +92,9 @@ class CaptionData:
 class TrainBatches:
     """Endless iterator over batches. Its position can be saved and restored. See `train_batches`."""
 
-    def __init__(self, rows: "TrainingRows", process_index: int, process_count: int) -> None:
+    def __init__(self, rows: TrainingRows, process_index: int, process_count: int) -> None:
         self.rows = rows
-        self._batches = rows.batches(process_index, process_count)
+        self._batches = _batches(rows, process_index, process_count)
         self._count = 0
         self._iterator: grain.DatasetIterator[Batch] | None = None
 
@@ -139,6 +136,16 @@ class TrainBatches:
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+
+
+def _batches(rows: TrainingRows, process_index: int, process_count: int) -> grain.MapDataset[Batch]:
+    """The part that a process has of each batch, from batch 0 on."""
+    mine = slice(process_index, None, process_count)
+    if rows.stores is not None:
+        return grain.MapDataset.range(sys.maxsize).map(_RegionBatches(rows, mine))
+    # One row at a time, because threads decode the images of a batch together.
+    per_process = rows.config.batch_size // process_count
+    return grain.MapDataset.range(sys.maxsize).map(_ImageRows(rows, mine)).batch(per_process, drop_remainder=True)
 
 
 def train_batches(
@@ -194,116 +201,6 @@ def train_batches(
     return TrainBatches(rows, process_index, process_count)
 
 
-class TrainingRows:
-    """What a run trains on: the order, the captions and the regions or images of a mixture.
-
-    Attributes:
-        order: which rows each batch has.
-        captions: the captions as the model reads them.
-        references: the references that batches contain; None if they contain none.
-        stores: the regions of each source; None if batches contain images.
-    """
-
-    def __init__(
-        self,
-        config: CaptionData,
-        mixture: "Sequence[tuple[CaptionSource, float]]",
-        vocabulary: "Vocabulary",
-        *,
-        seed: int,
-        features: Sequence[RegionSource] | None = None,
-        references: CaptionTable | None = None,
-    ) -> None:
-        """Encodes the captions. See `train_batches` for the arguments.
-
-        Raises:
-            UserError: a store does not belong to its source.
-        """
-        sources = [source for source, _ in mixture]
-        for source, store in zip(sources, features or (), strict=features is not None):
-            _check_store(source, store)
-        self.config, self.sources, self.stores, self.references = config, sources, features, references
-        self.captions = CaptionTable.for_training(sources, vocabulary, config.max_words + 2)
-        self.image_ids = np.concatenate([np.asarray(source.image_ids(), np.int64) for source in sources])
-        counts = rows_per_epoch(mixture)
-        views = 1 if features is None else _same_views(features)
-        self.order = Order(
-            [len(source) for source in sources],
-            counts,
-            self.captions,
-            seed=seed,
-            batch_size=config.batch_size,
-            captions_per_image=config.captions_per_image,
-            views=views,
-        )
-        self._identity: dict[str, Any] = {
-            "order": VERSION,
-            "seed": seed,
-            "batch_size": config.batch_size,
-            "captions": self.captions.fingerprint,
-            "sources": [[source.name, source.split, len(source), float(weight)] for source, weight in mixture],
-        }
-        if counts != [len(source) for source in sources] or len(mixture) > 1:
-            self._identity["rows_per_epoch"] = counts
-        if references is not None:
-            self._identity["references"] = references.fingerprint
-
-    def position(self, batches: int) -> dict[str, Any]:
-        """The position after this number of batches, as JSON values."""
-        return {"batches": batches, **self._identity}
-
-    def batches_before(self, position: Mapping[str, Any]) -> int:
-        """The number of batches before a saved position.
-
-        Raises:
-            UserError: the position belongs to other data, another batch size or another seed.
-        """
-        saved = {name: value for name, value in position.items() if name != "batches"}
-        if saved.get("order") != VERSION:
-            raise UserError(
-                "the saved position belongs to another version of imgcap_jax, which draws batches in another order: "
-                "start a new run"
-            )
-        if saved != self._identity or "batches" not in position:
-            changed = ", ".join(
-                f"{name} {saved.get(name)} -> {self._identity.get(name)}"
-                for name in sorted({*saved, *self._identity})
-                if saved.get(name) != self._identity.get(name)
-            )
-            raise UserError(
-                f"the saved position does not belong to this data ({changed or 'no batches'}): resume with the "
-                "settings and the prepared dataset of the saved run, or start a new run"
-            )
-        return int(position["batches"])
-
-    def batches(self, process_index: int, process_count: int) -> grain.MapDataset[Batch]:
-        """The part that a process has of each batch, from batch 0 on."""
-        mine = slice(process_index, None, process_count)
-        if self.stores is not None:
-            return grain.MapDataset.range(sys.maxsize).map(_RegionBatches(self, mine))
-        # One row at a time, because threads decode the images of a batch together.
-        per_process = self.config.batch_size // process_count
-        rows = grain.MapDataset.range(sys.maxsize).map(_ImageRows(self, mine))
-        return rows.batch(per_process, drop_remainder=True)
-
-    def text(self, images: npt.NDArray[np.int64], captions: npt.NDArray[np.int32]) -> Batch:
-        """Everything of a batch except images and regions: the numbers of images [B], and rows of captions [B, M]."""
-        batch: Batch = {"tokens": self.captions.read(captions)}
-        if self.references is not None:
-            batch["references"] = self.references.read(self.references.first_rows(images, self.references.most))
-            batch["reference_count"] = self.references.counts(images).astype(np.float32)
-        batch["image_id"] = self.image_ids[images]
-        batch["weight"] = np.ones(len(images), np.float32)
-        return batch
-
-
-def _same_views(stores: Sequence[RegionSource]) -> int:
-    views = {store.views for store in stores}
-    if len(views) > 1:
-        raise UserError(f"the regions of the datasets have {sorted(views)} views; all must have the same number")
-    return views.pop()
-
-
 class _RegionBatches(grain.transforms.Map):
     """Reads the part of a batch that a process has, from the number of the batch."""
 
@@ -311,29 +208,7 @@ class _RegionBatches(grain.transforms.Map):
         self._rows, self._mine = rows, mine
 
     def map(self, element: int) -> Batch:
-        images, views, captions = self._rows.order[int(element)].of(self._mine)
-        batch = self._rows.text(images, captions)
-        assert self._rows.stores is not None
-        batch["regions"], mask = self._read(self._rows.stores, images, views)
-        if mask is not None:
-            batch["region_mask"] = mask
-        return batch
-
-    def _read(
-        self, stores: Sequence[RegionSource], images: npt.NDArray[np.int64], views: npt.NDArray[np.int32]
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
-        first = self._rows.order.first
-        of = np.searchsorted(first, images, side="right") - 1
-        if len(stores) == 1:
-            return read_regions(stores[0], images, views)
-        regions: list[Any] = [None] * len(images)
-        masks: list[Any] = [None] * len(images)
-        for source in np.unique(of).tolist():
-            (places,) = np.nonzero(of == source)
-            found, mask = read_regions(stores[source], images[places] - first[source], views[places])
-            for number, place in enumerate(places.tolist()):
-                regions[place], masks[place] = found[number], None if mask is None else mask[number]
-        return np.stack(regions), None if masks[0] is None else np.stack(masks)
+        return self._rows.region_batch(int(element), self._mine)
 
 
 class _ImageRows(grain.transforms.Map):
@@ -457,7 +332,7 @@ class _EvalRows(grain.transforms.Map):
         rows: npt.NDArray[np.int_],
     ) -> None:
         if store is not None:
-            _check_store(source, store)
+            check_store(source, store)
         self._config = config
         self._source = source
         self._store = store
@@ -513,11 +388,3 @@ class _EvalRows(grain.transforms.Map):
 
 def _read_options(config: CaptionData) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=_BUFFER if config.threads else 0)
-
-
-def _check_store(source: "CaptionSource", store: RegionSource) -> None:
-    if len(store) != len(source):
-        raise UserError(
-            f"the regions are of {len(store)} images, but {source.name} split {source.split} has {len(source)}; give "
-            f"those of this split"
-        )

@@ -18,7 +18,7 @@ from imgcap_jax.models.additive_scores import additive_scores
 from imgcap_jax.models.constants import with_constants
 
 
-def dropout(x: Array, rate: float, dropout_keys: Array | None) -> Array:
+def dropout(x: Array, rate: float | Array, dropout_keys: Array | None) -> Array:
     """Inverted dropout with one PRNG key per row of the batch.
 
     The mask of a row depends on its key only, so that 1, 2 and 4 devices drop the same units. ``nnx.Dropout`` draws one
@@ -26,19 +26,23 @@ def dropout(x: Array, rate: float, dropout_keys: Array | None) -> Array:
 
     Args:
         x: [B,...].
-        rate: probability of dropping a unit, 0 to 1.
+        rate: probability of dropping a unit, 0 to 1; an array [] in populations.
         dropout_keys: PRNG keys [B]; None: no dropout (evaluation).
 
     Returns:
         An array of the shape and type of x.
     """
-    if dropout_keys is None or rate == 0.0:
+    if dropout_keys is None:
         return x
     # With 16 random bits per unit, the probability is exact to 1/65536. This draws half as many numbers as
     # jax.random.bernoulli, which takes a noticeable share of a training step on a CPU.
-    kept = max(1, round((1.0 - rate) * 65536))
-    if kept == 65536:
-        return x
+    kept: int | Array
+    if isinstance(rate, float | int):
+        kept = max(1, round((1.0 - rate) * 65536))
+        if kept == 65536:
+            return x
+    else:
+        kept = jnp.maximum(1, jnp.round((1.0 - jax.lax.stop_gradient(rate)) * 65536).astype(jnp.int32))
     count = math.prod(x.shape[1:])
     bits = jax.vmap(lambda key: jax.random.bits(key, (-(-count // 2),)))(dropout_keys)  # uint32 [B,count/2]
     halves = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(len(x), -1)[:, :count]

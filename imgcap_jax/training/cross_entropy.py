@@ -68,9 +68,13 @@ class CrossEntropy:
     def check(self, *, dataset: str, images: int, initialised: bool) -> None:
         """Every run can be trained."""
 
-    def make_step(self, setup: StepSetup) -> tuple[Step, Frozen]:
+    def constants(self, setup: StepSetup) -> Frozen:
         """See ``Objective``."""
-        step = cross_entropy_step(
+        return setup.frozen
+
+    def make_step(self, setup: StepSetup) -> Step:
+        """See ``Objective``."""
+        return cross_entropy_step(
             setup.graph,
             self,
             setup.transformation,
@@ -79,7 +83,6 @@ class CrossEntropy:
             accumulate=setup.accumulate,
             ema_decay=setup.ema_decay,
         )
-        return step, setup.frozen
 
     def sampling_share(self, step: Array, steps_per_epoch: int) -> Array | None:
         """The probability of a drawn word at a step; None if it is always 0."""

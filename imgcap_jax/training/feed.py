@@ -7,23 +7,26 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-import psutil
 from jax import Array, lax
 
 from imgcap_jax.data.order import Draw
-from imgcap_jax.data.pipeline import TrainBatches
 from imgcap_jax.data.prefetch import device_prefetch
 from imgcap_jax.data.regions import RegionSource, read_regions
 from imgcap_jax.errors import UserError
 from imgcap_jax.special_tokens import PAD
 from imgcap_jax.terminal import Say, working
 from imgcap_jax.training.parallel import AXIS, DataParallel, Step, is_first_process
+
+if TYPE_CHECKING:
+    from imgcap_jax.data.pipeline import TrainBatches  # needs Grain
+
+Compiled = TypeVar("Compiled", bound=Callable[..., Any])
 
 _LONGEST = 256  # steps per call of the device feed
 _SECONDS = 5.0
@@ -61,7 +64,7 @@ class Feed(Protocol):
 class HostFeed:
     """Reads batches on the host and sends them to the devices ahead of time."""
 
-    def __init__(self, step: Step, batches: TrainBatches, parallel: DataParallel, show: Say) -> None:
+    def __init__(self, step: Step, batches: "TrainBatches", parallel: DataParallel, show: Say) -> None:
         """Starts to read.
 
         Args:
@@ -160,7 +163,7 @@ class DeviceFeed:
     def __init__(
         self,
         step: Step,
-        batches: TrainBatches,
+        batches: "TrainBatches",
         parallel: DataParallel,
         show: Say,
         *,
@@ -274,9 +277,6 @@ def _rows_of(table: Array, rows: Array) -> Array:
     return jnp.where((rows >= 0)[..., None], table[jnp.maximum(rows, 0)], PAD)
 
 
-Compiled = TypeVar("Compiled", bound=Callable[..., Any])
-
-
 def _announced(function: Compiled, show: Say) -> Compiled:
     """The compiled step or loop, with a line or a bar while its first call compiles it."""
     compiled = False
@@ -292,7 +292,7 @@ def _announced(function: Compiled, show: Say) -> Compiled:
     return cast(Compiled, call)
 
 
-def open_feed(step: Step, batches: TrainBatches, parallel: DataParallel, show: Say) -> Feed:
+def open_feed(step: Step, batches: "TrainBatches", parallel: DataParallel, show: Say) -> Feed:
     """The feed that ``data.feed`` asks for.
 
     Args:
@@ -335,6 +335,8 @@ def _free_memory(parallel: DataParallel) -> float:
     stats = [device.memory_stats() for device in local]
     if all(found and "bytes_limit" in found for found in stats):
         return min(found["bytes_limit"] - found["bytes_in_use"] for found in stats)
+    import psutil
+
     return psutil.virtual_memory().available / len(local)  # devices of the CPU, which share the memory of the host
 
 

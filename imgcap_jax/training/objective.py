@@ -101,16 +101,22 @@ class Objective(Protocol):
         """
         ...
 
-    def make_step(self, setup: StepSetup) -> tuple[Step, Any]:
-        """The training step, not compiled, and the constants that it reads.
+    def constants(self, setup: StepSetup) -> Any:
+        """What the step reads and does not change: a pytree of arrays on all devices (``setup.parallel.replicate``).
 
-        Returns:
-            step: (state, constants, batch) -> (state, metrics), run on each device with its part of the batch; see
-                ``training.step.train_step``, which makes it. The state is a ``training.step.TrainState``. A step that
-                is made in another way must reduce over ``training.parallel.AXIS``. Metrics are float32 [], the same on
-                every device. They include "loss", "captions" (the number of captions in the batch), all of
-                ``progress``, and "gradient_norm", which ``train_step`` adds.
-            constants: a pytree of arrays on all devices (``setup.parallel.replicate``), in the simplest case
-                ``setup.frozen``.
+        In the simplest case it is ``setup.frozen``. Files that a resumed run needs are written here.
+        """
+        ...
+
+    def make_step(self, setup: StepSetup) -> Step:
+        """The training step, not compiled: (state, constants, batch) -> (state, metrics).
+
+        It runs on each device with its part of the batch; see ``training.step.train_step``, which makes it. The state
+        is a ``training.step.TrainState``. A step that is made in another way must reduce over
+        ``training.parallel.AXIS``. Metrics are float32 [], the same on every device. They include "loss", "captions"
+        (the number of captions in the batch), all of ``progress``, and "gradient_norm", which ``train_step`` adds.
+
+        In a population (``training/population.py``) this runs inside a traced function. Settings that differ between
+        its members are then traced values, and so is ``setup.key``.
         """
         ...

@@ -170,24 +170,26 @@ class SelfCritical:
             )
         return function_words
 
-    def make_step(self, setup: StepSetup) -> tuple[Step, "Constants"]:
+    def constants(self, setup: StepSetup) -> "Constants":
         """See ``Objective``. The run keeps the document frequencies and, for a KL penalty, the initial parameters."""
         assert setup.references is not None
-        function_words = self.function_words(setup.vocabulary)
         frequencies = _document_frequencies(setup, setup.references)
         start = _start(setup.params, setup.checkpoints) if self.kl else None
-        step = self_critical_step(
+        return Constants(setup.frozen, *setup.parallel.replicate((frequencies, start)))
+
+    def make_step(self, setup: StepSetup) -> Step:
+        """See ``Objective``."""
+        return self_critical_step(
             setup.graph,
             self,
             setup.transformation,
             key=setup.key,
             max_words=setup.max_words,
             bad_endings=setup.vocabulary.known_ids(BAD_ENDINGS),
-            function_words=function_words,
+            function_words=self.function_words(setup.vocabulary),
             accumulate=setup.accumulate,
             ema_decay=setup.ema_decay,
         )
-        return step, Constants(setup.frozen, *setup.parallel.replicate((frequencies, start)))
 
     def rewards(self, tokens: Array, references: DeviceReferences, frequencies: DocumentFrequencies) -> Array:
         """The weighted sum of all rewards, float32 [B,M], of captions int32 [B,M,T] (words, eos, pad).

@@ -20,8 +20,9 @@ from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.features import FeatureStore
 from imgcap_jax.data.images import Augmentation, decode
 from imgcap_jax.data.mixtures import describe_mixture, interleave, rows_per_epoch
-from imgcap_jax.data.pipeline import Batch, CaptionData, TrainBatches, eval_batches, train_batches
+from imgcap_jax.data.pipeline import CaptionData, TrainBatches, eval_batches, train_batches
 from imgcap_jax.data.prefetch import device_prefetch
+from imgcap_jax.data.rows import Batch
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.special_tokens import EOS
