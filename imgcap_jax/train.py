@@ -238,7 +238,7 @@ def _train(
         while not done:
             until_validation = evaluate_steps - progress.step % evaluate_steps
             state, ran = feed.run(state, constants, min(until_validation, total_steps - progress.step))
-            progress = replace(progress, step=progress.step + ran.steps, data=ran.position)
+            progress = replace(progress, step=progress.step + ran.steps, data=batches.rows.position(ran.batches))
             meter.add(progress, ran.metrics, ran.steps)
 
             validates = progress.step % evaluate_steps == 0

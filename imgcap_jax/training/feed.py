@@ -4,8 +4,8 @@ Both feeds draw the same batches (``data/order.py``) and save the same positions
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
@@ -15,17 +15,18 @@ import numpy as np
 import numpy.typing as npt
 from jax import Array, lax
 
-from imgcap_jax.data.order import Draw
 from imgcap_jax.data.prefetch import device_prefetch
 from imgcap_jax.data.regions import RegionSource, read_regions
+from imgcap_jax.data.rows import Batch, TrainingRows
 from imgcap_jax.errors import UserError
 from imgcap_jax.special_tokens import PAD
 from imgcap_jax.terminal import Say, working
-from imgcap_jax.training.parallel import AXIS, DataParallel, Step, is_first_process
+from imgcap_jax.training.parallel import AXIS, DataParallel, Loop, MemberParallel, Step, is_first_process
 
 if TYPE_CHECKING:
     from imgcap_jax.data.pipeline import TrainBatches  # needs Grain
 
+Read = Callable[[Any, Any, Any], dict[str, Array]]
 Compiled = TypeVar("Compiled", bound=Callable[..., Any])
 
 _LONGEST = 256  # steps per call of the device feed
@@ -38,13 +39,13 @@ _READ = 1024  # rows of features read at a time
 class Ran(NamedTuple):
     """Steps that a feed has started.
 
-    steps: their number. metrics: arrays [] or [K], of which the first ``steps`` are of these steps.
-    position: the position in the data after them.
+    steps: their number. metrics: arrays [] or [K], of which the first ``steps`` are of these steps; with a last axis P
+    for the members of a population. batches: the number of batches of the run up to here.
     """
 
     steps: int
     metrics: Mapping[str, Array]
-    position: dict[str, Any]
+    batches: int
 
 
 class Feed(Protocol):
@@ -64,23 +65,33 @@ class Feed(Protocol):
 class HostFeed:
     """Reads batches on the host and sends them to the devices ahead of time."""
 
-    def __init__(self, step: Step, batches: "TrainBatches", parallel: DataParallel, show: Say) -> None:
+    def __init__(
+        self,
+        step: Step,
+        batches: Iterator[Batch],
+        put: Callable[[Batch], dict[str, Array]],
+        show: Say,
+        *,
+        first: int = 0,
+    ) -> None:
         """Starts to read.
 
         Args:
-            step: not compiled.
-            batches: the part of this process, at the position of the first batch.
-            parallel: the devices.
+            step: compiled.
+            batches: the part of this process.
+            put: puts a batch on the devices.
             show: receives a line while the step is compiled.
+            first: the number of the first batch.
         """
-        self._step = _announced(parallel.compile(step), show)
-        self._batches = device_prefetch(batches, lambda batch: parallel.put(_device_part(batch)))
+        self._step, self._next = _announced(step, show), first
+        self._batches = device_prefetch(batches, put)
 
     def run(self, state: Any, constants: Any, limit: int) -> tuple[Any, Ran]:
         """One step. See ``Feed``."""
-        batch, position = next(self._batches)
+        batch, _ = next(self._batches)
         state, metrics = self._step(state, constants, batch)
-        return state, Ran(1, metrics, position)
+        self._next += 1
+        return state, Ran(1, metrics, self._next)
 
     def __enter__(self) -> "HostFeed":
         return self
@@ -89,7 +100,7 @@ class HostFeed:
         self._batches.close()
 
 
-def _device_part(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def device_part(batch: Batch) -> Batch:
     """What the step reads of a batch: everything except the ids, and the index of each row in the global batch."""
     part = {name: leaf for name, leaf in batch.items() if name != "image_id"}
     # Rows are numbered as the pipeline deals them to processes, so that dropout does not depend on their number.
@@ -162,32 +173,35 @@ class DeviceFeed:
 
     def __init__(
         self,
-        step: Step,
-        batches: "TrainBatches",
-        parallel: DataParallel,
+        compile_loop: Callable[[Read, int], Loop],
+        rows: Sequence[TrainingRows],
+        parallel: DataParallel | MemberParallel,
         show: Say,
         *,
+        first: int = 0,
         shards: int = 1,
         longest: int = _LONGEST,
     ) -> None:
         """Reads the features and puts them on the devices.
 
         Args:
-            step: not compiled.
-            batches: the batches of the host, at the position of the first batch.
+            compile_loop: compiles the loop that reads its batches with a function, of at most a number of steps.
+            rows: of a run, or of each member of a population. They differ in their order only.
             parallel: the devices.
             show: receives lines about the progress of this and of the compilation.
+            first: the number of the first batch.
             shards: the number of devices that have all features together, a divisor of the number of devices.
             longest: the largest number of steps per call.
 
         Raises:
             UserError: features are damaged.
         """
-        rows = batches.rows
-        assert rows.stores is not None
-        self._rows, self._parallel, self.shards = rows, parallel, shards
-        self._next = rows.batches_before(batches.get_state())
-        self._regions = PackedRegions(rows.stores)
+        self._orders = [of.order for of in rows]
+        self._members, shared = isinstance(parallel, MemberParallel), rows[0]
+        assert shared.stores is not None
+        self._parallel, self.shards, self._next = parallel, shards, first
+        self._most_references = 0 if shared.references is None else shared.references.most
+        self._regions = PackedRegions(shared.stores)
         self._rows_per_shard = size = -(-self._regions.rows // shards)
 
         @lru_cache(maxsize=1)  # devices of this process can have the same shard
@@ -196,26 +210,25 @@ class DeviceFeed:
 
         with working("putting the features on the devices", shown=is_first_process(), say=show):
             self._table = parallel.put_tables(lambda device: shard(device % shards), (size, self._regions.words))
-        self._text = {"captions": rows.captions.tokens}
-        if rows.references is not None:
-            self._text |= {"references": rows.references.tokens, "first": rows.references.first.astype(np.int32)}
+        self._text = {"captions": shared.captions.tokens}
+        if shared.references is not None:
+            self._text |= {"references": shared.references.tokens, "first": shared.references.first.astype(np.int32)}
         self._text = parallel.replicate(self._text)
-        self._loop = _announced(parallel.compile_loop(step, self._read, longest), show)
+        self._loop = _announced(compile_loop(self._read, longest), show)
         self._longest, self._steps, self._began = longest, 0, 0.0
-        per_process = np.arange(rows.config.batch_size).reshape(-1, jax.process_count())
+        per_process = np.arange(shared.config.batch_size).reshape(-1, jax.process_count())
         self._order = per_process.T.reshape(-1)  # row r of the global batch belongs to process r % process_count
 
     def _read(self, text: Mapping[str, Array], table: Array, numbers: Mapping[str, Array]) -> dict[str, Array]:
         """The device's part of a batch, from the numbers of the rows of all devices."""
-        count = len(numbers["row"]) // len(self._parallel.devices)
+        count = len(numbers["row"]) // self._parallel.data_devices
         device = lax.axis_index(AXIS)
         own = {name: lax.dynamic_slice_in_dim(of, device * count, count) for name, of in numbers.items()}
         batch = self._regions.unpack(self._words(table, numbers["regions"], count, device))
         batch["tokens"] = _rows_of(text["captions"], own["captions"])
         if "references" in text:
             first, end = text["first"][own["image"]], text["first"][own["image"] + 1]
-            assert self._rows.references is not None
-            which = first[:, None] + jnp.arange(self._rows.references.most)
+            which = first[:, None] + jnp.arange(self._most_references)
             batch["references"] = _rows_of(text["references"], jnp.where(which < end[:, None], which, -1))
             batch["reference_count"] = (end - first).astype(jnp.float32)
         batch["weight"] = jnp.ones(count, jnp.float32)
@@ -224,7 +237,7 @@ class DeviceFeed:
 
     def _words(self, table: Array, wanted: Array, count: int, device: Array) -> Array:
         """The packed rows of this device's part of a batch, from the numbers of the rows of all devices."""
-        shards, devices = self.shards, len(self._parallel.devices)
+        shards, devices = self.shards, self._parallel.data_devices
         if shards == 1:
             return table[lax.dynamic_slice_in_dim(wanted, device * count, count)]
         in_group = device % shards
@@ -238,20 +251,24 @@ class DeviceFeed:
     def run(self, state: Any, constants: Any, limit: int) -> tuple[Any, Ran]:
         """As many steps as take at most 5 seconds. See ``Feed``."""
         count = self._agreed_count(limit)
-        numbers = self._numbers([self._rows.order[self._next + step].of(self._order) for step in range(count)])
+        numbers = self._numbers(range(self._next, self._next + count))
         state, metrics = self._loop(state, constants, self._text, self._table, numbers, np.int32(count))
         self._next += count
         self._steps, self._began = count, time.monotonic()
-        return state, Ran(count, metrics, self._rows.position(self._next))
+        return state, Ran(count, metrics, self._next)
 
-    def _numbers(self, draws: Sequence[Draw]) -> dict[str, npt.NDArray[np.int32]]:
-        """What ``_read`` reads for each of K steps, of which the first have these draws."""
-        images, views, captions = (np.stack(of) for of in zip(*draws, strict=True))
-        missing = self._longest - len(draws)
+    def _numbers(self, batches: range) -> dict[str, npt.NDArray[np.int32]]:
+        """What ``_read`` reads of these batches, [K,...] or [K,P,...] for a population; zeros after the last one."""
+        draws = [[order[batch].of(self._order) for order in self._orders] for batch in batches]
+        images, views, captions = (
+            np.stack([np.stack([draw[of] for draw in members]) for members in draws]) for of in range(3)
+        )
         rows = np.broadcast_to(self._order, images.shape)
         found = {"image": images, "regions": images * self._regions.views + views, "captions": captions, "row": rows}
+        missing = self._longest - len(batches)
         return {
-            name: np.pad(of, [(0, missing)] + [(0, 0)] * (of.ndim - 1)).astype(np.int32) for name, of in found.items()
+            name: np.pad(of if self._members else of[:, 0], [(0, missing)] + [(0, 0)] * (of.ndim - 2 + self._members))
+            for name, of in ((name, of.astype(np.int32)) for name, of in found.items())
         }
 
     def _agreed_count(self, limit: int) -> int:
@@ -304,32 +321,51 @@ def open_feed(step: Step, batches: "TrainBatches", parallel: DataParallel, show:
     Raises:
         UserError: ``data.feed`` is "device", but the experiment has no stored features.
     """
-    wanted = batches.rows.config.feed
-    if wanted == "device" and batches.rows.stores is None:
+    rows = batches.rows
+    first, shards = rows.batches_before(batches.get_state()), device_shards(rows, parallel, show)
+    if shards is None:
+        put = lambda batch: parallel.put(device_part(batch))  # noqa: E731
+        return HostFeed(parallel.compile(step), batches, put, show, first=first)
+    compile_loop = partial(parallel.compile_loop, step)
+    return DeviceFeed(compile_loop, [rows], parallel, show, first=first, shards=shards)
+
+
+def device_shards(rows: TrainingRows, parallel: DataParallel | MemberParallel, show: Say) -> int | None:
+    """The number of devices that have all features together; None: the host sends the batches.
+
+    Args:
+        rows: with the setting ``data.feed``.
+        parallel: the devices.
+        show: receives a note if the features do not fit into the memory of the devices.
+
+    Raises:
+        UserError: ``data.feed`` is "device", but the experiment has no stored features.
+    """
+    wanted = rows.config.feed
+    if wanted == "device" and rows.stores is None:
         raise UserError(
             "data.feed is device, but the encoder computes new features in each step; set it to host, or freeze the "
             "encoder and set data.views above 1"
         )
-    on_host = parallel.devices[0].platform == "cpu"
-    if wanted == "host" or batches.rows.stores is None or (wanted == "auto" and on_host):
-        return HostFeed(step, batches, parallel, show)
-    regions = PackedRegions(batches.rows.stores)
-    shards = _shards(4 * regions.rows * regions.words, parallel)
+    if wanted == "host" or rows.stores is None or (wanted == "auto" and parallel.devices[0].platform == "cpu"):
+        return None
+    regions = PackedRegions(rows.stores)
+    size = 4 * regions.rows * regions.words
+    shards = _shards(size, parallel)
     if shards is None:
-        show(_too_large(4 * regions.rows * regions.words, parallel))
-        return HostFeed(step, batches, parallel, show)
-    return DeviceFeed(step, batches, parallel, show, shards=shards)
+        show(_too_large(size, parallel))
+    return shards
 
 
-def _shards(size: int, parallel: DataParallel) -> int | None:
+def _shards(size: int, parallel: DataParallel | MemberParallel) -> int | None:
     """The smallest number of devices that have room for features of this size in bytes; None: all have too little."""
-    count, room = len(parallel.devices), _SHARE * _free_memory(parallel)
+    count, room = parallel.data_devices, _SHARE * _free_memory(parallel)
     fitting = [shards for shards in range(1, count + 1) if count % shards == 0 and size / shards <= room]
     (shards,) = parallel.agree(fitting[0] if fitting else count + 1)
     return None if shards > count else shards
 
 
-def _free_memory(parallel: DataParallel) -> float:
+def _free_memory(parallel: DataParallel | MemberParallel) -> float:
     """The free memory in bytes of a device of this process, the smallest of all."""
     local = [device for device in parallel.devices if device.process_index == jax.process_index()]
     stats = [device.memory_stats() for device in local]
@@ -340,9 +376,9 @@ def _free_memory(parallel: DataParallel) -> float:
     return psutil.virtual_memory().available / len(local)  # devices of the CPU, which share the memory of the host
 
 
-def _too_large(size: int, parallel: DataParallel) -> str:
+def _too_large(size: int, parallel: DataParallel | MemberParallel) -> str:
     """The note for features that do not fit."""
-    count, free = len(parallel.devices), _free_memory(parallel)
+    count, free = parallel.data_devices, _free_memory(parallel)
     each = f"{size / count / 1e9:,.1f} GB on each of {count} devices" if count > 1 else f"{size / 1e9:,.1f} GB"
     return (
         f"note: the features take {each}, more than {_SHARE:.0%} of the {free / 1e9:,.1f} GB that are free there: the "

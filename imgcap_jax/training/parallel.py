@@ -14,6 +14,7 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.files import reason
 
 AXIS = "devices"
+_MEMBERS = "members"
 Step = Callable[[Any, Any, Mapping[str, Array]], tuple[Any, Any]]
 Loop = Callable[[Any, Any, Any, Any, Any, np.int32], tuple[Any, Any]]
 Mode = Literal["auto", "pmap", "shard_map"]
@@ -67,6 +68,11 @@ class DataParallel:
         self._mesh = mesh
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._cut = NamedSharding(mesh, PartitionSpec(AXIS))
+
+    @property
+    def data_devices(self) -> int:
+        """The number of devices that share a batch."""
+        return len(self.devices)
 
     def check_batch_size(self, batch_size: int, accumulate: int) -> None:
         """Raises UserError unless the global batch size is a multiple of devices x microbatches."""
@@ -204,21 +210,7 @@ class DataParallel:
             buffers of the state are donated.
         """
 
-        def loop(state: Any, constants: Any, shared: Any, tables: Any, numbers: Any, count: Array) -> tuple[Any, Any]:
-            def one_step(state: Any, number: Array | int) -> tuple[Any, Any]:
-                of_step = jax.tree.map(lambda leaf: leaf[number], numbers)
-                return step(state, constants, read(shared, tables, of_step))
-
-            def add(number: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-                state, metrics = carry
-                state, new = one_step(state, number)
-                return state, jax.tree.map(lambda kept, one: kept.at[number].set(one), metrics, new)
-
-            shapes = jax.eval_shape(one_step, state, 0)[1]
-            metrics = jax.tree.map(lambda leaf: jnp.zeros((longest, *leaf.shape), leaf.dtype), shapes)
-            result: tuple[Any, Any] = jax.lax.fori_loop(0, count, add, (state, metrics))
-            return result
-
+        loop = _loop(step, read, longest)
         return self._on_each_device(loop, split=(False, False, False, True, False, False))
 
     def put_tables(self, part: Callable[[int], np.ndarray], shape: tuple[int, ...]) -> Array:
@@ -266,4 +258,104 @@ class DataParallel:
             out_specs=whole,
             check_vma=False,  # otherwise gradients are summed over the devices twice
         )
+        return jax.jit(mapped, donate_argnums=(0,))
+
+
+def _loop(step: Step, read: Callable[[Any, Any, Any], Any], longest: int) -> Callable[..., tuple[Any, Any]]:
+    """The loop of ``DataParallel.compile_loop``, not compiled."""
+
+    def loop(state: Any, constants: Any, shared: Any, tables: Any, numbers: Any, count: Array) -> tuple[Any, Any]:
+        def one_step(state: Any, number: Array | int) -> tuple[Any, Any]:
+            of_step = jax.tree.map(lambda leaf: leaf[number], numbers)
+            return step(state, constants, read(shared, tables, of_step))
+
+        def add(number: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            state, metrics = carry
+            state, new = one_step(state, number)
+            return state, jax.tree.map(lambda kept, one: kept.at[number].set(one), metrics, new)
+
+        shapes = jax.eval_shape(one_step, state, 0)[1]
+        metrics = jax.tree.map(lambda leaf: jnp.zeros((longest, *leaf.shape), leaf.dtype), shapes)
+        result: tuple[Any, Any] = jax.lax.fori_loop(0, count, add, (state, metrics))
+        return result
+
+    return loop
+
+
+class MemberParallel:
+    """Trains P models at once, the members of a population. Each device has some of them, with their whole batches.
+
+    All arrays of members have P as their first axis. The devices are those of one process, as many as divide P.
+    """
+
+    def __init__(self, members: int, devices: Sequence[jax.Device] | None = None) -> None:
+        available = list(devices if devices is not None else jax.devices())
+        count = max(number for number in range(1, len(available) + 1) if members % number == 0)
+        self.devices = available[:count]
+        # A step reduces over AXIS, which is the device itself.
+        self._mesh = Mesh(np.array(self.devices).reshape(-1, 1), (_MEMBERS, AXIS), axis_types=(AxisType.Auto,) * 2)
+        self._replicated = NamedSharding(self._mesh, PartitionSpec())
+        self._by_member = NamedSharding(self._mesh, PartitionSpec(_MEMBERS))
+        self._one = jax.jit(lambda tree, member: jax.tree.map(lambda leaf: leaf[member], tree))
+
+    @property
+    def data_devices(self) -> int:
+        """The number of devices that share a batch."""
+        return 1
+
+    def replicate(self, tree: Any) -> Any:
+        """Puts a tree on all devices."""
+        return jax.device_put(tree, self._replicated)
+
+    def stack(self, trees: Sequence[Any]) -> Any:
+        """Puts one tree per member on the devices, as one tree with an axis for the members."""
+        return jax.tree.map(lambda *leaves: jax.device_put(jnp.stack(leaves), self._by_member), *trees)
+
+    def put(self, batches: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        """Puts the batches of all members [P,B,...] on the devices."""
+        return {name: jax.device_put(leaf, self._by_member) for name, leaf in batches.items()}
+
+    def member(self, tree: Any, member: int) -> Any:
+        """The tree of one member."""
+        return self._one(tree, member)
+
+    def put_tables(self, part: Callable[[int], np.ndarray], shape: tuple[int, ...]) -> Array:
+        """Puts the table of device 0 on all devices; see ``DataParallel.put_tables``."""
+        return self.replicate(part(0))
+
+    def agree(self, *wishes: int) -> tuple[int, ...]:
+        """The wishes of the only process."""
+        return wishes
+
+    def compile(self, step: Step, shared: Any) -> Step:
+        """Compiles a step of one member for all of them.
+
+        Args:
+            step: (state, constants, batch) -> (state, metrics), as for ``DataParallel.compile``.
+            shared: a tree like the constants, of bools: whether all members have the same leaf, without an axis P.
+
+        Returns:
+            The step of all members. The buffers of the states are donated.
+        """
+        specs = PartitionSpec(_MEMBERS), self._specs(shared), PartitionSpec(_MEMBERS)
+        return self._compiled(self._of_members(step, shared), specs, PartitionSpec(_MEMBERS))
+
+    def compile_loop(
+        self, step: Step, read: Callable[[Any, Any, Any], dict[str, Array]], longest: int, shared: Any
+    ) -> Loop:
+        """``DataParallel.compile_loop`` for all members. Numbers and metrics are [K,P,...]."""
+        whole, of_steps = PartitionSpec(), PartitionSpec(None, _MEMBERS)
+        loop = _loop(self._of_members(step, shared), jax.vmap(read, in_axes=(None, None, 0)), longest)
+        specs = PartitionSpec(_MEMBERS), self._specs(shared), whole, whole, of_steps, whole
+        return self._compiled(loop, specs, (PartitionSpec(_MEMBERS), of_steps))
+
+    def _of_members(self, step: Step, shared: Any) -> Step:
+        axes = jax.tree.map(lambda is_shared: None if is_shared else 0, shared)
+        return jax.vmap(step, in_axes=(0, axes, 0))
+
+    def _specs(self, shared: Any) -> Any:
+        return jax.tree.map(lambda is_shared: PartitionSpec() if is_shared else PartitionSpec(_MEMBERS), shared)
+
+    def _compiled(self, function: Callable[..., Any], specs: Any, results: Any) -> Callable[..., Any]:
+        mapped = jax.shard_map(function, mesh=self._mesh, in_specs=specs, out_specs=results, check_vma=False)
         return jax.jit(mapped, donate_argnums=(0,))

@@ -1,6 +1,7 @@
 """Batches from the memory of the devices, compared with those that the host sends."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from imgcap_jax.data.pipeline import CaptionData, train_batches
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.training import feed
-from imgcap_jax.training.feed import DeviceFeed, HostFeed, PackedRegions, open_feed
+from imgcap_jax.training.feed import DeviceFeed, HostFeed, PackedRegions, device_part, open_feed
 from imgcap_jax.training.parallel import AXIS, DataParallel
 
 VOCABULARY = Vocabulary(("<pad>", "<bos>", "<eos>", "<unk>", "a", "red", "dog"), (0,) * 7)
@@ -68,13 +69,21 @@ def whole_batch(state: Any, constants: Any, batch: Any) -> tuple[Any, Any]:
     return state + 1, {name: lax.all_gather(leaf, AXIS) for name, leaf in batch.items()}
 
 
+def host(parallel: DataParallel) -> HostFeed:
+    return HostFeed(parallel.compile(whole_batch), batches(), lambda batch: parallel.put(device_part(batch)), print)
+
+
+def device(parallel: DataParallel, **options: Any) -> DeviceFeed:
+    return DeviceFeed(partial(parallel.compile_loop, whole_batch), [batches().rows], parallel, print, **options)
+
+
 def collected(feed: Any, parallel: DataParallel, steps: int, limit: int = 100) -> list[dict[str, np.ndarray]]:
     state, found, done = parallel.replicate(np.int32(0)), [], 0
     with feed:
         while done < steps:
             state, ran = feed.run(state, parallel.replicate(np.float32(0)), min(limit, steps - done))
             done += ran.steps
-            assert ran.position["batches"] == done
+            assert ran.batches == done
             for number in range(ran.steps):
                 single = isinstance(feed, HostFeed)
                 found.append({name: np.asarray(leaf if single else leaf[number]) for name, leaf in ran.metrics.items()})
@@ -88,16 +97,14 @@ def collected(feed: Any, parallel: DataParallel, steps: int, limit: int = 100) -
 )
 def test_devices_read_the_batches_of_the_host(mode: Any, devices: int, shards: int) -> None:
     parallel = DataParallel(mode, jax.devices()[:devices])
-    sent = collected(HostFeed(whole_batch, batches(), parallel, print), parallel, 9)
-    drawn = collected(
-        DeviceFeed(whole_batch, batches(), parallel, print, shards=shards, longest=5), parallel, 9, limit=4
-    )
-    for host, device in zip(sent, drawn, strict=True):
-        assert host.keys() == device.keys() >= {"regions", "region_mask", "tokens", "references", "row", "weight"}
-        for name, leaf in host.items():
-            assert device[name].dtype == leaf.dtype
-            np.testing.assert_array_equal(device[name], leaf, err_msg=name)
-    assert len({host["tokens"].tobytes() for host in sent}) == 9
+    sent = collected(host(parallel), parallel, 9)
+    drawn = collected(device(parallel, shards=shards, longest=5), parallel, 9, limit=4)
+    for expected, found in zip(sent, drawn, strict=True):
+        assert expected.keys() == found.keys() >= {"regions", "region_mask", "tokens", "references", "row", "weight"}
+        for name, leaf in expected.items():
+            assert found[name].dtype == leaf.dtype
+            np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+    assert len({batch["tokens"].tobytes() for batch in sent}) == 9
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -121,13 +128,11 @@ def test_packed_regions_are_those_of_the_store(dtype: Any, masked: bool) -> None
 
 def test_a_feed_continues_where_the_other_one_stopped() -> None:
     parallel = DataParallel("pmap", jax.devices()[:1])
-    expected = collected(HostFeed(whole_batch, batches(), parallel, print), parallel, 6)
-    rest = batches()
-    rest.set_state({**rest.get_state(), "batches": 4})
+    expected = collected(host(parallel), parallel, 6)
     state = parallel.replicate(np.int32(0))
-    _, ran = DeviceFeed(whole_batch, rest, parallel, print).run(state, state, 1)
+    _, ran = device(parallel, first=4).run(state, state, 1)
     np.testing.assert_array_equal(np.asarray(ran.metrics["tokens"][0]), expected[4]["tokens"])
-    assert ran.position == {**batches().get_state(), "batches": 5}
+    assert ran.batches == 5
 
 
 def test_features_are_split_over_as_few_devices_as_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
