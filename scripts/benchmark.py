@@ -7,6 +7,8 @@
     python scripts/benchmark.py decoders         training steps of every decoder on Flickr8k (needs TFDS)
     python scripts/benchmark.py scst             a step of self-critical training, compared with PyTorch and with the
                                                  reward computed on the host (needs pycocoevalcap)
+    python scripts/benchmark.py input            training steps with batches from the host and from device memory
+    python scripts/benchmark.py population       training steps of several runs as one program, and one after another
     python scripts/benchmark.py score CAPTIONS REFERENCES
                                                  time and memory of scoring COCO-format files, including start-up,
                                                  compared with the official tools (needs Java and pycocoevalcap)
@@ -31,6 +33,7 @@ from pathlib import Path
 
 import benchmark_decoders
 import benchmark_encoders
+import benchmark_feeds
 import benchmark_scores
 import benchmark_self_critical
 from measuring import PACKAGE, print_machine
@@ -43,6 +46,8 @@ BENCHMARKS = {
     "decode": benchmark_decoders.decode,
     "decoders": benchmark_decoders.decoders,
     "scst": benchmark_self_critical.self_critical_benchmark,
+    "input": benchmark_feeds.input_benchmark,
+    "population": benchmark_feeds.population,
     "score": benchmark_scores.score,
 }
 
@@ -69,7 +74,7 @@ def main() -> None:
         "--decoder",
         choices=benchmark_decoders.DECODERS,
         default="up_down",
-        help="train, decode, scst: the decoder",
+        help="train, decode, scst, input, population: the decoder",
     )
     parser.add_argument(
         "--batch",
@@ -82,7 +87,7 @@ def main() -> None:
         default=5,
         help="finetune, train: captions per image; scst: samples per image",
     )
-    parser.add_argument("--regions", type=int, default=49, help="train, decode, scst: regions per image")
+    parser.add_argument("--regions", type=int, default=49, help="regions per image (not encoder, finetune)")
     parser.add_argument(
         "--vocabulary",
         type=int,
@@ -95,6 +100,8 @@ def main() -> None:
         default=0.0,
         help="train: decay of the moving average of the parameters; 0: none",
     )
+    parser.add_argument("--steps", type=int, default=20, help="input, population: steps per round")
+    parser.add_argument("--members", type=int, default=8, help="population: number of runs")
     parser.add_argument("--network", default="resnet50", help="encoder, finetune: see above")
     parser.add_argument(
         "--size",

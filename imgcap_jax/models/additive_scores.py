@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from imgcap_jax.models.members import most
+
 # k and q are clipped to this magnitude separately: e^86 is still a finite float32. If one of them is clipped and the
 # other has the opposite sign, their sum is wrong. No trained network has values of this size, because tanh is 1 or -1
 # from a magnitude of 9 on.
@@ -88,7 +90,7 @@ def _of_constants(
                 halves = halves + 4.0 * by[m, :, :, None] / (2.0 + twice * one_inverse[m, :, None])  # (1 + tanh) / 2
             return by_keys, sums[1] + jnp.sum(halves, axis=(0, 1)) - jnp.sum(by)
 
-        return jax.lax.cond(jnp.any(block[2] != 0), added, lambda: sums), None
+        return jax.lax.cond(most(jnp.any(block[2] != 0)), added, lambda: sums), None
 
     zeros = jnp.zeros_like(key), jnp.zeros(size, jnp.float32)
     return jax.lax.scan(add, zeros, (in_blocks(one), in_blocks(one_inverse), in_blocks(by_scores)))[0]

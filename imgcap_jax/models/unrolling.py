@@ -22,6 +22,7 @@ from jax import Array
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from imgcap_jax.models.constants import Call, Floating, Recorder, join, split
+from imgcap_jax.models.members import most
 
 Step = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
@@ -275,7 +276,7 @@ def _forward(
 
     def goes_on(state: Any, end: Array) -> Array:
         t, carry, *_ = state
-        return t < end if until is None else (t < end) & ~jnp.all(until(carry))
+        return t < end if until is None else (t < end) & most(~jnp.all(until(carry)))
 
     following = carry
     for traced_step, rows, fewer in zip(traced, stages, [*stages[1:], 0], strict=True):
@@ -285,7 +286,7 @@ def _forward(
             x = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, t, keepdims=False), xs)
             return traced_step.run(weights, _first(memory, rows), carry, _first(x, rows))
 
-        end = jnp.maximum(t, lengths[fewer:].max())
+        end = jnp.maximum(t, most(lengths[fewer:].max()))
         fixed.append(run(following, t).fixed)  # XLA computes nothing else of this step
         t, following, buffers, counted = jax.lax.while_loop(
             partial(goes_on, end=end), partial(body, run=run), (t, following, buffers, counted)
@@ -393,7 +394,8 @@ def _packed_gradients(
     # Captions of COCO take 0.55 of the steps for 20 words, the longest of five 0.7.
     sizes = sorted({-(-positions * 5 // 8), -(-positions * 3 // 4)} - {positions})
     branches = [*(partial(of_rows, order[:size]) for size in sizes), partial(of_rows, None)]
-    return jax.lax.switch(sum((jnp.int32(jnp.sum(counted) > size) for size in sizes), jnp.int32(0)), branches)
+    count = most(jnp.sum(counted))
+    return jax.lax.switch(sum((jnp.int32(count > size) for size in sizes), jnp.int32(0)), branches)
 
 
 _scan.defvjp(_forward, lambda step, until, backward, by_ys: backward(by_ys))

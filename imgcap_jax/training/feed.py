@@ -63,7 +63,11 @@ class Feed(Protocol):
 
 
 class HostFeed:
-    """Reads batches on the host and sends them to the devices ahead of time."""
+    """Reads batches on the host and sends them to the devices ahead of time.
+
+    Attributes:
+        waited: the seconds that steps have waited for their batches.
+    """
 
     def __init__(
         self,
@@ -83,12 +87,14 @@ class HostFeed:
             show: receives a line while the step is compiled.
             first: the number of the first batch.
         """
-        self._step, self._next = _announced(step, show), first
+        self._step, self._next, self.waited = _announced(step, show), first, 0.0
         self._batches = device_prefetch(batches, put)
 
     def run(self, state: Any, constants: Any, limit: int) -> tuple[Any, Ran]:
         """One step. See ``Feed``."""
+        start = time.perf_counter()
         batch, _ = next(self._batches)
+        self.waited += time.perf_counter() - start
         state, metrics = self._step(state, constants, batch)
         self._next += 1
         return state, Ran(1, metrics, self._next)

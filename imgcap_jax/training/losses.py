@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.models.members import most
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 
 CHUNK = 768
@@ -236,7 +237,7 @@ def _over_chunks(
         of zeros.
     """
     places, quarter = counted.shape[0], chunk // 4
-    count = jnp.sum(counted, dtype=jnp.int32)
+    count = most(jnp.sum(counted, dtype=jnp.int32))
     order = jnp.argsort(~counted, stable=True)  # counted rows come first
     order = jnp.pad(order, (0, chunk), constant_values=places)  # past the end: read as 0
 

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import reason
+from imgcap_jax.models.members import POPULATION
 
 AXIS = "devices"
 _MEMBERS = "members"
@@ -351,7 +352,7 @@ class MemberParallel:
 
     def _of_members(self, step: Step, shared: Any) -> Step:
         axes = jax.tree.map(lambda is_shared: None if is_shared else 0, shared)
-        return jax.vmap(step, in_axes=(0, axes, 0))
+        return jax.vmap(step, in_axes=(0, axes, 0), axis_name=POPULATION)
 
     def _specs(self, shared: Any) -> Any:
         return jax.tree.map(lambda is_shared: PartitionSpec() if is_shared else PartitionSpec(_MEMBERS), shared)

@@ -1,9 +1,11 @@
 """A frozen pretrained encoder: training reads a feature store, captioning reads images."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,10 +19,12 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, Training
 from imgcap_jax.models.decoders.show_tell import ShowTell
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
+from imgcap_jax.models.model import split_trained
 from imgcap_jax.run.evaluation import evaluate
 from imgcap_jax.run.extraction import Extraction
 from imgcap_jax.run.folder import Run
 from imgcap_jax.train import train
+from imgcap_jax.training.checkpoints import restore_best
 
 
 class LargeRegions(nnx.Module):
@@ -109,3 +113,25 @@ def test_checkpoint_contains_the_decoder_only(trained: tuple[Run, Path]) -> None
     run, _ = trained
     size = sum(path.stat().st_size for path in (run.folder / "checkpoints").rglob("*") if path.is_file())
     assert size < 3e6  # the encoder has 3.4 million parameters
+
+
+def test_training_from_the_memory_of_the_devices_is_the_same(trained: tuple[Run, Path], tmp_path: Path) -> None:
+    run, cache = trained
+    experiment = replace(run.experiment, data=replace(run.experiment.data, feed="device"))
+    train(experiment, tmp_path / "run", cache=cache, show=lambda line: None)
+    assert Run.load(tmp_path / "run").experiment.data.feed == "device"
+    times = ("seconds", "captions_per_second", "images_per_second")
+
+    def lines(folder: Path) -> list[dict[str, float]]:
+        found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in line.items() if name not in times} for line in found]
+
+    assert lines(tmp_path / "run") == lines(run.folder)
+    for ours, theirs in zip(parameters(tmp_path / "run"), parameters(run.folder), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def parameters(folder: Path) -> list[np.ndarray]:
+    run = Run.load(folder)
+    params, _ = restore_best(folder, split_trained(run.model(with_encoder=False))[1])
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
