@@ -275,9 +275,18 @@ def write_digests(
     if names is None:
         names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
     digest = _digester(progress)
-    lines = [f"{digest(folder / name)}  {name}\n" for name in names if name != DIGESTS]
+    _write_digests(folder, {name: digest(folder / name) for name in names if name != DIGESTS}, comments)
+
+
+def add_digests(folder: Path, names: Sequence[str]) -> None:
+    """Adds the digests of files in ``folder`` to its SHA256SUMS, without reading the other files again."""
+    _write_digests(folder, {**(read_digests(folder) or {}), **{name: file_digest(folder / name) for name in names}})
+
+
+def _write_digests(folder: Path, digests: Mapping[str, str], comments: Sequence[str] = ()) -> None:
     above = "".join(f"# {comment}\n" for comment in comments)
-    write_text(folder / DIGESTS, f"{above}{''.join(lines)}# {len(lines)} files\n")
+    lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+    write_text(folder / DIGESTS, f"{above}{lines}# {len(digests)} files\n")
 
 
 def read_digests(folder: Path) -> dict[str, str] | None:

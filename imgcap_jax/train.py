@@ -3,9 +3,8 @@
 import hashlib
 import math
 import secrets
-import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +40,7 @@ from imgcap_jax.training.meter import Meter
 from imgcap_jax.training.objective import StepSetup
 from imgcap_jax.training.optimizer import learning_rate_of, steps_of
 from imgcap_jax.training.parallel import DataParallel, is_first_process
-from imgcap_jax.training.signals import StopRequest
+from imgcap_jax.training.signals import Stopped, StopRequest
 from imgcap_jax.training.step import TrainState, average_decay, first_state, step_stream
 
 SMOKE_IMAGES = 48
@@ -121,8 +120,8 @@ def _train(
     data = _with_features(data, experiment, cache)
 
     # The model (encoder and decoder, see run/folder.py), on all devices. The state of a resumed run has no values yet.
-    checkpoints = Checkpoints(folder, writing=True)
-    resumed = checkpoints.step is not None
+    checkpoints = Checkpoints(folder, writing=is_first_process())
+    resumed = checkpoints.recover(show, parallel.broadcast) is not None
     _check_processes(run, checkpoints.step, parallel)
     started = ""
     with working("loading the model" if resumed else "initialising the model", shown=is_first_process()):
@@ -162,6 +161,13 @@ def _train(
         checkpoints=checkpoints,
     )
     constants = experiment.objective.constants(setup)
+    stop = StopRequest(
+        show,
+        agree=parallel.agree,
+        processes=jax.process_count(),
+        drain=checkpoints.drain,
+        again=f"the same command {'starts again' if smoke else 'resumes'}",
+    )
     batches = train_batches(
         experiment.data,
         data.mixture,
@@ -190,32 +196,31 @@ def _train(
             show(describe_mixture(data.mixture))
         # From here on, a folder without newest checkpoint has lost it (see find_run).
         checkpoints.save(state, progress)
-    # Step 0 has no metrics except those of the start's validation, which is repeated.
+        checkpoints.wait()
+    # Step 0 has no metrics except those of the start's validation.
     log = MetricsLog(
         folder,
-        progress.step or -1,
+        -1 if progress.step == 0 and progress.best is None else progress.step,
         steps_per_epoch=steps_per_epoch,
         seconds=progress.seconds,
+        validation_due=progress.validation_due,
         writing=is_first_process(),
     )
     member = Member(graph, experiment.data, data.validation_store)
     validate = Validation(
-        experiment, member, frozen, data, run.vocabulary, parallel, checkpoints, log, show, not smoke, folder
+        experiment, member, frozen, data, run.vocabulary, parallel, checkpoints, log, show, not smoke, folder, stop
     )
     learning_rate = learning_rate_of(experiment.optimizer, steps_per_epoch, total_steps)
 
     # The loop.
     evaluate_steps = max(1, steps_of(training.evaluate_epochs, steps_per_epoch))
-    saved = time.monotonic()
-    interrupted = 0
-    done = _finished(experiment, progress, total_steps)
-    feed = open_feed(experiment.objective.make_step(setup), batches, parallel, show)
-    # Within StopRequest, Ctrl-C and SIGTERM set stop.signal, and the loop ends after the present step. A second Ctrl-C
-    # raises KeyboardInterrupt.
+    feed = open_feed(experiment.objective.make_step(setup), batches, parallel, show, partial(_compiling, show, stop))
+    # Within StopRequest, Ctrl-C and SIGTERM set stop.signal, and the loop ends after the present call of the feed, or a
+    # validation after the present batch. A second Ctrl-C raises KeyboardInterrupt.
     with (
+        stop,
         closing(checkpoints),
         closing(log),
-        StopRequest(show) as stop,
         feed,
         working("", total_steps, "steps", done=progress.step, shown=is_first_process(), say=show) as work,
     ):
@@ -235,7 +240,11 @@ def _train(
             progress = validate(state, progress)
         elif progress.best_step != checkpoints.best_step:
             progress = _without_best(state, progress, validate)
-        while not done:
+        if progress.validation_due and not validate.interrupted:
+            progress = validate(state, progress)
+        interrupted = validate.interrupted
+        done = _finished(experiment, progress, total_steps)
+        while not (done or interrupted):
             until_validation = evaluate_steps - progress.step % evaluate_steps
             state, ran = feed.run(state, constants, min(until_validation, total_steps - progress.step))
             progress = replace(progress, step=progress.step + ran.steps, data=batches.rows.position(ran.batches))
@@ -244,10 +253,16 @@ def _train(
             validates = progress.step % evaluate_steps == 0
             if validates or progress.step == total_steps:
                 meter.flush(logged=True)
-                progress = validate(state, progress)  # also saves the best parameters
+                # Written while it is validated. If that is interrupted, it is repeated.
+                progress = replace(progress, validation_due=True)
+                checkpoints.save(state, replace(progress, seconds=log.seconds))
+                progress = validate(state, progress)  # also saves the best parameters, and this progress
+                if interrupted := validate.interrupted:
+                    break
             done = _finished(experiment, progress, total_steps)
 
-            overdue = int(time.monotonic() - saved > 60 * training.checkpoint_minutes)
+            checkpoints.check()
+            overdue = int(checkpoints.idle_seconds >= 60 * training.checkpoint_minutes)
             # Several processes must agree on when to save. They wait for each other, so they do not do it at each step.
             if jax.process_count() == 1 or validates or ran.steps > 1 or progress.step % training.log_steps == 0:
                 interrupted, overdue = parallel.agree(stop.signal or 0, overdue)
@@ -256,7 +271,6 @@ def _train(
             if done or interrupted or overdue or validates:
                 meter.flush()  # raises if the loss is not finite, before the state is saved
                 checkpoints.save(state, replace(progress, seconds=log.seconds))
-                saved = time.monotonic()
                 meter.restart(progress)
             if interrupted:
                 break
@@ -391,6 +405,13 @@ def _check_processes(run: Run, step: int | None, parallel: DataParallel) -> None
         raise UserError("the processes have different experiments, data or runs; use the same command on all of them")
 
 
+@contextmanager
+def _compiling(show: Say, stop: StopRequest) -> Iterator[None]:
+    """Shows that the step is compiled. A signal can end the process meanwhile."""
+    with stop.repeatable(), working("compiling the training step", shown=is_first_process(), say=show, announced=True):
+        yield
+
+
 @dataclass
 class Validation:
     """Decodes and scores the validation split, and saves the parameters if they are the best (see ``_select``).
@@ -398,7 +419,9 @@ class Validation:
     Attributes:
         judged: whether scores and defects of captions are shown. Those of a smoke run mean nothing.
         folder: the run's folder.
+        stop: what can interrupt it.
         metrics: the names of the scores; empty before the first validation.
+        interrupted: the signal that has interrupted it, or 0.
     """
 
     experiment: Experiment
@@ -412,9 +435,11 @@ class Validation:
     show: Say
     judged: bool
     folder: Path
+    stop: StopRequest
 
     def __post_init__(self) -> None:
         self.metrics: list[str] = []
+        self.interrupted = 0
         self._evaluator = SplitEvaluator(
             [self.member],
             self.data.validation,
@@ -422,6 +447,7 @@ class Validation:
             self.parallel,
             self.experiment.metrics,
             say=self.show,
+            before_batch=self.stop.check,
         )
         ids = list(self._evaluator.references)
         self._sampled = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, _SAMPLES).astype(int))]
@@ -434,23 +460,30 @@ class Validation:
         return self.experiment.decoding.plain(self.experiment.training.validation_beam)
 
     def __call__(self, state: TrainState, progress: Progress) -> Progress:
-        """Validates the state after ``progress.step`` steps; returns the progress with its result."""
+        """Validates the state after ``progress.step`` steps, of which there is a checkpoint.
+
+        Returns:
+            The progress with the result, which is saved. If it is interrupted, the progress with its validation due.
+        """
         evaluator, params = self._evaluator, state.best_guess
-        captioned = evaluator.caption([params], [self.frozen], self.search)
-        degeneration, warnings = evaluator.degeneration(captioned)
-        scored = evaluator.score(captioned.captions)
-        scores = {
-            **scored.values,
-            **evaluator.teacher_forced(params, self.frozen),
-            **asdict(degeneration),
-        }
-        progress, note = _select(progress, scores)
+        try:
+            with self.stop.repeatable():
+                captioned = evaluator.caption([params], [self.frozen], self.search)
+                degeneration, warnings = evaluator.degeneration(captioned)
+                scored = evaluator.score(captioned.captions)
+                teacher_forced = evaluator.teacher_forced(params, self.frozen)
+        except Stopped as stopped:
+            self.interrupted = stopped.number
+            return replace(progress, validation_due=True)
+        scores = {**scored.values, **teacher_forced, **asdict(degeneration)}
+        progress, note = _select(replace(progress, validation_due=False), scores)
         self._advice = naming_run(warnings, self.folder)
         if progress.best_step == progress.step:
             self.checkpoints.save_best(progress.step, params)
         self.metrics = list(scored.values)
         self.log.write("validation", progress.step, {**scores, "images_per_second": captioned.images_per_second})
         self.log.write_samples(progress.step, [self._sample(image_id, captioned) for image_id in self._sampled])
+        self.checkpoints.save_validated(replace(progress, seconds=self.log.seconds))
         if not self.judged:
             count = counted(len(captioned.captions), "image")
             self.show(f"validation at step {progress.step}: {count} decoded and scored")

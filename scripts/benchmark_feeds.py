@@ -116,10 +116,9 @@ def input_benchmark(options: argparse.Namespace) -> None:
     def put(batch: Any) -> Any:
         return parallel.put(device_part(batch))
 
-    quiet: Any = lambda line: None  # noqa: E731
     feeds: dict[str, Any] = {
-        "host": HostFeed(parallel.compile(own_step), _batches(rows), put, quiet),
-        "device": DeviceFeed(partial(parallel.compile_loop, own_step), [rows], parallel, quiet, longest=steps),
+        "host": HostFeed(parallel.compile(own_step), _batches(rows), put),
+        "device": DeviceFeed(partial(parallel.compile_loop, own_step), [rows], parallel, print, longest=steps),
     }
     states = {name: parallel.replicate(jax.tree.map(np.array, state)) for name in feeds}
     constants = parallel.replicate(frozen)
@@ -170,7 +169,6 @@ def population(options: argparse.Namespace) -> None:
     state, frozen, step = _model_and_step(options, s)
     members, steps = options.members, options.steps
     rows = _rows(s, range(members))
-    quiet: Any = lambda line: None  # noqa: E731
     together, alone = MemberParallel(members), DataParallel(devices=jax.devices()[:1])
 
     def of_member(state: Any, constants: Any, batch: Any) -> Any:
@@ -179,8 +177,8 @@ def population(options: argparse.Namespace) -> None:
 
     keys = [jax.random.key(seed) for seed in range(members)]
     shared = (False, jax.tree.map(lambda _: True, frozen))
-    feed = DeviceFeed(partial(together.compile_loop, of_member, shared=shared), rows, together, quiet, longest=steps)
-    single = DeviceFeed(partial(alone.compile_loop, of_member), rows[:1], alone, quiet, longest=steps)
+    feed = DeviceFeed(partial(together.compile_loop, of_member, shared=shared), rows, together, print, longest=steps)
+    single = DeviceFeed(partial(alone.compile_loop, of_member), rows[:1], alone, print, longest=steps)
     copies = [jax.tree.map(np.array, state) for _ in range(members)]
     held: dict[str, Any] = {"together": together.stack(copies), "one by one": alone.replicate(copies[0])}
     of_all = together.stack(keys), together.replicate(frozen)

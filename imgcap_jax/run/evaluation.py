@@ -4,7 +4,7 @@ import itertools
 import json
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -128,6 +128,7 @@ class SplitEvaluator:
         parallel: DataParallel,
         metrics: Sequence[CustomMetric] = (),
         say: Say | None = None,
+        before_batch: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepares the references.
 
@@ -138,9 +139,10 @@ class SplitEvaluator:
             parallel: the devices.
             metrics: computed in addition to ``available_metrics``.
             say: see ``working``, which shows the progress; if given, compilations are announced.
+            before_batch: called before each batch, on all processes; its exceptions end the work.
         """
         self.source = source
-        self._say = say
+        self._say, self._before_batch = say, before_batch
         self._members, self._vocabulary, self._parallel = members, vocabulary, parallel
         self._ids = [int(image_id) for image_id in source.image_ids()]
         self.references = {image_id: source.captions(i) for i, image_id in enumerate(self._ids)}
@@ -297,6 +299,7 @@ class SplitEvaluator:
     def _on_devices(self, batches: EvalBatches) -> Iterator[tuple[dict[str, Array], int]]:
         """Batches on the devices, each with the number of its first image."""
         for number, batch in enumerate(batches):
+            self._before_batch()
             del batch["image_id"]  # 64 bits, stays on the host
             batch["row"] = (self._rows + number * self._size).astype(np.int32)
             yield self._parallel.put_rows(batch, self._size), number * self._size

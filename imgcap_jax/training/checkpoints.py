@@ -6,24 +6,25 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import orbax.checkpoint as ocp
-from jax import Array
-from orbax.checkpoint import checkpoint_managers
+import numpy as np
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import damages, disk_errors, read_digests, reason, write_digests
+from imgcap_jax.files import add_digests, damages, disk_errors, read_digests, reason, write_digests, write_text
+from imgcap_jax.terminal import Say
+from imgcap_jax.training.background import BackgroundJobs
+from imgcap_jax.training.orbax_files import Writer, quiet_orbax, read_arrays, read_progress, snapshot
 
 CHECKPOINTS = "checkpoints"  # folder in a run's folder
 _PATTERN = re.compile(r"[\[\]*?\\]")  # characters that make a path a pattern
 _KEPT = 2  # checkpoints: if the newest is damaged, the one before it remains
+_NO_DIGESTS = "its digests are missing"  # it is incomplete, or was written by an older version
+_VALIDATED = "validated.json"  # in a checkpoint: its progress, after a validation that was due when it was written
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Progress:
     best: the highest validation CIDEr-D so far; None before the first validation. best_step: the step of the best
     parameters. best_ties: their BLEU-4 and negative teacher-forced loss, which decide between equal CIDEr-D.
     misses: the number of validations since the last better one. seconds: those of training so far.
+    validation_due: whether the validation of this step is not finished; the other values are those before it.
     """
 
     step: int
@@ -43,62 +45,167 @@ class Progress:
     best_ties: tuple[float, ...] = ()
     misses: int = 0
     seconds: float = 0.0
+    validation_due: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Progress":
+        """The progress from JSON, also from that of older versions, which have fewer fields."""
+        progress = cls(**json.loads(text))
+        return replace(progress, best_ties=tuple(progress.best_ties))
 
 
 class Checkpoints:
     """``newest``, ``best`` and ``start`` in ``<run>/checkpoints``. ``start`` contains the initial parameters, for a KL
     penalty.
 
-    Orbax writes into a temporary folder and renames it. If the process is killed, the previous checkpoint remains. The
-    two latest checkpoints of ``newest`` and of ``best`` are kept, each with the digests of its files. They are checked
-    before a checkpoint is restored.
+    Saving copies the state into host memory. A thread then writes it, while training goes on. Orbax writes into a
+    temporary folder and renames it; the digests of its files, which follow, complete a checkpoint. If the process is
+    killed, the checkpoint before remains: the two latest of ``newest`` and of ``best`` are kept. One thread writes both
+    kinds in order, so that ``newest`` never refers to best parameters that are not on disk. (Orbax's own asynchronous
+    saves promise no order between two folders, and write no digests.)
+
+    The state is replicated, so one process writes for all, and any number of processes and devices can read.
     """
 
     def __init__(self, run: Path, *, writing: bool = False) -> None:
         """Opens the checkpoints of a run.
 
-        ``writing`` is for the process that trains the run. Another writing process could disturb a save.
+        ``writing`` is for the process that trains the run, if there are several the first one. Another writing process
+        could disturb a save. Without it, nothing is saved.
         """
         self.folder = run.absolute() / CHECKPOINTS
         self._writing = writing
         self._link: Path | None = None
-        self._managers: dict[str, ocp.CheckpointManager] = {}
+        self._writers: dict[str, Writer] = {}
+        self._intact = set[tuple[str, int]]()  # checked by this process
+        self._jobs = BackgroundJobs("checkpoints")
+        self._saved = {kind: latest_step(self.folder / kind) for kind in ("newest", "best")}
 
     @property
     def step(self) -> int | None:
-        """Step of the newest checkpoint; None if there is none."""
-        return latest_step(self.folder / "newest")
+        """Step of the newest checkpoint, which may still be on its way to the disk; None if there is none."""
+        return self._saved["newest"]
 
     @property
     def best_step(self) -> int | None:
-        """Step of the best checkpoint; None if there is none."""
-        return latest_step(self.folder / "best")
+        """Step of the best checkpoint, which may still be on its way to the disk; None if there is none."""
+        return self._saved["best"]
 
-    def save(self, state: Any, progress: Progress) -> None:
-        """Saves the training state; returns when it is on disk.
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds since the last save was on disk; 0 while one is being written, or if this process writes none."""
+        return self._jobs.idle_seconds if self._writing else 0.0
+
+    def recover(self, say: Say, share: Callable[[int], int] = lambda number: number) -> int | None:
+        """Finds the checkpoint to resume from: the newest one, or if it is damaged or incomplete, the one before it.
+
+        The writing process deletes later ones, whose steps are repeated, so that they end as in a run that was not
+        interrupted.
+
+        Args:
+            say: receives a warning if a checkpoint is not used.
+            share: returns to all processes the number that the first one passes.
+
+        Returns:
+            Its step, the same on all processes; None: there is none.
 
         Raises:
-            UserError: the disk is full or failing. Earlier checkpoints are kept.
+            UserError: no checkpoint is intact, or the best one is damaged.
         """
+        step = self._recover(say) if self._writing else None
+        step = share(-1 if step is None else step)
+        self._saved["newest"] = None if step < 0 else step
+        self._saved["best"] = latest_step(self.folder / "best")
+        return self.step
+
+    def _recover(self, say: Say) -> int | None:
+        folder = self.folder / "newest"
+        steps = _steps(folder)
+        if not steps:
+            return None
+        newest, problems = steps[-1], dict[int, str]()
+        for step in reversed(steps):
+            what = self._damage("newest", step)
+            if not what:
+                break
+            problems[step] = what
+        else:
+            if read_digests(folder / str(newest)) is not None:
+                raise self._damaged("newest", newest, problems[newest])
+            step, problems = newest, {}  # checkpoints of older versions can lack digests
+        for later, what in problems.items():
+            say(f"note: the checkpoint {folder / str(later)} is damaged ({what}); continuing from step {step}")
+            shutil.rmtree(folder / str(later))
+        self._forget_later_best(self._progress(step))
+        best = latest_step(self.folder / "best")
+        if best is not None:
+            self._check("best", best)  # which could remain the best one until the end
+        return step
+
+    def _forget_later_best(self, progress: Progress) -> None:
+        """Deletes best parameters of validations that are repeated."""
+        steps = _steps(self.folder / "best")
+        if progress.best_step is None or progress.best_step in steps:
+            for step in steps:
+                if progress.best_step is None or step > progress.best_step:
+                    shutil.rmtree(self.folder / "best" / str(step))
+
+    def save(self, state: Any, progress: Progress) -> None:
+        """Copies the training state, and begins to write it. Waits for the save before, if it is not on disk yet.
+
+        Raises:
+            UserError: an earlier save failed, because the disk is full or failing. Earlier checkpoints are kept.
+        """
+        self.check()
         if progress.step == self.step:
             return
-        text = json.dumps(asdict(progress))
-        items = ocp.args.Composite(state=ocp.args.StandardSave(_raw(state)), progress=ocp.args.JsonSave({"json": text}))
-        self._write("newest", progress.step, items)
+        self._saved["newest"] = progress.step
+        if self._writing:
+            self._jobs.wait("newest")  # before another copy takes memory
+            self._write("newest", progress.step, snapshot(state), json.dumps(asdict(progress)))
+
+    def save_validated(self, progress: Progress) -> None:
+        """Adds the result of a validation to the checkpoint of its step. Raises as ``save`` does."""
+        self.check()
+        if self._writing:
+            folder = self.folder / "newest" / str(progress.step)
+            text = json.dumps(asdict(replace(progress, validation_due=False))) + "\n"
+
+            def write() -> None:
+                with _saving(self.folder):
+                    write_text(folder / _VALIDATED, text)
+                    add_digests(folder, [_VALIDATED])
+
+            self._jobs.start("validated", write)
 
     def save_best(self, step: int, params: Any) -> None:
-        """Saves these parameters as the best."""
-        if self.best_step is not None and self.best_step >= step:
-            # The run was killed between this and its next checkpoint. It computes the same parameters again.
-            self._complete("best", self.best_step)
-            return
-        self._write("best", step, ocp.args.StandardSave(_raw(params)))
+        """Saves these parameters as the best, in place of those of later steps. Raises as ``save`` does."""
+        self.check()
+        self._saved["best"] = step
+        if self._writing:
+            self._jobs.wait("best")
+            self._write("best", step, snapshot(params))
+
+    def check(self) -> None:
+        """Raises UserError if a save has failed since the last call. Returns at once."""
+        self._jobs.check()
+
+    def wait(self) -> None:
+        """Waits until everything is on disk. Raises as ``save`` does."""
+        self._jobs.wait()
+
+    def drain(self) -> BaseException | None:
+        """Waits, in any thread, until everything is on disk. Returns the error of a save, and raises none."""
+        return self._jobs.drain()
 
     def keep_start(self, params: Any) -> None:
-        """Saves the initial parameters. Those of a run that was killed before its first checkpoint are replaced."""
-        if latest_step(self.folder / "start") is not None:
-            self._manager("start").delete(0)
-        self._write("start", 0, ocp.args.StandardSave(_raw(params)))
+        """Saves the initial parameters; returns when they are on disk.
+
+        Those of a run that was killed before its first checkpoint are replaced.
+        """
+        if self._writing:
+            self._write("start", 0, snapshot(params))
+            self.wait()
 
     def restore_start(self, template: Any) -> Any:
         """The parameters that ``keep_start`` saved, placed as ``template`` is.
@@ -117,18 +224,15 @@ class Checkpoints:
         """The newest state, placed as ``template`` is, and its progress.
 
         Raises:
-            UserError: the checkpoint is damaged or does not fit the experiment, or the best checkpoint is damaged.
+            UserError: the checkpoint is damaged or does not fit the experiment.
         """
+        self.wait()
         step = self.step
         assert step is not None
-        if self.best_step is not None:
-            self._check("best", self.best_step)  # which could remain the best one until the end
         state = self._read("newest", step, template)
-        with self._explaining("newest", step):
-            items = ocp.args.Composite(progress=ocp.args.JsonRestore())
-            progress = Progress(**json.loads(self._manager("newest").restore(step, args=items)["progress"]["json"]))
+        progress = self._progress(step)
         self._complete("newest", step)
-        return state, replace(progress, best_ties=tuple(progress.best_ties))
+        return state, progress
 
     def restore_best(self, template: Any) -> Any:
         """The best parameters, placed as ``template`` is.
@@ -136,6 +240,7 @@ class Checkpoints:
         Raises:
             UserError: there are none yet, they are damaged, or they do not fit the experiment.
         """
+        self.wait()
         step = self.best_step
         if step is None:
             raise UserError(
@@ -145,9 +250,13 @@ class Checkpoints:
         return self._read("best", step, template)
 
     def close(self) -> None:
-        """Stops the threads of Orbax."""
-        for manager in self._managers.values():
-            manager.close()
+        """Waits until everything is on disk, and stops the threads. Raises as ``save`` does."""
+        try:
+            self.wait()
+        finally:
+            self._jobs.close()
+            for writer in self._writers.values():
+                writer.close()
 
     def _path(self, kind: str) -> Path:
         """The folder of a kind of checkpoint, under a name that Orbax can read.
@@ -157,10 +266,6 @@ class Checkpoints:
         """
         if _PATTERN.search(str(self.folder)) is None:
             return self.folder / kind
-        if jax.process_count() > 1:
-            raise UserError(
-                f"{self.folder.parent}: with several processes, --run must not contain any of [ ] * ? \\; rename it"
-            )
         if self._link is None:
             if self._writing:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -172,49 +277,59 @@ class Checkpoints:
             self._link.symlink_to(self.folder, target_is_directory=True)
         return self._link / kind
 
-    def _manager(self, kind: str) -> ocp.CheckpointManager:
-        """Orbax's manager of a kind of checkpoint. It reads files of checkpoints as soon as it is made."""
-        if kind not in self._managers:
-            self._managers[kind] = _manager(self._path(kind), self._writing)
-        return self._managers[kind]
+    def _write(self, kind: str, step: int, arrays: dict[str, np.ndarray], progress: str | None = None) -> None:
+        """Begins to write a checkpoint, and the digests of its files."""
+        path = self._path(kind)
 
-    def _write(self, kind: str, step: int, items: Any) -> None:
-        """Saves a checkpoint and the digests of its files; returns when both are on disk."""
-        with _saving(self.folder):
-            manager = self._manager(kind)
-            manager.save(step, args=items)
-            manager.wait_until_finished()
-            if jax.process_index() == 0:
+        def write() -> None:
+            with _saving(self.folder):
+                if kind not in self._writers:
+                    self._writers[kind] = Writer(path, kept=_KEPT)
+                writer = self._writers[kind]
+                writer.delete_from(step)
+                writer.write(step, arrays, progress)
                 write_digests(self.folder / kind / str(step))
 
-    def _read(self, kind: str, step: int, template: Any) -> Any:
-        """Restores the arrays of a checkpoint, placed as ``template`` is.
+        self._jobs.start(kind, write)
 
-        The files and the shapes are checked first. When Orbax fails, it leaves half-read arrays to its threads.
-        """
+    def _read(self, kind: str, step: int, template: Any) -> Any:
+        """The arrays of a checkpoint, placed as ``template`` is."""
         self._check(kind, step)
         with self._explaining(kind, step):
-            args = ocp.args.StandardRestore(_raw(_abstract(template)))
-            name = "state" if kind == "newest" else "default"
-            saved = ocp.PyTreeCheckpointHandler().metadata(self._path(kind) / str(step) / name).tree
-            _check_shapes(_raw(template), saved)
-            restored = self._manager(kind).restore(
-                step, args=ocp.args.Composite(state=args) if name == "state" else args
-            )
-            return _like(template, restored["state"] if name == "state" else restored)
+            return read_arrays(self._path(kind) / str(step), template)
+
+    def _progress(self, step: int) -> Progress:
+        """The progress of a checkpoint of ``newest``."""
+        folder = self.folder / "newest" / str(step)
+        with self._explaining("newest", step):
+            if _VALIDATED in (read_digests(folder) or {}):
+                return Progress.parse((folder / _VALIDATED).read_text(encoding="utf-8"))
+            return Progress.parse(read_progress(self._path("newest") / str(step)))
 
     def _complete(self, kind: str, step: int) -> None:
-        """Writes the digests of a checkpoint that has none, because the process was killed after saving it."""
+        """Writes the digests of a checkpoint of an older version that has none."""
         folder = self.folder / kind / str(step)
-        if self._writing and jax.process_index() == 0 and read_digests(folder) is None:
+        if self._writing and read_digests(folder) is None:
             with _saving(self.folder):
                 write_digests(folder)
 
     def _check(self, kind: str, step: int) -> None:
         """Raises UserError if a file of a checkpoint has changed since it was written."""
-        found = damages(self.folder / kind / str(step))
-        if found:
-            raise self._damaged(kind, step, found[0])
+        what = self._damage(kind, step)
+        if what and what != _NO_DIGESTS:
+            raise self._damaged(kind, step, what)
+
+    def _damage(self, kind: str, step: int) -> str:
+        """What is wrong with a checkpoint; "" if nothing. Its files are read once."""
+        if (kind, step) in self._intact:
+            return ""
+        folder = self.folder / kind / str(step)
+        if read_digests(folder) is None:
+            return _NO_DIGESTS
+        what = next(iter(damages(folder)), "")
+        if not what:
+            self._intact.add((kind, step))
+        return what
 
     def _damaged(self, kind: str, step: int, what: str) -> UserError:
         """The error for a damaged checkpoint, with what can be used instead."""
@@ -255,15 +370,6 @@ class Checkpoints:
             ) from error
 
 
-def _check_shapes(wanted: Mapping[str, Array], saved: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming the first difference, unless the saved arrays have the shapes of ``wanted``."""
-    for name in [*wanted, *saved]:
-        ours = list(wanted[name].shape) if name in wanted else "missing"
-        theirs = list(saved[name].shape) if name in saved else "missing"
-        if ours != theirs:
-            raise ValueError(f"{name} is {ours} here and {theirs} in the checkpoint")
-
-
 def latest_step(folder: Path) -> int | None:
     """The step of the latest checkpoint in a folder such as ``newest``, also of a damaged one; None if there is none.
 
@@ -294,57 +400,11 @@ def restore_best(run: Path, template: Any) -> tuple[Any, int]:
         checkpoints.close()
 
 
-def _manager(folder: Path, writing: bool) -> ocp.CheckpointManager:
-    # Orbax warns three times that a read-only manager is read-only.
-    with _quiet_orbax(logging.ERROR):
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.LatestN(n=_KEPT),
-            enable_async_checkpointing=False,
-            create=writing,
-            cleanup_tmp_directories=writing,
-            read_only=not writing,
-        )
-        return ocp.CheckpointManager(folder, options=options)
-
-
-@contextmanager
-def _quiet_orbax(level: int) -> Iterator[None]:
-    """Suppresses the log messages of Orbax below a level."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(level)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def _raw(tree: Any) -> dict[str, Any]:
-    """Leaves by path, so that checkpoints do not depend on the tree classes that Flax uses."""
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-
-def _like(template: Any, raw: dict[str, Any]) -> Any:
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(template)]
-    return jax.tree.unflatten(jax.tree.structure(template), [raw[path] for path in paths])
-
-
-def _abstract(tree: Any) -> Any:
-    """The shapes, types and placement of a tree. Leaves without a placement go to the default device."""
-    default = jnp.zeros(()).sharding
-
-    def abstract(leaf: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default)
-
-    return jax.tree.map(abstract, tree)
-
-
 @contextmanager
 def _saving(folder: Path) -> Iterator[None]:
     # Orbax's threads also log the traceback of every error that they raise.
     with (
         disk_errors(f"saving a checkpoint to {folder} (earlier checkpoints are intact)"),
-        _quiet_orbax(logging.CRITICAL),
+        quiet_orbax(logging.CRITICAL),
     ):
         yield

@@ -5,6 +5,7 @@ Both feeds draw the same batches (``data/order.py``) and save the same positions
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
@@ -26,6 +27,7 @@ from imgcap_jax.training.parallel import AXIS, DataParallel, Loop, MemberParalle
 if TYPE_CHECKING:
     from imgcap_jax.data.pipeline import TrainBatches  # needs Grain
 
+Compiling = Callable[[], AbstractContextManager[None]]
 Read = Callable[[Any, Any, Any], dict[str, Array]]
 Compiled = TypeVar("Compiled", bound=Callable[..., Any])
 
@@ -74,7 +76,7 @@ class HostFeed:
         step: Step,
         batches: Iterator[Batch],
         put: Callable[[Batch], dict[str, Array]],
-        show: Say,
+        compiling: Compiling = nullcontext,
         *,
         first: int = 0,
     ) -> None:
@@ -84,10 +86,10 @@ class HostFeed:
             step: compiled.
             batches: the part of this process.
             put: puts a batch on the devices.
-            show: receives a line while the step is compiled.
+            compiling: entered while the step is compiled.
             first: the number of the first batch.
         """
-        self._step, self._next, self.waited = _announced(step, show), first, 0.0
+        self._step, self._next, self.waited = _announced(step, compiling), first, 0.0
         self._batches = device_prefetch(batches, put)
 
     def run(self, state: Any, constants: Any, limit: int) -> tuple[Any, Ran]:
@@ -183,6 +185,7 @@ class DeviceFeed:
         rows: Sequence[TrainingRows],
         parallel: DataParallel | MemberParallel,
         show: Say,
+        compiling: Compiling = nullcontext,
         *,
         first: int = 0,
         shards: int = 1,
@@ -194,7 +197,8 @@ class DeviceFeed:
             compile_loop: compiles the loop that reads its batches with a function, of at most a number of steps.
             rows: of a run, or of each member of a population. They differ in their order only.
             parallel: the devices.
-            show: receives lines about the progress of this and of the compilation.
+            show: receives lines about the progress.
+            compiling: entered while the loop is compiled.
             first: the number of the first batch.
             shards: the number of devices that have all features together, a divisor of the number of devices.
             longest: the largest number of steps per call.
@@ -220,7 +224,7 @@ class DeviceFeed:
         if shared.references is not None:
             self._text |= {"references": shared.references.tokens, "first": shared.references.first.astype(np.int32)}
         self._text = parallel.replicate(self._text)
-        self._loop = _announced(compile_loop(self._read, longest), show)
+        self._loop = _announced(compile_loop(self._read, longest), compiling)
         self._longest, self._steps, self._began = longest, 0, 0.0
         per_process = np.arange(shared.config.batch_size).reshape(-1, jax.process_count())
         self._order = per_process.T.reshape(-1)  # row r of the global batch belongs to process r % process_count
@@ -300,8 +304,8 @@ def _rows_of(table: Array, rows: Array) -> Array:
     return jnp.where((rows >= 0)[..., None], table[jnp.maximum(rows, 0)], PAD)
 
 
-def _announced(function: Compiled, show: Say) -> Compiled:
-    """The compiled step or loop, with a line or a bar while its first call compiles it."""
+def _announced(function: Compiled, compiling: Compiling) -> Compiled:
+    """The step or loop, within ``compiling`` during its first call."""
     compiled = False
 
     def call(*arguments: Any) -> Any:
@@ -309,13 +313,15 @@ def _announced(function: Compiled, show: Say) -> Compiled:
         if compiled:
             return function(*arguments)
         compiled = True
-        with working("compiling the training step", shown=is_first_process(), say=show, announced=True):
+        with compiling():
             return jax.block_until_ready(function(*arguments))
 
     return cast(Compiled, call)
 
 
-def open_feed(step: Step, batches: "TrainBatches", parallel: DataParallel, show: Say) -> Feed:
+def open_feed(
+    step: Step, batches: "TrainBatches", parallel: DataParallel, show: Say, compiling: Compiling = nullcontext
+) -> Feed:
     """The feed that ``data.feed`` asks for.
 
     Args:
@@ -323,6 +329,7 @@ def open_feed(step: Step, batches: "TrainBatches", parallel: DataParallel, show:
         batches: the batches of the host, at the position of the first batch.
         parallel: the devices.
         show: receives a note if the features do not fit into the memory of the devices.
+        compiling: entered while the step is compiled.
 
     Raises:
         UserError: ``data.feed`` is "device", but the experiment has no stored features.
@@ -331,9 +338,9 @@ def open_feed(step: Step, batches: "TrainBatches", parallel: DataParallel, show:
     first, shards = rows.batches_before(batches.get_state()), device_shards(rows, parallel, show)
     if shards is None:
         put = lambda batch: parallel.put(device_part(batch))  # noqa: E731
-        return HostFeed(parallel.compile(step), batches, put, show, first=first)
+        return HostFeed(parallel.compile(step), batches, put, compiling, first=first)
     compile_loop = partial(parallel.compile_loop, step)
-    return DeviceFeed(compile_loop, [rows], parallel, show, first=first, shards=shards)
+    return DeviceFeed(compile_loop, [rows], parallel, show, compiling, first=first, shards=shards)
 
 
 def device_shards(rows: TrainingRows, parallel: DataParallel | MemberParallel, show: Say) -> int | None:

@@ -36,7 +36,14 @@ class MetricsLog:
     """
 
     def __init__(
-        self, folder: Path, resumed_step: int, *, steps_per_epoch: int, seconds: float = 0.0, writing: bool = True
+        self,
+        folder: Path,
+        resumed_step: int,
+        *,
+        steps_per_epoch: int,
+        seconds: float = 0.0,
+        validation_due: bool = False,
+        writing: bool = True,
     ) -> None:
         """Opens the files and starts the clock.
 
@@ -45,6 +52,7 @@ class MetricsLog:
             resumed_step: lines of later steps are dropped.
             steps_per_epoch: the number of steps per epoch.
             seconds: the seconds of training before this process started.
+            validation_due: whether lines of a validation of this step are dropped too.
             writing: whether anything is written. Only the first process writes.
         """
         self._epoch, self._began = steps_per_epoch, time.monotonic() - seconds
@@ -52,7 +60,9 @@ class MetricsLog:
         self._path = folder / METRICS
         if not writing:
             return
-        self._metrics, self._samples = (_continued(folder / name, resumed_step) for name in (METRICS, SAMPLES))
+        validated = resumed_step - validation_due
+        self._metrics = _continued(folder / METRICS, {"train": resumed_step, "validation": validated})
+        self._samples = _continued(folder / SAMPLES, {None: validated})
         from tensorboardX import SummaryWriter  # imports PyTorch if it is installed, which takes a second
 
         self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=resumed_step + 1)
@@ -100,12 +110,12 @@ class MetricsLog:
             self._events.close()
 
 
-def _continued(path: Path, resumed_step: int) -> TextIO:
-    """Opens a file of JSON lines to append to it, without the lines of later steps."""
+def _continued(path: Path, last: Mapping[str | None, int]) -> TextIO:
+    """Opens a file of JSON lines to append to it, without the lines of each kind after their last step."""
     with reading(path, "move it away"):
         if path.exists():
             text = path.read_text(encoding="utf-8", errors="replace")
-            kept = [line for line in text.split("\n") if _step(line) <= resumed_step]
+            kept = [line for line in text.split("\n") if _step(line) <= last.get(_kind(line), -math.inf)]
             write_text(path, "".join(line + "\n" for line in kept))
         return appending(path)
 
@@ -132,3 +142,9 @@ def _step(line: str) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf  # an incomplete line of a killed run
+
+
+def _kind(line: str) -> str | None:
+    """The kind of a line that has a step."""
+    kind = json.loads(line).get("kind") if _step(line) < math.inf else None
+    return kind if isinstance(kind, str) else None

@@ -2,32 +2,61 @@
 
 import os
 import signal
-import threading
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from imgcap_jax.errors import printable
+from imgcap_jax.signal_thread import SignalThread
 from imgcap_jax.terminal import Say
+
+PATIENCE_SECONDS = 5.0
+"""How long work that can be repeated may delay the end; a Google Cloud machine stops 30 seconds after SIGTERM."""
+_PATIENCE_OF_SEVERAL = 15.0  # with several processes, which first try to stop together
+
+
+class Stopped(Exception):
+    """Ends a validation, because a signal asks for it. number: that of the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class StopRequest:
     """A context manager in which SIGINT and SIGTERM only set ``signal``, and say so. A second Ctrl-C stops training
     without another checkpoint.
-
-    Python calls a signal handler only between two of its own instructions, which a compilation can delay by minutes. A
-    thread writes the line at once.
     """
 
-    def __init__(self, say: Say) -> None:
+    def __init__(
+        self,
+        say: Say,
+        *,
+        agree: Callable[[int], tuple[int, ...]] = lambda number: (number,),
+        processes: int = 1,
+        drain: Callable[[], BaseException | None] = lambda: None,
+        again: str = "the same command resumes",
+    ) -> None:
+        """Nothing is changed before it is entered.
+
+        Args:
+            say: receives the lines for the user.
+            agree: returns the largest number of all processes.
+            processes: their number.
+            drain: waits until everything is on disk; returns the error if that failed.
+            again: how to continue.
+        """
         self.signal: int | None = None
-        self._say = say
+        self._say, self._agree, self._drain, self._again = say, agree, drain, again
+        self._patience = PATIENCE_SECONDS if processes == 1 else _PATIENCE_OF_SEVERAL
+        self._repeatable = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)  # as Python demands
-        self._thread = threading.Thread(target=self._announce, args=(reader,), daemon=True)
-        self._thread.start()
-        self._fd_before = signal.set_wakeup_fd(self._writer)  # Python writes the number of each signal to it
+        self._thread = SignalThread((signal.SIGINT, signal.SIGTERM), self._announce, self._end_if_repeatable)
+        self._thread.__enter__()
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._note)
         return self
@@ -35,21 +64,46 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._fd_before)
-        os.close(self._writer)
-        self._thread.join()
+        self._thread.__exit__()
+
+    @contextmanager
+    def repeatable(self) -> Iterator[None]:
+        """For work that a resumed run repeats without loss, because the state of this step is saved.
+
+        If it does not end soon after a signal, as a compilation, the process ends once all checkpoints are on disk.
+        """
+        self._repeatable = True
+        try:
+            yield
+        finally:
+            self._repeatable = False
+
+    def check(self) -> None:
+        """Raises Stopped if a process has received a signal. All processes must call it equally often."""
+        (number,) = self._agree(self.signal or 0)
+        if number:
+            raise Stopped(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal == signal.SIGINT == number:
             raise KeyboardInterrupt
         self.signal = number
 
-    def _announce(self, reader: int) -> None:
-        announced = False
-        with open(reader, "rb", buffering=0) as numbers:
-            while number := numbers.read(1):
-                if announced or number[0] not in (signal.SIGINT, signal.SIGTERM):
-                    continue
-                announced = True
-                again = "; Ctrl-C again stops without one" if number[0] == signal.SIGINT else ""
-                self._say(f"stopping after this step, with a checkpoint{again}")
+    def _announce(self, number: int) -> None:
+        if self._repeatable:
+            self._say("stopping; everything up to this step is saved")
+            return
+        again = "; Ctrl-C again stops without one" if number == signal.SIGINT else ""
+        self._say(f"stopping after this step, with a checkpoint{again}")
+
+    def _end_if_repeatable(self, number: int, seconds: float) -> None:
+        if not self._repeatable or seconds < self._patience:
+            return
+        error = self._drain()
+        if error is None:
+            self._say(f"stopped; {self._again}")
+        else:
+            print(f"imgcap: {printable(str(error))}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(128 + number if error is None else 2)
