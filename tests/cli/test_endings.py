@@ -66,6 +66,32 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+BLOCKED = """
+import hashlib, sys
+from imgcap_jax.cli import main
+
+def block(options):
+    print("started", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # as a compilation, it lets no signal handler run
+
+main._COMMANDS["features"] = block
+main._REACTION_SECONDS = 0.5
+sys.argv = ["imgcap", "features", "flickr8k"]
+sys.exit(main.main())
+"""
+
+
+def test_sigterm_ends_a_command_that_python_cannot_interrupt() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (143, "imgcap: interrupted; the same command resumes\n")
+
+
 @pytest.mark.slow
 def test_sigterm_before_the_first_step_leaves_no_lock(tiny_data: Path, tiny_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -144,11 +144,14 @@ def test_damaged_newest_checkpoint_is_replaced_by_the_one_before(how: str, saved
         assert progress == Progress(2, {"batches": 2}, best_step=2)
         # The best parameters of step 3 are those of a validation that is repeated.
         assert (steps(newest), checkpoints.best_step) == ([2], 2)
-        checkpoints.save(STATE, replace(progress, step=3))
-        checkpoints.save_best(3, STATE)
         checkpoints.close()
-        for kind in ("newest", "best"):
-            assert steps(folder / "checkpoints" / kind) == [2, 3]
+    checkpoints = Checkpoints(folder, writing=True)  # the last one is as any other
+    checkpoints.recover(pytest.fail)
+    checkpoints.save(STATE, replace(progress, step=3))
+    checkpoints.save_best(3, STATE)
+    checkpoints.close()
+    for kind in ("newest", "best"):
+        assert steps(folder / "checkpoints" / kind) == [2, 3]
 
 
 @pytest.mark.parametrize("how", ["delete", "halve", "flip", "append"])

@@ -92,3 +92,18 @@ def test_process_that_does_not_write_leaves_no_files(tmp_path: Path) -> None:
     log.write_samples(1, [SAMPLE])
     log.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_of_a_validation_that_is_repeated_are_dropped(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, -1, steps_per_epoch=4)
+    for step in (2, 4):
+        log.write("train", step, {})
+        log.write("validation", step, {})
+        log.write_samples(step, [SAMPLE])
+    log.close()
+    MetricsLog(tmp_path, 4, steps_per_epoch=4).close()
+    assert len(read(tmp_path / "metrics.jsonl")) == 4
+    MetricsLog(tmp_path, 4, steps_per_epoch=4, validation_due=True).close()
+    lines = [(line["step"], line["kind"]) for line in read(tmp_path / "metrics.jsonl")]
+    assert lines == [(2, "train"), (2, "validation"), (4, "train")]
+    assert [line["step"] for line in read(tmp_path / "samples.jsonl")] == [2]

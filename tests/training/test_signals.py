@@ -3,12 +3,14 @@
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
-from imgcap_jax.training.signals import StopRequest
+from imgcap_jax.training.signals import Stopped, StopRequest
 
 
 def raise_later(number: int) -> None:
@@ -40,3 +42,44 @@ def test_sigterm_is_answered_too() -> None:
         signal.raise_signal(signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
     assert said == ["stopping after this step, with a checkpoint"]
+
+
+def test_signal_ends_a_validation_in_all_processes() -> None:
+    others = [0]
+    with StopRequest(print, agree=lambda number: (max(number, *others),)) as stop:
+        stop.check()
+        others.append(signal.SIGTERM)
+        with pytest.raises(Stopped) as stopped:
+            stop.check()
+        assert stopped.value.number == signal.SIGTERM
+
+
+BLOCKED = """
+import hashlib, time
+from imgcap_jax.training import signals
+
+def drain():
+    time.sleep(0.5)
+    print("written", flush=True)
+
+signals.PATIENCE_SECONDS = 0.5
+stop = signals.StopRequest(print, drain=drain)
+with stop, stop.repeatable():
+    print("started", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # no signal interrupts it
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_what_can_be_repeated_after_the_checkpoints(number: int) -> None:
+    process = subprocess.Popen([sys.executable, "-c", BLOCKED], text=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert output.splitlines() == [
+        "stopping; everything up to this step is saved",
+        "written",
+        "stopped; the same command resumes",
+    ]
