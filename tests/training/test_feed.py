@@ -70,9 +70,7 @@ def whole_batch(state: Any, constants: Any, batch: Any) -> tuple[Any, Any]:
 
 
 def host(parallel: DataParallel) -> HostFeed:
-    return HostFeed(
-        parallel.compile(whole_batch), batches(), lambda batch: parallel.put(device_part(batch)), nullcontext
-    )
+    return HostFeed(parallel.compile(whole_batch), batches(), lambda batch: parallel.put(device_part(batch)))
 
 
 def device(parallel: DataParallel, **options: Any) -> DeviceFeed:
