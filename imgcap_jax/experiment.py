@@ -34,6 +34,7 @@ from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.decoders.contract import DecoderSettings
 from imgcap_jax.models.encoders.contract import EncoderSettings
 from imgcap_jax.models.encoders.small_cnn import SmallCNN
+from imgcap_jax.precision import Dtype, compute_dtype, frozen_dtype
 from imgcap_jax.training.cross_entropy import CrossEntropy
 from imgcap_jax.training.objective import Objective
 from imgcap_jax.training.optimizer import Optimizer, OptimizerSettings
@@ -52,9 +53,10 @@ class Training:
     """Decay per step of an exponential moving average of the parameters, which is then evaluated and kept; 0: no
     average. A run that starts from random parameters uses min(ema_decay, (1 + t) / (10 + t)) at step t (from 0 on),
     which reaches 0.99 at step 890 and 0.999 at step 8990. With --init-from it is used as given."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type that matrix products are computed in; parameters and sums stay float32. For float32, JAX's default on TPU is
-    bfloat16 passes and on recent GPUs TF32; JAX_DEFAULT_MATMUL_PRECISION=highest disables both."""
+    dtype: Dtype = "auto"
+    """Type of matrix products and convolutions; auto: bfloat16 on TPU and GPU, float32 on CPU. Parameters, losses and
+    sums are always float32. float32 is full precision on every device. Stored features of frozen encoders are float32,
+    unless this is bfloat16."""
     parallel: Mode = "auto"
     """How a step runs on several devices; the results are the same. auto: pmap with one process, shard_map with several
     (pmap then takes 4 ms more per step)."""
@@ -244,9 +246,16 @@ _FREE = {
 def differences(old: Experiment, new: Experiment) -> list[str]:
     """The fields in which two experiments compute different things, as "data.batch_size: 64 -> 32"."""
     before, after = _flatten(_encode(old, "")), _flatten(_encode(new, ""))
+    if _same_dtype(old.training.dtype, new.training.dtype):
+        before["training.dtype"] = after["training.dtype"]
     names = [*before, *(name for name in after if name not in before)]
     changed = [name for name in names if before.get(name) != after.get(name) and name not in _FREE]
     return [f"{name}: {before.get(name)} -> {after.get(name)}" for name in changed]
+
+
+def _same_dtype(old: Dtype, new: Dtype) -> bool:
+    """Whether two settings stand for the same types on this platform."""
+    return (compute_dtype(old), frozen_dtype(old)) == (compute_dtype(new), frozen_dtype(new))
 
 
 # These fields can differ between hosts.

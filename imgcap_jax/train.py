@@ -25,6 +25,7 @@ from imgcap_jax.files import check_name, local_path, owning, write_text
 from imgcap_jax.models.decoders.contract import check_length
 from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import Frozen, parameter_count, split_trained
+from imgcap_jax.precision import at_precision, compute_dtype
 from imgcap_jax.report import smoke as smoke_report
 from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator, naming_run
 from imgcap_jax.run.extraction import Extraction, uses_store
@@ -190,7 +191,8 @@ def _train(
         show(
             f"{data.images} training images, {len(run.vocabulary)} words, "
             f"{parameter_count(params):,} trained parameters, {len(parallel.devices)} "
-            f"{parallel.devices[0].platform} device(s), {total_steps} steps of {experiment.objective.title}"
+            f"{parallel.devices[0].platform} device(s), {total_steps} steps of {experiment.objective.title} in "
+            f"{compute_dtype(training.dtype)}"
         )
         if data.images_per_epoch != data.images or len(data.sources) > 1:
             show(describe_mixture(data.mixture))
@@ -214,7 +216,9 @@ def _train(
 
     # The loop.
     evaluate_steps = max(1, steps_of(training.evaluate_epochs, steps_per_epoch))
-    feed = open_feed(experiment.objective.make_step(setup), batches, parallel, show, partial(_compiling, show, stop))
+    # Traced within the model's precision, which covers derivatives too.
+    step = at_precision(experiment.objective.make_step(setup), compute_dtype(training.dtype))
+    feed = open_feed(step, batches, parallel, show, partial(_compiling, show, stop))
     # Within StopRequest, Ctrl-C and SIGTERM set stop.signal, and the loop ends after the present call of the feed, or a
     # validation after the present batch. A second Ctrl-C raises KeyboardInterrupt.
     with (

@@ -10,6 +10,7 @@ from jax import Array
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.decoders.contract import Decoder, StepOutput
 from imgcap_jax.models.layers import row_keys
+from imgcap_jax.precision import matmul_precision
 
 Params = Any  # nnx.State of the trained parameters
 Frozen = Any  # nnx.State of everything else
@@ -25,11 +26,23 @@ class CaptionModel(nnx.Module):
     Attributes:
         encoder: None if regions come from a feature store.
         decoder: see ``imgcap_jax.models.decoders.contract.Decoder``.
+        dtype: type of the decoder's products; encoder_dtype: of the encoder's. Both are built with these types. The
+            model sets the precision of their products (see ``imgcap_jax.precision``).
+        rounded: the type that encoded regions are rounded to, as in a feature store; None: they are not.
     """
 
-    def __init__(self, encoder: nnx.Module | None, decoder: Decoder) -> None:
+    def __init__(
+        self,
+        encoder: nnx.Module | None,
+        decoder: Decoder,
+        *,
+        dtype: str = "float32",
+        encoder_dtype: str = "float32",
+        rounded: str | None = None,
+    ) -> None:
         self.encoder = encoder
         self.decoder = decoder
+        self.dtype, self.encoder_dtype, self.rounded = dtype, encoder_dtype, rounded
 
     def regions(self, batch: Mapping[str, Array]) -> Array:
         """The "regions" [B,N,D] of the batch or, without them, its "image" [B,h,w,3] encoded; float32.
@@ -41,7 +54,12 @@ class CaptionModel(nnx.Module):
             return batch["regions"].astype("float32")
         if self.encoder is None:
             raise KeyError("regions")
-        return self.encoder(batch["image"])
+        with matmul_precision(self.encoder_dtype):
+            regions = self.encoder(batch["image"])
+        if self.rounded is None:
+            return regions
+        # The barrier keeps XLA from leaving out both conversions, as xla_allow_excess_precision permits.
+        return jax.lax.optimization_barrier(regions.astype(self.rounded)).astype("float32")
 
     def teacher_forced(
         self, batch: Mapping[str, Array], keys: Array | None = None, sampling: Array | None = None
@@ -54,23 +72,25 @@ class CaptionModel(nnx.Module):
             sampling: [], the probability of scheduled sampling, which needs keys; None: no sampling.
         """
         tokens = batch["tokens"]
-        memory, carry = self.decoder.start(
-            self.regions(batch),
-            tokens.shape[1],
-            steps=tokens.shape[2] - 1,
-            region_mask=batch.get("region_mask"),
-            dropout_keys=row_keys(keys, START_KEYS),
-        )
-        read, unroll_keys = tokens[:, :, :-1], row_keys(keys, UNROLL_KEYS)
-        if sampling is None:
-            return self.decoder.unroll(read, memory, carry, dropout_keys=unroll_keys)
-        draws = row_keys(keys, DRAW_KEYS)
-        assert draws is not None
-        return self.decoder.unroll_sampled(read, memory, carry, sampling, draws, dropout_keys=unroll_keys)
+        with matmul_precision(self.dtype):
+            memory, carry = self.decoder.start(
+                self.regions(batch),
+                tokens.shape[1],
+                steps=tokens.shape[2] - 1,
+                region_mask=batch.get("region_mask"),
+                dropout_keys=row_keys(keys, START_KEYS),
+            )
+            read, unroll_keys = tokens[:, :, :-1], row_keys(keys, UNROLL_KEYS)
+            if sampling is None:
+                return self.decoder.unroll(read, memory, carry, dropout_keys=unroll_keys)
+            draws = row_keys(keys, DRAW_KEYS)
+            assert draws is not None
+            return self.decoder.unroll_sampled(read, memory, carry, sampling, draws, dropout_keys=unroll_keys)
 
     def score_words(self, hidden: Array) -> Array:
         """The decoder's logits [...,V] for ``output.hidden`` [...,F]."""
-        return self.decoder.logits(StepOutput(hidden, None))
+        with matmul_precision(self.dtype):
+            return self.decoder.logits(StepOutput(hidden, None))
 
 
 def split_trained(model: CaptionModel) -> tuple[nnx.GraphDef[CaptionModel], Params, Frozen]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from imgcap_jax.experiment import Experiment
 from imgcap_jax.files import file_digest
 from imgcap_jax.models.encoders.contract import build_encoder
 from imgcap_jax.models.encoders.pretrained.weights import fingerprint
+from imgcap_jax.precision import compute_dtype, frozen_dtype, matmul_precision
 from imgcap_jax.user_code import source_files
 
 BATCH = 32  # images per encoder pass; one shape, so one compilation
@@ -28,6 +29,17 @@ def uses_store(experiment: Experiment) -> bool:
     """Whether regions are read from a store, because the encoder would compute the same ones in each epoch."""
     data, settings = experiment.data, experiment.encoder
     return has_ready_regions(settings) or (settings.frozen and (data.views > 1 or not data.augmentation.changes_images))
+
+
+def encoder_dtype(experiment: Experiment, platform: str | None = None) -> Literal["float32", "bfloat16"]:
+    """The type of the encoder's products. Features that are stored have the same type on every platform.
+
+    Args:
+        experiment: what is computed.
+        platform: see ``precision.compute_dtype``.
+    """
+    dtype = experiment.training.dtype
+    return frozen_dtype(dtype) if uses_store(experiment) else compute_dtype(dtype, platform)
 
 
 def extract(experiment: Experiment, splits: Sequence[str], cache: Path) -> None:
@@ -100,7 +112,7 @@ class Extraction:
                 "encoder": _identity(settings),
                 "weights": weights,
                 "normalisation": f"{getattr(encoder, 'mean', None)} {getattr(encoder, 'std', None)}",
-                "dtype": self.experiment.training.dtype,
+                "dtype": encoder_dtype(self.experiment),
             },
             root=self._cache,
             views=views,
@@ -117,16 +129,15 @@ class Extraction:
         """The encoder, its compiled function of images, and a fingerprint of its weights."""
         settings = self.experiment.encoder
         assert not has_ready_regions(settings)
-        dtype = jnp.dtype(self.experiment.training.dtype)
+        dtype = encoder_dtype(self.experiment)
         # As in `Run.model`, so that random weights are the same.
         rngs = nnx.Rngs(self.experiment.training.seed)
-        encoder = build_encoder(settings, self.experiment.data.image_size, dtype=dtype, rngs=rngs)
+        encoder = build_encoder(settings, self.experiment.data.image_size, dtype=jnp.dtype(dtype), rngs=rngs)
         graph, state = nnx.split(encoder)
 
         @jax.jit
         def encode(state: Any, images: Any) -> Any:
-            # Features stored as float32 must not depend on the device's default precision.
-            with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
+            with matmul_precision(dtype):
                 return nnx.merge(graph, state)(images)
 
         return encoder, lambda images: np.asarray(encode(state, images)), fingerprint(encoder)

@@ -31,6 +31,8 @@ from imgcap_jax.files import (
 from imgcap_jax.models.decoders.contract import Decoder
 from imgcap_jax.models.encoders.contract import build_encoder, weights_digest, with_weights
 from imgcap_jax.models.model import CaptionModel, without_values
+from imgcap_jax.precision import compute_dtype
+from imgcap_jax.run.extraction import encoder_dtype, uses_store
 from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
 from imgcap_jax.training.log import METRICS, SAMPLES, TENSORBOARD
 from imgcap_jax.training.self_critical import FREQUENCIES
@@ -174,7 +176,7 @@ class Run:
                 f"captions; give the original file with --weights"
             )
 
-    def model(self, *, with_encoder: bool, restored: bool = False) -> CaptionModel:
+    def model(self, *, with_encoder: bool, restored: bool = False, platform: str | None = None) -> CaptionModel:
         """The model, freshly initialised.
 
         Args:
@@ -182,6 +184,7 @@ class Run:
             restored: whether a checkpoint replaces all trained parameters. They then have shapes, and values only if
                 they cost little or cannot be left out (see ``without_values``). Frozen variables always have values,
                 and so have encoders and decoders with code of users.
+            platform: where the model will run, which determines what training.dtype "auto" is; None: JAX's default.
 
         Raises:
             UserError: the encoder is wanted, but the run was trained on ready-made regions.
@@ -190,14 +193,17 @@ class Run:
         settings: Any = experiment.encoder
         if with_encoder and has_ready_regions(settings):
             raise UserError(f"{self.folder} was trained on ready-made regions, so it has no encoder for photos")
-        dtype = jnp.dtype(experiment.training.dtype)
+        dtype = compute_dtype(experiment.training.dtype, platform)
 
         def build_own_encoder(rngs: nnx.Rngs) -> nnx.Module:
-            encoder: nnx.Module = build_encoder(settings, experiment.data.image_size, dtype=dtype, rngs=rngs)
+            own = jnp.dtype(encoder_dtype(experiment, platform))
+            encoder: nnx.Module = build_encoder(settings, experiment.data.image_size, dtype=own, rngs=rngs)
             return encoder
 
         def build_decoder(rngs: nnx.Rngs) -> Decoder:
-            return experiment.decoder.build(settings.region_size, len(self.vocabulary), dtype=dtype, rngs=rngs)
+            return experiment.decoder.build(
+                settings.region_size, len(self.vocabulary), dtype=jnp.dtype(dtype), rngs=rngs
+            )
 
         seed = experiment.training.seed
         decoder = encoder = None
@@ -211,7 +217,11 @@ class Run:
             rngs = nnx.Rngs(seed)  # the encoder draws first, then the decoder
             encoder = build_own_encoder(rngs) if with_encoder else None
             decoder = build_decoder(rngs) if decoder is None else decoder
-        return CaptionModel(encoder, decoder)
+        # Of a new photo, the decoder sees the numbers that the store would hold.
+        rounded = experiment.data.feature_dtype if with_encoder and uses_store(experiment) else None
+        return CaptionModel(
+            encoder, decoder, dtype=dtype, encoder_dtype=encoder_dtype(experiment, platform), rounded=rounded
+        )
 
 
 def _can_be_traced(settings: Any) -> bool:

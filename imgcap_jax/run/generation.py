@@ -34,6 +34,7 @@ from imgcap_jax.metrics.degeneration import BAD_ENDINGS, CONJUNCTIONS, FUNCTION_
 from imgcap_jax.metrics.degeneration_device import FunctionWords
 from imgcap_jax.models.decoders.contract import DecoderSettings, check_length
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
+from imgcap_jax.precision import matmul_precision
 from imgcap_jax.special_tokens import BOS, UNK
 from imgcap_jax.tokenizers import tokens_of
 
@@ -131,19 +132,21 @@ def caption_function(
     def captions(params: Sequence[Params], frozen: Sequence[Frozen], batches: Sequence[Mapping[str, Array]]) -> Decoded:
         models = [nnx.merge(*parts) for parts in zip(graphs, params, frozen, strict=True)]
         steps = decoding.max_words  # a longer caption is cut there and has no eos
-        starts = [
-            model.decoder.start(model.regions(batch), parallel, steps=steps, region_mask=batch.get("region_mask"))
-            for model, batch in zip(models, batches, strict=True)
-        ]
+        starts = []
+        for model, batch in zip(models, batches, strict=True):
+            with matmul_precision(model.dtype):
+                mask = batch.get("region_mask")
+                starts.append(model.decoder.start(model.regions(batch), parallel, steps=steps, region_mask=mask))
         memories = [memory for memory, _ in starts]
         carry = tuple(carry for _, carry in starts)
 
         def step(carries: Any, tokens: Array) -> tuple[Any, Array]:
             stepped, logits = [], []
             for model, memory, carry in zip(models, memories, carries, strict=True):
-                carry, output = model.decoder.step(carry, tokens, memory)
-                stepped.append(carry)
-                logits.append(model.decoder.logits(output))
+                with matmul_precision(model.dtype):
+                    carry, output = model.decoder.step(carry, tokens, memory)
+                    stepped.append(carry)
+                    logits.append(model.decoder.logits(output))
             return tuple(stepped), logits[0] if len(models) == 1 else _mean_probability(logits)
 
         if decoding.samples:
