@@ -488,6 +488,12 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from imgcap_jax.cli.doctor import doctor
+
+    return doctor(data_dir=options.data_dir, as_json=options.json)
+
+
 def _tokenizer(options: argparse.Namespace) -> Any:
     """The tokeniser that the user named, after the code that defines it."""
     from imgcap_jax.tokenizers import find_tokenizer
@@ -529,6 +535,7 @@ _COMMANDS = {
     "prepare": _prepare,
     "inspect": _inspect,
     "list": _list,
+    "doctor": _doctor,
 }
 
 

@@ -13,6 +13,7 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.files import check_name, local_path
 
 _EPILOG = """examples:
+  imgcap doctor
   imgcap data prepare scenes
   imgcap data list
   imgcap train scenes_demo
@@ -86,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_prepare(actions)
     _add_inspect(actions)
     _add_list(actions)
+    _add_doctor(commands)
     return parser
 
 
@@ -343,6 +345,18 @@ def _add_list(actions: Commands) -> None:
         "checked; imgcap data inspect NAME --check reads all files.",
     )
     _add_data_dir(listing)
+
+
+def _add_doctor(commands: Commands) -> None:
+    doctor = _add_command(
+        commands,
+        "doctor",
+        help="what works here, what is missing, and what to type next",
+        description="Report devices, versions, folders, datasets, runs and extras, what is missing, and what to type "
+        "next. The exit code is 1 if training, evaluating or captioning cannot work here. Nothing is downloaded.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print the report as JSON")
+    _add_data_dir(doctor)
 
 
 def _add_code(parser: argparse.ArgumentParser) -> None:
