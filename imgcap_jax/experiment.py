@@ -22,7 +22,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from imgcap_jax.data.pipeline import CaptionData
 from imgcap_jax.data.regions import RegionSettings, has_ready_regions

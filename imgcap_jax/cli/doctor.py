@@ -212,6 +212,7 @@ def _ask_devices() -> list[Finding]:
 
     from imgcap_jax.experiment import Training
     from imgcap_jax.precision import compute_dtype
+    from imgcap_jax.training.parallel import DataParallel
 
     kinds = ", ".join(dict.fromkeys(device.device_kind for device in jax.devices()))
     count, hosts = len(jax.devices()), jax.process_count()
@@ -222,7 +223,8 @@ def _ask_devices() -> list[Finding]:
         result.append(Finding("memory of each", _size(stats["bytes_limit"])))
     assert float(jax.jit(lambda x: x + 1)(1.0)) == 2.0
     result.append(Finding("training.dtype", f"auto is {compute_dtype('auto')} here"))
-    result.append(Finding("training.parallel", f"{Training().parallel} (default)"))
+    mode = Training().parallel
+    result.append(Finding("training.parallel", f"{mode} is {DataParallel(mode).mode} here" if mode == "auto" else mode))
     return result
 
 
