@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,15 +20,15 @@ from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError, counted
 from imgcap_jax.experiment import Experiment, differences, signature
-from imgcap_jax.files import check_name, local_path, owning, write_text
+from imgcap_jax.files import check_name, local_path, owning
 from imgcap_jax.models.decoders.contract import check_length
 from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import Frozen, parameter_count, split_trained
 from imgcap_jax.precision import at_precision, compute_dtype
 from imgcap_jax.report import smoke as smoke_report
-from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator, naming_run
+from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator, evaluated_images, naming_run
 from imgcap_jax.run.extraction import Extraction, uses_store
-from imgcap_jax.run.folder import PROCESSES, Run, empty_smoke, find_run, nothing_left_if_refused
+from imgcap_jax.run.folder import Run, empty_smoke, find_run, nothing_left_if_refused
 from imgcap_jax.run.generation import check_decoding
 from imgcap_jax.run.notes import check_objective, check_together, starting_notes, without_effect
 from imgcap_jax.run.transfer import check_encoder, transfer
@@ -118,7 +117,7 @@ def _train(
         )
         for note in about:
             show(f"note: {note}")
-    data = _with_features(data, experiment, cache)
+    data = _with_features(data, experiment, cache, parallel)
 
     # The model (encoder and decoder, see run/folder.py), on all devices. The state of a resumed run has no values yet.
     checkpoints = Checkpoints(folder, writing=is_first_process())
@@ -342,15 +341,17 @@ def _open_data(experiment: Experiment, smoke: bool) -> Data:
     return Data(sources, [weight for _, weight in mixture], validation, all_validation)
 
 
-def _with_features(data: Data, experiment: Experiment, cache: Path) -> Data:
+def _with_features(data: Data, experiment: Experiment, cache: Path, parallel: DataParallel) -> Data:
     """The data with stored regions, which are computed if they are missing, unless the encoder runs in each step."""
     if not uses_store(experiment):
         return data
-    extraction = Extraction(experiment, cache, progress=is_first_process())
+    extraction = Extraction(experiment, cache, progress=is_first_process(), parallel=parallel)
     return replace(
         data,
         stores=[extraction.regions(source, views=experiment.data.views) for source in data.sources],
-        validation_store=extraction.regions(data.validation, views=1),
+        validation_store=extraction.regions(
+            data.validation, views=1, images=evaluated_images(len(data.validation), parallel)
+        ),
     )
 
 
@@ -394,12 +395,7 @@ def _check_processes(run: Run, step: int | None, parallel: DataParallel) -> None
     """
     if jax.process_count() == 1:
         return
-    note = run.folder / PROCESSES
-    nonce = parallel.broadcast(secrets.randbits(31))
-    if is_first_process():
-        write_text(note, str(nonce))
-    parallel.wait()  # until it is written
-    shared = note.is_file() and note.read_text() == str(nonce)
+    shared = parallel.share(run.folder)
     start = signature(run.experiment), run.vocabulary.words, str(run.init_from), step
     digest = int.from_bytes(hashlib.sha256(repr(start).encode()).digest()[:4], "big") >> 1
     largest, smallest, apart = parallel.agree(digest, -digest, not shared)

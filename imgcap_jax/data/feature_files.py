@@ -3,8 +3,9 @@
 `regions.npy` [I, views, N, D] has its full size from the beginning. Its rows are computed in blocks. A process locks
 the block that it computes. An empty file marks each block whose rows have reached the disk. `digests.bin` contains the
 first eight bytes of the SHA-256 of each row, so that a reader can check the rows that it reads: a digest of the whole
-file would require reading all of it before training. `manifest.json` describes the rows, records whether all of them
-are computed, and has the digests of itself and of `digests.bin`. Stores of earlier versions have no digests.
+file would require reading all of it before training. If the number of regions varies, `counts.bin` contains that of
+each row (int32), and the other regions are zeros. `manifest.json` describes the rows, records whether all of them are
+computed, and has the digests of itself and of the `.bin` files. Stores of earlier versions have no digests.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -36,8 +37,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 # .npy does not support bfloat16; its bits are stored as uint16.
 _STORED = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 REGIONS = "regions.npy"
-_MANIFEST, _DIGESTS, _LOCK, _BLOCKS = "manifest.json", "digests.bin", "lock", "blocks"
+_MANIFEST, _LOCK, _BLOCKS = "manifest.json", "lock", "blocks"
 _DIGEST_BYTES = 8
+_BYTES_PER_ROW = {"digests": _DIGEST_BYTES, "counts": 4}  # of the file `<name>.bin`; the manifest has its digest
 
 
 class FeatureWriter:
@@ -55,7 +57,10 @@ class FeatureWriter:
         fingerprint: str,
         shape: tuple[int, int, int, int],
         dtype: Dtype,
+        *,
+        counted: bool = False,
     ) -> None:
+        """Writes nothing yet. `counted`: the number of regions varies."""
         self.folder = folder
         self.shape = shape
         self.rows = shape[0] * shape[1]
@@ -64,7 +69,8 @@ class FeatureWriter:
         self._row_bytes = shape[2] * shape[3] * DTYPES[dtype].itemsize
         self._block_rows = 0
         self._file = -1
-        self._digests: int | None = None
+        self._counted = counted
+        self._more: dict[str, int] = {}  # "digests" and "counts", open
         self._held: dict[int, TextIO] = {}
         self._missing: dict[int, int] = {}
 
@@ -91,22 +97,23 @@ class FeatureWriter:
                 if blocks.exists():  # left by an earlier store; it would mark missing rows as done
                     shutil.rmtree(blocks)
                 self._allocate()
-                started = {**self._manifest, "digests": "", "block_rows": block_rows, "done": False}
+                more = dict.fromkeys(["digests", "counts"] if self._counted else ["digests"], "")
+                started = {**self._manifest, **more, "block_rows": block_rows, "done": False}
                 _write_manifest(self.folder, started)
             blocks.mkdir(exist_ok=True)
         manifest = read_manifest(self.folder)
         self._block_rows = manifest["block_rows"]
         self._file = os.open(self.folder / REGIONS, os.O_WRONLY | os.O_NOFOLLOW)
-        if "digests" in manifest:
-            self._digests = os.open(self.folder / _DIGESTS, os.O_WRONLY | os.O_NOFOLLOW)
+        for name in _BYTES_PER_ROW:
+            if name in manifest:
+                self._more[name] = os.open(_file_of(self.folder, name), os.O_WRONLY | os.O_NOFOLLOW)
         try:
             yield
         finally:
             for held in self._held.values():
                 held.close()
-            os.close(self._file)
-            if self._digests is not None:
-                os.close(self._digests)
+            for file in (self._file, *self._more.values()):
+                os.close(file)
 
     def _check(self) -> None:
         manifest = read_manifest(self.folder)
@@ -114,12 +121,13 @@ class FeatureWriter:
         header = regions_offset(self.folder, manifest)
         if header != len(self._header()):
             raise damaged(self.folder / REGIONS, "its header does not match the manifest")
-        if "digests" in manifest:
-            _check_digests_size(self.folder, self.rows)
+        for name in _BYTES_PER_ROW:
+            if name in manifest:
+                _check_size(self.folder, name, self.rows)
 
     def _allocate(self) -> None:
-        for name in (REGIONS, _DIGESTS):
-            (self.folder / name).unlink(missing_ok=True)  # left by a process that was killed at this point
+        for path in (self.folder / REGIONS, *(_file_of(self.folder, name) for name in _BYTES_PER_ROW)):
+            path.unlink(missing_ok=True)  # left by a process that was killed at this point
         free = shutil.disk_usage(self.folder).free
         if self.nbytes > free:
             raise OSError(errno.ENOSPC, f"{self.nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
@@ -133,10 +141,12 @@ class FeatureWriter:
                 file.truncate(size)
             file.flush()
             os.fsync(file.fileno())
-        with (self.folder / _DIGESTS).open("wb") as file:
-            file.truncate(self.rows * _DIGEST_BYTES)
-            file.flush()
-            os.fsync(file.fileno())
+        for name, size in _BYTES_PER_ROW.items():
+            if name == "digests" or self._counted:
+                with _file_of(self.folder, name).open("wb") as file:
+                    file.truncate(self.rows * size)
+                    file.flush()
+                    os.fsync(file.fileno())
 
     def _header(self) -> bytes:
         header = io.BytesIO()
@@ -183,12 +193,13 @@ class FeatureWriter:
             self._missing[block] = len(self._rows_of(block))
             yield self._rows_of(block)
 
-    def write(self, first: int, regions: npt.NDArray[np.float32]) -> None:
+    def write(self, first: int, regions: npt.NDArray[np.float32], counts: Sequence[int] | None = None) -> None:
         """Writes consecutive rows of one block. Syncs the block to the disk once it is complete.
 
         Args:
             first: number of the first row.
             regions: [B, N, D].
+            counts: [B], the number of regions of each row, for a store whose rows are counted.
 
         Raises:
             UserError: a value is NaN or infinite, or does not fit the dtype.
@@ -206,14 +217,15 @@ class FeatureWriter:
             )
         rows = cast.view(_STORED[self._dtype])
         _write_at(self._file, rows.tobytes(), len(self._header()) + first * self._row_bytes)
-        if self._digests is not None:
-            _write_at(self._digests, b"".join(map(row_digest, rows)), first * _DIGEST_BYTES)
+        if "digests" in self._more:
+            _write_at(self._more["digests"], b"".join(map(row_digest, rows)), first * _DIGEST_BYTES)
+        if counts is not None:
+            _write_at(self._more["counts"], np.array(counts, "<i4").tobytes(), first * _BYTES_PER_ROW["counts"])
         block = first // self._block_rows
         self._missing[block] -= len(regions)
         if not self._missing[block]:
-            os.fsync(self._file)
-            if self._digests is not None:
-                os.fsync(self._digests)
+            for file in (self._file, *self._more.values()):
+                os.fsync(file)
             (self.folder / _BLOCKS / f"{block}.done").touch()
             self._held.pop(block).close()
 
@@ -223,8 +235,7 @@ class FeatureWriter:
             fcntl.flock(lock, fcntl.LOCK_EX)  # several processes may get here at the same time
             if not is_finished(self.folder):
                 finished = {**self._manifest, "block_rows": self._block_rows, "done": True}
-                if self._digests is not None:
-                    finished["digests"] = file_digest(self.folder / _DIGESTS)
+                finished |= {name: file_digest(_file_of(self.folder, name)) for name in self._more}
                 _write_manifest(self.folder, finished)
             shutil.rmtree(self.folder / _BLOCKS, ignore_errors=True)
 
@@ -233,6 +244,10 @@ def _write_at(file: int, data: bytes, place: int) -> None:
     while data:
         written = os.pwrite(file, data, place)
         data, place = data[written:], place + written
+
+
+def _file_of(folder: Path, name: str) -> Path:
+    return folder / f"{name}.bin"
 
 
 def row_digest(row: npt.NDArray[Any]) -> bytes:
@@ -283,7 +298,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Returns:
         "shape", "dtype", "fingerprint" and "key" of the features; "block_rows"; "done", whether all rows are computed;
-        and "digests", the SHA-256 of `digests.bin` if they are (no entry: the store has no digests).
+        and "digests" and "counts", the SHA-256 of their files if they are (no entry: the store has no such file).
 
     Raises:
         UserError: the manifest is missing or damaged.
@@ -330,21 +345,31 @@ def regions_offset(folder: Path, manifest: Mapping[str, Any]) -> int:
         return file.tell()
 
 
+def read_counts(folder: Path, manifest: Mapping[str, Any]) -> npt.NDArray[np.int32] | None:
+    """The number of regions of each row of a finished store; None if all rows have N. Raises as `read_digests`."""
+    counts = _read_more(folder, manifest, "counts")
+    return None if counts is None else np.frombuffer(counts, "<i4")
+
+
 def read_digests(folder: Path, manifest: Mapping[str, Any]) -> bytes | None:
     """The digests of all rows of a finished store, in their order; None if it has none.
 
     Raises:
         UserError: they are missing or damaged.
     """
-    if "digests" not in manifest:
+    return _read_more(folder, manifest, "digests")
+
+
+def _read_more(folder: Path, manifest: Mapping[str, Any], name: str) -> bytes | None:
+    if name not in manifest:
         return None
-    path = folder / _DIGESTS
-    _check_digests_size(folder, manifest["shape"][0] * manifest["shape"][1])
+    path = _file_of(folder, name)
+    _check_size(folder, name, manifest["shape"][0] * manifest["shape"][1])
     with reading(path, _advice(folder)):
-        digests = path.read_bytes()
-    if hashlib.sha256(digests).hexdigest() != manifest["digests"]:
+        content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != manifest[name]:
         raise damaged(path, "its digest differs")
-    return digests
+    return content
 
 
 def check_row(folder: Path, digests: bytes, row: int, stored: npt.NDArray[Any]) -> None:
@@ -362,9 +387,9 @@ def map_regions(folder: Path, manifest: Mapping[str, Any]) -> npt.NDArray[Any]:
         )
 
 
-def _check_digests_size(folder: Path, rows: int) -> None:
-    path = folder / _DIGESTS
-    if not path.is_file() or path.stat().st_size != rows * _DIGEST_BYTES:
+def _check_size(folder: Path, name: str, rows: int) -> None:
+    path = _file_of(folder, name)
+    if not path.is_file() or path.stat().st_size != rows * _BYTES_PER_ROW[name]:
         raise damaged(path, "its size does not match the manifest")
 
 

@@ -9,8 +9,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +28,18 @@ from imgcap_jax.data.feature_files import (
     explaining,
     is_finished,
     map_regions,
+    read_counts,
     read_digests,
     read_manifest,
 )
 from imgcap_jax.data.image_files import ImageError, Pixels
 from imgcap_jax.data.images import Augmentation, Resize, augment, decode, names_side
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import json_digest
 from imgcap_jax.terminal import working
 
 if TYPE_CHECKING:
+    from imgcap_jax.data.regions import ReadyRegions
     from imgcap_jax.data.sources import CaptionExample, CaptionSource
 
 Encode = Callable[[Pixels], npt.ArrayLike]
@@ -47,6 +51,7 @@ _VIEW_STREAM = 0x76696577
 # A crash loses at most this many batches per process. Syncing the disk after every batch would be slow.
 _BLOCK_BATCHES = 16
 _WAIT_SECONDS = 0.5
+_BATCH_OF_FILES = 64
 
 
 class FeatureStore:
@@ -81,6 +86,7 @@ class FeatureStore:
         self._stored = map_regions(folder, self.manifest)
         self._dtype = DTYPES[self.manifest["dtype"]]
         self._digests = read_digests(folder, self.manifest)
+        self._counts = read_counts(folder, self.manifest)
         self._checked = np.zeros(self.shape[:2], np.bool_)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -102,17 +108,23 @@ class FeatureStore:
             self._checked[image_and_view] = True
         return stored.view(self._dtype)
 
-    def read_many(self, images: npt.NDArray[np.int64], views: npt.NDArray[np.int32]) -> tuple[npt.NDArray[Any], None]:
-        """The regions [B, N, D] of these views [B] of these images [B]. See `regions.read_regions`."""
+    def read_many(
+        self, images: npt.NDArray[np.int64], views: npt.NDArray[np.int32]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+        """The regions [B, N, D] of these views [B] of these images [B], and their mask. See `regions.read_regions`."""
         if self._digests is not None:
             unread = ~self._checked[images, views]
             for image, view in zip(images[unread].tolist(), views[unread].tolist(), strict=True):
                 _ = self[image, view]
-        return self._stored[images, views].view(self._dtype), None
+        mask = None
+        if self._counts is not None:
+            mask = np.arange(self.shape[2]) < self._counts[images * self.views + views, None]
+        return self._stored[images, views].view(self._dtype), mask
 
-    def read(self, i: int, view: int) -> tuple[npt.NDArray[Any], None]:
-        """Implements `RegionSource.read`. The mask is None, because all regions exist."""
-        return self[i, view], None
+    def read(self, i: int, view: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+        """Implements `RegionSource.read`. The mask is None if all images have N regions."""
+        mask = None if self._counts is None else np.arange(self.shape[2]) < self._counts[i * self.views + view]
+        return self[i, view], mask
 
     @staticmethod
     def build(
@@ -129,7 +141,8 @@ class FeatureStore:
         batch_size: int = 64,
         dtype: Dtype = "float16",
         progress: bool = True,
-    ) -> "FeatureStore":
+        images: Sequence[int] | None = None,
+    ) -> "FeatureStore | PartOfStore":
         """Computes the missing rows of the store of these features, then opens the store.
 
         Several processes that build the same store at the same time share the work.
@@ -153,6 +166,7 @@ class FeatureStore:
             batch_size: number of images encoded at once.
             dtype: dtype of the stored features.
             progress: whether to show size, rate and remaining time on stderr.
+            images: the numbers of the images to compute; the store then has only these. None: all of them.
 
         Raises:
             UserError: the disk has no space, the store is damaged, an image cannot be decoded, a value does not fit
@@ -173,28 +187,136 @@ class FeatureStore:
             "dtype": dtype,
             "format": 2,
         }
-        fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        folder = root / fingerprint[:16]
 
-        def view_of(row: int) -> Pixels:
-            i, view = divmod(row, views)
+        def view_of(i: int, view: int) -> Pixels:
             example = source[i]
             try:
                 return _view(example, i, view, image_size, resize, augmentation)
             except ImageError as error:
                 raise UserError(f"{source.name}: {example.filename}: {error}; {PREPARE_AGAIN}") from error
 
-        shape = (len(source), views, *regions)
-        writer = FeatureWriter(folder, identity, fingerprint, shape, dtype)
-        with explaining(folder):
-            # A finished store may be on a read-only disk.
-            if not is_finished(folder):
-                with writer.open(_BLOCK_BATCHES * batch_size):
-                    _fill(writer, view_of, encode, image_size, batch_size, progress)
-                    writer.finish()
-        store = FeatureStore(folder)
-        check_is_of(folder, store.manifest, {"shape": list(shape), "dtype": dtype, "fingerprint": fingerprint})
-        return store
+        pixels = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
+
+        def encoded(images: Sequence[Pixels]) -> npt.NDArray[np.float32]:
+            for place, image in enumerate(images):
+                pixels[place] = image
+            # The last batch is padded to the shape of all others, so that encode compiles once.
+            pixels[len(images) :] = 0
+            return np.asarray(encode(pixels), np.float32)[: len(images)]
+
+        rows = _Rows(view_of, encoded, batch_size, "compiling the encoder")
+        return _built(rows, identity, (len(source), views, *regions), dtype, root, images, progress)
+
+    @staticmethod
+    def of_regions(
+        regions: "ReadyRegions",
+        *,
+        root: Path,
+        dtype: Dtype = "float16",
+        progress: bool = True,
+        images: Sequence[int] | None = None,
+    ) -> "FeatureStore | PartOfStore":
+        """Copies ready-made regions into a store, which is read many times as fast as their files.
+
+        Values are rounded to `dtype`. An image with fewer than N regions takes the space of N.
+
+        Args:
+            regions: the regions.
+            root: folder of all stores. This store is root/<hash of the settings and of the files' names, sizes and
+                times>.
+            dtype: dtype of the stored regions.
+            progress: see `build`.
+            images: see `build`.
+
+        Raises:
+            UserError: as `build`, and as `ReadyRegions.read`.
+        """
+        identity = {"key": regions.identity(), "images": len(regions), "dtype": dtype, "format": 2}
+
+        def read(i: int, view: int) -> tuple[npt.NDArray[Any], int]:
+            values, mask = regions.read(i, view)
+            return values, int(mask.sum())
+
+        rows = _Rows(read, lambda read: np.stack([values for values, _ in read]), _BATCH_OF_FILES, counted=True)
+        return _built(rows, identity, (len(regions), 1, *regions.shape), dtype, root, images, progress)
+
+
+class PartOfStore:
+    """A store of some images of a split, which are read by their numbers in the split. See `RegionSource`."""
+
+    def __init__(self, store: FeatureStore, images: Sequence[int], count: int) -> None:
+        """Reads nothing yet.
+
+        Args:
+            store: the regions of these images only.
+            images: their numbers in the split.
+            count: the number of images of the split.
+        """
+        self.store = store
+        self.views = store.views
+        self._images = images
+        self._places = {image: place for place, image in enumerate(images)}
+        self._count = count
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PartOfStore, (self.store, self._images, self._count)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, i: int, view: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+        """See `RegionSource`. KeyError: image i is not in this part."""
+        return self.store.read(self._places[i], view)
+
+    def read_many(
+        self, images: npt.NDArray[np.int64], views: npt.NDArray[np.int32]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+        """See `FeatureStore.read_many`. KeyError: an image is not in this part."""
+        return self.store.read_many(np.array([self._places[i] for i in images.tolist()], np.int64), views)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How the rows of a store are computed.
+
+    read: (image, view) -> what a row is computed from; called in threads. If `counted`, a pair of it and the number of
+    regions. compute: a list of at most `batch` of these -> regions [n, N, D]. compiling: what the first call compiles.
+    """
+
+    read: Callable[[int, int], Any]
+    compute: Callable[[Sequence[Any]], npt.NDArray[np.float32]]
+    batch: int
+    compiling: str = ""
+    counted: bool = False
+
+
+def _built(
+    rows: _Rows,
+    identity: Mapping[str, Any],
+    shape: tuple[int, int, int, int],
+    dtype: Dtype,
+    root: Path,
+    images: Sequence[int] | None,
+    progress: bool,
+) -> FeatureStore | PartOfStore:
+    """The store [I, views, N, D] of this identity, or its part with these images. Missing rows are computed."""
+    fingerprint = json_digest(identity)
+    if images is not None and (len(images) == shape[0] or is_finished(root / fingerprint[:16])):
+        images = None
+    if images is not None:
+        identity = {**identity, "part": json_digest(list(images))}
+        fingerprint, shape = json_digest(identity), (len(images), *shape[1:])
+    folder = root / fingerprint[:16]
+    writer = FeatureWriter(folder, identity, fingerprint, shape, dtype, counted=rows.counted)
+    with explaining(folder):
+        # A finished store may be on a read-only disk.
+        if not is_finished(folder):
+            with writer.open(_BLOCK_BATCHES * rows.batch):
+                _fill(writer, rows, images, progress)
+                writer.finish()
+    store = FeatureStore(folder)
+    check_is_of(folder, store.manifest, {"shape": list(shape), "dtype": dtype, "fingerprint": fingerprint})
+    return store if images is None else PartOfStore(store, images, int(identity["images"]))
 
 
 def _view(
@@ -208,33 +330,29 @@ def _view(
     return augment(example.image, example.captions, size, rng, augmentation, resize)
 
 
-def _fill(
-    writer: FeatureWriter,
-    view_of: Callable[[int], Pixels],
-    encode: Encode,
-    image_size: int,
-    batch_size: int,
-    progress: bool,
-) -> None:
+def _fill(writer: FeatureWriter, rows_of: _Rows, images: Sequence[int] | None, progress: bool) -> None:
     """Computes free blocks until none is left, then waits for other processes and takes over blocks they abandon."""
 
     def batches() -> Iterator[range]:
         for block in writer.free_blocks():
-            yield from (block[start : start + batch_size] for start in range(0, len(block), batch_size))
+            yield from (block[start : start + rows_of.batch] for start in range(0, len(block), rows_of.batch))
 
-    images = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
+    def read(row: int) -> Any:
+        place, view = divmod(row, writer.shape[1])
+        return rows_of.read(place if images is None else images[place], view)
+
     if progress:
         size = f"{writer.rows:,} x {writer.shape[2]} x {writer.shape[3]}, {writer.nbytes / 1e9:.2f} GB"
         print(f"features: {size} in {writer.folder}", file=sys.stderr, flush=True)
     unit = "images" if writer.shape[1] == 1 else "views"
-    done, compiled = writer.done, False
+    done, compiled = writer.done, not rows_of.compiling
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         working("features", writer.rows, unit, done=done, shown=progress) as work,
     ):
 
-        def decoded(rows: range | None) -> list[Future[Pixels]]:
-            return [pool.submit(view_of, row) for row in rows or ()]
+        def decoded(rows: range | None) -> list[Future[Any]]:
+            return [pool.submit(read, row) for row in rows or ()]
 
         try:
             while writer.done < writer.rows:
@@ -242,16 +360,13 @@ def _fill(
                 rows = next(waiting, None)
                 pending = decoded(rows)
                 while rows is not None:
-                    for place, future in enumerate(pending):
-                        images[place] = future.result()
-                    # The last batch is padded to the shape of all others, so that encode compiles once.
-                    images[len(rows) :] = 0
+                    found = [future.result() for future in pending]
                     # The next batch is decoded while this one is encoded.
                     following = next(waiting, None)
                     pending = decoded(following)
-                    with working("compiling the encoder", shown=progress and not compiled):
-                        regions = np.asarray(encode(images), np.float32)
-                    writer.write(rows.start, regions[: len(rows)])
+                    with working(rows_of.compiling, shown=progress and not compiled):
+                        regions = rows_of.compute(found)
+                    writer.write(rows.start, regions, [count for _, count in found] if rows_of.counted else None)
                     done += len(rows)
                     if following is None or following.start != rows.stop:
                         done = writer.done  # includes the rows of other processes

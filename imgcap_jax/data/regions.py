@@ -1,5 +1,6 @@
 """Ready-made regions (bottom-up attention, CLIP), one file per image, in place of an encoder."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,7 +164,25 @@ class ReadyRegions:
     def __len__(self) -> int:
         return len(self._source)
 
-    def read(self, i: int, view: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D)."""
+        return self._config.max_regions, self._config.region_size
+
+    def identity(self) -> dict[str, Any]:
+        """What the regions depend on, for a copy: the settings, and the names, sizes and times of the files."""
+        config = self._config
+        files = hashlib.sha256()
+        for path in self._paths:
+            found = path.stat()
+            files.update(f"{path.name} {found.st_size} {found.st_mtime_ns}\n".encode())
+        return {
+            "regions": [config.max_regions, config.region_size, config.key],
+            "files": files.hexdigest() if self._paths else self._source.fingerprint,
+            "dataset": [self._source.name, self._source.split],
+        }
+
+    def read(self, i: int, view: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         """The regions float32 [N, D] of an image, padded with zeros, and the mask [N] of those that exist.
 
         Raises:

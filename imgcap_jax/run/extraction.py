@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from imgcap_jax.data.features import FeatureStore
-from imgcap_jax.data.regions import RegionSource, has_ready_regions
+from imgcap_jax.data.regions import ReadyRegions, RegionFiles, RegionSource, has_ready_regions
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
@@ -20,9 +20,10 @@ from imgcap_jax.files import file_digest
 from imgcap_jax.models.encoders.contract import build_encoder
 from imgcap_jax.models.encoders.pretrained.weights import fingerprint
 from imgcap_jax.precision import compute_dtype, frozen_dtype, matmul_precision
+from imgcap_jax.training.parallel import DataParallel
 from imgcap_jax.user_code import source_files
 
-BATCH = 32  # images per encoder pass; one shape, so one compilation
+BATCH = 32  # images per encoder pass and device; one shape, so one compilation
 
 
 def uses_store(experiment: Experiment) -> bool:
@@ -49,9 +50,10 @@ def extract(experiment: Experiment, splits: Sequence[str], cache: Path) -> None:
         UserError: the experiment has no features to store, or a split does not exist; see also `Extraction`.
     """
     settings = experiment.encoder
-    if has_ready_regions(settings) or not uses_store(experiment):
-        if has_ready_regions(settings):
-            why = "reads ready-made regions"
+    own = has_ready_regions(settings) and not isinstance(settings, RegionFiles)
+    if own or not uses_store(experiment):
+        if own:
+            why = f"reads ready-made regions ({type(settings).__name__})"
         elif settings.frozen:
             why = "draws new augmentations in each epoch (data.views is 1)"
         else:
@@ -79,27 +81,45 @@ def _identity(settings: Any) -> str:
 class Extraction:
     """The regions of splits as an experiment needs them. What is missing is computed."""
 
-    def __init__(self, experiment: Experiment, cache: Path, *, progress: bool = True) -> None:
-        """Computes nothing yet.
+    def __init__(
+        self, experiment: Experiment, cache: Path, *, progress: bool = True, parallel: DataParallel | None = None
+    ) -> None:
+        """Computes nothing yet. With several processes, all of them must call it.
 
         Args:
             experiment: its encoder, image size and resizing are used.
             cache: folder of the stores. The key of a store covers everything that determines its content.
             progress: whether to show images/s and the time left.
+            parallel: the devices, if several processes work together. If they have the same ``cache``, they share the
+                work, and each of them can read everything. If not, see ``regions``.
         """
+        self._shared = parallel is None or parallel.share(cache)
         self.experiment = experiment
         self._cache = cache
         self._progress = progress
 
-    def regions(self, source: CaptionSource, *, views: int) -> RegionSource:
+    def regions(self, source: CaptionSource, *, views: int, images: Sequence[int] | None = None) -> RegionSource:
         """The regions of a split, in this number of views per image: the image itself, its mirror image, random crops.
 
+        Args:
+            source: the split.
+            views: the number of views.
+            images: the numbers of the images that this process will read; None: all of them. Processes that do not
+                have the same cache compute and store only these. Otherwise all images are there.
+
         Raises:
-            UserError: see `FeatureStore.build` and `RegionSettings.read_regions`.
+            UserError: see `FeatureStore.build`, `FeatureStore.of_regions` and `RegionSettings.read_regions`.
         """
         data, settings = self.experiment.data, self.experiment.encoder
+        if self._shared:
+            images = None
         if has_ready_regions(settings):
-            return settings.read_regions(source)
+            ready = settings.read_regions(source)
+            if not isinstance(ready, ReadyRegions):
+                return ready  # of a user, who decides where they are kept
+            return FeatureStore.of_regions(
+                ready, root=self._cache, dtype=data.feature_dtype, progress=self._progress, images=images
+            )
         encoder, encode, weights = self._encoder
         return FeatureStore.build(
             source,
@@ -119,9 +139,10 @@ class Extraction:
             image_size=data.image_size,
             resize=data.resize,
             augmentation=data.augmentation,
-            batch_size=BATCH,
+            batch_size=BATCH * jax.local_device_count(),
             dtype=data.feature_dtype,
             progress=self._progress,
+            images=images,
         )
 
     @cached_property
@@ -135,9 +156,16 @@ class Extraction:
         encoder = build_encoder(settings, self.experiment.data.image_size, dtype=jnp.dtype(dtype), rngs=rngs)
         graph, state = nnx.split(encoder)
 
-        @jax.jit
+        local = DataParallel(devices=jax.local_devices())
+        state = local.replicate(state)
+
+        @local.map_rows
         def encode(state: Any, images: Any) -> Any:
             with matmul_precision(dtype):
                 return nnx.merge(graph, state)(images)
 
-        return encoder, lambda images: np.asarray(encode(state, images)), fingerprint(encoder)
+        def encoded(images: np.ndarray) -> np.ndarray:
+            regions: np.ndarray = local.own(encode(state, local.put_rows({"image": images}, len(images))["image"]))
+            return regions
+
+        return encoder, encoded, fingerprint(encoder)

@@ -45,7 +45,6 @@ INIT_FROM = "init_from.json"
 WEIGHTS = "weights.json"
 CODE = "code"  # copies of users' files, and their digests
 SMOKE = ".smoke"  # marks the folder of a smoke run, which the next one empties
-PROCESSES = ".processes"  # by which several processes notice that they have the same folder
 _WRITTEN = (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, VOCABULARY, INIT_FROM, WEIGHTS, CODE)
 
 
@@ -408,7 +407,7 @@ def nothing_left_if_refused(folder: Path) -> Iterator[None]:
 
     The files of an earlier smoke run are not restored.
     """
-    names = (EXPERIMENT, FREQUENCIES, SMOKE, PROCESSES, *_WRITTEN)
+    names = (EXPERIMENT, FREQUENCIES, SMOKE, *_WRITTEN)
     new = [name for name in names if not os.path.lexists(folder / name)]
     before = {} if (folder / SMOKE).exists() else {path: path.read_bytes() for path in _small_files(folder)}
     try:

@@ -1,6 +1,9 @@
 """Data parallelism: runs a per-device step on all devices, with ``jax.pmap`` or ``jax.shard_map``."""
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -11,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import reason
+from imgcap_jax.files import reason, write_text
 from imgcap_jax.models.members import POPULATION
 
 AXIS = "devices"
@@ -183,6 +186,22 @@ class DataParallel:
             return wishes
         gathered = multihost_utils.process_allgather(np.array(wishes, np.int32))
         return tuple(int(wish) for wish in gathered.max(axis=0))
+
+    def share(self, folder: Path) -> bool:
+        """Whether a folder is the same one on the hosts of all processes, and can be written. It is made if missing."""
+        if jax.process_count() == 1:
+            return True
+        note = folder / f".process_{self.broadcast(secrets.randbits(31))}"
+        try:
+            if is_first_process():
+                with suppress(UserError):  # read-only: the processes can't work together there
+                    write_text(note, "")
+            self.wait()  # until it is written
+            (missing,) = self.agree(not note.is_file())
+            return not missing
+        finally:
+            if is_first_process():
+                note.unlink(missing_ok=True)
 
     def wait(self) -> None:
         """Waits until all processes are here."""

@@ -13,13 +13,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from imgcap_jax.data import feature_files, features
-from imgcap_jax.data.features import FeatureStore
+from imgcap_jax.data.features import FeatureStore, PartOfStore
 from imgcap_jax.data.images import Augmentation, decode
 from imgcap_jax.errors import UserError
 
@@ -77,7 +78,7 @@ class Encode:
         return images.reshape(BATCH, SIZE, SIZE * 3).astype(np.float32) / 8
 
 
-def build(root: Path, encode: Encode, **changes: object) -> FeatureStore:
+def build(root: Path, encode: Encode, **changes: object) -> Any:
     settings = {
         "regions": (SIZE, SIZE * 3),
         "key": {"encoder": "rows", "weights": "f00"},
@@ -206,6 +207,22 @@ def test_views(tmp_path: Path) -> None:
     fewer = build(tmp_path, Encode(), views=3)
     assert fewer.folder != store.folder
     np.testing.assert_array_equal(contents(fewer), contents(store)[:, :3])
+
+
+def test_a_part_has_the_features_of_the_whole(tmp_path: Path) -> None:
+    """Also of random views, whose random numbers depend on the number of the image in the split."""
+    images = [2, 3, 9, 17]
+    part = build(tmp_path / "part", Encode(), views=3, images=images)
+    whole = build(tmp_path / "whole", Encode(), views=3)
+    assert isinstance(part, PartOfStore)
+    assert (len(part), part.views, len(part.store)) == (IMAGES, 3, len(images))
+    for store in (part, pickle.loads(pickle.dumps(part))):
+        for image in images:
+            for view in range(3):
+                np.testing.assert_array_equal(store.read(image, view)[0], whole[image, view])
+    encode = Encode()
+    assert build(tmp_path / "whole", encode, views=3, images=images).shape == whole.shape  # the whole store is there
+    assert not encode.calls
 
 
 def test_views_need_a_crop(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import pickle
 import re
+import shutil
 import struct
 import tracemalloc
 import zipfile
@@ -14,6 +16,8 @@ import numpy as np
 import pytest
 
 from imgcap_jax.captioner import Captioner
+from imgcap_jax.data import features
+from imgcap_jax.data.features import FeatureStore, PartOfStore
 from imgcap_jax.data.pipeline import CaptionData
 from imgcap_jax.data.regions import ReadyRegions, RegionFiles
 from imgcap_jax.data.sources import CaptionSource, open_source
@@ -22,6 +26,7 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, Training, from_json, to_json
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.run.evaluation import evaluate
+from imgcap_jax.run.extraction import Extraction
 from imgcap_jax.run.folder import Run
 from imgcap_jax.train import train
 from imgcap_jax.training.cross_entropy import CrossEntropy
@@ -131,6 +136,69 @@ def test_errors_name_the_problem(source: CaptionSource, folder: Path, tmp_path: 
     for i, reason in enumerate(map(re.escape, reasons)):
         with pytest.raises(UserError, match=reason):
             ReadyRegions(RegionFiles(broken, region_size=D), source).read(i, 0)
+
+
+def test_store_of_files_has_their_values_in_half_precision(
+    source: CaptionSource, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = RegionFiles(folder, region_size=D, max_regions=4)
+    files = ReadyRegions(settings, source)
+    experiment = Experiment(data=CaptionData("scenes"), encoder=settings)
+    extraction = Extraction(experiment, tmp_path, progress=False)
+
+    def limited(ready: ReadyRegions, i: int, view: int) -> Any:
+        if i == 30:
+            raise KeyboardInterrupt
+        return read(ready, i, view)
+
+    read = ReadyRegions.read
+    monkeypatch.setattr(features, "_BATCH_OF_FILES", 2)
+    monkeypatch.setattr(features, "_BLOCK_BATCHES", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(ReadyRegions, "read", limited)
+        with pytest.raises(KeyboardInterrupt):
+            extraction.regions(source, views=1)
+    missing: list[int] = []
+    monkeypatch.setattr(ReadyRegions, "read", lambda ready, i, view: (missing.append(i), read(ready, i, view))[1])
+    store = extraction.regions(source, views=1)
+    assert isinstance(store, FeatureStore)
+    assert min(missing) == 28  # the interrupted block of four; finished blocks are not read again
+    monkeypatch.setattr(ReadyRegions, "read", read)
+    for i in range(len(source)):
+        values, mask = store.read(i, 0)
+        expected, expected_mask = files.read(i, 0)
+        np.testing.assert_array_equal(values, expected.astype(np.float16))
+        np.testing.assert_array_equal(mask, expected_mask)
+    again = pickle.loads(pickle.dumps(store))
+    np.testing.assert_array_equal(again.read(3, 0)[1], files.read(3, 0)[1])
+    shape = store.shape
+    (store.folder / "counts.bin").write_bytes(bytes(4 * len(source)))
+    with pytest.raises(UserError, match=r"counts\.bin is damaged \(its digest differs\): delete the folder"):
+        FeatureStore(store.folder)
+    part = FeatureStore.of_regions(files, root=tmp_path / "part", progress=False, images=[3, 7])
+    assert isinstance(part, PartOfStore)
+    assert (part.store.shape, len(part)) == ((2, *shape[1:]), len(source))
+    np.testing.assert_array_equal(part.read(7, 0)[0], files.read(7, 0)[0].astype(np.float16))
+    with pytest.raises(KeyError):
+        part.read(4, 0)
+
+
+def test_changed_region_file_makes_a_new_store(source: CaptionSource, folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    settings = RegionFiles(copy, region_size=D, max_regions=4)
+    before = FeatureStore.of_regions(ReadyRegions(settings, source), root=tmp_path, progress=False)
+    assert isinstance(before, FeatureStore)
+    shutil.move(copy, tmp_path / "moved")
+    moved = ReadyRegions(RegionFiles(tmp_path / "moved", region_size=D, max_regions=4), source)
+    same = FeatureStore.of_regions(moved, root=tmp_path, progress=False)
+    assert isinstance(same, FeatureStore)
+    assert same.folder == before.folder
+    np.save(tmp_path / "moved" / f"{source.image_ids()[2]}.npy", np.ones((3, D), np.float32))
+    after = FeatureStore.of_regions(moved, root=tmp_path, progress=False)
+    assert isinstance(after, FeatureStore)
+    assert after.folder != before.folder
+    assert (after.read(2, 0)[0][:3] == 1).all()
 
 
 def npy_header(text: str) -> bytes:

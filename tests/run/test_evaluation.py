@@ -110,7 +110,23 @@ sys.path.insert(0, os.environ["TESTS"])
 from test_evaluation import found_by
 decoded, loss = found_by(DataParallel("shard_map"), Path(folder))
 captions = [asdict(one) | {"tokens": None} for one in decoded]
-Path(out).write_text(json.dumps({"read": sorted(set(read)), "captions": captions, "loss": loss}))
+found = {"read": sorted(set(read)), "captions": captions, "loss": loss}
+
+from imgcap_jax.data.regions import RegionFiles
+from imgcap_jax.data.sources import open_source
+from imgcap_jax.experiment import Experiment
+from imgcap_jax.run.evaluation import evaluated_images
+from imgcap_jax.run.extraction import Extraction
+regions = Path(os.environ["REGIONS"])
+experiment = Experiment(encoder=RegionFiles(regions, region_size=2, max_regions=3))
+source, parallel = open_source("scenes", "test", None), DataParallel("shard_map")
+for name in ("own" + index, "common"):
+    extraction = Extraction(experiment, regions.parent / name, progress=False, parallel=parallel)
+    store = extraction.regions(source, views=1, images=evaluated_images(len(source), parallel))
+    rows = store.shape[0] if name == "common" else store.store.shape[0]
+    batches = pipeline.eval_batches(experiment.data, source, batch_size=12, rows=parallel.rows(12), features=store)
+    found[name[:3]] = [rows, next(iter(batches))["regions"][:, 0, 0].tolist()]
+Path(out).write_text(json.dumps(found))
 """
 
 
@@ -120,11 +136,17 @@ def test_two_processes_share_the_images_and_find_the_same(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    data_dir = Run.load(trained).experiment.data.data_dir
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "TESTS": str(Path(__file__).parent),
+        "REGIONS": str(tmp_path / "regions"),
+        "TFDS_DATA_DIR": str(data_dir),
     }
+    (tmp_path / "regions").mkdir()
+    for place, image_id in enumerate(open_source("scenes", "test", data_dir).image_ids()):
+        np.save(tmp_path / "regions" / f"{image_id}.npy", np.full((1, 2), place, np.float32))
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TWO, str(trained), port, str(index), str(tmp_path / f"{index}.json")],
@@ -140,6 +162,9 @@ def test_two_processes_share_the_images_and_find_the_same(
     first, second = (json.loads((tmp_path / f"{index}.json").read_text()) for index in (0, 1))
     assert first["read"] == [0, 1, 2, 3, 4, 5]
     assert second["read"] == [6, 7, 8, 9, 10, 11]
+    # Without a common cache each process stores the regions of its own images.
+    assert [first["own"], second["own"]] == [[6, [0, 1, 2, 3, 4, 5]], [6, [6, 7, 8, 9, 10, 11]]]
+    assert [first["com"], second["com"]] == [[12, [0, 1, 2, 3, 4, 5]], [12, [6, 7, 8, 9, 10, 11]]]
     assert first["captions"][0]["captions"] == second["captions"][0]["captions"]
     assert first["loss"] == second["loss"]
     assert first["loss"] == pytest.approx(alone[1], rel=1e-5)
