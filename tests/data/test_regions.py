@@ -169,6 +169,12 @@ def test_store_of_files_has_their_values_in_half_precision(
         expected, expected_mask = files.read(i, 0)
         np.testing.assert_array_equal(values, expected.astype(np.float16))
         np.testing.assert_array_equal(mask, expected_mask)
+    numbers, views = np.array([5, 0, 39]), np.zeros(3, np.int32)
+    many, masks = store.read_many(numbers, views)
+    assert masks is not None
+    for place, i in enumerate(numbers.tolist()):
+        np.testing.assert_array_equal(many[place], store.read(i, 0)[0])
+        np.testing.assert_array_equal(masks[place], store.read(i, 0)[1])
     again = pickle.loads(pickle.dumps(store))
     np.testing.assert_array_equal(again.read(3, 0)[1], files.read(3, 0)[1])
     shape = store.shape

@@ -16,7 +16,7 @@ from imgcap_jax.experiment import Experiment
 from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.models.encoders.pretrained.weights import package_weights, read_weights
-from imgcap_jax.run.folder import CODE, Run, empty_smoke, find_run, nothing_left_if_refused, use_data_dir, use_weights
+from imgcap_jax.run.folder import CODE, Run, empty_smoke, find_run, use_data_dir, use_weights
 from imgcap_jax.run.transfer import check_encoder
 from imgcap_jax.train import train
 from imgcap_jax.training.checkpoints import latest_step
@@ -110,17 +110,6 @@ def test_refused_training_leaves_nothing(smoke: bool, trained: Path, tmp_path: P
             train(unknown, folder, cache=tmp_path / "cache")
         assert contents(folder) == before
         assert sorted(path.name for path in folder.iterdir()) == sorted(names)
-
-
-def test_processes_that_do_not_share_a_folder_leave_nothing(tmp_path: Path) -> None:
-    def refuse() -> None:
-        with nothing_left_if_refused(tmp_path):
-            (tmp_path / ".processes").write_text("1")
-            raise UserError("not the same folder on all hosts")
-
-    with pytest.raises(UserError):
-        refuse()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_similar_name_is_suggested_only_for_an_experiment_file(
