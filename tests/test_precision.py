@@ -23,7 +23,8 @@ from imgcap_jax.models.model import split_trained
 from imgcap_jax.run.extraction import Extraction, encoder_dtype
 from imgcap_jax.run.folder import Run
 from imgcap_jax.run.generation import attention_function, caption_function
-from imgcap_jax.train import Validation, train
+from imgcap_jax.run.validation import Validation
+from imgcap_jax.train import train
 from imgcap_jax.training.parallel import DataParallel
 from imgcap_jax.training.self_critical import SelfCritical
 

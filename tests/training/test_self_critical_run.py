@@ -173,7 +173,7 @@ def test_objective_needs_init_from_and_is_stored_in_the_experiment(experiment: E
 def test_penalty_without_effect_is_refused_before_features_are_computed(
     experiment: Experiment, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imgcap_jax.train._with_features", stop)
+    monkeypatch.setattr("imgcap_jax.session.with_features", stop)
     monkeypatch.setattr("imgcap_jax.training.self_critical.FUNCTION_WORDS", frozenset())
     monkeypatch.setattr("imgcap_jax.training.self_critical.CONJUNCTIONS", frozenset())
     with pytest.raises(UserError, match=r"objective\.repetition has no effect"):

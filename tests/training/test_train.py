@@ -20,7 +20,8 @@ from imgcap_jax.models.encoders.small_cnn import SmallCNN
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.run.evaluation import SplitEvaluator
 from imgcap_jax.run.folder import Run
-from imgcap_jax.train import Outcome, _check_restored, _select, train
+from imgcap_jax.run.validation import select
+from imgcap_jax.train import Outcome, _check_restored, train
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
 from imgcap_jax.training.step import TrainState, first_state
 
@@ -102,7 +103,7 @@ def test_equal_cider_is_decided_by_bleu_then_loss_then_time() -> None:
             scores = {"CIDEr-D": cider, "BLEU-4": bleu, "teacher_forced_loss": loss}
             # A checkpoint between the validations stores the progress as JSON.
             progress = Progress(**json.loads(json.dumps(asdict(replace(progress, step=step)))))
-            progress, note = _select(replace(progress, best_ties=tuple(progress.best_ties)), scores)
+            progress, note = select(replace(progress, best_ties=tuple(progress.best_ties)), scores)
         return progress.best_step, progress.misses, note
 
     assert after((0.5, 0.1, 3.0), (0.4, 0.9, 1.0)) == (1, 1, [])
@@ -126,7 +127,7 @@ def test_equal_cider_is_decided_by_bleu_then_loss_then_time() -> None:
 
 def test_run_from_before_ties_were_stored_is_continued() -> None:
     old = Progress(**json.loads('{"step": 2, "data": {}, "best": 0.0, "best_step": 1, "misses": 0}'))
-    progress, _ = _select(old, {"CIDEr-D": 0.0, "BLEU-4": 0.0, "teacher_forced_loss": 9.0})
+    progress, _ = select(old, {"CIDEr-D": 0.0, "BLEU-4": 0.0, "teacher_forced_loss": 9.0})
     assert progress.best_step == 2
 
 

@@ -1,0 +1,404 @@
+"""A run that is opened for training: its data, model, objective, checkpoints and log. ``train.py`` has the loop."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from imgcap_jax.data.caption_tokens import CaptionTokens, total_counts
+from imgcap_jax.data.mixtures import describe_mixture, rows_per_epoch
+from imgcap_jax.data.pipeline import train_batches
+from imgcap_jax.data.regions import RegionSource
+from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
+from imgcap_jax.data.vocabulary import Vocabulary
+from imgcap_jax.errors import UserError
+from imgcap_jax.experiment import Experiment, differences, signature
+from imgcap_jax.models.decoders.contract import check_length
+from imgcap_jax.models.encoders.contract import weights_digest
+from imgcap_jax.models.model import parameter_count, split_trained
+from imgcap_jax.precision import compute_dtype
+from imgcap_jax.run.evaluation import Member, SplitEvaluator, evaluated_images
+from imgcap_jax.run.extraction import Extraction, uses_store
+from imgcap_jax.run.folder import Run, find_run
+from imgcap_jax.run.generation import check_decoding
+from imgcap_jax.run.notes import check_objective, check_together, starting_notes, without_effect
+from imgcap_jax.run.transfer import check_encoder, transfer
+from imgcap_jax.run.validation import Validation, without_best
+from imgcap_jax.terminal import Say, Work, working
+from imgcap_jax.training.checkpoints import Checkpoints, Progress
+from imgcap_jax.training.log import MetricsLog
+from imgcap_jax.training.meter import Meter
+from imgcap_jax.training.objective import StepSetup
+from imgcap_jax.training.optimizer import learning_rate_of, steps_of
+from imgcap_jax.training.parallel import DataParallel, is_first_process
+from imgcap_jax.training.signals import StopRequest
+from imgcap_jax.training.step import TrainState, average_decay, first_state, step_stream
+
+SMOKE_IMAGES = 48
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains and validates on.
+
+    Attributes:
+        sources: the training split of each dataset of the mixture; weights: their weights.
+        validation: the validation split of the first dataset, or its first images.
+        all_validation: the number of images of the whole validation split.
+        stores: regions of the sources, if they are stored or ready-made; validation_store: of the validation split.
+    """
+
+    sources: list[CaptionSource]
+    weights: list[float]
+    validation: CaptionSource
+    all_validation: int
+    stores: list[RegionSource] | None = None
+    validation_store: RegionSource | None = None
+
+    @property
+    def images(self) -> int:
+        """The number of training images."""
+        return sum(len(source) for source in self.sources)
+
+    @property
+    def mixture(self) -> list[tuple[CaptionSource, float]]:
+        """The sources with their weights."""
+        return list(zip(self.sources, self.weights, strict=True))
+
+    @property
+    def images_per_epoch(self) -> int:
+        """The number of training images of an epoch, in which a mixture can repeat images."""
+        return sum(rows_per_epoch(self.mixture))
+
+
+def open_data(experiment: Experiment, smoke: bool) -> Data:
+    """Opens the datasets. No image is read."""
+    mixture = parse_mixture(experiment.data.dataset)
+    sources = [open_source(name, "train", experiment.data.data_dir) for name, _ in mixture]
+    validation = open_source(mixture[0][0], "val", experiment.data.data_dir)
+    if smoke:
+        sources = [source.first(SMOKE_IMAGES) for source in sources]
+    all_validation = len(validation)
+    validation = validation.first(experiment.training.validation_images or all_validation)
+    return Data(sources, [weight for _, weight in mixture], validation, all_validation)
+
+
+def with_features(data: Data, experiment: Experiment, cache: Path, parallel: DataParallel) -> Data:
+    """The data with stored regions, which are computed if they are missing, unless the encoder runs in each step."""
+    if not uses_store(experiment):
+        return data
+    extraction = Extraction(experiment, cache, progress=is_first_process(), parallel=parallel)
+    return replace(
+        data,
+        stores=[extraction.regions(source, views=experiment.data.views) for source in data.sources],
+        validation_store=extraction.regions(
+            data.validation, views=1, images=evaluated_images(len(data.validation), parallel)
+        ),
+    )
+
+
+class Session:
+    """A run that is opened for training.
+
+    Attributes:
+        experiment, run, data: what is trained, and on what.
+        setup: what the objective makes its step from. constants: what that step reads.
+        state: the state before the first step of this session, on all devices.
+        progress: where training is.
+        batches: the batches of the host, at the position of the next one.
+        checkpoints, log, validate, meter: where results go. ``start`` makes the meter.
+        total_steps: the number of steps of the whole run.
+    """
+
+    meter: Meter
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        data: Data,
+        parallel: DataParallel,
+        stop: StopRequest,
+        *,
+        cache: Path,
+        init_from: Path | None,
+        smoke: bool,
+        show: Say,
+        evaluator: SplitEvaluator | None = None,
+    ) -> None:
+        """Opens or resumes the run in the folder.
+
+        Args:
+            experiment: what to compute.
+            folder: the run's folder.
+            data: the datasets, without stored regions.
+            parallel: the devices.
+            stop: what can end the session.
+            cache: folder of the features of frozen encoders.
+            init_from: another run, whose best parameters are the start.
+            smoke: whether scores are shown, and shares of captions noted.
+            show: receives the lines for the user.
+            evaluator: of the validation split, for members of a population that share one; None: makes one.
+
+        Raises:
+            UserError: see ``train.train``.
+        """
+        training = experiment.training
+        # The run: its folder and vocabulary.
+        run = _open_run(experiment, folder, data, init_from)
+        parallel.wait()  # the first process may have written the folder
+        check_decoding(experiment.decoding, run.vocabulary, experiment.decoder)
+        check_objective(experiment.objective, run.vocabulary)
+        check_length(experiment.decoder, experiment.data.max_words + 1, "data.max_words")
+        if not run.resumable:
+            # Shares of the few captions of a smoke run mean nothing.
+            about = (
+                without_effect(experiment)
+                if smoke
+                else starting_notes(experiment, data.sources, data.validation, run.vocabulary)
+            )
+            for note in about:
+                show(f"note: {note}")
+        data = with_features(data, experiment, cache, parallel)
+
+        # The model (encoder and decoder, see run/folder.py), on all devices. The state of a resumed run has no values
+        # yet.
+        checkpoints = Checkpoints(folder, writing=is_first_process())
+        resumed = checkpoints.recover(show, parallel.broadcast) is not None
+        _check_processes(run, checkpoints.step, parallel)
+        started = ""
+        with working("loading the model" if resumed else "initialising the model", shown=is_first_process()):
+            if run.init_from is not None and not resumed:
+                model, started = transfer(run.init_from, run, with_encoder=data.stores is None)
+            else:
+                model = run.model(with_encoder=data.stores is None, restored=resumed)
+        if started:
+            show(started)
+        graph, params, frozen = split_trained(model)
+        steps_per_epoch = max(1, math.ceil(data.images_per_epoch / experiment.data.batch_size))
+        total_steps = max(1, steps_of(training.epochs, steps_per_epoch))
+        transformation = experiment.optimizer.build(steps_per_epoch, total_steps)
+        first = partial(first_state, transformation=transformation, ema=training.ema_decay > 0)
+        state = parallel.replicate(jax.eval_shape(first, params) if resumed else first(params))
+        frozen = parallel.replicate(frozen)
+        progress = None
+        if resumed:
+            state, progress = checkpoints.restore(state)
+
+        # What the objective makes its step from, and the batches that the step needs.
+        references = experiment.objective.references(data.sources, run.vocabulary)
+        setup = StepSetup(
+            graph=graph,
+            params=state.params,
+            frozen=frozen,
+            transformation=transformation,
+            key=step_stream(training.seed),
+            steps_per_epoch=steps_per_epoch,
+            accumulate=experiment.optimizer.accumulate,
+            ema_decay=average_decay(training.ema_decay, initialised=run.init_from is not None),
+            vocabulary=run.vocabulary,
+            max_words=experiment.decoding.max_words,
+            references=references,
+            parallel=parallel,
+            folder=folder,
+            checkpoints=checkpoints,
+        )
+        batches = train_batches(
+            experiment.data,
+            data.mixture,
+            run.vocabulary,
+            seed=training.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            features=data.stores,
+            references=references,
+        )
+        self.constants = experiment.objective.constants(setup)
+
+        # The position of the newest checkpoint, if there is one.
+        if progress is not None:
+            batches.set_state(progress.data)
+            show(f"resuming {folder} at step {progress.step} of {total_steps}")
+            for change in run.code_changes():
+                show(f"note: {change}")
+        else:
+            progress = Progress(step=0, data=batches.get_state())
+            show(
+                f"{data.images} training images, {len(run.vocabulary)} words, "
+                f"{parameter_count(params):,} trained parameters, {len(parallel.devices)} "
+                f"{parallel.devices[0].platform} device(s), {total_steps} steps of {experiment.objective.title} in "
+                f"{compute_dtype(training.dtype)}"
+            )
+            if data.images_per_epoch != data.images or len(data.sources) > 1:
+                show(describe_mixture(data.mixture))
+            # From here on, a folder without newest checkpoint has lost it (see find_run).
+            checkpoints.save(state, progress)
+            checkpoints.wait()
+        # Step 0 has no metrics except those of the start's validation.
+        log = MetricsLog(
+            folder,
+            -1 if progress.step == 0 and progress.best is None else progress.step,
+            steps_per_epoch=steps_per_epoch,
+            seconds=progress.seconds,
+            validation_due=progress.validation_due,
+            writing=is_first_process(),
+        )
+        self.validate = Validation(
+            evaluator
+            or SplitEvaluator(
+                [Member(graph, experiment.data, data.validation_store)],
+                data.validation,
+                run.vocabulary,
+                parallel,
+                experiment.metrics,
+                say=show,
+                before_batch=stop.check,
+            ),
+            frozen,
+            data.all_validation,
+            experiment.decoding.plain(training.validation_beam),
+            checkpoints,
+            log,
+            show,
+            not smoke,
+            folder,
+            stop,
+        )
+        self.experiment, self.run, self.data, self.setup, self.state = experiment, run, data, setup, state
+        self.batches, self.checkpoints, self.log, self.progress = batches, checkpoints, log, progress
+        self.total_steps = total_steps
+        self._evaluate_steps = max(1, steps_of(training.evaluate_epochs, steps_per_epoch))
+        self._learning_rate = learning_rate_of(experiment.optimizer, steps_per_epoch, total_steps)
+
+    def start(self, work: Work, *, judged: bool = True) -> None:
+        """Makes the meter, and validates the state if that is due.
+
+        Args:
+            work: shows the progress.
+            judged: whether the best score is shown.
+        """
+        self.meter = Meter(
+            self.total_steps,
+            self.setup.steps_per_epoch,
+            self.experiment.training.log_steps,
+            self.progress,
+            self.log,
+            work,
+            self.experiment.objective.progress,
+            self._learning_rate,
+            judged=judged,
+        )
+        if self.run.init_from is not None and self.progress.step == 0 and self.progress.best is None:
+            # The start is a candidate for the best parameters too: a run never ends worse than it began.
+            self.progress = self.validate(self.state, self.progress)
+        elif self.progress.best_step != self.checkpoints.best_step:
+            self.progress = without_best(self.state, self.progress, self.validate)
+        if self.progress.validation_due and not self.validate.interrupted:
+            self.progress = self.validate(self.state, self.progress)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or the scores of too many validations were not better."""
+        patience = self.experiment.training.patience
+        return self.progress.step >= self.total_steps or (patience > 0 and self.progress.misses >= patience)
+
+    @property
+    def limit(self) -> int:
+        """The number of steps until the next validation or the end."""
+        step = self.progress.step
+        return min(self._evaluate_steps - step % self._evaluate_steps, self.total_steps - step)
+
+    @property
+    def validates(self) -> bool:
+        """Whether a validation follows the latest step."""
+        return self.progress.step % self._evaluate_steps == 0 or self.progress.step == self.total_steps
+
+    def add(self, steps: int, metrics: Mapping[str, Any], batches: int) -> None:
+        """Records steps that were just started. Raises UserError if the loss of a step before them is not finite."""
+        position = self.batches.rows.position(batches)
+        self.progress = replace(self.progress, step=self.progress.step + steps, data=position)
+        self.meter.add(self.progress, metrics, steps)
+
+    def save(self, state: TrainState) -> None:
+        """Saves the state. Raises UserError if the loss is not finite, or an earlier save failed."""
+        self.meter.flush()
+        self.checkpoints.save(state, replace(self.progress, seconds=self.log.seconds))
+
+    def validate_now(self, state: TrainState) -> None:
+        """Saves and validates the state. If ``validate.interrupted`` is set then, a resumed session repeats it."""
+        self.meter.flush(logged=True)
+        # Written while it is validated.
+        self.progress = replace(self.progress, validation_due=True)
+        self.save(state)
+        self.progress = self.validate(state, self.progress)  # also saves the best parameters, and this progress
+        self.meter.restart(self.progress)
+
+    def close(self) -> None:
+        """Waits for the checkpoints, and closes all files."""
+        try:
+            self.checkpoints.close()
+        finally:
+            self.log.close()
+
+
+def _open_run(experiment: Experiment, folder: Path, data: Data, init_from: Path | None) -> Run:
+    """The run in the folder. If nothing was trained there yet, it is made; another experiment's run is refused.
+
+    Nothing is deleted (see ``find_run``).
+
+    The vocabulary is that of the run it starts from, followed by new words of the training captions.
+    """
+    found = find_run(folder)
+    if found is not None:
+        if found.resumable:
+            found.check_same(experiment, init_from)
+            found = found.with_free_fields(experiment, save=is_first_process())
+            found.check_weights()
+            return found
+        if init_from is None and not differences(found.experiment, experiment):
+            init_from = found.init_from  # killed before its first checkpoint; the start need not be given again
+    experiment.objective.check(dataset=experiment.data.dataset, images=data.images, initialised=init_from is not None)
+    check_together(experiment)
+    if init_from is not None:
+        check_encoder(init_from, experiment)  # before hours of feature extraction; a resumed run has passed it
+    tokenizer = experiment.data.tokenizer
+    with working("tokenising the training captions", shown=is_first_process()):
+        words = total_counts(CaptionTokens.of(source, tokenizer) for source in data.sources)
+    vocabulary = Vocabulary.from_counts(words, experiment.data.min_count, tokenizer)
+    if init_from is not None:
+        vocabulary = Run.load(init_from).vocabulary.extended(vocabulary)
+    run = Run(folder, experiment, vocabulary, init_from, weights_digest(experiment.encoder))
+    if is_first_process():
+        run.save()
+    return run
+
+
+def _check_processes(run: Run, step: int | None, parallel: DataParallel) -> None:
+    """Checks that all processes train the same experiment in the same folder.
+
+    Raises:
+        UserError: on all of them, if they do not.
+    """
+    if jax.process_count() == 1:
+        return
+    shared = parallel.share(run.folder)
+    start = signature(run.experiment), run.vocabulary.words, str(run.init_from), step
+    digest = int.from_bytes(hashlib.sha256(repr(start).encode()).digest()[:4], "big") >> 1
+    largest, smallest, apart = parallel.agree(digest, -digest, not shared)
+    if apart:
+        raise UserError(f"{run.folder} is not the same folder on all hosts; put --run on a shared disk")
+    if largest != -smallest:
+        raise UserError("the processes have different experiments, data or runs; use the same command on all of them")
+
+
+@contextmanager
+def compiling(show: Say, stop: StopRequest) -> Iterator[None]:
+    """Shows that the step is compiled. A signal can end the process meanwhile."""
+    with stop.repeatable(), working("compiling the training step", shown=is_first_process(), say=show, announced=True):
+        yield
