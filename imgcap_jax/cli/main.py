@@ -287,6 +287,8 @@ def _train(options: argparse.Namespace) -> int:
         join_processes(options.distributed)
     folder = options.run or RUNS / name
     _keep_compiled()
+    if options.population is not None:
+        return _train_population(options, experiment, folder)
     try:
         with _memory_errors(options):
             outcome = train(
@@ -305,6 +307,38 @@ def _train(options: argparse.Namespace) -> int:
     if is_first_process():
         print("\n".join(_after(options, experiment, folder, outcome)))
     return 128 + outcome.interrupted if outcome.interrupted else 0
+
+
+def _train_population(options: argparse.Namespace, experiment: Any, folder: Path) -> int:
+    from imgcap_jax.cli.next_commands import after_training
+    from imgcap_jax.cli.populations import variants
+    from imgcap_jax.population import train_population
+    from imgcap_jax.run.folder import is_run
+
+    for given, option in ((options.smoke, "--smoke"), (options.distributed, "--distributed")):
+        if given:
+            raise UserError(f"--population trains on one host, and in full; leave out {option}")
+    if is_run(folder):
+        raise UserError(f"{folder} is a run; the members of a population are runs in a folder: choose another --run")
+    members = variants(experiment, options.population)
+    with _memory_errors(options):
+        outcomes = train_population(
+            members, folder, cache=_features_cache(options, folder), init_from=options.init_from
+        )
+    interrupted = max(outcome.interrupted or 0 for outcome in outcomes.values())
+    if interrupted:
+        step = min(outcome.step for outcome in outcomes.values())
+        print("; ".join([f"stopped at step {step}", *_continuation(options)]))
+        return 128 + interrupted
+    best = max(members, key=lambda member: outcomes[member.name].best or 0.0)
+    width = max(len(member.name) for member in members)
+    for member in members:
+        outcome = outcomes[member.name]
+        score = f"{100 * (outcome.best or 0):.1f}{'  (highest)' if member is best else ''}"
+        print(f"{member.name:{width}}  {outcome.step} steps, best validation CIDEr-D {score}")
+    next_commands = after_training(best.experiment, folder / best.name, code=options.code, cache=options.cache)
+    print(f"next: {next_commands[0]}")
+    return 0
 
 
 def _after(options: argparse.Namespace, experiment: Any, folder: Path, outcome: Any) -> list[str]:

@@ -20,6 +20,7 @@ _EPILOG = """examples:
   imgcap train flickr8k --run runs/mine --decoder.hidden-size 768
   imgcap train flickr8k_scst --init-from runs/flickr8k
   imgcap train my_experiment.py --smoke
+  imgcap train scenes --population training.seed=0..7
   imgcap features flickr8k
   imgcap evaluate runs/flickr8k --split val --beam 3
   imgcap evaluate runs/flickr8k --decode.beam 1 3 5 --decode.length-norm 0 0.7
@@ -139,6 +140,13 @@ def _add_train(commands: Commands) -> None:
         "--smoke",
         action="store_true",
         help="a check in a minute or two: few images, two epochs, in runs/<experiment>_smoke, always from scratch",
+    )
+    train.add_argument(
+        "--population",
+        metavar="FIELD=VALUES",
+        help="train several runs as one program, each in its own folder in --run: training.seed=0..7, or values of a "
+        "number of optimizer, objective or decoder, as 'optimizer.learning_rate=1e-3,2e-3' (several fields, separated "
+        "by blanks: all combinations)",
     )
     train.add_argument(
         "--distributed",

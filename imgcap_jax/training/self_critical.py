@@ -179,6 +179,7 @@ class SelfCritical:
 
     def make_step(self, setup: StepSetup) -> Step:
         """See ``Objective``."""
+        function_words = self.function_words(setup.vocabulary)
         return self_critical_step(
             setup.graph,
             self,
@@ -186,7 +187,7 @@ class SelfCritical:
             key=setup.key,
             max_words=setup.max_words,
             bad_endings=setup.vocabulary.known_ids(BAD_ENDINGS),
-            function_words=self.function_words(setup.vocabulary),
+            function_words=function_words,
             accumulate=setup.accumulate,
             ema_decay=setup.ema_decay,
         )

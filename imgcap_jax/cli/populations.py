@@ -1,0 +1,65 @@
+"""The option ``--population``: the members of a population, from lists and ranges of values."""
+
+import itertools
+import re
+from collections.abc import Iterator
+
+from imgcap_jax.cli.options import option_names, override, unknown_option
+from imgcap_jax.errors import UserError
+from imgcap_jax.experiment import Experiment
+from imgcap_jax.population import Variant
+
+
+def variants(experiment: Experiment, text: str) -> list[Variant]:
+    """The members that a text such as "training.seed=0..7" stands for.
+
+    Several fields, separated by blanks, make all combinations.
+
+    Raises:
+        UserError: the text is malformed, a field does not exist, or a value is wrong.
+    """
+    values: dict[str, list[str]] = {}
+    for assignment in text.split():
+        field, given, listed = assignment.partition("=")
+        option = f"--{field.replace('_', '-')}"
+        if not given or not listed:
+            raise UserError(
+                f"--population {assignment!r} is malformed; use FIELD=FIRST..LAST or FIELD=VALUE,VALUE,..., as "
+                f"training.seed=0..7"
+            )
+        if option not in option_names(experiment):
+            raise unknown_option(option, option_names(experiment))
+        if option in values:
+            raise UserError(f"--population: {field} is given twice")
+        values[option] = list(_listed(assignment, listed))
+    if not values or max(map(len, values.values())) < 2:
+        raise UserError(f"--population {text!r} has one member; give several values, as training.seed=0..7")
+    found = [_variant(experiment, dict(zip(values, of, strict=True))) for of in itertools.product(*values.values())]
+    for variant in found:
+        if sum(variant.name == other.name for other in found) > 1:
+            raise UserError(f"--population: {variant.name} is given twice")
+    return found
+
+
+def _listed(assignment: str, listed: str) -> Iterator[str]:
+    if found := re.fullmatch(r"(\d+)\.\.(\d+)", listed):
+        first, last = int(found[1]), int(found[2])
+        if first > last:
+            raise UserError(f"--population {assignment}: the first value is larger than the last")
+        yield from map(str, range(first, last + 1))
+    else:
+        yield from listed.split(",")
+
+
+def _variant(experiment: Experiment, values: dict[str, str]) -> Variant:
+    arguments = [f"{option}={value}" for option, value in values.items()]
+    changed = override(experiment, arguments)
+    fields = {option.removeprefix("--").replace("-", "_"): option for option in values}
+    found = {}
+    for field in fields:
+        part = changed
+        for name in field.split("."):
+            part = getattr(part, name)
+        found[field] = part
+    name = ",".join(f"{field.split('.')[-1]}={value}" for field, value in found.items())
+    return Variant(name, changed, found)  # type: ignore[arg-type]  # other types than numbers are refused later
