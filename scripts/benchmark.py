@@ -9,6 +9,7 @@
                                                  reward computed on the host (needs pycocoevalcap)
     python scripts/benchmark.py input            training steps with batches from the host and from device memory
     python scripts/benchmark.py population       training steps of several runs as one program, and one after another
+    python scripts/benchmark.py checkpoint       how long training stands still while a checkpoint is saved
     python scripts/benchmark.py score CAPTIONS REFERENCES
                                                  time and memory of scoring COCO-format files, including start-up,
                                                  compared with the official tools (needs Java and pycocoevalcap)
@@ -17,7 +18,7 @@
 efficientnet_lite0 to 4, with random weights.
 
 `train`, `decode` and `scst` measure captions that are all as long as possible (20 words) and captions of real lengths.
-They compare with another checkout of imgcap_jax in the same rounds:
+They and `checkpoint` compare with another checkout of imgcap_jax in the same rounds:
 
     git worktree add ../before HEAD~1
     python scripts/benchmark.py train --before ../before
@@ -31,6 +32,7 @@ import argparse
 import os
 from pathlib import Path
 
+import benchmark_checkpoint
 import benchmark_decoders
 import benchmark_encoders
 import benchmark_feeds
@@ -38,7 +40,7 @@ import benchmark_scores
 import benchmark_self_critical
 from measuring import PACKAGE, print_machine
 
-OF_DECODERS = ("train", "decode", "scst")
+COMPARED = ("train", "decode", "scst", "checkpoint")
 BENCHMARKS = {
     "encoder": benchmark_encoders.encoder,
     "finetune": benchmark_encoders.finetune,
@@ -48,6 +50,7 @@ BENCHMARKS = {
     "scst": benchmark_self_critical.self_critical_benchmark,
     "input": benchmark_feeds.input_benchmark,
     "population": benchmark_feeds.population,
+    "checkpoint": benchmark_checkpoint.checkpoint,
     "score": benchmark_scores.score,
 }
 
@@ -62,7 +65,7 @@ def main() -> None:
         "--before",
         type=Path,
         metavar="FOLDER",
-        help="train, decode, scst: another checkout of imgcap_jax to compare with",
+        help="train, decode, scst, checkpoint: another checkout of imgcap_jax to compare with",
     )
     parser.add_argument(
         "--lengths",
@@ -74,7 +77,7 @@ def main() -> None:
         "--decoder",
         choices=benchmark_decoders.DECODERS,
         default="up_down",
-        help="train, decode, scst, input, population: the decoder",
+        help="train, decode, scst, input, population, checkpoint: the decoder",
     )
     parser.add_argument(
         "--batch",
@@ -92,13 +95,13 @@ def main() -> None:
         "--vocabulary",
         type=int,
         default=10_000,
-        help="finetune, train, decode, scst: words of the vocabulary",
+        help="finetune, train, decode, scst, checkpoint: words of the vocabulary",
     )
     parser.add_argument(
         "--ema",
         type=float,
         default=0.0,
-        help="train: decay of the moving average of the parameters; 0: none",
+        help="train, checkpoint: decay of the moving average of the parameters; 0: none",
     )
     parser.add_argument("--steps", type=int, default=20, help="input, population: steps per round")
     parser.add_argument("--members", type=int, default=8, help="population: number of runs")
@@ -129,8 +132,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.before is not None:
-        if options.what not in OF_DECODERS:
-            parser.error(f"--before is for {', '.join(OF_DECODERS)}; leave it out")
+        if options.what not in COMPARED:
+            parser.error(f"--before is for {', '.join(COMPARED)}; leave it out")
         if not (options.before / PACKAGE / "__init__.py").is_file():
             parser.error(f"--before {options.before} has no folder {PACKAGE}; give the root of another checkout")
     print_machine()
