@@ -8,25 +8,20 @@ import re
 import shlex
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from imgcap_jax.cli.interruption import Terminated, sigterm_interrupts
 from imgcap_jax.cli.parser import build_parser
 from imgcap_jax.errors import UserError, check_range, counted, printable
-from imgcap_jax.signal_thread import SignalThread
 
 _COMPILED_BYTES = 500_000_000  # of compiled programs; a training run needs about 1 MB on a CPU
 _LOOKED = "looked"  # a file whose time is that of the last look at their sizes
 _SECONDS_BETWEEN_LOOKS = 24 * 3600
-# After SIGTERM, before the process ends in any case; Google Cloud stops a machine after 30 seconds.
-_REACTION_SECONDS = 5.0  # if Python could not react to it
-_CLEANING_SECONDS = 20.0  # if it could, and has closed files since
 
 # Modules that import JAX or TFDS are imported where they are used, so that --help and errors are quick.
 
@@ -50,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if rest and options.command not in ("train", "features"):
             raise _unknown_argument(rest[0], options.parser, options.command)
-        with _sigterm_interrupts(options), _memory_errors(options):
+        with sigterm_interrupts(_interrupted(options), alone=options.alone), _memory_errors(options):
             code: int = _COMMANDS[options.command](options)
     except BrokenPipeError:
         return 141
@@ -63,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         print(_interrupted(options), file=sys.stderr)
-        code = 128 + (signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT)
+        code = 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
         if options.alone:  # JAX crashes if the interpreter shuts down while a computation runs
             sys.stdout.flush()
             sys.stderr.flush()
@@ -71,42 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.alone:
         gc.freeze()  # the interpreter's last collections would take a third of a second
     return code
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which Slurm and Docker send to stop a job."""
-
-
-@contextmanager
-def _sigterm_interrupts(options: argparse.Namespace) -> Iterator[None]:
-    """While entered, SIGTERM ends the command as Ctrl-C does. The training loop has its own handler.
-
-    If Python cannot react, as during the compilation of an encoder, a thread ends the process soon after.
-    """
-    reacted = False
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal reacted
-        reacted = True
-        raise _Terminated
-
-    def end(number: int, seconds: float) -> None:
-        if seconds >= (_CLEANING_SECONDS if reacted else _REACTION_SECONDS):
-            print(_interrupted(options), file=sys.stderr, flush=True)
-            os._exit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        if options.alone:
-            with SignalThread((signal.SIGTERM,), lambda number: None, end):
-                yield
-        else:
-            yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _interrupted(options: argparse.Namespace) -> str:

@@ -68,14 +68,14 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(
 
 BLOCKED = """
 import hashlib, sys
-from imgcap_jax.cli import main
+from imgcap_jax.cli import interruption, main
 
 def block(options):
     print("started", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # as a compilation, it lets no signal handler run
 
 main._COMMANDS["features"] = block
-main._REACTION_SECONDS = 0.5
+interruption.REACTION_SECONDS = 0.5
 sys.argv = ["imgcap", "features", "flickr8k"]
 sys.exit(main.main())
 """
@@ -90,6 +90,33 @@ def test_sigterm_ends_a_command_that_python_cannot_interrupt() -> None:
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (143, "imgcap: interrupted; the same command resumes\n")
+
+
+IGNORED = """
+import gc, signal, sys, time
+from imgcap_jax.cli import main
+
+def collect(options):
+    def terminate(*_):
+        gc.callbacks.remove(terminate)
+        signal.raise_signal(NUMBER)  # Python ignores the exception of its handler here
+
+    gc.callbacks.append(terminate)
+    gc.collect()
+    time.sleep(60)
+
+main._COMMANDS["features"] = collect
+sys.argv = ["imgcap", "features", "flickr8k"]
+sys.exit(main.main())
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signal_during_a_garbage_collection_is_not_ignored(name: str) -> None:
+    code = IGNORED.replace("NUMBER", f"signal.{name}")
+    ended = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=60)
+    assert ended.returncode == 128 + getattr(signal, name)
+    assert ended.stderr == "imgcap: interrupted; the same command resumes\n"
 
 
 @pytest.mark.slow

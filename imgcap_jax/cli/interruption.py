@@ -1,0 +1,81 @@
+"""SIGTERM ends a command, whatever it does."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from imgcap_jax.signal_thread import SignalThread
+
+# After SIGTERM, before the process ends in any case; Google Cloud stops a machine after 30 seconds.
+REACTION_SECONDS = 5.0  # if Python could not react to it, as during a compilation
+CLEANING_SECONDS = 20.0  # if it could, and has closed files since
+_AGAIN_SECONDS = 0.05
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which Slurm and Docker send to stop a job."""
+
+
+@contextmanager
+def sigterm_interrupts(line: str, *, alone: bool) -> Iterator[None]:
+    """While entered, SIGTERM raises Terminated, unless the program has its own handler. The training loop has one.
+
+    If Python cannot react, as during the compilation of an encoder, a thread ends the process soon after.
+
+    Args:
+        line: what the thread prints.
+        alone: whether the thread can end the process.
+    """
+    reacted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal reacted
+        reacted = True
+        raise Terminated
+
+    def end(number: int, seconds: float) -> None:
+        taken_over = signal.getsignal(signal.SIGTERM) is not interrupt
+        if not taken_over and seconds >= (CLEANING_SECONDS if reacted else REACTION_SECONDS):
+            print(line, file=sys.stderr, flush=True)
+            os._exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with _never_ignored():
+            if alone:
+                with SignalThread((signal.SIGTERM,), lambda number: None, end):
+                    yield
+            else:
+                yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _never_ignored() -> Iterator[None]:
+    """While entered, sends a signal again if Python ignores the exception of its handler.
+
+    Python ignores exceptions in callbacks of the garbage collector, of which JAX has one.
+    """
+    before = sys.unraisablehook
+
+    def hook(ignored: Any) -> None:
+        if issubclass(ignored.exc_type, KeyboardInterrupt):
+            number = signal.SIGTERM if issubclass(ignored.exc_type, Terminated) else signal.SIGINT
+            threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number)).start()
+        else:
+            before(ignored)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
