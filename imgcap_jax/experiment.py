@@ -69,7 +69,7 @@ class Training:
     patience: int = 0
     """Stop after this many validations without a higher CIDEr-D; 0: never."""
     checkpoint_minutes: float = 5.0
-    """Longest time between two checkpoints. Each validation is followed by a checkpoint as well."""
+    """Minutes from the end of a save to the beginning of the next one. The state is also saved at each validation."""
     log_steps: int = 20
     """Steps between two lines of metrics."""
 

@@ -104,6 +104,18 @@ def test_captions_of_pytorch_end_after_the_given_numbers_of_words(script: Any) -
 
 
 @pytest.mark.slow
+def test_checkpoint_benchmark_measures_both_checkouts() -> None:
+    sizes = ["--regions", "3", "--vocabulary", "20", "--rounds", "1", "--decoder", "show_tell", "--ema", "0.9"]
+    command = [sys.executable, str(SCRIPTS / "benchmark.py"), "checkpoint", *sizes, "--before", str(REPOSITORY)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    pauses = [line for line in finished.stdout.splitlines() if "training stands still for" in line]
+    assert [line.split(", ")[0] for line in pauses] == [
+        f"{side}: {row}" for side in ("imgcap_jax", "before") for row in ("state", "best parameters")
+    ]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["train", "decode", "scst"])
 def test_benchmarks_run_next_to_another_checkout(what: str) -> None:
     """Small sizes; the other checkout is this one. The benchmarks check the lengths of decoded captions themselves."""

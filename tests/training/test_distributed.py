@@ -82,6 +82,39 @@ def test_two_processes_equal_one_with_two_devices_and_stop_together(
 
 
 @pytest.mark.slow
+def test_run_continues_with_another_number_of_processes(tiny_data: Path, tiny_file: Path, tmp_path: Path) -> None:
+    """One process with one device, then two processes, then one process with four devices."""
+    finish([start(tiny_file, tmp_path / "one", tiny_data, 1)])
+    run = tmp_path / "run"
+    commands = [
+        lambda: [start(tiny_file, run, tiny_data, 1)],
+        lambda: pair(tiny_file, run, tiny_data),
+        lambda: [start(tiny_file, run, tiny_data, 4)],
+    ]
+    for number, begin in enumerate(commands):
+        processes = begin()
+        if number < 2:
+            newest = run / "checkpoints" / "newest"
+            while not any(int(path.name) > 3 * number for path in newest.glob("[0-9]")):
+                assert processes[0].poll() is None, processes[0].communicate()
+                time.sleep(0.005)
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+            outputs = [process.communicate(timeout=240)[0] for process in processes]
+            assert {process.returncode for process in processes} == {128 + signal.SIGTERM}, "\n".join(outputs)
+            assert not (newest / str(STEPS)).exists()
+        else:
+            outputs = finish(processes)
+        assert ("resuming" in outputs[0]) == (number > 0)
+    expected, got = state(tmp_path / "one"), state(run)
+    assert expected.keys() == got.keys()
+    for name, leaf in expected.items():
+        np.testing.assert_allclose(got[name], leaf, atol=1e-5, err_msg=name)
+    lines = [(folder / "metrics.jsonl").read_text().count("\n") for folder in (tmp_path / "one", run)]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.slow
 def test_different_settings_or_folders_are_an_error_in_all_processes(
     tiny_data: Path, tiny_file: Path, tmp_path: Path
 ) -> None:
