@@ -6,7 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
 start=$SECONDS
-export PATH="$(cd "${VENV:-.venv}" && pwd)/bin:$PATH" TFDS_DATA_DIR="${TFDS_DATA_DIR:-$PWD/runs/datasets}"
+bin="$(cd "${VENV:-.venv}" && pwd)/bin"
+export PATH="$bin:$PATH" TFDS_DATA_DIR="${TFDS_DATA_DIR:-$PWD/runs/datasets}"
 run=runs/scenes_demo
 
 imgcap data prepare scenes

@@ -7,7 +7,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh "dev${EXTRAS:+,$EXTRAS}"
-export PATH="$(cd "${VENV:-.venv}" && pwd)/bin:$PATH"
+bin="$(cd "${VENV:-.venv}" && pwd)/bin"
+export PATH="$bin:$PATH"
 
 ruff check .
 ruff format --check .

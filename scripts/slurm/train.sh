@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Trains on the GPUs of one or several nodes of a Slurm cluster, one process per GPU. The job goes on by itself after a
+# preemption and after the time limit, until training has finished.
+#   scripts/slurm/train.sh [--dry-run] EXPERIMENT [OPTIONS OF imgcap train]
+# Submit it from the clone. --run must be on a disk that all nodes share (default: runs/EXPERIMENT in the current folder).
+#
+# The settings are variables: NODES (1), GPUS per node (4), CPUS per GPU (8), HOURS (24), PARTITION, ACCOUNT, and VENV, the
+# virtual environment (.venv), which needs JAX for GPUs: .venv/bin/pip install -c constraints.txt "jax[cuda12]".
+set -euo pipefail
+
+gpus="${GPUS:-4}"
+srun=(srun "${VENV:-.venv}/bin/imgcap" train)
+
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+  dry=
+  if [ "${1:-}" = --dry-run ]; then
+    dry=1
+    shift
+  fi
+  if [ $# = 0 ]; then
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+    exit 2
+  fi
+  # 120 s before the time limit, Slurm sends USR1 to this script.
+  submit=(sbatch --job-name="imgcap-$(basename "$1" .py)" --nodes="${NODES:-1}" --ntasks-per-node="$gpus"
+    --gpus-per-node="$gpus" --cpus-per-task="${CPUS:-8}" --time="${HOURS:-24}:00:00" --requeue --open-mode=append
+    --signal=B:USR1@120 --output=%x-%j.log)
+  [ -z "${PARTITION:-}" ] || submit+=(--partition="$PARTITION")
+  [ -z "${ACCOUNT:-}" ] || submit+=(--account="$ACCOUNT")
+  submit+=("${BASH_SOURCE[0]}" "$@")
+  if [ -n "$dry" ]; then
+    printf '%q ' "${submit[@]}"
+    printf '\n%s\n' "# in the job:"
+    printf '%q ' "${srun[@]}" "$@" --distributed
+    echo
+    exit 0
+  fi
+  exec "${submit[@]}"
+fi
+
+# Training saves a checkpoint on SIGTERM. After the time limit the job is queued again; after a preemption Slurm does it.
+limit=
+trap 'limit=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 # reaches the processes of the job, not this script
+trap : TERM
+"${srun[@]}" "$@" --distributed &
+code=0
+while true; do
+  code=0
+  wait $! || code=$?
+  kill -0 $! 2>/dev/null || break # a signal interrupts wait
+done
+if [ -n "$limit" ] && [ "$code" != 0 ]; then
+  echo "time limit; queued again"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -1,0 +1,225 @@
+"""The scripts for Cloud TPU and Slurm, with programs in place of gcloud, sbatch, srun and imgcap."""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TPU, SLURM = REPOSITORY / "scripts/tpu/tpu.sh", REPOSITORY / "scripts/slurm/train.sh"
+SCRIPTS = sorted((REPOSITORY / "scripts").rglob("*.sh"))
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+# The options of gcloud's reference (cloud.google.com/sdk/gcloud/reference/compute/tpus), in so far as they are used.
+GCLOUD = {
+    "queued-resources create": {
+        "--node-id",
+        "--zone",
+        "--project",
+        "--accelerator-type",
+        "--runtime-version",
+        "--spot",
+    },
+    "queued-resources describe": {"--zone", "--project", "--format"},
+    "queued-resources delete": {"--zone", "--project", "--force", "--quiet"},
+    "tpu-vm scp": {"--zone", "--project", "--worker"},
+    "tpu-vm ssh": {"--zone", "--project", "--worker", "--command"},
+}
+
+# Prints its arguments into $CALLS. The state is in $STATE; creating makes it ACTIVE.
+FAKE_GCLOUD = """#!/usr/bin/env bash
+echo "$*" >> "$CALLS"
+case "$*" in
+  *" describe "*) [ -s "$STATE" ] || { echo "NOT_FOUND: none" >&2; exit 1; }; cat "$STATE" ;;
+  *" create "*) echo ACTIVE > "$STATE" ;;
+  *" delete "*) : > "$STATE" ;;
+  *"host.sh status"*) cat "$HOSTS" ;;
+esac
+"""
+
+
+def program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a script with only the given variables of ours, and the programs of the folder bin first in PATH."""
+    for name in ("ZONE", "PROJECT", "SPOT", "DATA", "TPU_NAME", "TPU_TYPE", "RUNTIME", "SLURM_JOB_ID", "VENV"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "bin").mkdir()
+
+    def run(script: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        return subprocess.run(
+            [script, *arguments],
+            env={**os.environ, "PATH": path, **variables},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_valid(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    assert os.access(script, os.X_OK)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", script], check=True)
+
+
+def commands(output: str) -> list[list[str]]:
+    return [shlex.split(line) for line in output.splitlines() if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("action", ["create", "setup", "launch", "watch", "stop", "resume", "keep", "delete"])
+def test_dry_runs_print_commands_that_gcloud_knows(run: Run, action: str) -> None:
+    arguments = ["coco", "--run", "gs://bucket/my runs/coco"] if action in ("launch", "resume", "keep") else []
+    ended = run(TPU, "--dry-run", action, *arguments, ZONE="us-west4-a", PROJECT="mine", SPOT="1", DATA="gs://bucket/d")
+    assert ended.returncode == 0, ended.stderr
+    found = commands(ended.stdout)
+    assert found
+    for words in found:
+        if words[0] in ("git", "rm"):
+            continue
+        assert words[:3] == ["gcloud", "compute", "tpus"]
+        options = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert options <= GCLOUD[" ".join(words[3:5])]
+        assert {"--zone=us-west4-a", "--project=mine"} <= set(words)
+    for words in found:
+        if words[0] == "gcloud" and "host.sh launch" in words[-1]:
+            sent = shlex.split(words[-1].partition("=")[2])
+            assert sent[1:] == [
+                "launch",
+                "coco",
+                "--run",
+                "gs://bucket/my runs/coco",
+                "--data.data-dir",
+                "gs://bucket/d",
+            ]
+
+
+def test_a_dry_run_of_create_asks_for_the_software_of_the_type(run: Run) -> None:
+    for kind, version in (("v6e-16", "v2-alpha-tpuv6e"), ("v5p-8", "v2-alpha-tpuv5"), ("v4-8", "tpu-ubuntu2204-base")):
+        output = run(TPU, "--dry-run", "create", ZONE="z", TPU_TYPE=kind).stdout
+        assert f"--accelerator-type={kind} --runtime-version={version}" in output
+        assert "--spot" not in output
+
+
+def test_mistakes_are_one_line(run: Run) -> None:
+    assert "set ZONE" in run(TPU, "--dry-run", "create").stderr
+    assert "needs an experiment" in run(TPU, "--dry-run", "launch", ZONE="z").stderr
+    for script in (TPU, SLURM):
+        ended = run(script)
+        assert ended.returncode == 2
+        assert "--dry-run" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("state", "hosts", "expected"),
+    [
+        ("ACTIVE", "training\ntraining\n", ["describe", "status"]),
+        ("ACTIVE", "training\nended 137\n", ["describe", "status", "stop", "launch"]),
+        ("SUSPENDED", "", ["describe", "delete", "create", "describe", "scp", "install", "launch"]),
+        ("", "", ["describe", "create", "describe", "scp", "install", "launch"]),
+    ],
+)
+def test_resuming(run: Run, tmp_path: Path, state: str, hosts: str, expected: list[str]) -> None:
+    program(tmp_path / "bin" / "gcloud", FAKE_GCLOUD)
+    files = {name: tmp_path / name for name in ("CALLS", "STATE", "HOSTS")}
+    files["STATE"].write_text(state)
+    files["HOSTS"].write_text(hosts)
+    variables = {name: str(path) for name, path in files.items()}
+    ended = run(TPU, "resume", "coco", "--run", "gs://b/r", ZONE="z", **variables)
+    assert ended.returncode == 0, ended.stderr
+    calls = files["CALLS"].read_text().splitlines()
+    assert len(calls) == len(expected), calls
+    for call, word in zip(calls, expected, strict=True):
+        assert f" {word}" in call
+    if expected[-1] == "launch":
+        assert calls[-1].endswith("host.sh launch coco --run gs://b/r")
+
+
+def test_errors_of_gcloud_do_not_look_like_a_missing_tpu(run: Run, tmp_path: Path) -> None:
+    program(tmp_path / "bin" / "gcloud", "#!/usr/bin/env bash\necho 'PERMISSION_DENIED' >&2; exit 1\n")
+    ended = run(TPU, "resume", "coco", ZONE="z")
+    assert ended.returncode != 0
+    assert "PERMISSION_DENIED" in ended.stderr
+
+
+def test_keeping_ends_with_the_training(run: Run, tmp_path: Path) -> None:
+    program(tmp_path / "bin" / "gcloud", FAKE_GCLOUD)
+    for hosts, code, said in (("ended 0", 0, "training has finished"), ("ended 2", 2, "training has ended 2")):
+        files = {name: tmp_path / name for name in ("CALLS", "STATE", "HOSTS")}
+        files["STATE"].write_text("ACTIVE")
+        files["HOSTS"].write_text(hosts)
+        variables = {name: str(path) for name, path in files.items()}
+        ended = run(TPU, "keep", "coco", ZONE="z", PAUSE="0", **variables)
+        assert ended.returncode == code
+        assert said in ended.stdout + ended.stderr
+
+
+def test_a_host_starts_training_once_and_stops_it_with_sigterm(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "scripts" / "tpu", tmp_path / "scripts" / "tpu")
+    host = tmp_path / "scripts" / "tpu" / "host.sh"
+    program(
+        tmp_path / ".venv" / "bin" / "imgcap",
+        "#!/usr/bin/env bash\ntrap 'echo saved; exit 143' TERM\nprintf '<%s>' \"$@\"; echo\n"
+        "while true; do sleep 0.05; done\n",
+    )
+    assert run(host, "status").stdout == "ended \n"
+    assert "started" in run(host, "launch", "coco", "--run", "gs://b/my run").stdout
+    assert run(host, "status").stdout == "training\n"
+    assert run(host, "launch", "coco").stdout == "already training\n"
+    assert run(host, "stop").returncode == 0
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "train.exit").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert run(host, "status").stdout == "ended 143\n"
+    assert (tmp_path / "train.log").read_text() == "<train><coco><--run><gs://b/my run><--distributed>\nsaved\n"
+
+
+def test_slurm_submits_itself(run: Run) -> None:
+    ended = run(SLURM, "--dry-run", "coco", "--run", "my runs/coco", NODES="2", GPUS="8", PARTITION="gpu")
+    submitted, started = commands(ended.stdout)
+    assert submitted[0] == "sbatch"
+    assert {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--requeue", "--partition=gpu"} <= set(submitted)
+    assert "--signal=B:USR1@120" in submitted
+    assert submitted[-3:] == ["coco", "--run", "my runs/coco"]
+    assert started == ["srun", ".venv/bin/imgcap", "train", "coco", "--run", "my runs/coco", "--distributed"]
+
+
+def test_slurm_queues_the_job_again_at_the_time_limit_only(run: Run, tmp_path: Path) -> None:
+    """srun stands for training: it ends with 143 after SIGTERM, which scancel sends to it, and with 0 otherwise."""
+    bin = tmp_path / "bin"
+    program(
+        bin / "srun",
+        f"#!/usr/bin/env bash\necho $$ > {tmp_path}/srun\ntrap 'exit 143' TERM\n"
+        f"for i in $(seq ${{STEPS:-400}}); do sleep 0.05; done\n",
+    )
+    program(
+        bin / "scancel", f"#!/usr/bin/env bash\n[ \"$*\" = '--signal=TERM 7' ] && kill -TERM $(cat {tmp_path}/srun)\n"
+    )
+    program(bin / "scontrol", f'#!/usr/bin/env bash\necho "$*" >> {tmp_path}/scontrol\n')
+    assert run(SLURM, "coco", SLURM_JOB_ID="7", STEPS="1").returncode == 0
+    assert not (tmp_path / "scontrol").exists()
+    environment = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    (tmp_path / "srun").unlink()
+    job = subprocess.Popen([SLURM, "coco"], env=environment)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "srun").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 143
+    assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
