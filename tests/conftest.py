@@ -43,6 +43,20 @@ def forgotten_programs() -> Iterator[None]:
 
 
 @pytest.fixture
+def as_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes the CPU run what is traced from here on as it would be compiled for another platform: gpu or tpu."""
+    import jax
+
+    def use(platform: str) -> None:
+        def chosen(*operands: Any, default: Any = None, **per_platform: Any) -> Any:
+            return per_platform.get(platform, default)(*operands)
+
+        monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+
+    return use
+
+
+@pytest.fixture
 def progress_lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The lines about the progress of long work, one per update; without a terminal, a clock decides which appear."""
     from imgcap_jax import terminal

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.given = given
     options.alone = arguments is None  # not called by a program that has its own modules and objects
     try:
-        if rest and options.command not in ("train", "features"):
+        if rest and options.command not in ("train", "features", "plan"):
             raise _unknown_argument(rest[0], options.parser, options.command)
         with sigterm_interrupts(_interrupted(options), alone=options.alone), _memory_errors(options):
             code: int = _COMMANDS[options.command](options)
@@ -325,6 +325,12 @@ def _features(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from imgcap_jax.cli.plan import plan
+
+    return plan(options)
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     with _importing(options):
         from imgcap_jax.files import check_writable
@@ -522,6 +528,7 @@ def _score(options: argparse.Namespace) -> int:
 _COMMANDS = {
     "train": _train,
     "features": _features,
+    "plan": _plan,
     "evaluate": _evaluate,
     "caption": _caption,
     "score": _score,

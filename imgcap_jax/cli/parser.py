@@ -22,6 +22,7 @@ _EPILOG = """examples:
   imgcap train my_experiment.py --smoke
   imgcap train scenes --population training.seed=0..7
   imgcap features flickr8k
+  imgcap plan coco --topology v5e:4x4
   imgcap evaluate runs/flickr8k --split val --beam 3
   imgcap evaluate runs/flickr8k --decode.beam 1 3 5 --decode.length-norm 0 0.7
   imgcap caption photo.jpg holiday/ --run runs/flickr8k
@@ -81,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_features, _add_evaluate, _add_caption, _add_score):
+    for add in (_add_train, _add_features, _add_plan, _add_evaluate, _add_caption, _add_score):
         add(commands)
     data = commands.add_parser("data", allow_abbrev=False, help="prepare, inspect and list datasets")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -173,6 +174,37 @@ def _add_features(commands: Commands) -> None:
     features.add_argument("experiment", help="a Python file, or a name such as flickr8k")
     features.add_argument("--splits", default="train,val", help="comma-separated splits (default: train,val)")
     _add_cache(features)
+
+
+def _add_plan(commands: Commands) -> None:
+    plan = _add_command(
+        commands,
+        "plan",
+        add_help=False,
+        help="memory, collectives and time of an experiment on a TPU slice or on this machine, without running it",
+        description="Compile the training step, the validation search and the encoder of an experiment for a TPU slice "
+        'that need not be present (pip install "imgcap_jax[tpu-plan]"), or for this machine, and print what they need '
+        "and an estimate of their time. Nothing is run. Every field of the experiment can be set by an option, as for "
+        "imgcap train.",
+    )
+    plan.add_argument("experiment", nargs="?", help="a Python file, or a name such as coco")
+    plan.add_argument(
+        "--topology",
+        default="local",
+        help="a TPU generation and the shape of a slice (v5e:4x4, v6e:2x2, v5p:2x2x1), or local (default)",
+    )
+    plan.add_argument(
+        "--images", type=int, metavar="N", help="training images (default: those of the dataset, prepared or published)"
+    )
+    plan.add_argument(
+        "--vocabulary", type=int, metavar="N", help="words (default: those of the dataset, prepared or published)"
+    )
+    plan.add_argument(
+        "--words", type=float, default=10.4, metavar="X", help="mean words per caption (default: 10.4, those of COCO)"
+    )
+    plan.add_argument("--json", type=_path, metavar="FILE", help="also write all figures")
+    _add_code(plan)
+    plan.add_argument("-h", "--help", action="store_true", help="show this and the fields of the experiment")
 
 
 def _add_evaluate(commands: Commands) -> None:

@@ -10,6 +10,7 @@ from jax import Array
 from imgcap_jax.decoding.decoded import Decoded, StepFn, parallel_shape
 from imgcap_jax.decoding.limits import check_limits
 from imgcap_jax.decoding.rules import Rule, apply_rules
+from imgcap_jax.loops import named_loop
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 
 
@@ -70,17 +71,18 @@ def rollout(
             ended=s.ended | (word == EOS),
         )
 
-    end = jax.lax.while_loop(
-        unfinished,
-        advance,
-        _State(
-            t=jnp.int32(0),
-            carry=carry,
-            last=jnp.full((batch, parallel), BOS, jnp.int32),
-            tokens=jnp.full((batch, parallel, max_steps), PAD, jnp.int32),
-            word_log_probs=jnp.zeros((batch, parallel, max_steps), jnp.float32),
-            score=jnp.zeros((batch, parallel), jnp.float32),
-            ended=jnp.zeros((batch, parallel), bool),
-        ),
-    )
+    with named_loop("search"):
+        end = jax.lax.while_loop(
+            unfinished,
+            advance,
+            _State(
+                t=jnp.int32(0),
+                carry=carry,
+                last=jnp.full((batch, parallel), BOS, jnp.int32),
+                tokens=jnp.full((batch, parallel, max_steps), PAD, jnp.int32),
+                word_log_probs=jnp.zeros((batch, parallel, max_steps), jnp.float32),
+                score=jnp.zeros((batch, parallel), jnp.float32),
+                ended=jnp.zeros((batch, parallel), bool),
+            ),
+        )
     return Decoded(end.tokens, end.word_log_probs, jnp.sum(end.word_log_probs, axis=-1), end.score, end.t)

@@ -15,6 +15,7 @@ from jax import Array
 
 from imgcap_jax.decoding.decoded import Decoded, StepFn, parallel_shape
 from imgcap_jax.decoding.rules import FORBIDDEN, LOWEST, Rule, apply_rules
+from imgcap_jax.loops import named_loop
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 
 LengthPenalty = Literal["power", "gnmt"]
@@ -144,7 +145,8 @@ def group_search(
     # The rows of a group start equal. Only the first is live; otherwise the group would contain every caption K times.
     start = jnp.where(jnp.asarray(first), 0.0, FORBIDDEN)  # [G]
     live = nothing._replace(score=nothing.score.at[:, :, 0].set(start))
-    end = jax.lax.while_loop(unfinished, advance, _State(jnp.int32(0), carry, live, nothing))
+    with named_loop("search"):
+        end = jax.lax.while_loop(unfinished, advance, _State(jnp.int32(0), carry, live, nothing))
 
     # After an early exit no live hypothesis can enter. After T steps the live hypotheses compete without eos.
     left = jnp.where(end.live.score < LOWEST, FORBIDDEN, end.live.score / norms[end.t - 1])  # [B,G,K]

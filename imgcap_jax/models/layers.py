@@ -22,7 +22,8 @@ def dropout(x: Array, rate: float | Array, dropout_keys: Array | None) -> Array:
     """Inverted dropout with one PRNG key per row of the batch.
 
     The mask of a row depends on its key only, so that 1, 2 and 4 devices drop the same units. ``nnx.Dropout`` draws one
-    mask for the part of the batch on a device, so its masks depend on the number of devices.
+    mask for the part of the batch on a device, so its masks depend on the number of devices. TPUs drop other units than
+    CPUs and GPUs.
 
     Args:
         x: [B,...].
@@ -45,9 +46,19 @@ def dropout(x: Array, rate: float | Array, dropout_keys: Array | None) -> Array:
         kept = jnp.maximum(1, jnp.round((1.0 - jax.lax.stop_gradient(rate)) * 65536).astype(jnp.int32))
     count = math.prod(x.shape[1:])
     bits = jax.vmap(lambda key: jax.random.bits(key, (-(-count // 2),)))(dropout_keys)  # uint32 [B,count/2]
-    halves = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(len(x), -1)[:, :count]
+    halves = jax.lax.platform_dependent(bits, tpu=_low_halves_first, default=_halves)[:, :count]
     keep = (halves < kept).reshape(x.shape)
     return jnp.where(keep, x * (65536 / kept), 0.0).astype(x.dtype)
+
+
+def _halves(bits: Array) -> Array:
+    """The 16-bit halves of uint32 [B,n] in the order of memory: uint16 [B,2n]."""
+    return jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(len(bits), -1)
+
+
+def _low_halves_first(bits: Array) -> Array:
+    """All low halves, then all high halves. TPUs interleave the numbers of a row slowly."""
+    return jnp.concatenate([bits & 0xFFFF, bits >> 16], axis=1).astype(jnp.uint16)
 
 
 def draw_words(logits: Array, uniform: Array) -> tuple[Array, Array]:
@@ -76,7 +87,16 @@ def draw_words(logits: Array, uniform: Array) -> tuple[Array, Array]:
     earlier = jnp.arange(reached.shape[-1]) < block[..., None]
     before = jnp.max(jnp.where(earlier, reached, 0.0), axis=-1)  # at most the target
     words = block[..., None] * _BLOCK + jnp.arange(_BLOCK)  # [...,block]
-    inside = jnp.take_along_axis(logits, jnp.minimum(words, size - 1), axis=-1)
+
+    def by_words(logits: Array, blocks: Array) -> Array:
+        return jnp.take_along_axis(logits, jnp.minimum(words, size - 1), axis=-1)
+
+    def by_block(logits: Array, blocks: Array) -> Array:
+        flat = blocks.reshape(-1, *blocks.shape[-2:])  # [n,V/block,block]
+        return flat[jnp.arange(len(flat)), block.reshape(-1)].reshape(words.shape)
+
+    # A TPU reads one row of a table as fast as one number. The words after the last one are not used.
+    inside = jax.lax.platform_dependent(logits, blocks, tpu=by_block, default=by_words)
     probs = jnp.where(words < size, jnp.exp(inside - top), 0.0)
     reached = _reached(probs) + before[..., None]
     # The sums of the block and of its words are rounded differently: a target that no word passes is the last word's.
@@ -291,5 +311,33 @@ class WordLogits(nnx.Module):
         """hidden [...,H] -> logits float32 [...,V]. ``embedding`` is used only if the layer is tied."""
         kernel: Any = embedding.embedding[...].T if self.kernel is None else self.kernel[...]
         # A bfloat16 product is accumulated and returned in float32. With 8 bits, words of similar score would tie.
+        if jnp.dtype(self.dtype) == jnp.bfloat16:
+            return _bfloat16_product(hidden, kernel) + self.bias[...]
         product = jnp.matmul(hidden.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
         return product + self.bias[...]
+
+
+@jax.custom_vjp
+def _bfloat16_product(x: Array, kernel: Array) -> Array:
+    """x [...,I] times kernel [I,O] -> float32 [...,O]: operands in bfloat16, sums in float32.
+
+    In the derivative of ``jnp.matmul`` with a float32 result, the gradient of the result is float32, and with it both
+    products. Here it is rounded to bfloat16 first. The gradient of the kernel is not rounded again.
+    """
+    return jnp.matmul(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+
+def _bfloat16_product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _bfloat16_product(x, kernel), (x, kernel)
+
+
+def _bfloat16_product_backward(kept: tuple[Array, Array], by_y: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    flat = by_y.astype(jnp.bfloat16).reshape(-1, by_y.shape[-1])
+    by_x = jnp.matmul(flat, kernel.astype(jnp.bfloat16).T, preferred_element_type=jnp.float32).reshape(x.shape)
+    rows = x.astype(jnp.bfloat16).reshape(-1, x.shape[-1])
+    by_kernel = jnp.matmul(rows.T, flat, preferred_element_type=jnp.float32)
+    return by_x.astype(x.dtype), by_kernel.astype(kernel.dtype)
+
+
+_bfloat16_product.defvjp(_bfloat16_product_forward, _bfloat16_product_backward)

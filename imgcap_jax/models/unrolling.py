@@ -21,6 +21,7 @@ import numpy as np
 from jax import Array
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
+from imgcap_jax.loops import Loop, named_loop
 from imgcap_jax.models.constants import Call, Floating, Recorder, join, split
 from imgcap_jax.models.members import most
 
@@ -28,6 +29,7 @@ Step = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 FEWEST_ROWS = 8
 """The scan does not continue with fewer rows than this. A thinner product takes as long."""
+_NAMES: tuple[Loop, ...] = ("caption_steps", "caption_steps_of_half")
 
 
 def scan_steps(
@@ -279,7 +281,7 @@ def _forward(
         return t < end if until is None else (t < end) & most(~jnp.all(until(carry)))
 
     following = carry
-    for traced_step, rows, fewer in zip(traced, stages, [*stages[1:], 0], strict=True):
+    for number, (traced_step, rows, fewer) in enumerate(zip(traced, stages, [*stages[1:], 0], strict=True)):
         following = _first(following, rows)
 
         def run(carry: Any, t: Array, rows: int = rows, traced_step: _TracedStep = traced_step) -> _Parts:
@@ -288,9 +290,10 @@ def _forward(
 
         end = jnp.maximum(t, most(lengths[fewer:].max()))
         fixed.append(run(following, t).fixed)  # XLA computes nothing else of this step
-        t, following, buffers, counted = jax.lax.while_loop(
-            partial(goes_on, end=end), partial(body, run=run), (t, following, buffers, counted)
-        )
+        with named_loop(_NAMES[number]):
+            t, following, buffers, counted = jax.lax.while_loop(
+                partial(goes_on, end=end), partial(body, run=run), (t, following, buffers, counted)
+            )
         ends.append(t)
     if until is not None:
         counted &= jnp.arange(length)[:, None] < t
@@ -327,11 +330,12 @@ def _backward(stages: list[int], traced: list[_TracedStep], kept: _Kept, by_ys: 
         sums = [_padded(leaf, rows) if of_rows else leaf for leaf, of_rows in zip(sums, has_rows, strict=True)]
         by_carry = [_padded(leaf, rows) for leaf in by_carry]
         start = kept.ends[number - 1] if number else jnp.zeros((), jnp.int32)
-        _, sums, by_carry, taps = jax.lax.while_loop(
-            lambda state, start=start: state[0] > start,  # type: ignore[misc]
-            partial(body, traced_step=traced[number], fixed=kept.fixed[number]),
-            (kept.ends[number], sums, by_carry, taps),
-        )
+        with named_loop(_NAMES[number]):
+            _, sums, by_carry, taps = jax.lax.while_loop(
+                lambda state, start=start: state[0] > start,  # type: ignore[misc]
+                partial(body, traced_step=traced[number], fixed=kept.fixed[number]),
+                (kept.ends[number], sums, by_carry, taps),
+            )
     gradients = of_constants.gradient(join([None] * unused.count(True), sums, unused))
     by_constants = _with_calls(traced[0].calls, kept, taps, gradients)
     return *by_constants, of_carry.gradient(by_carry), None, None

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.loops import Loop, named_loop
 from imgcap_jax.models.members import most
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 
@@ -135,13 +136,18 @@ def packed_word_loss(
         the arrays that ``score_words`` closes over, but not to ``counted``.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    # Captions of COCO have 0.55 words per step of 20, which one chunk of 4/7 holds.
-    chunk = -(-min(CHUNK, -(-flat.shape[0] * 4 // 7)) // 4) * 4
+    chunk = chunk_size(flat.shape[0])
     converted, closed_over = _converted(score_words, flat, [chunk, chunk * 3 // 4, chunk // 4])
     log_likelihood, objective = _packed(
         converted, word_loss, chunk, closed_over, flat, targets.reshape(-1), counted.reshape(-1)
     )
     return jax.lax.stop_gradient(log_likelihood), objective
+
+
+def chunk_size(places: int) -> int:
+    """The number of words that are scored at a time, for this number of places of words: a multiple of 4."""
+    # Captions of COCO have 0.55 words per step of 20, which one chunk of 4/7 holds.
+    return -(-min(CHUNK, -(-places * 4 // 7)) // 4) * 4
 
 
 def _converted(
@@ -236,7 +242,7 @@ def _over_chunks(
         The sums, and the values of the rows in their places [P,...]; the values of the others are 0, or those of a row
         of zeros.
     """
-    places, quarter = counted.shape[0], chunk // 4
+    places = counted.shape[0]
     count = most(jnp.sum(counted, dtype=jnp.int32))
     order = jnp.argsort(~counted, stable=True)  # counted rows come first
     order = jnp.pad(order, (0, chunk), constant_values=places)  # past the end: read as 0
@@ -260,16 +266,43 @@ def _over_chunks(
     every = jax.tree.map(lambda leaf: jnp.zeros((len(order), *leaf.shape[1:]), leaf.dtype), values)
     state = jnp.asarray(chunk, jnp.int32), sums, put(every, values, 0)
     # Each loop but the first runs once at most. Unlike a branch, it does not copy the sums.
-    for size, fewest in ((chunk, 3 * quarter), (3 * quarter, quarter), (quarter, 0)):
+    for name, size, fewest in _loops(chunk):
         if places > chunk + fewest:
-            state = jax.lax.while_loop(
-                lambda state, fewest=fewest: state[0] + fewest < count,  # type: ignore[misc]
-                partial(advance, size=size),
-                state,
-            )
+            with named_loop(name):
+                state = jax.lax.while_loop(
+                    lambda state, fewest=fewest: state[0] + fewest < count,  # type: ignore[misc]
+                    partial(advance, size=size),
+                    state,
+                )
     _, sums, every = state
     back = jnp.argsort(order[:places])
     return sums, jax.tree.map(lambda leaf: leaf[back], every)
+
+
+def _loops(chunk: int) -> tuple[tuple[Loop, int, int], ...]:
+    """The loops of ``_over_chunks``: their name, the rows per pass, and the rows left with which they end."""
+    quarter = chunk // 4
+    return (
+        ("word_chunks", chunk, 3 * quarter),
+        ("three_quarter_chunk", 3 * quarter, quarter),
+        ("quarter_chunk", quarter, 0),
+    )
+
+
+def passes_of_loops(places: int, count: int) -> dict[Loop, int]:
+    """How often the loops over chunks run, in addition to the first chunk, for this number of counted words.
+
+    Args:
+        places: the places of words in the batch of one device.
+        count: those that are counted.
+    """
+    chunk = chunk_size(places)
+    start, passes = chunk, {}
+    for name, size, fewest in _loops(chunk):
+        passes[name] = 0
+        while places > chunk + fewest and start + fewest < count:
+            start, passes[name] = start + size, passes[name] + 1
+    return passes
 
 
 def _chunk_sums(logits: Array, targets: Array, weight: Array, word_loss: WordLoss) -> tuple[Array, Array]:

@@ -76,10 +76,10 @@ def test_imagenet_weights_equal_pytorch(variant: Any, size: int, oracle: Any) ->
     oracle.check(network, encoder, oracle.images(2, size))
 
 
-def test_accelerator_path_equals_pytorch(variant_0: Any, oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerator_path_equals_pytorch(variant_0: Any, oracle: Any, as_on: Any) -> None:
     network, build = variant_0
     encoder = build(64)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    as_on("gpu")
     oracle.check(network, encoder, oracle.images(2, 64))
 
 
@@ -132,8 +132,8 @@ def test_random_weights_depend_on_the_key() -> None:
     assert np.std(first) == pytest.approx((2 / 1280) ** 0.5, rel=0.01)
 
 
-def test_bfloat16_is_close_to_float32(oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+def test_bfloat16_is_close_to_float32(oracle: Any, as_on: Any) -> None:
+    as_on("tpu")
     full = EfficientNetLite().build(64, rngs=nnx.Rngs(0))
     half = EfficientNetLite().build(64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     expected, regions = (oracle.run(encoder, oracle.images(2, 64))[0] for encoder in (full, half))

@@ -82,10 +82,10 @@ def test_every_depth_equals_pytorch(depth: Any, oracle: Any, tmp_path: Path) -> 
     oracle.check(network, encoder, oracle.images(2, 224))
 
 
-def test_accelerator_path_equals_pytorch(shallow: Any, oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerator_path_equals_pytorch(shallow: Any, oracle: Any, as_on: Any) -> None:
     network, build = shallow
     encoder = build(64, trainable_stages=2, checkpoint_stages=True)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    as_on("gpu")
     oracle.check(network, encoder, oracle.images(2, 64))
 
 
@@ -102,10 +102,10 @@ def test_grid_equals_pytorch_adaptive_pool(grid: int, shallow: Any, oracle: Any)
 
 @pytest.mark.parametrize(("checkpoint", "platform"), [(False, "cpu"), (True, "cpu"), (True, "gpu")])
 def test_gradients_of_the_last_stages_equal_pytorch(
-    checkpoint: bool, platform: str, shallow: Any, oracle: Any, gradients_of: Any, monkeypatch: pytest.MonkeyPatch
+    checkpoint: bool, platform: str, shallow: Any, oracle: Any, gradients_of: Any, as_on: Any
 ) -> None:
     network, build = shallow
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    as_on(platform)
     images = oracle.images(5, 75)
     direction = np.random.default_rng(0).normal(size=(5, 9, 2048)).astype(np.float32)
     expected = oracle.gradients(network, images, direction)
@@ -145,9 +145,9 @@ def test_checkpointed_stages_need_less_memory(shallow: Any) -> None:
     assert memory(True) < 0.75 * memory(False)
 
 
-def test_bfloat16_is_close_to_float32(shallow: Any, oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_close_to_float32(shallow: Any, oracle: Any, as_on: Any) -> None:
     _, build = shallow
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    as_on("tpu")
     images = oracle.images(2, 64)
     expected, regions = (oracle.run(build(64, dtype=dtype), images)[0] for dtype in (jnp.float32, jnp.bfloat16))
     assert regions.dtype == np.float32

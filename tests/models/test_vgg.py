@@ -114,10 +114,10 @@ def test_gradients_of_the_last_stages_equal_pytorch(shallow: Any, oracle: Any, g
                 oracle.close_gradient(got, theirs)
 
 
-def test_accelerator_path_equals_pytorch(shallow: Any, oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerator_path_equals_pytorch(shallow: Any, oracle: Any, as_on: Any) -> None:
     network, build = shallow
     encoder = build(64)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    as_on("gpu")
     oracle.check(network, encoder, oracle.images(2, 64))
 
 

@@ -1,6 +1,7 @@
 """The convolutions of the pretrained encoders, each implemented in the fastest way for the platform."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import jax
@@ -38,8 +39,16 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> 
         return _product(x[:, ::stride, ::stride], kernel)
     size = kernel.shape[0]
     around = pads(x.shape[1], size, stride, padding), pads(x.shape[2], size, stride, padding)
-    if jax.default_backend() != "cpu":
-        return _xla(x, kernel if kernel.ndim == 4 else kernel[:, :, None], stride, around)
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=partial(_on_cpu, stride=stride, around=around),
+        default=partial(_xla, stride=stride, around=around),
+    )
+
+
+def _on_cpu(x: jax.Array, kernel: jax.Array, stride: int, around: Pads) -> jax.Array:
+    size = kernel.shape[0]
     if kernel.ndim == 3:
         return cpu_convolution.depthwise(x, kernel, stride, around)
     if _as_product(x, kernel, stride):
@@ -66,7 +75,8 @@ def _as_product(x: jax.Array, kernel: jax.Array, stride: int) -> bool:
 
 
 def _xla(x: jax.Array, kernel: jax.Array, stride: int, around: Pads) -> jax.Array:
-    """XLA's convolution; with a kernel [k,k,1,O], each channel has its own filter."""
+    """XLA's convolution; with a kernel [k,k,I], each channel has its own filter."""
+    kernel = kernel if kernel.ndim == 4 else kernel[:, :, None]
     layout = ("NHWC", "HWIO", "NHWC")
     groups = x.shape[-1] // kernel.shape[2]
     return lax.conv_general_dilated(
@@ -77,13 +87,18 @@ def _xla(x: jax.Array, kernel: jax.Array, stride: int, around: Pads) -> jax.Arra
 def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
     """The maximum per window of x [B,h,w,C], as torch's max_pool2d: cells that do not fill a window are ignored."""
     around = ((padding, padding), (padding, padding))
-    if jax.default_backend() != "cpu":
+
+    def on_cpu(x: jax.Array) -> jax.Array:
+        first, *others = shifted_views(x, window, stride, around, -np.inf)
+        for view in others:
+            first = jnp.maximum(first, view)
+        return first
+
+    def reduced(x: jax.Array) -> jax.Array:
         sizes, steps = (1, window, window, 1), (1, stride, stride, 1)
         return lax.reduce_window(x, -jnp.inf, lax.max, sizes, steps, ((0, 0), *around, (0, 0)))
-    first, *others = shifted_views(x, window, stride, around, -np.inf)
-    for view in others:
-        first = jnp.maximum(first, view)
-    return first
+
+    return lax.platform_dependent(x, cpu=on_cpu, default=reduced)
 
 
 def adaptive_average_pool(x: jax.Array, side: int) -> jax.Array:

@@ -147,10 +147,9 @@ class StagedEncoder(nnx.Module):
         return x
 
     def _checkpointed(self, stage: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-        if jax.default_backend() != "cpu":
-            return jax.checkpoint(stage)(x)
         # Outside a loop, XLA:CPU ignores the checkpoint and keeps the activations that should be recomputed.
-        return _in_chunks(jax.checkpoint(stage), x, self.chunk)
+        again = jax.checkpoint(stage)
+        return jax.lax.platform_dependent(x, cpu=lambda x: _in_chunks(again, x, self.chunk), default=again)
 
     def _frozen_part(self, images: jax.Array) -> jax.Array:
         def through(images: jax.Array) -> jax.Array:
@@ -160,10 +159,12 @@ class StagedEncoder(nnx.Module):
                 x = stage(x)
             return x
 
-        if jax.default_backend() != "cpu" or self.frozen_stages == 0:
+        if self.frozen_stages == 0:
             return through(images)
         # The maps of a few images stay in the cache of a CPU through all stages.
-        return _in_chunks(through, images, self.chunk)
+        return jax.lax.platform_dependent(
+            images, cpu=lambda images: _in_chunks(through, images, self.chunk), default=through
+        )
 
 
 def _in_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array, size: int) -> jax.Array:

@@ -1,0 +1,140 @@
+"""The sizes of a dataset that a plan needs: from the prepared dataset, or else from published figures."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from imgcap_jax.data.caption_table import CaptionTable
+from imgcap_jax.data.caption_tokens import CaptionTokens, total_counts
+from imgcap_jax.data.mixtures import rows_per_epoch
+from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
+from imgcap_jax.data.vocabulary import SPECIAL, Vocabulary
+from imgcap_jax.decoding.settings import Decoding
+from imgcap_jax.errors import UserError, counted
+from imgcap_jax.experiment import Experiment
+from imgcap_jax.metrics.degeneration import BAD_ENDINGS, CONJUNCTIONS, FUNCTION_WORDS
+from imgcap_jax.tokenizers import Tokenizer, tokens_of
+
+CAPTIONS = 5
+"""Reference captions per image of the named datasets."""
+WORDS = 10.4
+"""Words per caption without eos: the mean of COCO 2014 in the package's tokens (``scripts/measuring.py``)."""
+_LONGEST = 50  # tokens of the longest reference that stands for those of an unprepared dataset
+
+
+@dataclass(frozen=True)
+class Published:
+    """Training images and words of a dataset, and their source."""
+
+    images: int
+    vocabulary: int
+    source: str
+
+
+_KARPATHY = "Karpathy and Fei-Fei 2015, arXiv:1412.2306"
+PUBLISHED = {
+    "coco_captions": Published(113_287, 9_487, f"train + restval of {_KARPATHY}; words from ImageCaptioning.pytorch"),
+    "flickr8k": Published(6_000, 2_538, _KARPATHY),
+    "flickr30k": Published(29_000, 7_414, _KARPATHY),
+}
+"""Words occur at least five times in the training captions, as ``data.min_count`` asks by default."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a plan knows about the training data.
+
+    Attributes:
+        images: training images per epoch.
+        vocabulary: the words of the model.
+        sources: the prepared training splits; empty if the dataset is not prepared.
+        assumptions: one line per number that is assumed and not read.
+    """
+
+    images: int
+    vocabulary: Vocabulary
+    sources: tuple[CaptionSource, ...]
+    assumptions: tuple[str, ...]
+
+    def references(self, experiment: Experiment) -> CaptionTable | None:
+        """The references that the objective's batches contain; random ones if the dataset is not prepared."""
+        if self.sources or experiment.objective.references((), self.vocabulary) is None:
+            return experiment.objective.references(self.sources, self.vocabulary)
+        return _random_captions(self.images, len(self.vocabulary))
+
+
+def sizes_of(experiment: Experiment, images: int | None, vocabulary: int | None) -> Sizes:
+    """The sizes of an experiment's training data.
+
+    Args:
+        experiment: its dataset and tokeniser are read.
+        images: training images per epoch, in place of the dataset's.
+        vocabulary: the number of words, in place of the dataset's.
+
+    Raises:
+        UserError: the dataset is neither prepared nor known, and a number is not given.
+    """
+    data = experiment.data
+    mixture = parse_mixture(data.dataset)
+    for name, value in (("--images", images), ("--vocabulary", vocabulary)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    try:
+        sources = [open_source(name, "train", data.data_dir) for name, _ in mixture]
+    except UserError:
+        sources = []
+    if sources and images is None and vocabulary is None:
+        counts = total_counts(CaptionTokens.of(source, data.tokenizer) for source in sources)
+        rows = sum(rows_per_epoch([(source, weight) for source, (_, weight) in zip(sources, mixture, strict=True)]))
+        return Sizes(rows, Vocabulary.from_counts(counts, data.min_count, data.tokenizer), tuple(sources), ())
+    known = [PUBLISHED.get("coco_captions" if name == "coco" else name) for name, _ in mixture]
+    assumptions = []
+    published = known[0] if len(known) == 1 else None
+    if published is None and (images is None or vocabulary is None):
+        raise UserError(
+            f"{data.dataset} is not prepared, and its sizes are not known; prepare it, or give --images and "
+            f"--vocabulary"
+        )
+    if images is None:
+        assert published is not None
+        images = published.images
+        assumptions.append(f"{counted(images, 'training image')} ({published.source})")
+    else:
+        assumptions.append(f"{counted(images, 'training image')} (given)")
+    if vocabulary is None:
+        assert published is not None
+        vocabulary = published.vocabulary + len(SPECIAL)
+        assumptions.append(f"{counted(vocabulary, 'word')} ({published.source}), {len(SPECIAL)} special ones included")
+    else:
+        assumptions.append(f"{counted(vocabulary, 'word')} (given)")
+    return Sizes(images, _vocabulary(vocabulary, data.tokenizer, experiment.decoding), (), tuple(assumptions))
+
+
+def _vocabulary(size: int, tokenizer: Tokenizer, decoding: Decoding) -> Vocabulary:
+    """A vocabulary of this size that contains the words that objectives, rules and the decoding settings name."""
+    forms = [form for entry in decoding.must for form in entry.split("|")]
+    asked = [word for text in (decoding.prefix, *forms) for word in tokens_of(text, tokenizer)]
+    named = [*asked, *sorted({*BAD_ENDINGS, *CONJUNCTIONS, *FUNCTION_WORDS})]
+    words = list(dict.fromkeys([*SPECIAL, *named]))[: max(size, len(SPECIAL) + 1)]
+    words += [f"word{number}" for number in range(size - len(words))]
+    return Vocabulary(tuple(words), (0,) * len(words), tokenizer)
+
+
+def _random_captions(images: int, vocabulary: int) -> CaptionTable:
+    """References in which words are as frequent as in text (Zipf's law), with eos: five per image.
+
+    They stand for the captions of a dataset that is not prepared: batches have their shapes, and document frequencies
+    about their size.
+    """
+    random = np.random.default_rng(0)
+    captions = CAPTIONS * images
+    lengths = np.clip(random.normal(WORDS, 2.2, captions).round(), 5, _LONGEST - 1).astype(np.int64)
+    first = len(SPECIAL)
+    share = 1.0 / np.arange(1, vocabulary - first + 1)
+    reached = np.cumsum(share / share.sum())
+    tokens = np.zeros((captions, _LONGEST), np.int32)
+    place = np.arange(_LONGEST)
+    drawn = first + np.searchsorted(reached, random.random(int(lengths.sum())), side="right")
+    tokens[place < lengths[:, None]] = np.minimum(drawn, vocabulary - 1)
+    tokens[np.arange(captions), lengths] = 2  # eos
+    return CaptionTable(tokens, np.full(images, CAPTIONS))

@@ -1,0 +1,190 @@
+"""The plan of an experiment on a machine: its programs, what they need, and how long they take."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.experiment import Experiment
+from imgcap_jax.plan.datasets import Sizes
+from imgcap_jax.plan.hlo import Analysis, analyse
+from imgcap_jax.plan.programs import Program, Programs
+from imgcap_jax.plan.roofline import Estimate, estimate
+from imgcap_jax.plan.topology import Topology
+from imgcap_jax.terminal import Say, working
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One program: what it needs and does on one device, and the estimate of its time."""
+
+    program: Program
+    analysis: Analysis
+    time: Estimate
+    fits: bool
+
+    @property
+    def images_per_second(self) -> float:
+        """Images per second of all devices together."""
+        return self.program.images / self.time.seconds if self.time.seconds else 0.0
+
+    def results(self) -> dict[str, Any]:
+        """All figures, for JSON."""
+        memory = self.program.memory
+        return {
+            "images_per_call": self.program.images,
+            "fits": self.fits,
+            "memory_bytes": {**asdict(memory), "total": memory.total},
+            "flops": self.analysis.flops,
+            "flops_of_xla": self.program.flops,
+            "main_memory_bytes": self.analysis.bytes,
+            "collectives": {
+                kind: {"count": one.count, "bytes": one.bytes} for kind, one in self.analysis.by_collective().items()
+            },
+            "host_calls": self.analysis.host,
+            "loops_counted_once": sorted(set(self.analysis.unknown_loops)),
+            "seconds": {
+                **self.time.parts,
+                "roofline": self.time.roofline,
+                "compiler": self.time.cycles,
+                "estimate": self.time.seconds,
+            },
+            "bound_by": self.time.bound,
+            "images_per_second": self.images_per_second,
+            "compile_seconds": self.program.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of an experiment.
+
+    Attributes:
+        topology: the devices.
+        programs: the programs, the training step first.
+        rejected: program -> why it cannot be compiled, such as too little memory.
+        steps: training steps of the whole experiment. epochs: its epochs.
+        filling: the number of images per device with which the training step would fill the memory, and the numbers
+            from which it is extrapolated; None: it could not be estimated.
+        assumptions: one line each.
+    """
+
+    topology: Topology
+    programs: Mapping[str, Planned]
+    rejected: Mapping[str, str]
+    steps: int
+    epochs: float
+    filling: tuple[int, tuple[int, int]] | None
+    assumptions: tuple[str, ...]
+
+    @property
+    def hours(self) -> float | None:
+        """Hours of all training steps, without validations and features; None: the step cannot be compiled."""
+        step = self.programs.get("training step")
+        return None if step is None else self.steps * step.time.seconds / 3600
+
+    def results(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        chip = asdict(self.topology.chip)
+        return {
+            "topology": self.topology.name,
+            "devices": len(self.topology.devices),
+            "chip": chip,
+            "compiler": self.topology.compiler,
+            "compiled_not_run": True,
+            "assumptions": list(self.assumptions),
+            "programs": {name: one.results() for name, one in self.programs.items()},
+            "rejected": dict(self.rejected),
+            "training": {"steps": self.steps, "epochs": self.epochs, "hours": self.hours},
+            "images_per_device_that_fill_memory": None if self.filling is None else self.filling[0],
+        }
+
+
+def make_plan(
+    experiment: Experiment, sizes: Sizes, topology: Topology, *, words: float, say: Say | None = None
+) -> Plan:
+    """Compiles an experiment's programs for a topology. Nothing is run.
+
+    Args:
+        experiment: what is planned.
+        sizes: of its data.
+        topology: the devices.
+        words: mean words per caption, without eos.
+        say: see ``working``.
+
+    Raises:
+        UserError: the experiment's parts do not go together, or no program can be compiled.
+    """
+    with working("building the programs", say=say):
+        programs = Programs(experiment, sizes, topology.devices, words=words)
+    planned: dict[str, Planned] = {}
+    rejected: dict[str, str] = {}
+    found: Program | None
+    for name, compile_program in (
+        ("training step", programs.training_step),
+        ("validation search", programs.search),
+        ("encoder", programs.encoder),
+    ):
+        with working(f"compiling the {name}", say=say):
+            try:
+                found = compile_program()
+            except jax.errors.JaxRuntimeError as error:
+                rejected[name] = _why(error)
+                continue
+        if found is not None:
+            planned[name] = _planned(found, topology)
+    if not planned:
+        raise UserError(f"no program can be compiled for {topology.name}: {next(iter(rejected.values()))}")
+    filling = None
+    if "training step" in planned:
+        with working("estimating the batch size", say=say):
+            filling = _filling(programs, planned["training step"].program, topology)
+    return Plan(
+        topology,
+        planned,
+        rejected,
+        programs.total_steps,
+        experiment.training.epochs,
+        filling,
+        (*sizes.assumptions, *programs.assumptions),
+    )
+
+
+def _planned(program: Program, topology: Topology) -> Planned:
+    analysis = analyse(program.text, program.trips)
+    chip = topology.chip
+    time = estimate(analysis, chip, topology.shape, len(topology.devices), program.batch_bytes)
+    return Planned(program, analysis, time, program.memory.total <= chip.memory)
+
+
+def _why(error: Exception) -> str:
+    """The compiler's reason in one line."""
+    text = " ".join(str(error).split())
+    used = re.search(r"Used ([\d.]+\w?) of ([\d.]+\w?) (\w+)", text)
+    if used:
+        return f"it does not fit: {used[1]} of {used[2]} {used[3]}"
+    return text[:300]
+
+
+def _filling(programs: Programs, program: Program, topology: Topology) -> tuple[int, tuple[int, int]] | None:
+    """Extrapolates the memory of the training step linearly from two batch sizes."""
+    devices, accumulate = programs.devices, programs.experiment.optimizer.accumulate
+    first = program.images
+    other = 2 * first
+    try:
+        memory = programs.training_step(other).memory
+    except jax.errors.JaxRuntimeError:
+        other = first // 2
+        if other % (devices * accumulate) or not other:
+            return None
+        memory = programs.training_step(other).memory
+    per_image = (memory.total - program.memory.total) / (other - first) * devices
+    fixed = program.memory.total - per_image * first / devices
+    if per_image <= 0:
+        return None
+    most = int((topology.chip.memory - fixed) / per_image)
+    step = 8 * accumulate if most >= 8 * accumulate else accumulate
+    return max(0, most // step * step), (first // devices, other // devices)

@@ -1,0 +1,296 @@
+"""The programs that an experiment runs, compiled for a list of devices from shapes alone.
+
+The devices can be those of a topology that is not present (``jax.experimental.topologies``): nothing is executed and
+no array is placed on them.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from imgcap_jax.data.regions import has_ready_regions
+from imgcap_jax.experiment import Experiment
+from imgcap_jax.loops import Loop, loop_name
+from imgcap_jax.models.encoders.contract import build_encoder
+from imgcap_jax.models.model import split_trained
+from imgcap_jax.plan.chips import HOST_BANDWIDTH
+from imgcap_jax.plan.datasets import WORDS, Sizes
+from imgcap_jax.run.evaluation import BATCH as SEARCH_BATCH
+from imgcap_jax.run.extraction import BATCH as ENCODER_BATCH
+from imgcap_jax.run.extraction import uses_store
+from imgcap_jax.run.folder import Run
+from imgcap_jax.run.generation import caption_function, check_decoding
+from imgcap_jax.training.losses import passes_of_loops
+from imgcap_jax.training.objective import StepSetup
+from imgcap_jax.training.optimizer import steps_of
+from imgcap_jax.training.parallel import DataParallel
+from imgcap_jax.training.step import average_decay, first_state
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program.
+
+    Attributes:
+        name: "training step", "validation search" or "encoder".
+        images: images per call, over all devices.
+        text: the HLO of one device after optimisation.
+        memory: bytes of one device, see ``Memory``.
+        flops: XLA's own count for one device, in which the body of a loop counts once.
+        batch_bytes: bytes of the batch that one device receives per call.
+        loops: how often the loops whose length depends on the data are assumed to run.
+        seconds: the time to compile.
+    """
+
+    name: str
+    images: int
+    text: str
+    memory: "Memory"
+    flops: float
+    batch_bytes: int
+    loops: Mapping[Loop, int]
+    seconds: float
+
+    def trips(self, op_name: str) -> int | None:
+        """How often a loop of this name runs; None: it has no name of ``imgcap_jax.loops``."""
+        found = loop_name(op_name)
+        return None if found is None else self.loops.get(found)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device.
+
+    arguments: what the program reads. results: what it returns. aliased: the part of the results that takes the buffers
+    of arguments. temporaries: everything between.
+    """
+
+    arguments: int
+    results: int
+    aliased: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        """What must fit into the device's memory."""
+        return self.arguments + self.results - self.aliased + self.temporaries
+
+
+class _Abstract(DataParallel):
+    """Data parallelism over devices that need not be present: what would be put on them keeps its shape only."""
+
+    def replicate(self, tree: Any) -> Any:
+        return super().replicate(jax.tree.map(_shape, tree))
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
+
+
+class Programs:
+    """The programs of an experiment on some devices."""
+
+    def __init__(
+        self, experiment: Experiment, sizes: Sizes, devices: Sequence[jax.Device], *, words: float = WORDS
+    ) -> None:
+        """Builds shapes; nothing is compiled yet.
+
+        Args:
+            experiment: what is planned.
+            sizes: of its data.
+            devices: what it is compiled for.
+            words: mean words per caption, without eos.
+
+        Raises:
+            UserError: the experiment's parts do not go together.
+        """
+        self.experiment = experiment
+        self.sizes = sizes
+        self.stored = uses_store(experiment)
+        self._words = words
+        self._parallel = _Abstract("shard_map", devices)
+        self._run = Run(Path(), _without_weights(experiment), sizes.vocabulary)
+        check_decoding(experiment.decoding, sizes.vocabulary, experiment.decoder)
+        self._graph, self._params, self._frozen = split_trained(self._model())
+
+    def _model(self) -> Any:
+        model = self._run.model(with_encoder=not self.stored, restored=True)
+        graph, state = nnx.split(model)
+        return nnx.merge(graph, jax.tree.map(_shape, state))
+
+    @property
+    def devices(self) -> int:
+        """The number of devices."""
+        return len(self._parallel.devices)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training steps per epoch."""
+        return max(1, -(-self.sizes.images // self.experiment.data.batch_size))
+
+    @property
+    def total_steps(self) -> int:
+        """Training steps of the experiment, unless it stops early."""
+        return max(1, steps_of(self.experiment.training.epochs, self.steps_per_epoch))
+
+    def training_step(self, batch_size: int | None = None) -> Program:
+        """The training step of a global batch size; None: that of the experiment."""
+        experiment, sizes = self.experiment, self.sizes
+        batch_size = batch_size or experiment.data.batch_size
+        self._parallel.check_batch_size(batch_size, experiment.optimizer.accumulate)
+        transformation = experiment.optimizer.build(self.steps_per_epoch, self.total_steps)
+        first = partial(first_state, transformation=transformation, ema=experiment.training.ema_decay > 0)
+        state = self._parallel.replicate(jax.eval_shape(first, self._params))
+        references = sizes.references(experiment)
+        # A resumed run: it reads its start from its checkpoints, of which only the shapes are needed.
+        checkpoints: Any = SimpleNamespace(step=0, restore_start=lambda params: params)
+        with tempfile.TemporaryDirectory() as folder:
+            step, constants = experiment.objective.make_step(
+                StepSetup(
+                    graph=self._graph,
+                    params=state.params,
+                    frozen=self._parallel.replicate(self._frozen),
+                    transformation=transformation,
+                    key=jax.random.key(experiment.training.seed),
+                    steps_per_epoch=self.steps_per_epoch,
+                    accumulate=experiment.optimizer.accumulate,
+                    ema_decay=average_decay(experiment.training.ema_decay, initialised=False),
+                    vocabulary=sizes.vocabulary,
+                    max_words=experiment.decoding.max_words,
+                    references=references,
+                    parallel=self._parallel,
+                    folder=Path(folder),
+                    checkpoints=checkpoints,
+                )
+            )
+        data = experiment.data
+        rows: dict[str, tuple[tuple[int, ...], Any]] = {
+            "tokens": ((data.captions_per_image, data.max_words + 2), np.int32),
+            "weight": ((), np.float32),
+            "row": ((), np.int32),
+            **self._inputs(),
+        }
+        if references is not None:
+            rows["references"] = ((references.most, references.tokens.shape[1]), np.int32)
+            rows["reference_count"] = ((), np.float32)
+        batch = self._batch(rows, batch_size)
+        constants = self._parallel.replicate(constants)
+        loops = self._training_loops(batch_size, sampled=references is not None)
+        compiled = self._parallel.compile(step)
+        return self._compiled("training step", batch_size, loops, compiled, state, constants, batch)
+
+    def _training_loops(self, batch_size: int, *, sampled: bool) -> dict[Loop, int]:
+        """How often the loops of a training step run: all steps, but only the words that captions have."""
+        data, optimizer, objective = self.experiment.data, self.experiment.optimizer, self.experiment.objective
+        steps = self.experiment.decoding.max_words if sampled else data.max_words + 1
+        captions = getattr(objective, "samples", data.captions_per_image) if sampled else data.captions_per_image
+        rows = batch_size // self.devices // optimizer.accumulate * captions
+        words = min(round(rows * (self._words + 1)), rows * steps)
+        chunks = passes_of_loops(rows * steps, words)
+        return {"caption_steps": steps, "caption_steps_of_half": 0, "search": steps, **chunks}
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What the time of loops is based on, one line each."""
+        data, decoding = self.experiment.data, self.experiment.decoding
+        return (
+            f"the longest caption of each batch has data.max_words = {data.max_words} words; of sampled captions and "
+            f"searches, decoding.max_words = {decoding.max_words}",
+            f"{self._words:g} words per caption on average, without eos",
+            f"{HOST_BANDWIDTH / 1e9:g} GB/s from the host to each chip",
+        )
+
+    def search(self) -> Program:
+        """The search of a validation."""
+        training = self.experiment.training
+        decoding = self.experiment.decoding.plain(training.validation_beam)
+        function: Any = caption_function([self._graph], decoding, self.sizes.vocabulary)
+        images = -(-SEARCH_BATCH // self.devices) * self.devices
+        batch = self._batch({**self._inputs(), "row": ((), np.int32)}, images)
+        params, frozen = map(self._parallel.replicate, (self._params, self._frozen))
+        loops: dict[Loop, int] = {"search": decoding.max_words}
+        return self._compiled("validation search", images, loops, function, [params], [frozen], [batch])
+
+    def encoder(self) -> Program | None:
+        """The encoder that computes stored features; None if the training step contains it or there is none."""
+        settings: Any = self._run.experiment.encoder
+        if not self.stored or has_ready_regions(settings):
+            return None
+        graph, state = nnx.split(self._encoder())
+        dtype = jnp.dtype(self.experiment.training.dtype)
+
+        @jax.jit
+        def encode(state: Any, images: Array) -> Any:
+            with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
+                return nnx.merge(graph, state)(images)
+
+        images = ENCODER_BATCH * self.devices
+        side = self.experiment.data.image_size
+        batch = self._batch({"image": ((side, side, 3), np.uint8)}, images)
+        return self._compiled("encoder", images, {}, encode, self._parallel.replicate(state), batch["image"])
+
+    def _encoder(self) -> Any:
+        """The encoder, whose variables have no values."""
+        settings: Any = self._run.experiment.encoder
+        training = self.experiment.training
+
+        def build() -> Any:
+            dtype = jnp.dtype(training.dtype)
+            return build_encoder(settings, self.experiment.data.image_size, dtype=dtype, rngs=nnx.Rngs(training.seed))
+
+        return nnx.eval_shape(build)
+
+    def _inputs(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """What a row of a batch contains of its image: name -> (shape, dtype)."""
+        experiment = self.experiment
+        settings: Any = experiment.encoder
+        if not self.stored:
+            return {"image": ((experiment.data.image_size,) * 2 + (3,), np.uint8)}
+        if has_ready_regions(settings):
+            count = getattr(settings, "max_regions", 36)
+            return {"regions": ((count, settings.region_size), np.float32), "region_mask": ((count,), np.bool_)}
+        encoder = self._encoder()
+        return {"regions": ((encoder.region_count, encoder.region_size), jnp.dtype(experiment.data.feature_dtype))}
+
+    def _batch(self, rows: Mapping[str, tuple[tuple[int, ...], Any]], size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return self._parallel.shapes_of_rows(
+            {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in rows.items()}
+        )
+
+    def _compiled(
+        self, name: str, images: int, loops: Mapping[Loop, int], function: Callable[..., Any], *arguments: Any
+    ) -> Program:
+        start = time.perf_counter()
+        compiled: Any = function.lower(*arguments).compile()  # type: ignore[attr-defined]
+        seconds = time.perf_counter() - start
+        found = compiled.memory_analysis()
+        memory = Memory(
+            found.argument_size_in_bytes,
+            found.output_size_in_bytes,
+            found.alias_size_in_bytes,
+            found.temp_size_in_bytes,
+        )
+        batch = jax.tree.leaves(arguments[-1])
+        batch_bytes = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in batch) // self.devices
+        analysis = compiled.cost_analysis() or {}
+        flops = float(analysis.get("flops", 0.0))
+        return Program(name, images, compiled.as_text(), memory, flops, batch_bytes, loops, seconds)
+
+
+def _without_weights(experiment: Experiment) -> Experiment:
+    """The experiment with random weights in place of a file, whose values a plan does not need."""
+    encoder: Any = experiment.encoder
+    if hasattr(encoder, "weights") and not has_ready_regions(encoder):
+        return replace(experiment, encoder=replace(encoder, weights="random"))
+    return experiment

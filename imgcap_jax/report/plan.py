@@ -1,0 +1,88 @@
+"""The text of a plan."""
+
+from collections.abc import Iterable, Sequence
+
+from imgcap_jax.errors import counted
+from imgcap_jax.plan.hlo import Collective
+from imgcap_jax.plan.plan import Plan, Planned
+from imgcap_jax.plan.roofline import HOST, LINKS, MATRIX, MEMORY
+from imgcap_jax.report.columns import aligned
+
+
+def lines(plan: Plan, name: str) -> list[str]:
+    """The lines that ``imgcap plan`` prints. ``name`` is that of the experiment."""
+    chip, devices = plan.topology.chip, len(plan.topology.devices)
+    unit = "device" if chip.measured or chip.cores > 1 else "chip"
+    known = "measured here" if chip.measured else "published"
+    found = [
+        f"{name} on {plan.topology.name}: {counted(devices, unit)} ({chip.name})",
+        f"Compiled by {plan.topology.compiler}, not run: all times are estimates.",
+        f"Per {unit} ({known}): {chip.flops / 1e12:.3g} TFLOP/s, {chip.memory / 1e9:.3g} GB at "
+        f"{chip.bandwidth / 1e9:.4g} GB/s"
+        + (f", links of {chip.link / 1e9:.3g} GB/s in each direction" if chip.link and devices > 1 else ""),
+        *(f"Assumed: {one}" for one in plan.assumptions),
+        "",
+        *_table(list(plan.programs.values()), unit),
+        *(f"{program}: {why}" for program, why in plan.rejected.items()),
+        "",
+        *_training(plan, unit),
+    ]
+    for one in plan.programs.values():
+        title = one.program.name
+        found += [f"{title}: it calls the host ({call})" for call in one.analysis.host]
+        unknown = len(one.analysis.unknown_loops)
+        if unknown:
+            found.append(f"{title}: {counted(unknown, 'loop')} of unknown length counted once")
+    return found
+
+
+def _table(programs: Sequence[Planned], unit: str) -> list[str]:
+    rows = [[f"per {unit}", *(one.program.name for one in programs)]]
+
+    def row(title: str, cells: Sequence[str]) -> None:
+        rows.append([title, *cells])
+
+    memory = [one.program.memory for one in programs]
+    row(f"images per call, all {unit}s", [f"{one.program.images:,}" for one in programs])
+    row("arguments, GB", [f"{one.arguments / 1e9:.3f}" for one in memory])
+    row("temporaries, GB", [f"{one.temporaries / 1e9:.3f}" for one in memory])
+    row("memory in all, GB", [f"{one.total / 1e9:.3f}" for one in memory])
+    row("fits", ["yes" if one.fits else "no" for one in programs])
+    row("GFLOP of products", [f"{one.analysis.flops / 1e9:,.1f}" for one in programs])
+    row("main-memory traffic, GB", [f"{one.analysis.bytes / 1e9:.3f}" for one in programs])
+    row("collectives", [_collectives(one.analysis.by_collective().values()) for one in programs])
+    for part in (MATRIX, MEMORY, LINKS, HOST):
+        row(f"{part}, ms", [f"{1e3 * one.time.parts[part]:.3f}" for one in programs])
+    row("lower bound of time, ms", [f"{1e3 * one.time.roofline:.3f}" for one in programs])
+    row("bound by", [one.time.bound for one in programs])
+    if any(one.time.cycles is not None for one in programs):
+        cells = ["" if one.time.cycles is None else f"{1e3 * one.time.cycles:.3f}" for one in programs]
+        row("compiler's estimate of time, ms", cells)
+    row(f"images/s, all {unit}s", [f"{one.images_per_second:,.0f}" for one in programs])
+    row("seconds to compile", [f"{one.program.seconds:.0f}" for one in programs])
+    return aligned(rows, left=(0,))
+
+
+def _collectives(found: Iterable[Collective]) -> str:
+    return "; ".join(f"{one.count} {one.kind}, {one.bytes / 1e6:.1f} MB" for one in found) or "none"
+
+
+def _time(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.2g} minutes"
+
+
+def _training(plan: Plan, unit: str) -> list[str]:
+    hours = plan.hours
+    if hours is None:
+        return []
+    found = [
+        f"Training: {plan.epochs:g} epochs, {counted(plan.steps, 'step')}, about {_time(hours)}, without validations "
+        "and features"
+    ]
+    if plan.filling is not None:
+        images, (first, second) = plan.filling
+        found.append(
+            f"A batch of about {counted(images, 'image')} per {unit} would fill its memory (extrapolated from {first} "
+            f"and {second})"
+        )
+    return found
