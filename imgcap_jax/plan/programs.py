@@ -4,6 +4,7 @@ The devices can be those of a topology that is not present (``jax.experimental.t
 no array is placed on them.
 """
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from imgcap_jax.models.encoders.contract import build_encoder
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.plan.chips import HOST_BANDWIDTH
 from imgcap_jax.plan.datasets import WORDS, Sizes
-from imgcap_jax.run.evaluation import BATCH as SEARCH_BATCH
+from imgcap_jax.run.evaluation import batch_size
 from imgcap_jax.run.extraction import BATCH as ENCODER_BATCH
 from imgcap_jax.run.extraction import uses_store
 from imgcap_jax.run.folder import Run
@@ -144,11 +145,11 @@ class Programs:
         """Training steps of the experiment, unless it stops early."""
         return max(1, steps_of(self.experiment.training.epochs, self.steps_per_epoch))
 
-    def training_step(self, batch_size: int | None = None) -> Program:
+    def training_step(self, images: int | None = None) -> Program:
         """The training step of a global batch size; None: that of the experiment."""
         experiment, sizes = self.experiment, self.sizes
-        batch_size = batch_size or experiment.data.batch_size
-        self._parallel.check_batch_size(batch_size, experiment.optimizer.accumulate)
+        images = images or experiment.data.batch_size
+        self._parallel.check_batch_size(images, experiment.optimizer.accumulate)
         transformation = experiment.optimizer.build(self.steps_per_epoch, self.total_steps)
         first = partial(first_state, transformation=transformation, ema=experiment.training.ema_decay > 0)
         state = self._parallel.replicate(jax.eval_shape(first, self._params))
@@ -184,18 +185,18 @@ class Programs:
         if references is not None:
             rows["references"] = ((references.most, references.tokens.shape[1]), np.int32)
             rows["reference_count"] = ((), np.float32)
-        batch = self._batch(rows, batch_size)
+        batch = self._batch(rows, images)
         constants = self._parallel.replicate(constants)
-        loops = self._training_loops(batch_size, sampled=references is not None)
+        loops = self._training_loops(images, sampled=references is not None)
         compiled = self._parallel.compile(step)
-        return self._compiled("training step", batch_size, loops, compiled, state, constants, batch)
+        return self._compiled("training step", images, loops, compiled, state, constants, batch)
 
-    def _training_loops(self, batch_size: int, *, sampled: bool) -> dict[Loop, int]:
+    def _training_loops(self, images: int, *, sampled: bool) -> dict[Loop, int]:
         """How often the loops of a training step run: all steps, but only the words that captions have."""
         data, optimizer, objective = self.experiment.data, self.experiment.optimizer, self.experiment.objective
         steps = self.experiment.decoding.max_words if sampled else data.max_words + 1
         captions = getattr(objective, "samples", data.captions_per_image) if sampled else data.captions_per_image
-        rows = batch_size // self.devices // optimizer.accumulate * captions
+        rows = images // self.devices // optimizer.accumulate * captions
         words = min(round(rows * (self._words + 1)), rows * steps)
         chunks = passes_of_loops(rows * steps, words)
         return {"caption_steps": steps, "caption_steps_of_half": 0, "search": steps, **chunks}
@@ -215,8 +216,8 @@ class Programs:
         """The search of a validation."""
         training = self.experiment.training
         decoding = self.experiment.decoding.plain(training.validation_beam)
-        function: Any = caption_function([self._graph], decoding, self.sizes.vocabulary)
-        images = -(-SEARCH_BATCH // self.devices) * self.devices
+        function = self._parallel.map_rows(caption_function([self._graph], decoding, self.sizes.vocabulary))
+        images = batch_size(training.validation_images or sys.maxsize, self.devices)
         batch = self._batch({**self._inputs(), "row": ((), np.int32)}, images)
         params, frozen = map(self._parallel.replicate, (self._params, self._frozen))
         loops: dict[Loop, int] = {"search": decoding.max_words}
@@ -230,7 +231,6 @@ class Programs:
         graph, state = nnx.split(self._encoder())
         dtype = jnp.dtype(self.experiment.training.dtype)
 
-        @jax.jit
         def encode(state: Any, images: Array) -> Any:
             with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
                 return nnx.merge(graph, state)(images)
@@ -238,7 +238,9 @@ class Programs:
         images = ENCODER_BATCH * self.devices
         side = self.experiment.data.image_size
         batch = self._batch({"image": ((side, side, 3), np.uint8)}, images)
-        return self._compiled("encoder", images, {}, encode, self._parallel.replicate(state), batch["image"])
+        return self._compiled(
+            "encoder", images, {}, self._parallel.map_rows(encode), self._parallel.replicate(state), batch["image"]
+        )
 
     def _encoder(self) -> Any:
         """The encoder, whose variables have no values."""
