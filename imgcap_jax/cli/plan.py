@@ -32,9 +32,10 @@ def plan(options: argparse.Namespace) -> int:
     from imgcap_jax.plan.datasets import sizes_of
     from imgcap_jax.plan.plan import make_plan
     from imgcap_jax.plan.topology import open_topology
+    from imgcap_jax.precision import compute_dtype
     from imgcap_jax.report.plan import lines
 
-    topology = open_topology(options.topology, experiment.training.dtype)
+    topology = open_topology(options.topology, compute_dtype(experiment.training.dtype))
     sizes = sizes_of(experiment, options.images, options.vocabulary)
     made = make_plan(experiment, sizes, topology, words=options.words)
     print("\n".join(lines(made, options.experiment)))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +27,17 @@ from imgcap_jax.models.encoders.contract import build_encoder
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.plan.chips import HOST_BANDWIDTH
 from imgcap_jax.plan.datasets import WORDS, Sizes
+from imgcap_jax.precision import at_precision, compute_dtype, matmul_precision
 from imgcap_jax.run.evaluation import batch_size
 from imgcap_jax.run.extraction import BATCH as ENCODER_BATCH
-from imgcap_jax.run.extraction import uses_store
+from imgcap_jax.run.extraction import encoder_dtype, uses_store
 from imgcap_jax.run.folder import Run
 from imgcap_jax.run.generation import caption_function, check_decoding
 from imgcap_jax.training.losses import passes_of_loops
 from imgcap_jax.training.objective import StepSetup
 from imgcap_jax.training.optimizer import steps_of
 from imgcap_jax.training.parallel import DataParallel
-from imgcap_jax.training.step import average_decay, first_state
+from imgcap_jax.training.step import average_decay, first_state, step_stream
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,15 @@ class Programs:
         Raises:
             UserError: the experiment's parts do not go together.
         """
-        self.experiment = experiment
+        platform = devices[0].platform
+        self._dtype = compute_dtype(experiment.training.dtype, platform)
+        self._encoder_dtype = encoder_dtype(experiment, platform)
+        self.experiment = experiment = _for_plan(experiment, self._dtype)
         self.sizes = sizes
         self.stored = uses_store(experiment)
         self._words = words
         self._parallel = _Abstract("shard_map", devices)
-        self._run = Run(Path(), _without_weights(experiment), sizes.vocabulary)
+        self._run = Run(Path(), experiment, sizes.vocabulary)
         check_decoding(experiment.decoding, sizes.vocabulary, experiment.decoder)
         self._graph, self._params, self._frozen = split_trained(self._model())
 
@@ -157,24 +161,24 @@ class Programs:
         # A resumed run: it reads its start from its checkpoints, of which only the shapes are needed.
         checkpoints: Any = SimpleNamespace(step=0, restore_start=lambda params: params)
         with tempfile.TemporaryDirectory() as folder:
-            step, constants = experiment.objective.make_step(
-                StepSetup(
-                    graph=self._graph,
-                    params=state.params,
-                    frozen=self._parallel.replicate(self._frozen),
-                    transformation=transformation,
-                    key=jax.random.key(experiment.training.seed),
-                    steps_per_epoch=self.steps_per_epoch,
-                    accumulate=experiment.optimizer.accumulate,
-                    ema_decay=average_decay(experiment.training.ema_decay, initialised=False),
-                    vocabulary=sizes.vocabulary,
-                    max_words=experiment.decoding.max_words,
-                    references=references,
-                    parallel=self._parallel,
-                    folder=Path(folder),
-                    checkpoints=checkpoints,
-                )
+            setup = StepSetup(
+                graph=self._graph,
+                params=state.params,
+                frozen=self._parallel.replicate(self._frozen),
+                transformation=transformation,
+                key=step_stream(experiment.training.seed),
+                steps_per_epoch=self.steps_per_epoch,
+                accumulate=experiment.optimizer.accumulate,
+                ema_decay=average_decay(experiment.training.ema_decay, initialised=False),
+                vocabulary=sizes.vocabulary,
+                max_words=experiment.decoding.max_words,
+                references=references,
+                parallel=self._parallel,
+                folder=Path(folder),
+                checkpoints=checkpoints,
             )
+            constants = experiment.objective.constants(setup)
+        step = at_precision(experiment.objective.make_step(setup), self._dtype)
         data = experiment.data
         rows: dict[str, tuple[tuple[int, ...], Any]] = {
             "tokens": ((data.captions_per_image, data.max_words + 2), np.int32),
@@ -210,6 +214,7 @@ class Programs:
             f"searches, decoding.max_words = {decoding.max_words}",
             f"{self._words:g} words per caption on average, without eos",
             f"{HOST_BANDWIDTH / 1e9:g} GB/s from the host to each chip",
+            f"products in {self._dtype}, those of the encoder in {self._encoder_dtype}",
         )
 
     def search(self) -> Program:
@@ -225,14 +230,13 @@ class Programs:
 
     def encoder(self) -> Program | None:
         """The encoder that computes stored features; None if the training step contains it or there is none."""
-        settings: Any = self._run.experiment.encoder
+        settings: Any = self.experiment.encoder
         if not self.stored or has_ready_regions(settings):
             return None
         graph, state = nnx.split(self._encoder())
-        dtype = jnp.dtype(self.experiment.training.dtype)
 
         def encode(state: Any, images: Array) -> Any:
-            with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
+            with matmul_precision(self._encoder_dtype):
                 return nnx.merge(graph, state)(images)
 
         images = ENCODER_BATCH * self.devices
@@ -244,12 +248,11 @@ class Programs:
 
     def _encoder(self) -> Any:
         """The encoder, whose variables have no values."""
-        settings: Any = self._run.experiment.encoder
-        training = self.experiment.training
+        settings: Any = self.experiment.encoder
+        dtype, size = jnp.dtype(self._encoder_dtype), self.experiment.data.image_size
 
         def build() -> Any:
-            dtype = jnp.dtype(training.dtype)
-            return build_encoder(settings, self.experiment.data.image_size, dtype=dtype, rngs=nnx.Rngs(training.seed))
+            return build_encoder(settings, size, dtype=dtype, rngs=nnx.Rngs(self.experiment.training.seed))
 
         return nnx.eval_shape(build)
 
@@ -290,8 +293,9 @@ class Programs:
         return Program(name, images, compiled.as_text(), memory, flops, batch_bytes, loops, seconds)
 
 
-def _without_weights(experiment: Experiment) -> Experiment:
-    """The experiment with random weights in place of a file, whose values a plan does not need."""
+def _for_plan(experiment: Experiment, dtype: Literal["float32", "bfloat16"]) -> Experiment:
+    """The experiment with this type of products, and random weights in place of a file, whose values do not matter."""
+    experiment = replace(experiment, training=replace(experiment.training, dtype=dtype))
     encoder: Any = experiment.encoder
     if hasattr(encoder, "weights") and not has_ready_regions(encoder):
         return replace(experiment, encoder=replace(encoder, weights="random"))
