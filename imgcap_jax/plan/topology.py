@@ -59,9 +59,7 @@ def open_topology(name: str, dtype: Any = jnp.bfloat16) -> Topology:
     if not re.fullmatch(r"\w+:\d+(x\d+)*", name):
         raise UserError(f"--topology {name!r} is malformed; use local, or a slice such as v5e:4x4 or v5p:2x2x1")
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f'--topology {name} needs the TPU compiler, which is not installed: pip install "imgcap_jax[tpu-plan]"'
-        )
+        raise UserError(f"--topology {name} needs the TPU compiler, which is not installed: pip install libtpu")
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     from importlib.metadata import version
