@@ -17,11 +17,15 @@ _PROGRESS = "progress"  # Orbax's item of JSON values
 
 
 def snapshot(tree: Any) -> dict[str, np.ndarray]:
-    """A copy of a replicated tree in host memory: leaf by path, so that no file depends on Flax's tree classes.
+    """A copy of a tree in host memory: leaf by path, so that no file depends on Flax's tree classes.
 
-    Returns when everything is copied, so that a training step can then have the buffers.
+    Leaves are replicated, or all of their parts are on devices of this process. Returns when everything is copied, so
+    that a training step can then have the buffers.
     """
-    leaves = {name: leaf.addressable_data(0) if isinstance(leaf, Array) else leaf for name, leaf in _raw(tree).items()}
+    leaves = {
+        name: leaf.addressable_data(0) if isinstance(leaf, Array) and leaf.is_fully_replicated else leaf
+        for name, leaf in _raw(tree).items()
+    }
     for leaf in leaves.values():
         if isinstance(leaf, Array):
             leaf.copy_to_host_async()

@@ -309,7 +309,9 @@ def test_failed_write_is_reported_later_and_the_earlier_checkpoint_is_whole(
 
 def test_state_of_four_devices_is_restored_on_other_ones(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, writing=True)
-    checkpoints.save(DataParallel().replicate(STATE), Progress(1, {}))
+    cut = DataParallel("shard_map").put({"w": np.arange(300.0, dtype=np.float32)})["w"]
+    assert not cut.is_fully_replicated
+    checkpoints.save({**DataParallel().replicate(STATE), "w": cut}, Progress(1, {}))
     checkpoints.close()
     for count in (1, 2, 3):
         template = DataParallel(devices=jax.devices()[-count:]).replicate(jax.eval_shape(lambda: STATE))
