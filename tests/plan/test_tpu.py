@@ -1,0 +1,93 @@
+"""The programs of small experiments, compiled by the TPU compiler for four v5e chips. Nothing is run.
+
+Skipped if libtpu is not installed. Most of the time is that of the compiler.
+"""
+
+import importlib.util
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from imgcap_jax.data.pipeline import CaptionData
+from imgcap_jax.decoding.settings import Decoding
+from imgcap_jax.experiment import Experiment, Training
+from imgcap_jax.models.decoders.attend import ShowAttendTell
+from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
+from imgcap_jax.plan.datasets import sizes_of
+from imgcap_jax.plan.hlo import Analysis, analyse
+from imgcap_jax.plan.hlo_text import parse
+from imgcap_jax.plan.programs import Program, Programs
+from imgcap_jax.plan.topology import Topology, open_topology
+from imgcap_jax.training.self_critical import SelfCritical
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
+]
+
+VOCABULARY = 1000
+EXPERIMENT = Experiment(
+    data=CaptionData(dataset="coco_captions", image_size=64, batch_size=64, captions_per_image=5, max_words=12),
+    encoder=EfficientNetLite(variant=0),
+    decoder=ShowAttendTell(hidden_size=128, embedding_size=128, attention_size=128, region_size=128),
+    training=Training(validation_beam=3),
+    decoding=Decoding(beam=3, max_words=12),
+)
+
+
+@pytest.fixture(scope="module")
+def slice_of_four() -> Topology:
+    return open_topology("v5e:2x2")
+
+
+def programs(topology: Topology, **changes: Any) -> Programs:
+    experiment = replace(EXPERIMENT, **changes)
+    return Programs(experiment, sizes_of(experiment, 200, VOCABULARY), topology.devices)
+
+
+def analysed(program: Program) -> Analysis:
+    return analyse(program.text, program.trips)
+
+
+@pytest.mark.parametrize("objective", ["cross-entropy", "self-critical"])
+def test_a_training_step_has_one_all_reduce_and_no_callback(objective: str, slice_of_four: Topology) -> None:
+    changes = {} if objective == "cross-entropy" else {"objective": SelfCritical(temperature=0.6)}
+    program = programs(slice_of_four, **changes).training_step()
+    found = analysed(program)
+    assert found.host == []
+    assert found.unknown_loops == []
+    # The sum of all gradients and metrics over the devices, in one all-reduce.
+    (summed,) = found.collectives
+    assert (summed.kind, summed.count) == ("all-reduce", 1)
+    parameters = 4 * 2 * VOCABULARY * 128  # at least the two matrices of the vocabulary
+    assert parameters < summed.bytes < 4 * parameters
+    assert found.flops > program.flops > 0  # XLA counts the steps of a caption once
+    assert found.cycles > 0
+    assert 0 < program.memory.total < 1e9
+    # Dropout does not interleave 16-bit halves.
+    assert "u16" not in "".join(one.result[0].dtype for one in _all(program) if one.opcode == "bitcast-convert")
+
+
+def test_a_search_has_no_collective(slice_of_four: Topology) -> None:
+    found = analysed(programs(slice_of_four).search())
+    assert (found.collectives, found.host, found.unknown_loops) == ([], [], [])
+    assert found.flops > 0
+
+
+def test_an_encoder_has_the_convolutions_of_accelerators(slice_of_four: Topology) -> None:
+    program = programs(slice_of_four).encoder()
+    assert program is not None
+    found = analysed(program)
+    assert (found.collectives, found.host) == ([], [])
+    # On a CPU, a few images at a time pass through all stages in a loop, and depthwise convolutions are sums.
+    opcodes = [one.opcode for one in _all(program)]
+    assert "while" not in opcodes
+    assert any(
+        one.opcode == "convolution" and int(one.attribute(r"feature_group_count=(\d+)") or 1) > 1
+        for one in _all(program)
+    )
+
+
+def _all(program: Program) -> list[Any]:
+    return [one for part in parse(program.text).computations.values() for one in part.instructions.values()]
