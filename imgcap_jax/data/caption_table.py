@@ -23,6 +23,7 @@ class CaptionTable:
         first: [images + 1].
         words: the largest id plus 1.
         most: the largest number of captions of an image.
+        norms: float32 [C, n], numbers that belong to each caption, or None. Batches of references contain them too.
     """
 
     def __init__(self, tokens: npt.NDArray[np.int32], per_image: npt.ArrayLike) -> None:
@@ -30,6 +31,7 @@ class CaptionTable:
         self.first = np.concatenate([[0], np.cumsum(per_image, dtype=np.int64)])
         self.tokens = tokens
         self.words = int(self.tokens.max(initial=0)) + 1
+        self.norms: npt.NDArray[np.float32] | None = None
         self.most = int(np.diff(self.first).max(initial=0))
 
     @classmethod
@@ -125,6 +127,11 @@ class CaptionTable:
     def read(self, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """The captions in these rows [...] as int32 [..., T]; rows of pad for -1."""
         return np.where(rows[..., None] >= 0, self.tokens[rows], np.int32(PAD))
+
+    def read_norms(self, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """The norms of the captions in these rows [...] as float32 [..., n]; 0 for -1."""
+        assert self.norms is not None
+        return np.where(rows[..., None] >= 0, self.norms[rows], np.float32(0))
 
     def counts(self, images: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The number of captions of each image."""

@@ -109,7 +109,10 @@ class TrainingRows:
         """Everything of a batch except images and regions: the numbers of images [B], and rows of captions [B, M]."""
         batch: Batch = {"tokens": self.captions.read(captions)}
         if self.references is not None:
-            batch["references"] = self.references.read(self.references.first_rows(images, self.references.most))
+            rows = self.references.first_rows(images, self.references.most)
+            batch["references"] = self.references.read(rows)
+            if self.references.norms is not None:
+                batch["reference_norms"] = self.references.read_norms(rows)
             batch["reference_count"] = self.references.counts(images).astype(np.float32)
         batch["image_id"] = self.image_ids[images]
         batch["weight"] = np.ones(len(images), np.float32)

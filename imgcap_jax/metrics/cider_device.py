@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -27,6 +28,7 @@ from imgcap_jax.files import reading, replacing
 from imgcap_jax.metrics.cider import SIGMA, inverse_document_frequency
 from imgcap_jax.metrics.corpus import ORDERS, n_grams, unpair
 from imgcap_jax.metrics.device_grams import Grams
+from imgcap_jax.special_tokens import PAD
 
 
 class DocumentFrequencies(NamedTuple):
@@ -138,11 +140,40 @@ class DeviceReferences(NamedTuple):
 
 def prepare_references(tokens: Array, per_image: Array, frequencies: DocumentFrequencies) -> DeviceReferences:
     """Computes the tf-idf norms of references int32 [B,R,T]. The first ``per_image`` [B] of each image are real."""
+    return with_norms(tokens, per_image, _norms(tokens, frequencies))
+
+
+def with_norms(tokens: Array, per_image: Array, norms: Array) -> DeviceReferences:
+    """``prepare_references`` of references whose norms [B,R,ORDERS] are known (``reference_norms``)."""
+    # Padding rows of a batch have no references; 1 avoids a division by 0.
+    return DeviceReferences(tokens, norms, jnp.maximum(per_image, 1).astype(jnp.float32))
+
+
+def reference_norms(tokens: np.ndarray, frequencies: DocumentFrequencies) -> np.ndarray:
+    """The tf-idf norms of all references of a dataset, computed once: int32 [C,T] -> float32 [C,ORDERS]."""
+    norms = np.zeros((len(tokens), ORDERS), np.float32)
+    compute = jax.jit(_norms)
+    # Captions of similar length together: the time of one grows with the square of the width.
+    lengths = (tokens != PAD).sum(axis=1)
+    widths = -(-np.maximum(lengths, 1) // _WIDTH) * _WIDTH
+    for width in np.unique(widths).tolist():
+        (rows,) = np.nonzero(widths == width)
+        for first in range(0, len(rows), _TOGETHER):
+            chosen = rows[first : first + _TOGETHER]
+            part = np.zeros((_TOGETHER, width), np.int32)  # one shape per width, so one compilation
+            part[: len(chosen), : tokens.shape[1]] = tokens[chosen, :width]
+            norms[chosen] = np.asarray(compute(part, frequencies))[: len(chosen)]
+    return norms
+
+
+_TOGETHER, _WIDTH = 2048, 16  # captions per call, and the step of their widths in tokens
+
+
+def _norms(tokens: Array, frequencies: DocumentFrequencies) -> Array:
+    """The tf-idf norms of captions, int32 [...,T] -> float32 [...,ORDERS]."""
     grams, idf = Grams(tokens), _idf(tokens, frequencies)
     # An n-gram occurs at ``count`` positions. Each adds count * idf^2 to the squared norm.
-    norm = jnp.sqrt(jnp.stack([(grams.counts(grams, n) * idf[n] ** 2).sum(-1) for n in range(ORDERS)], -1))
-    # Padding rows of a batch have no references; 1 avoids a division by 0.
-    return DeviceReferences(tokens, norm, jnp.maximum(per_image, 1).astype(jnp.float32))
+    return jnp.sqrt(jnp.stack([(grams.counts(grams, n) * idf[n] ** 2).sum(-1) for n in range(ORDERS)], -1))
 
 
 def cider_d(candidates: Array, references: DeviceReferences, frequencies: DocumentFrequencies) -> Array:

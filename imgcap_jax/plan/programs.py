@@ -189,6 +189,8 @@ class Programs:
         if references is not None:
             rows["references"] = ((references.most, references.tokens.shape[1]), np.int32)
             rows["reference_count"] = ((), np.float32)
+            if references.norms is not None:
+                rows["reference_norms"] = ((references.most, references.norms.shape[1]), np.float32)
         batch = self._batch(rows, images)
         constants = self._parallel.replicate(constants)
         loops = self._training_loops(images, sampled=references is not None)

@@ -220,9 +220,11 @@ class DeviceFeed:
 
         with working("putting the features on the devices", shown=is_first_process(), say=show):
             self._table = parallel.put_tables(lambda device: shard(device % shards), (size, self._regions.words))
-        self._text = {"captions": shared.captions.tokens}
+        self._text: dict[str, Any] = {"captions": shared.captions.tokens}
         if shared.references is not None:
             self._text |= {"references": shared.references.tokens, "first": shared.references.first.astype(np.int32)}
+            if shared.references.norms is not None:
+                self._text["reference_norms"] = shared.references.norms
         self._text = parallel.replicate(self._text)
         self._loop = _announced(compile_loop(self._read, longest), compiling)
         self._longest, self._steps, self._began = longest, 0, 0.0
@@ -239,7 +241,10 @@ class DeviceFeed:
         if "references" in text:
             first, end = text["first"][own["image"]], text["first"][own["image"] + 1]
             which = first[:, None] + jnp.arange(self._most_references)
-            batch["references"] = _rows_of(text["references"], jnp.where(which < end[:, None], which, -1))
+            which = jnp.where(which < end[:, None], which, -1)
+            for name in ("references", "reference_norms"):
+                if name in text:
+                    batch[name] = _rows_of(text[name], which)
             batch["reference_count"] = (end - first).astype(jnp.float32)
         batch["weight"] = jnp.ones(count, jnp.float32)
         batch["row"] = own["row"]

@@ -84,7 +84,8 @@ class Objective(Protocol):
         - "row" int32 [B]: the index in the global batch,
         - "image" uint8 [B,h,w,3] or "regions" [B,N,D] (with "region_mask" [B,N] if their number varies).
 
-        Unless this returns None, they also contain "references" int32 [B,R,S] and "reference_count" float32 [B].
+        Unless this returns None, they also contain "references" int32 [B,R,S] and "reference_count" float32 [B], and
+        "reference_norms" float32 [B,R,n] if ``constants`` has set ``norms`` of the table.
         """
         ...
 

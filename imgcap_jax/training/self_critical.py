@@ -29,6 +29,8 @@ from imgcap_jax.metrics.cider_device import (
     cider_d,
     document_frequencies,
     prepare_references,
+    reference_norms,
+    with_norms,
 )
 from imgcap_jax.metrics.degeneration import BAD_ENDINGS, CONJUNCTIONS, FUNCTION_WORDS
 from imgcap_jax.metrics.degeneration_device import FunctionWords, repeated_words
@@ -174,6 +176,8 @@ class SelfCritical:
         """See ``Objective``. The run keeps the document frequencies and, for a KL penalty, the initial parameters."""
         assert setup.references is not None
         frequencies = _document_frequencies(setup, setup.references)
+        # Looked up once, and not at every step.
+        setup.references.norms = reference_norms(setup.references.tokens, frequencies)
         start = _start(setup.params, setup.checkpoints) if self.kl else None
         return Constants(setup.frozen, *setup.parallel.replicate((frequencies, start)))
 
@@ -282,8 +286,10 @@ def self_critical_step(
     """Makes ``step(state, constants, batch) -> (state, metrics)`` for ``DataParallel.compile``; see ``train_step``.
 
     The batch contains "references" int32 [B,R,S], "reference_count" [B], "weight" [B], "row" [B] and "image" or
-    "regions". The document frequencies must come from references of the same form. "row" is the index in the global
-    batch; it determines the samples and the dropout of an image. The constants are ``Constants``.
+    "regions". The document frequencies must come from references of the same form. The norms of the references are
+    looked up if it contains "reference_norms" [B,R,4] (``cider_device.reference_norms``), and else computed. "row" is
+    the index in the global batch; it determines the samples and the dropout of an image. The constants are
+    ``Constants``.
 
     The step minimises -sum_m A(y_m) log p(y_m) over the M sampled captions y of each image, divided by the number of
     captions in the global batch. A is the reward minus the baseline. p is the sampled policy, dropout included. The
@@ -356,7 +362,12 @@ def self_critical_step(
     ) -> tuple[Array, _Sums]:
         """The advantages [B,M] of samples, and sums over them."""
         weight = batch["weight"][:, None]
-        references = prepare_references(batch["references"], batch["reference_count"], constants.frequencies)
+        given, count = batch["references"], batch["reference_count"]
+        norms = batch.get("reference_norms")
+        if norms is None:
+            references = prepare_references(given, count, constants.frequencies)
+        else:
+            references = with_norms(given, count, norms)
 
         def rewarded(tokens: Array) -> tuple[Array, Array]:
             """The rewards of captions [B,M,T], and the number of repeated words of each, both [B,M]."""

@@ -426,11 +426,15 @@ def test_references_are_whole_and_have_ids_for_words_outside_the_vocabulary() ->
                     if word not in names.values():
                         names[len(names)] = word
     assert table.words == len(names)
+    table.norms = np.arange(1, len(table.tokens) + 1, dtype=np.float32)[:, None]
     own = replace(AUGMENTED, max_words=1)  # training captions are cut, references are not
     drawn = train_batches(own, [(sources[0], 1.0), (sources[1], 1.0)], vocabulary, seed=1, references=table)
     seen = set()
     for batch in take(drawn, 8):
         assert batch["references"].dtype == np.int32
+        numbers = [int(n) for n in batch["reference_norms"][..., 0].reshape(-1)]
+        for number, caption in zip(numbers, batch["references"].reshape(len(numbers), -1), strict=True):
+            np.testing.assert_array_equal(caption, table.tokens[number - 1] if number else 0)
         for row, image_id in enumerate(batch["image_id"].tolist()):
             source = sources[image_id >= 2000]
             captions = source.captions(image_id - source.first_id)

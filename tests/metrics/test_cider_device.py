@@ -15,7 +15,13 @@ import pytest
 from imgcap_jax.errors import UserError
 from imgcap_jax.metrics import bleu, cider
 from imgcap_jax.metrics.bleu_device import bleu_4
-from imgcap_jax.metrics.cider_device import DocumentFrequencies, cider_d, document_frequencies, prepare_references
+from imgcap_jax.metrics.cider_device import (
+    DocumentFrequencies,
+    cider_d,
+    document_frequencies,
+    prepare_references,
+    reference_norms,
+)
 from imgcap_jax.metrics.corpus import ORDERS, References
 from imgcap_jax.metrics.scoring import CaptionScorer
 from imgcap_jax.text import tokenize
@@ -151,6 +157,19 @@ def test_arrays_have_32_bits_and_there_is_no_callback() -> None:
     text = str(jax.make_jaxpr(lambda given: cider_d(given, references, frequencies))(tokens))
     assert not re.search("[iuf]64", text)
     assert "callback" not in text
+
+
+def test_norms_of_a_dataset_equal_those_of_a_batch() -> None:
+    """Captions of all lengths from 0 to 40, more than are computed together."""
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([np.arange(41), rng.integers(5, 12, 2100)])
+    captions = [rng.integers(4, 12, length).tolist() for length in lengths]
+    frequencies = document_frequencies([[caption] for caption in captions], 12)
+    tokens = padded(captions, 40)
+    found = reference_norms(tokens, frequencies)
+    expected = prepare_references(jnp.asarray(tokens[:, None]), jnp.ones(len(tokens)), frequencies).norm[:, 0]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found.min() == 0 < found[40].min()
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -79,12 +80,16 @@ def completions(words: Sequence[int]) -> set[int]:
     return {word for word in range(EOS + 1, 9) if count([*words, word]) > count(words)}
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 8, 13])
-def test_device_finds_the_repeated_words_of_plain_python(length: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "platform"), [(1, "cpu"), (2, "cpu"), (3, "cpu"), (8, "cpu"), (13, "cpu"), (8, "tpu")]
+)
+def test_device_finds_the_repeated_words_of_plain_python(length: int, platform: str, as_on: Any) -> None:
+    as_on(platform)
     rng = np.random.default_rng(length)
     words = [rng.integers(EOS + 1, 9, rng.integers(0, length + 1)).tolist() for _ in range(300)]
     ended = np.array([(row + [EOS] * (len(row) < length) + [PAD] * length)[:length] for row in words], np.int32)
-    counts = jax.jit(degeneration_device.repeated_words, static_argnums=1)(ended.reshape(100, 3, length), FUNCTION_IDS)
+    repeated = jax.jit(lambda tokens: degeneration_device.repeated_words(tokens, FUNCTION_IDS))
+    counts = repeated(ended.reshape(100, 3, length))
     assert np.ravel(counts).tolist() == [sum(row[i] in completions(row[:i]) for i in range(len(row))) for row in words]
     assert counts.any() == (length > 1)
 

@@ -1,5 +1,6 @@
 """Every implementation of a convolution and every hand-written gradient, compared with XLA and PyTorch."""
 
+import re
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax import lax
 
 from imgcap_jax.models.encoders import convolution
 from imgcap_jax.models.encoders.convolution import ConvNorm, adaptive_average_pool, convolve, max_pool
+from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.models.encoders.pretrained.weights import FrozenVariable
 
 
@@ -188,3 +190,18 @@ def test_trained_arrays_are_params_and_give_the_same_values() -> None:
     expected = (reference(x, kernel, 1, "symmetric") + bias) * scale + shift
     for layer in (trained, folded, plain):
         assert_close(layer(x), expected)
+
+
+def test_programs_for_tpu_have_the_convolutions_of_accelerators() -> None:
+    """The platform that is compiled for decides, not the one that compiles."""
+    encoder = EfficientNetLite(variant=0, weights="random", trainable_stages=1, checkpoint_stages=True).build(
+        32, rngs=nnx.Rngs(0)
+    )
+    graph, state = nnx.split(encoder)
+    images = jnp.zeros((9, 32, 32, 3), jnp.uint8)
+    traced = jax.jit(lambda state, images: nnx.merge(graph, state)(images)).trace(state, images)
+    for platform, is_cpu in (("tpu", False), ("cuda", False), ("cpu", True)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.while" in text) == is_cpu, platform
+        groups = [1, *map(int, re.findall(r"feature_group_count = (\d+)", text))]
+        assert (max(groups) == 1) == is_cpu, platform

@@ -1,10 +1,15 @@
 """Layers that several decoders share."""
 
+import re
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from imgcap_jax.models.layers import draw_words
+from imgcap_jax.models.layers import WordLogits, draw_words, dropout
 
 
 @pytest.mark.parametrize("size", [3, 128, 300])
@@ -42,3 +47,71 @@ def test_logits_that_are_not_finite_give_a_word_of_the_vocabulary() -> None:
 def test_many_small_probabilities_in_bfloat16_are_added_exactly() -> None:
     words, _ = draw_words(jnp.zeros((3000, 300), jnp.bfloat16), (jnp.arange(3000) + 0.5) / 3000)
     np.testing.assert_array_equal(np.bincount(words, minlength=300), 10)
+
+
+@pytest.mark.parametrize("size", [9, 128, 300])
+def test_words_drawn_on_tpus_are_the_same(size: int, as_on: Any) -> None:
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(4, 50, size)).astype(np.float32)).at[..., :2].set(-jnp.inf)
+    place = jnp.asarray(rng.random((4, 50)), jnp.float32)
+    expected = draw_words(logits, place)
+    as_on("tpu")
+    found = draw_words(logits, place)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_dropout_on_tpus_keeps_its_share_of_each_row_and_depends_on_the_key_alone(as_on: Any) -> None:
+    keys = jax.random.split(jax.random.key(0), 6)
+    x = jnp.ones((6, 3, 1001))
+    on_cpu = dropout(x, 0.3, keys)
+    as_on("tpu")
+    found = dropout(x, 0.3, keys)
+    assert not np.array_equal(found, on_cpu)
+    shares = np.asarray(found > 0).mean(axis=(1, 2))
+    np.testing.assert_allclose(shares, 0.7, atol=4 * np.sqrt(0.21 / 3003))
+    np.testing.assert_allclose(np.unique(found), [0, 1 / 0.7], rtol=1e-4)
+    np.testing.assert_array_equal(dropout(x[:2], 0.3, keys[:2]), found[:2])
+    halves = np.asarray(found[0] > 0).reshape(-1)
+    assert abs(np.corrcoef(halves[:1501], halves[1501:3002])[0, 1]) < 0.1
+
+
+def lowered(function: Any, *arguments: Any) -> str:
+    """The program for TPU, as JAX passes it to the compiler. Neither a TPU nor its compiler is needed."""
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_programs_for_tpu_have_the_forms_for_tpu() -> None:
+    """The platform that is compiled for decides, not the one that compiles."""
+    keys, x = jax.random.split(jax.random.key(0), 2), jnp.ones((2, 8))
+    text = lowered(lambda x, keys: dropout(x, 0.5, keys), x, keys)
+    assert "bitcast_convert" not in text
+    assert "bitcast_convert" in jax.jit(lambda x, keys: dropout(x, 0.5, keys)).lower(x, keys).as_text()
+    logits, place = jnp.zeros((2, 3, 300)), jnp.zeros((2, 3))
+    assert "slice_sizes = array<i64: 1, 1, 128>" in lowered(draw_words, logits, place)
+    assert "slice_sizes = array<i64: 1, 1, 128>" not in jax.jit(draw_words).lower(logits, place).as_text()
+
+
+def test_bfloat16_logits_have_bfloat16_products_in_both_directions() -> None:
+    layer = WordLogits(16, 40, tied=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    exact = WordLogits(16, 40, tied=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    embedding: Any = None
+    graph, params = nnx.split(layer)
+    exact_graph, _ = nnx.split(exact)
+    rng = np.random.default_rng(0)
+    hidden, direction = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 5, 16), (3, 5, 40)))
+
+    def loss(graph: Any) -> Any:
+        return lambda params, hidden: (nnx.merge(graph, params)(hidden, embedding) * direction).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss(graph), (0, 1)))(params, hidden))
+    products = re.findall(r":(\w+)\[[\d,]*\] = dot_general\[.*?\] (\w+) (\w+)", text, re.S)
+    assert len(products) == 3
+    for _, *operands in products:
+        for name in operands:
+            assert re.search(rf"\b{name}:bf16\[", text), name
+    found = jax.grad(loss(graph), (0, 1))(params, hidden)
+    expected = jax.grad(loss(exact_graph), (0, 1))(params, hidden)
+    for own, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert own.dtype == jnp.float32
+        np.testing.assert_allclose(own, other, atol=0.02 * float(jnp.abs(other).max()))

@@ -60,6 +60,7 @@ def batches(config: CaptionData = CONFIG, *, dtype: Any = np.float16, masked: bo
     """A mixture of two sources with regions in two views, and references."""
     mixture: Any = [(Source("mine", 13), 1.0), (Source("other", 6), 2.0)]
     references = CaptionTable.as_references([source for source, _ in mixture], VOCABULARY, eos=True)
+    references.norms = np.random.default_rng(0).random((len(references.tokens), 4)).astype(np.float32)
     stores = [Regions(len(source), 2, dtype, masked=masked, seed=number) for number, (source, _) in enumerate(mixture)]
     return train_batches(config, mixture, VOCABULARY, seed=3, features=stores, references=references)
 

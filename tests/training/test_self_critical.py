@@ -18,7 +18,7 @@ from flax import nnx
 from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
-from imgcap_jax.metrics.cider_device import document_frequencies, prepare_references
+from imgcap_jax.metrics.cider_device import document_frequencies, prepare_references, reference_norms
 from imgcap_jax.metrics.degeneration import repeated_words
 from imgcap_jax.metrics.degeneration_device import FunctionWords
 from imgcap_jax.metrics.scoring import CaptionScorer
@@ -106,6 +106,23 @@ class ByNumber:
 
     def __call__(self, tokens: Any, references: Any, frequencies: Any, /) -> Any:
         return jnp.full(tokens.shape[:2], self.single if tokens.shape[1] == 1 else self.several)
+
+
+def test_known_norms_of_the_references_give_the_same_step() -> None:
+    graph, params, frozen = reading(small(dropout=0.3), sharper=3.0)
+    parallel, step = compiled(graph, SelfCritical(samples=3))
+    batch = batch_of(4)
+    norms = reference_norms(REFERENCES, FREQUENCIES)
+    found = []
+    for more in ({}, {"reference_norms": np.repeat(norms[None], 4, 0)}, {"reference_norms": np.ones((4, 2, 4), "f")}):
+        state = parallel.replicate(first_state(jax.tree.map(jnp.copy, params), SGD, ema=False))
+        constants = parallel.replicate(Constants(frozen, FREQUENCIES, None))
+        state, metrics = step(state, constants, parallel.put({**batch, **more}))
+        found.append((jax.device_get(state.params), float(metrics["reward"])))
+    for own, other in zip(jax.tree.leaves(found[0][0]), jax.tree.leaves(found[1][0]), strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-7)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+    assert found[0][1] != pytest.approx(found[2][1], rel=1e-3)  # the norms are read
 
 
 _SLOW = pytest.mark.slow
