@@ -202,6 +202,11 @@ def _add_plan(commands: Commands) -> None:
     plan.add_argument(
         "--words", type=float, default=10.4, metavar="X", help="mean words per caption (default: 10.4, those of COCO)"
     )
+    plan.add_argument(
+        "--programs",
+        metavar="NAMES",
+        help="comma-separated: training, search, encoder (default: all). Each takes minutes to compile",
+    )
     plan.add_argument("--json", type=_path, metavar="FILE", help="also write all figures")
     _add_code(plan)
     plan.add_argument("-h", "--help", action="store_true", help="show this and the fields of the experiment")

@@ -30,14 +30,18 @@ def plan(options: argparse.Namespace) -> int:
     load_all_code(options.code)
     experiment = override(find(options.experiment), options.rest)
     from imgcap_jax.plan.datasets import sizes_of
-    from imgcap_jax.plan.plan import make_plan
+    from imgcap_jax.plan.plan import PROGRAMS, make_plan
     from imgcap_jax.plan.topology import open_topology
     from imgcap_jax.precision import compute_dtype
     from imgcap_jax.report.plan import lines
 
+    programs = options.programs.split(",") if options.programs else list(PROGRAMS)
+    for name in programs:
+        if name not in PROGRAMS:
+            raise UserError(f"--programs has {name!r}; it must be a comma-separated list of {', '.join(PROGRAMS)}")
     topology = open_topology(options.topology, compute_dtype(experiment.training.dtype))
     sizes = sizes_of(experiment, options.images, options.vocabulary)
-    made = make_plan(experiment, sizes, topology, words=options.words)
+    made = make_plan(experiment, sizes, topology, words=options.words, programs=programs)
     print("\n".join(lines(made, options.experiment)))
     if options.json is not None:
         write_text(options.json, json.dumps(made.results(), indent=2) + "\n")

@@ -1,7 +1,7 @@
 """The plan of an experiment on a machine: its programs, what they need, and how long they take."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -103,8 +103,18 @@ class Plan:
         }
 
 
+PROGRAMS = {"training": "training step", "search": "validation search", "encoder": "encoder"}
+"""The programs of a plan: the name of each on the command line, and its title."""
+
+
 def make_plan(
-    experiment: Experiment, sizes: Sizes, topology: Topology, *, words: float, say: Say | None = None
+    experiment: Experiment,
+    sizes: Sizes,
+    topology: Topology,
+    *,
+    words: float,
+    programs: Collection[str] = tuple(PROGRAMS),
+    say: Say | None = None,
 ) -> Plan:
     """Compiles an experiment's programs for a topology. Nothing is run.
 
@@ -113,21 +123,24 @@ def make_plan(
         sizes: of its data.
         topology: the devices.
         words: mean words per caption, without eos.
+        programs: those to compile, of ``PROGRAMS``.
         say: see ``working``.
 
     Raises:
         UserError: the experiment's parts do not go together, or no program can be compiled.
     """
     with working("building the programs", say=say):
-        programs = Programs(experiment, sizes, topology.devices, words=words)
+        known = Programs(experiment, sizes, topology.devices, words=words)
     planned: dict[str, Planned] = {}
     rejected: dict[str, str] = {}
     found: Program | None
-    for name, compile_program in (
-        ("training step", programs.training_step),
-        ("validation search", programs.search),
-        ("encoder", programs.encoder),
-    ):
+    compilers: dict[str, Callable[[], Program | None]] = {
+        "training": known.training_step,
+        "search": known.search,
+        "encoder": known.encoder,
+    }
+    for key in (key for key in PROGRAMS if key in programs):
+        name, compile_program = PROGRAMS[key], compilers[key]
         with working(f"compiling the {name}", say=say):
             try:
                 found = compile_program()
@@ -141,15 +154,15 @@ def make_plan(
     filling = None
     if "training step" in planned:
         with working("estimating the batch size", say=say):
-            filling = _filling(programs, planned["training step"].program, topology)
+            filling = _filling(known, planned["training step"].program, topology)
     return Plan(
         topology,
         planned,
         rejected,
-        programs.total_steps,
+        known.total_steps,
         experiment.training.epochs,
         filling,
-        (*sizes.assumptions, *programs.assumptions),
+        (*sizes.assumptions, *known.assumptions),
     )
 
 

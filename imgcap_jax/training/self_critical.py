@@ -176,8 +176,8 @@ class SelfCritical:
         """See ``Objective``. The run keeps the document frequencies and, for a KL penalty, the initial parameters."""
         assert setup.references is not None
         frequencies = _document_frequencies(setup, setup.references)
-        # Looked up once, and not at every step.
-        setup.references.norms = reference_norms(setup.references.tokens, frequencies)
+        if setup.references.norms is None:  # computed once, and not at every step
+            setup.references.norms = reference_norms(setup.references.tokens, frequencies)
         start = _start(setup.params, setup.checkpoints) if self.kl else None
         return Constants(setup.frozen, *setup.parallel.replicate((frequencies, start)))
 

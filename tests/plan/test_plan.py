@@ -81,9 +81,11 @@ def test_plan_of_self_critical_training(experiment: Path, tmp_path: Path, capsys
     path.write_text(experiment.read_text().replace("objective=CrossEntropy()", f"objective={objective}"))
     found = tmp_path / "plan.json"
     sizes = ["--images", "64", "--vocabulary", "300", "--json", str(found)]
-    assert main(["plan", str(path), *sizes]) == 0
+    assert main(["plan", str(path), *sizes, "--programs", "training"]) == 0
     assert "Traceback" not in capsys.readouterr().err
-    step = json.loads(found.read_text())["programs"]["training step"]
+    programs = json.loads(found.read_text())["programs"]
+    assert list(programs) == ["training step"]
+    step = programs["training step"]
     assert step["flops"] > 0
     assert set(step["collectives"]) == {"all-reduce"}
     assert step["host_calls"] == step["loops_counted_once"] == []
@@ -111,6 +113,10 @@ def test_prepared_datasets_are_read(
         (["FILE", "--data.dataset", "mine"], "mine is not prepared, and its sizes are not known"),
         (["FILE", "--topology", "v5e"], "--topology 'v5e' is malformed; use local, or a slice such as v5e:4x4"),
         (["FILE", "--images", "0"], "--images is 0; it must be at least 1"),
+        (
+            ["FILE", "--programs", "search,x"],
+            "--programs has 'x'; it must be a comma-separated list of training, search",
+        ),
         (["FILE", "--words", "-1"], "--words is -1.0; it must be above 0"),
         (["FILE", "--decoder.hiden-size", "3"], "did you mean --decoder.hidden-size"),
         (["FILE", "--data.batch-size", "6"], "data.batch_size is 6, which cannot be divided among 4 devices"),
