@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +32,7 @@ from imgcap_jax.run.transfer import check_encoder, transfer
 from imgcap_jax.run.validation import Validation, without_best
 from imgcap_jax.terminal import Say, Work, working
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
+from imgcap_jax.training.feed import images_of_devices
 from imgcap_jax.training.log import MetricsLog
 from imgcap_jax.training.meter import Meter
 from imgcap_jax.training.objective import StepSetup
@@ -52,6 +53,7 @@ class Data:
         validation: the validation split of the first dataset, or its first images.
         all_validation: the number of images of the whole validation split.
         stores: regions of the sources, if they are stored or ready-made; validation_store: of the validation split.
+        shards: the number of devices that have all regions together, if this process has only those of its devices.
     """
 
     sources: list[CaptionSource]
@@ -60,6 +62,7 @@ class Data:
     all_validation: int
     stores: list[RegionSource] | None = None
     validation_store: RegionSource | None = None
+    shards: int | None = None
 
     @property
     def images(self) -> int:
@@ -94,9 +97,19 @@ def with_features(data: Data, experiment: Experiment, cache: Path, parallel: Dat
     if not uses_store(experiment):
         return data
     extraction = Extraction(experiment, cache, progress=is_first_process(), parallel=parallel)
+    views, parts = experiment.data.views, None
+    if not extraction.shared and extraction.row_bytes is not None:
+        counts = [len(source) for source in data.sources]
+        parts = images_of_devices(experiment.data.feed, counts, views, extraction.row_bytes, parallel)
+    shards, images = parts or (None, None)
+    of_sources: Sequence[list[int] | None] = images or [None] * len(data.sources)
     return replace(
         data,
-        stores=[extraction.regions(source, views=experiment.data.views) for source in data.sources],
+        shards=shards,
+        stores=[
+            extraction.regions(source, views=views, images=own)
+            for source, own in zip(data.sources, of_sources, strict=True)
+        ],
         validation_store=extraction.regions(
             data.validation, views=1, images=evaluated_images(len(data.validation), parallel)
         ),

@@ -97,7 +97,7 @@ def _train(
     )
     # Traced within the model's precision, which covers derivatives too.
     step = at_precision(experiment.objective.make_step(session.setup), compute_dtype(training.dtype))
-    feed = open_feed(step, session.batches, parallel, show, partial(compiling, show, stop))
+    feed = open_feed(step, session.batches, parallel, show, partial(compiling, show, stop), session.data.shards)
     total, done = session.total_steps, session.progress.step
     # Within StopRequest, Ctrl-C and SIGTERM set stop.signal, and the loop ends after the present call of the feed, or a
     # validation after the present batch. A second Ctrl-C raises KeyboardInterrupt.

@@ -254,6 +254,7 @@ class PartOfStore:
         """
         self.store = store
         self.views = store.views
+        self.first = images[0]
         self._images = images
         self._places = {image: place for place, image in enumerate(images)}
         self._count = count

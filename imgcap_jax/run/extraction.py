@@ -93,10 +93,18 @@ class Extraction:
             parallel: the devices, if several processes work together. If they have the same ``cache``, they share the
                 work, and each of them can read everything. If not, see ``regions``.
         """
-        self._shared = parallel is None or parallel.share(cache)
+        self.shared = parallel is None or parallel.share(cache)
         self.experiment = experiment
         self._cache = cache
         self._progress = progress
+
+    @property
+    def row_bytes(self) -> int | None:
+        """The size of the stored features of a view; None: they are ready-made, and their number can vary."""
+        if has_ready_regions(self.experiment.encoder):
+            return None
+        encoder, _, _ = self._encoder
+        return int(encoder.region_count * encoder.region_size * 2)
 
     def regions(self, source: CaptionSource, *, views: int, images: Sequence[int] | None = None) -> RegionSource:
         """The regions of a split, in this number of views per image: the image itself, its mirror image, random crops.
@@ -111,7 +119,7 @@ class Extraction:
             UserError: see `FeatureStore.build`, `FeatureStore.of_regions` and `RegionSettings.read_regions`.
         """
         data, settings = self.experiment.data, self.experiment.encoder
-        if self._shared:
+        if self.shared:
             images = None
         if has_ready_regions(settings):
             ready = settings.read_regions(source)

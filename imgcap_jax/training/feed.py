@@ -133,7 +133,7 @@ class PackedRegions:
         self._stores = stores
         self.views = stores[0].views
         self.rows = self.views * sum(len(store) for store in stores)
-        regions, mask = stores[0].read(0, 0)
+        regions, mask = stores[0].read(_first_image(stores[0]), 0)
         self._shape, self._dtype, self._masked = regions.shape, regions.dtype, mask is not None
         self._region_words = -(-regions.nbytes // 4)
         self.words = self._region_words + (-(-len(regions) // 4) if self._masked else 0)
@@ -164,6 +164,12 @@ class PackedRegions:
             mask = lax.bitcast_convert_type(words[:, self._region_words :], jnp.uint8).reshape(len(words), -1)
             batch["region_mask"] = mask[:, : self._shape[0]] != 0
         return batch
+
+
+def _first_image(store: RegionSource) -> int:
+    """An image that the store has; a part of a store says its first one."""
+    first: int = getattr(store, "first", 0)
+    return first
 
 
 def _bytes(regions: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
@@ -325,7 +331,12 @@ def _announced(function: Compiled, compiling: Compiling) -> Compiled:
 
 
 def open_feed(
-    step: Step, batches: "TrainBatches", parallel: DataParallel, show: Say, compiling: Compiling = nullcontext
+    step: Step,
+    batches: "TrainBatches",
+    parallel: DataParallel,
+    show: Say,
+    compiling: Compiling = nullcontext,
+    shards: int | None = None,
 ) -> Feed:
     """The feed that ``data.feed`` asks for.
 
@@ -335,12 +346,14 @@ def open_feed(
         parallel: the devices.
         show: receives a note if the features do not fit into the memory of the devices.
         compiling: entered while the step is compiled.
+        shards: see ``images_of_devices``, if it has decided which features this process has.
 
     Raises:
         UserError: ``data.feed`` is "device", but the experiment has no stored features.
     """
     rows = batches.rows
-    first, shards = rows.batches_before(batches.get_state()), device_shards(rows, parallel, show)
+    first = rows.batches_before(batches.get_state())
+    shards = shards or device_shards(rows, parallel, show)
     if shards is None:
         put = lambda batch: parallel.put(device_part(batch))  # noqa: E731
         return HostFeed(parallel.compile(step), batches, put, compiling, first=first)
@@ -365,7 +378,7 @@ def device_shards(rows: TrainingRows, parallel: DataParallel | MemberParallel, s
             "data.feed is device, but the encoder computes new features in each step; set it to host, or freeze the "
             "encoder and set data.views above 1"
         )
-    if wanted == "host" or rows.stores is None or (wanted == "auto" and parallel.devices[0].platform == "cpu"):
+    if rows.stores is None or not _wants_device(wanted, parallel):
         return None
     regions = PackedRegions(rows.stores)
     size = 4 * regions.rows * regions.words
@@ -373,6 +386,45 @@ def device_shards(rows: TrainingRows, parallel: DataParallel | MemberParallel, s
     if shards is None:
         show(_too_large(size, parallel))
     return shards
+
+
+def _wants_device(feed: str, parallel: DataParallel | MemberParallel) -> bool:
+    return feed == "device" or (feed == "auto" and parallel.devices[0].platform != "cpu")
+
+
+def images_of_devices(
+    feed: str, counts: Sequence[int], views: int, row_bytes: int, parallel: DataParallel
+) -> tuple[int, list[list[int]]] | None:
+    """The images whose features the devices of this process keep, for processes that compute features on their own.
+
+    Args:
+        feed: ``data.feed``.
+        counts: the number of images of each source.
+        views: the number of views of an image.
+        row_bytes: the size of the features of a view.
+        parallel: the devices.
+
+    Returns:
+        The number of shards, for ``open_feed``, and the numbers of the images of each source. None: the host sends the
+        batches, and needs all images.
+    """
+    rows = views * sum(counts)
+    shards = _shards(rows * row_bytes, parallel) if _wants_device(feed, parallel) else None
+    if shards is None:
+        return None
+    size = -(-rows // shards)
+    own = [number for number, of in enumerate(parallel.devices) if of.process_index == jax.process_index()]
+    starts = {number % shards * size for number in own}
+    found: list[list[int]] = []
+    first = 0
+    for count in counts:
+        images: set[int] = set()
+        for start in starts:
+            begin, end = max(0, start - first), min(start - first + size, count * views)
+            images.update(range(begin // views, -(-end // views)))
+        found.append(sorted(images) or [0])
+        first += count * views
+    return shards, found
 
 
 def _shards(size: int, parallel: DataParallel | MemberParallel) -> int | None:

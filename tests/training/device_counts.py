@@ -24,6 +24,7 @@ from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.metrics.cider_device import document_frequencies
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.model import CaptionModel, split_trained
+from imgcap_jax.training import feed as feeds
 from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step
 from imgcap_jax.training.feed import DeviceFeed, HostFeed, device_part
 from imgcap_jax.training.optimizer import Optimizer
@@ -55,10 +56,15 @@ class Source:
 class Regions:
     views = 2
 
+    def __init__(self, images: list[int]) -> None:
+        self.first, self._images = images[0], images
+
     def __len__(self) -> int:
         return 24
 
     def read(self, i: int, view: int) -> tuple[np.ndarray, None]:
+        if i not in self._images:
+            raise KeyError(i)
         return np.random.default_rng([i, view]).normal(size=(3, 6)).astype(np.float16), None
 
 
@@ -69,7 +75,8 @@ def main() -> None:
     source: Any = Source()
     config: Any = SimpleNamespace(batch_size=8, captions_per_image=3, max_words=MAX_WORDS, feed="device")
     references = CaptionTable.as_references([source], VOCABULARY, eos=True)
-    rows = TrainingRows(config, [(source, 1.0)], VOCABULARY, seed=0, features=[Regions()], references=references)
+    make_rows = partial(TrainingRows, config, [(source, 1.0)], VOCABULARY, seed=0, references=references)
+    rows = make_rows(features=[Regions(list(range(24)))])
     decoder = ShowAttendTell(hidden_size=8, embedding_size=8, attention_size=4, region_size=8, dropout=0.5)
     graph, params, frozen = split_trained(
         CaptionModel(None, decoder.build(6, len(VOCABULARY), dtype=jnp.float32, rngs=nnx.Rngs(0)))
@@ -95,14 +102,21 @@ def main() -> None:
         step, constants = steps[objective]
         parallel = DataParallel(mode, jax.devices()[:devices])
         state = parallel.replicate(first_state(jax.tree.map(np.array, params), SGD, ema=True))
-        shards = min(devices, 2)
         source: Any
         if feed == "host":
             mine = slice(jax.process_index(), None, jax.process_count())
             batches = (rows.region_batch(number, mine) for number in range(STEPS))
             source = HostFeed(parallel.compile(step), batches, lambda batch: parallel.put(device_part(batch)))
         else:
-            source = DeviceFeed(partial(parallel.compile_loop, step), [rows], parallel, print, shards=shards, longest=8)
+            shards, own = min(devices, 2), rows
+            if jax.process_count() > 1:  # each process has the features of its own devices only
+                feeds._free_memory = lambda parallel: 2001.0  # room for a quarter of the 48 rows
+                found = feeds.images_of_devices("device", [24], 2, 100, parallel)
+                assert found is not None
+                shards, (images,) = found
+                assert (shards, len(images)) == (4, 12)
+                own = make_rows(features=[Regions(images)])
+            source = DeviceFeed(partial(parallel.compile_loop, step), [own], parallel, print, shards=shards, longest=8)
         losses: list[float] = []
         own = parallel.replicate(constants)
         with source:
