@@ -17,9 +17,8 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
-
-import regex
+from functools import cache
+from typing import Any, NamedTuple, Protocol
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import reason
@@ -73,16 +72,35 @@ _UNSPACED = "".join(
 )
 _UNSPACED_CHARACTER = rf"(?=[\p{{L}}\p{{N}}\p{{M}}])(?=[{_UNSPACED}])\X"
 _LETTER = rf"(?:(?![{_UNSPACED}])[\p{{L}}\p{{N}}]\p{{M}}*)"
-_PIECE = regex.compile(
+_PIECE = (
     r"<(?:pad|bos|eos|unk)>"
     rf"|{_UNSPACED_CHARACTER}"
     # A word or a number: don't, t-shirt, 3.5, 1,000. The zero-width non-joiner is a part of Persian words.
     rf"|{_LETTER}+(?:(?:['’\-\u2010\u2011\u200c\u200d]|(?<=\p{{N}})[.,:](?=\p{{N}})){_LETTER}+)*"
     r"|(?=\p{S})\X"
 )
-_IS_WORD = regex.compile(rf"{_LETTER}.*|<unk>", regex.DOTALL).fullmatch
-_UNSPACED_WORD = regex.compile(rf"(?:{_UNSPACED_CHARACTER})+").fullmatch
-_GRAPHEME = regex.compile(r"\X")
+
+
+class _Patterns(NamedTuple):
+    """piece: a token. word: a token between blanks. unspaced: a token of a script without blanks. grapheme: any one."""
+
+    piece: Any
+    word: Any
+    unspaced: Any
+    grapheme: Any
+
+
+@cache
+def _patterns() -> _Patterns:
+    """The compiled patterns. The default tokeniser does not need them, nor the package that has them."""
+    import regex
+
+    return _Patterns(
+        regex.compile(_PIECE),
+        regex.compile(rf"{_LETTER}.*|<unk>", regex.DOTALL),
+        regex.compile(rf"(?:{_UNSPACED_CHARACTER})+"),
+        regex.compile(r"\X"),
+    )
 
 
 @dataclass(frozen=True)
@@ -103,13 +121,14 @@ class Characters:
     def __call__(self, caption: str, /) -> list[str]:
         """See ``Tokenizer``."""
         plain = unicodedata.normalize("NFKC", caption).replace("\u00ad", "").lower()
-        return _PIECE.findall(plain)
+        found: list[str] = _patterns().piece.findall(plain)
+        return found
 
     def join(self, tokens: Sequence[str], /) -> str:
         """The tokens, with a blank only between two words."""
         text, before = "", False
         for token in tokens:
-            is_word = _IS_WORD(token) is not None
+            is_word = _patterns().word.fullmatch(token) is not None
             text += f" {token}" if before and is_word else token
             before = is_word
         return text
@@ -218,7 +237,8 @@ def splits_english_words(tokenizer: Tokenizer) -> bool:
 
 def unspaced_length(token: str) -> int:
     """The number of characters (graphemes) of a token in a script without blanks; 0 for other tokens."""
-    return len(_GRAPHEME.findall(token)) if _UNSPACED_WORD(token) else 0
+    patterns = _patterns()
+    return len(patterns.grapheme.findall(token)) if patterns.unspaced.fullmatch(token) else 0
 
 
 _LONGEST_UNSPACED = 5.0  # characters; segmented Chinese and Japanese words have about two, Thai ones three

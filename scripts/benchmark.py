@@ -25,7 +25,8 @@ They and `checkpoint` compare with another checkout of imgcap_jax in the same ro
 
 The rounds of all candidates are interleaved and medians are reported, because timings on most machines are noisy. The
 first lines say how fast the machine multiplies matrices, because machines of the same name differ by a factor of two or
-three. The benchmarks need only JAX, Flax and Optax, and PyTorch for the comparisons, unless noted otherwise above.
+three. The last line is the peak memory, if the backend reports it. The benchmarks need only JAX, Flax and Optax, and PyTorch
+for the comparisons, unless noted otherwise above. scripts/gpu_check.sh runs them on a machine with a GPU.
 """
 
 import argparse
@@ -38,7 +39,7 @@ import benchmark_encoders
 import benchmark_feeds
 import benchmark_scores
 import benchmark_self_critical
-from measuring import PACKAGE, print_machine
+from measuring import PACKAGE, print_machine, print_memory
 
 COMPARED = ("train", "decode", "scst", "checkpoint")
 BENCHMARKS = {
@@ -138,6 +139,7 @@ def main() -> None:
             parser.error(f"--before {options.before} has no folder {PACKAGE}; give the root of another checkout")
     print_machine()
     BENCHMARKS[options.what](options)
+    print_memory()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from measuring import (
     EOS,
     WORDS,
     Thing,
+    at_precision,
     chosen_lengths,
     decoder_sizes,
     lengths_text,
@@ -113,15 +114,8 @@ def _train_steps(
     graph, params, frozen = split_trained(CaptionModel(None, built_decoder(options, s)))
     optimizer = Optimizer().build(100, 1000)
     parallel = DataParallel()
-    step = parallel.compile(
-        cross_entropy_step(
-            graph,
-            CrossEntropy(),
-            optimizer,
-            key=jax.random.key(0),
-            ema_decay=options.ema,
-        )
-    )
+    step = cross_entropy_step(graph, CrossEntropy(), optimizer, key=jax.random.key(0), ema_decay=options.ema)
+    step = parallel.compile(at_precision(step, options.dtype))
     held = [parallel.replicate(first_state(params, optimizer, ema=options.ema > 0))]
 
     def once(batch: Mapping[str, Array]) -> None:
@@ -275,15 +269,8 @@ def decoders(options: argparse.Namespace) -> None:
         name = path.stem.removeprefix("flickr8k_")
         parameters[name] = parameter_count(params)
         optimizer = experiment.optimizer.build(100, 1000)
-        step = parallel.compile(
-            cross_entropy_step(
-                graph,
-                experiment.objective,
-                optimizer,
-                key=jax.random.key(0),
-                ema_decay=0.999,
-            )
-        )
+        step = cross_entropy_step(graph, experiment.objective, optimizer, key=jax.random.key(0), ema_decay=0.999)
+        step = parallel.compile(at_precision(step, options.dtype))
         held = [parallel.replicate(first_state(params, optimizer, ema=True))]
 
         def once(held: list[Any] = held, step: Any = step, frozen: Any = frozen) -> None:

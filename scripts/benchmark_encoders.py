@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from measuring import Thing, decoder_sizes, medians, times_and_rate
+from measuring import Thing, at_precision, decoder_sizes, medians, times_and_rate
 
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.encoders import efficientnet_lite, resnet, vgg
@@ -105,7 +105,7 @@ def encoder(options: argparse.Namespace) -> None:
             things["PyTorch"], weights = torch_features(name, images, options.threads, Path(folder))
         config = settings(name, weights=weights)
         graph, state = nnx.split(config.build(size, dtype=jnp.dtype(options.dtype), rngs=nnx.Rngs(0)))
-    extract = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
+    extract = jax.jit(at_precision(lambda state, images: nnx.merge(graph, state)(images), options.dtype))
     things["imgcap_jax"] = lambda: jax.block_until_ready(extract(state, images))
     if "PyTorch" in things:
         theirs, ours = things["PyTorch"](), np.asarray(things["imgcap_jax"]())
@@ -150,7 +150,8 @@ def finetune(options: argparse.Namespace) -> None:
         decoder = ShowAttendTell().build(network.region_size, s["V"], dtype=dtype, rngs=nnx.Rngs(0))
         graph, params, frozen = split_trained(CaptionModel(network, decoder))
         optimizer = Optimizer().build(100, 1000)
-        step = parallel.compile(cross_entropy_step(graph, CrossEntropy(), optimizer, key=jax.random.key(0)))
+        step = cross_entropy_step(graph, CrossEntropy(), optimizer, key=jax.random.key(0))
+        step = parallel.compile(at_precision(step, options.dtype))
         held = [parallel.replicate(first_state(params, optimizer, ema=False))]
         frozen = parallel.replicate(frozen)
         compiled = step.lower(held[0], frozen, batch).compile()

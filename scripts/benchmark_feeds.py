@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from benchmark_decoders import built_decoder
 from jax import Array
-from measuring import FIRST_WORD, decoder_sizes, matmul, medians, word_counts
+from measuring import FIRST_WORD, at_precision, decoder_sizes, matmul, medians, word_counts
 
 IMAGES = 2000
 
@@ -97,7 +97,7 @@ def _model_and_step(options: argparse.Namespace, s: Mapping[str, int]) -> tuple[
     optimizer = Optimizer().build(100, 1000)
 
     def step(key: Array) -> Any:
-        return cross_entropy_step(graph, CrossEntropy(), optimizer, key=key)
+        return at_precision(cross_entropy_step(graph, CrossEntropy(), optimizer, key=key), options.dtype)
 
     return first_state(params, optimizer, ema=False), frozen, step
 

@@ -22,6 +22,7 @@ from measuring import (
     PAD,
     WORDS,
     Thing,
+    at_precision,
     chosen_lengths,
     decoder_sizes,
     lengths_text,
@@ -39,7 +40,7 @@ RewardOf = Callable[[Any], Callable[..., Any] | None]
 """The settings of self-critical training -> the reward that is added, if there is one."""
 
 
-def _corpus(images: int, vocabulary: int, seed: int) -> list[list[list[int]]]:
+def random_references(images: int, vocabulary: int, seed: int) -> list[list[list[int]]]:
     """Random captions with eos, with the lengths of real captions and Zipf's word frequencies."""
     rng = np.random.default_rng(seed)
     rank = np.arange(1, vocabulary - FIRST_WORD + 1)
@@ -49,7 +50,8 @@ def _corpus(images: int, vocabulary: int, seed: int) -> list[list[list[int]]]:
     return [[[*(next(words) for _ in range(length)), EOS] for length in row] for row in lengths]
 
 
-def _padded(images: list[list[list[int]]]) -> np.ndarray:
+def padded_references(images: list[list[list[int]]]) -> np.ndarray:
+    """The captions of each image, int32 [B,R,S], padded with pad."""
     longest = max(len(caption) for captions in images for caption in captions)
     return np.array(
         [[caption + [PAD] * (longest - len(caption)) for caption in of] for of in images],
@@ -158,7 +160,7 @@ def _steps(
     parallel = DataParallel()
     frequencies = parallel.replicate(document_frequencies([*images, *others], s["V"]))
     given = {
-        "references": _padded(images),
+        "references": padded_references(images),
         "reference_count": np.full(s["B"], REFERENCES, np.float32),
     }
     things: dict[str, Thing] = {}
@@ -170,15 +172,18 @@ def _steps(
             return ids if reward is None else ids + reward(tokens, *rest)
 
         step = parallel.compile(
-            self_critical_step(
-                graph,
-                objective,
-                optimizer,
-                key=jax.random.key(0),
-                max_words=WORDS,
-                bad_endings=range(4, 44),
-                function_words=FunctionWords(tuple(range(4, 144)), (4, 5, 6)),
-                rewards=with_ids,
+            at_precision(
+                self_critical_step(
+                    graph,
+                    objective,
+                    optimizer,
+                    key=jax.random.key(0),
+                    max_words=WORDS,
+                    bad_endings=range(4, 44),
+                    function_words=FunctionWords(tuple(range(4, 144)), (4, 5, 6)),
+                    rewards=with_ids,
+                ),
+                options.dtype,
             )
         )
         held = [parallel.replicate(first_state(jax.tree.map(jnp.copy, params), optimizer, ema=False))]
@@ -200,7 +205,7 @@ def _reward_alone(images: list[list[list[int]]], others: list[list[list[int]]], 
     from imgcap_jax.training.self_critical import SelfCritical
 
     objective = SelfCritical(samples=s["M"])
-    given, count = jnp.asarray(_padded(images)), jnp.full(s["B"], REFERENCES, jnp.float32)
+    given, count = jnp.asarray(padded_references(images)), jnp.full(s["B"], REFERENCES, jnp.float32)
     reward = jax.jit(
         lambda tokens, frequencies: objective.rewards(
             tokens, prepare_references(given, count, frequencies), frequencies
@@ -213,7 +218,7 @@ def _reward_alone(images: list[list[list[int]]], others: list[list[list[int]]], 
 def self_critical_benchmark(options: argparse.Namespace) -> None:
     """Times the step with its own reward, without a reward, with the official tools on the host, and in PyTorch."""
     s = decoder_sizes(options, batch=50)
-    images, others = _corpus(s["B"], s["V"], seed=1), _corpus(CORPUS, s["V"], seed=2)
+    images, others = random_references(s["B"], s["V"], seed=1), random_references(CORPUS, s["V"], seed=2)
     words = {lengths: word_counts((s["B"], s["M"]), lengths) for lengths in chosen_lengths(options)}
     build = partial(_steps, options, s, images, others, words)
     rewards: dict[str, RewardOf] = {WHOLE: lambda objective: objective.rewards, FREE: lambda objective: None}
@@ -235,8 +240,9 @@ def self_critical_benchmark(options: argparse.Namespace) -> None:
         print("the reward on the host is compared on one device only; the comparison is skipped")
     else:
         host = _on_host(images)
-        own = _reward_alone(images, [], s)(_padded(images))
-        print(f"largest difference between device and host rewards: {np.abs(host(_padded(images)) - own).max():.1e}")
+        own = _reward_alone(images, [], s)(padded_references(images))
+        largest = np.abs(host(padded_references(images)) - own).max()
+        print(f"largest difference between device and host rewards: {largest:.1e}")
 
         def by_host(tokens: Array, *_: Any) -> Array:
             shape = jax.ShapeDtypeStruct(tokens.shape[:2], jnp.float32)

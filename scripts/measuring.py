@@ -49,10 +49,37 @@ def medians(things: Mapping[Name, Thing], rounds: int) -> dict[Name, float]:
     return {name: found.wall for name, found in times(things, rounds).items()}
 
 
+def at_precision(function: Callable[..., Any], dtype: str) -> Callable[..., Any]:
+    """The function, traced as training traces it: products of float32 arrays at full precision for float32."""
+
+    def traced(*arguments: Any) -> Any:
+        with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+            return function(*arguments)
+
+    return traced
+
+
+def first_call(thing: Thing) -> float:
+    """Calls a candidate, which compiles it; returns the seconds."""
+    start = time.perf_counter()
+    thing()
+    return time.perf_counter() - start
+
+
+def print_memory() -> None:
+    """Prints the peak memory of each device that reports it."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    found = [peak for peak in peaks if peak is not None]
+    if found:
+        print(f"peak memory of a device: {max(found) / 1e9:.2f} GB")
+    else:
+        print(f"peak memory: not reported by the {jax.default_backend()} backend")
+
+
 def matmul(dtype: str, size: int = 2048, count: int = 20) -> tuple[Thing, float]:
     """A function that computes ``count`` square matrix products, about as long as a step, and its FLOPs."""
     a = jnp.asarray(np.random.default_rng(0).random((size, size)), jnp.dtype(dtype))
-    product = jax.jit(lambda a: a @ a)
+    product = jax.jit(at_precision(lambda a: a @ a, dtype))
 
     def run() -> None:
         for _ in range(count):

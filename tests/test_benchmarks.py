@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -101,6 +102,48 @@ def test_captions_of_pytorch_end_after_the_given_numbers_of_words(script: Any) -
     for beam in (1, 2):
         found = decoders.decode(decoder.eval(), regions, beam, 6, words[:, 1])
         assert torch.equal((found > decoders.EOS).sum(-1), words[:, 1])
+
+
+BARE = """
+import importlib.abc, sys
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {missing}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+import benchmark, gpu_check
+for name in {modules}:
+    __import__(name)
+"""
+
+
+def test_benchmarks_need_jax_flax_and_optax_alone() -> None:
+    """On a bare accelerator machine no other requirement of the package is installed, and none of its extras."""
+    missing = ["PIL", "simplejpeg", "regex", "safetensors", "tensorflow_datasets", "grain", "array_record", "tyro"]
+    missing += ["matplotlib", "tensorboardX", "pyarrow", "pycocoevalcap", "torch", "packaging"]
+    code = "".join(path.read_text() for path in SCRIPTS.glob("*benchmark*.py")) + (SCRIPTS / "gpu_check.py").read_text()
+    modules = sorted(set(re.findall(r"^ +from (imgcap_jax[.\w]+) import(?!.*# needs TFDS)", code, re.MULTILINE)))
+    assert len(modules) > 10
+    modules = [name for name in modules if not name.startswith("imgcap_jax.metrics.score")]
+    program = BARE.format(missing=missing, modules=modules)
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{SCRIPTS}"}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.slow
+def test_gpu_check_of_the_cpu_against_itself() -> None:
+    """float32 has no difference at all; bfloat16 has one, within its tolerance."""
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{SCRIPTS}"}
+    command = [sys.executable, str(SCRIPTS / "gpu_check.py"), "--platform", "cpu"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = re.findall(r"^ok +(\w.*?) +(float32|bfloat16) +(\S+) of at most", ended.stdout, re.MULTILINE)
+    assert len(found) == 14
+    assert {difference for _, dtype, difference in found if dtype == "float32"} == {"0.0e+00"}
+    assert float({name: one for name, dtype, one in found if dtype == "bfloat16"}["encoder, regions"]) > 0
 
 
 @pytest.mark.slow

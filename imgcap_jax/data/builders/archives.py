@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from imgcap_jax.data.builders.listed import WrongRows
-from imgcap_jax.data.image_files import ImageError, check_file_size, read_file
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import check_creatable, explaining, reading, reason, refuse_pipes
 
@@ -142,6 +141,8 @@ def read_photo(file: Path | ZipMember) -> bytes:
             size can be.
         OSError: it cannot be read.
     """
+    from imgcap_jax.data.image_files import ImageError, check_file_size, read_file  # imports the readers of all formats
+
     if isinstance(file, Path):
         return read_file(file)
     check_file_size(file.size)

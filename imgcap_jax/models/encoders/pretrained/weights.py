@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import safetensors
 from flax import nnx
 
 from imgcap_jax.errors import UserError
@@ -26,6 +25,8 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: the file is missing, damaged or not a safetensors file.
     """
+    import safetensors  # here, so that networks with random weights need JAX, Flax and Optax alone
+
     with reading(path, ADVICE):
         path.open("rb").close()  # the library's own errors do not separate the cause from the file name
         with safetensors.safe_open(path, framework="np") as file:
@@ -34,6 +35,8 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def names_in_safetensors(path: Path) -> list[str]:
     """The names of the tensors of a `.safetensors` file, without reading the tensors. Raises as `read_safetensors`."""
+    import safetensors
+
     with reading(path, ADVICE):
         path.open("rb").close()
         with safetensors.safe_open(path, framework="np") as file:
