@@ -25,8 +25,8 @@ They and `checkpoint` compare with another checkout of imgcap_jax in the same ro
 
 The rounds of all candidates are interleaved and medians are reported, because timings on most machines are noisy. The
 first lines say how fast the machine multiplies matrices, because machines of the same name differ by a factor of two or
-three. The last line is the peak memory, if the backend reports it. The benchmarks need only JAX, Flax and Optax, and PyTorch
-for the comparisons, unless noted otherwise above. scripts/gpu_check.sh runs them on a machine with a GPU.
+three. The last line is the peak memory, if the backend reports it. The benchmarks need only JAX, Flax and Optax, and
+PyTorch for the comparisons, unless noted otherwise above. scripts/gpu_check.sh runs them on a machine with a GPU.
 """
 
 import argparse
