@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,6 +25,7 @@ from imgcap_jax.data.scenes.language import scene_captions
 from imgcap_jax.data.scenes.world import draw_scene, sample_scene
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.metrics.meteor.tables import HOW_TO_ADD
+from imgcap_jax.plan.chips import CHIPS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -83,8 +85,10 @@ def place(
 
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
-    """The experiments that commands would have trained, or extracted features for."""
+    """The experiments that commands would have trained, planned, or extracted features for."""
     import imgcap_jax.data.prepare
+    import imgcap_jax.plan.plan
+    import imgcap_jax.plan.topology
     import imgcap_jax.run.extraction
     import imgcap_jax.train
     import imgcap_jax.training.parallel
@@ -95,6 +99,16 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
         asked.append(experiment)
         return imgcap_jax.train.Outcome(1, 0.5, None)
 
+    def make_plan(experiment: Experiment, sizes: Any, topology: Any, **_: Any) -> Any:
+        asked.append(experiment)
+        return imgcap_jax.plan.plan.Plan(topology, {}, {}, sizes.images, 1.0, None, ())
+
+    def open_topology(name: str, dtype: Any) -> Any:
+        assert re.fullmatch(r"local|v\d\w*:\d+(x\d+)*", name)
+        return imgcap_jax.plan.topology.Topology(name, jax.devices()[:1], CHIPS["TPU v5 lite"], (1, 1), "a test")
+
+    monkeypatch.setattr(imgcap_jax.plan.plan, "make_plan", make_plan)
+    monkeypatch.setattr(imgcap_jax.plan.topology, "open_topology", open_topology)
     prepare = imgcap_jax.data.prepare.prepare
     monkeypatch.setattr(imgcap_jax.train, "train", train)
     monkeypatch.setattr(imgcap_jax.run.extraction, "extract", lambda experiment, *_: asked.append(experiment))
