@@ -23,10 +23,11 @@ from imgcap_jax.data.prefetch import map_ahead
 from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError, printable
-from imgcap_jax.files import check_writable, local_path, reason
+from imgcap_jax.files import check_writable, reason
 from imgcap_jax.image_ids import LIMIT
 from imgcap_jax.metrics.coco_format import write_results
 from imgcap_jax.models.model import split_trained
+from imgcap_jax.remote import place
 from imgcap_jax.report.attention import attention_picture
 from imgcap_jax.run.folder import Run, check_ensemble, use_weights
 from imgcap_jax.run.generation import attention_function, caption_function, caption_rows, check_decoding
@@ -140,7 +141,7 @@ class Captioner:
             UserError: a run needs code that was not given; see also ``Captioner``.
         """
         load_all_code([code] if isinstance(code, str | Path) else code)
-        runs = [Run.load(local_path(str(folder))) for folder in folders]
+        runs = [Run.load(place(str(folder))) for folder in folders]
         runs = use_weights(runs, [Path(file) for file in ([weights] if isinstance(weights, str | Path) else weights)])
         for note in (note for run in runs for note in run.code_changes()):
             warnings.warn(note, stacklevel=2)

@@ -35,7 +35,7 @@ def cache_folder(name: str) -> Path:
     """The folder `name` of files that can be made again, in `$IMGCAP_CACHE`, or else in `$XDG_CACHE_HOME/imgcap_jax`,
     or else in `~/.cache/imgcap_jax`."""
     if chosen := os.environ.get("IMGCAP_CACHE"):
-        return Path(chosen).expanduser() / name
+        return local_path(chosen, "IMGCAP_CACHE must be a local folder").expanduser() / name
     # The XDG specification says that a relative path must be ignored.
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "imgcap_jax" / name

@@ -15,12 +15,14 @@ from imgcap_jax.data.regions import has_ready_regions
 from imgcap_jax.data.rows import Batch
 from imgcap_jax.errors import UserError, counted
 from imgcap_jax.experiment import Experiment
-from imgcap_jax.files import check_name, local_path, owning
+from imgcap_jax.files import check_name, owning
 from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.precision import at_precision, compute_dtype
+from imgcap_jax.remote import place
 from imgcap_jax.run.extraction import uses_store
 from imgcap_jax.run.folder import nothing_left_if_refused
+from imgcap_jax.run.mirror import Mirror
 from imgcap_jax.session import Session, compiling, open_data
 from imgcap_jax.terminal import Say, Work, working
 from imgcap_jax.train import Outcome
@@ -68,16 +70,19 @@ def train_population(
     Raises:
         UserError: a setting cannot differ between members, or an error of ``train``.
     """
-    local_path(str(folder))
+    folder = place(str(folder))
+    init_from = None if init_from is None else place(str(init_from))
     folders = [folder / variant.name for variant in variants]
     for path in folders:
         check_name(path.absolute())
     _check(variants)
     with ExitStack() as stack:
+        mirrors = []
         for path in folders:
             stack.enter_context(owning(path, "training"))
+            mirrors.append(stack.enter_context(Mirror(path)))
             stack.enter_context(nothing_left_if_refused(path))
-        return _train(variants, folders, cache, init_from, show)
+        return _train(variants, folders, mirrors, cache, init_from, show)
 
 
 def _check(variants: Sequence[Variant]) -> None:
@@ -109,7 +114,12 @@ class _Program(NamedTuple):
 
 
 def _train(
-    variants: Sequence[Variant], folders: Sequence[Path], cache: Path, init_from: Path | None, show: Say
+    variants: Sequence[Variant],
+    folders: Sequence[Path],
+    mirrors: Sequence[Mirror],
+    cache: Path,
+    init_from: Path | None,
+    show: Say,
 ) -> dict[str, Outcome]:
     experiment, training = variants[0].experiment, variants[0].experiment.training
     parallel, together = DataParallel(training.parallel), MemberParallel(len(variants))
@@ -123,7 +133,7 @@ def _train(
     say = _Lines(show)
     data = open_data(experiment, smoke=False)
     with ExitStack() as stack:
-        for variant, path in zip(variants, folders, strict=True):
+        for variant, path, mirror in zip(variants, folders, mirrors, strict=True):
             session = Session(
                 variant.experiment,
                 path,
@@ -135,6 +145,7 @@ def _train(
                 smoke=False,
                 show=partial(say, name=variant.name),
                 evaluator=sessions[0].validate.evaluator if sessions else None,
+                mirror=mirror,
             )
             sessions.append(stack.enter_context(closing(session)))
         say.opened = True
@@ -190,7 +201,6 @@ def _loop(
 ) -> int:
     """Trains until all members are finished. Returns the signal that ended it, or 0."""
     states, constants, feed = program
-    seconds = 60 * sessions[0].experiment.training.checkpoint_minutes
 
     def state_of(number: int) -> Any:
         return sessions[number].setup.parallel.replicate(together.member(states, number))
@@ -212,8 +222,7 @@ def _loop(
                 if sessions[number].validate.interrupted:
                     return sessions[number].validate.interrupted
             sessions[number].checkpoints.check()
-        idle = min(session.checkpoints.idle_seconds for session in sessions)
-        if stop.signal or idle >= seconds:
+        if stop.signal or any(session.overdue for session in sessions):
             for number in trained:
                 sessions[number].save(state_of(number))
                 sessions[number].meter.restart(sessions[number].progress)

@@ -23,10 +23,12 @@ from imgcap_jax.models.decoders.contract import check_length
 from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import parameter_count, split_trained
 from imgcap_jax.precision import compute_dtype
+from imgcap_jax.remote import shown, url_of
 from imgcap_jax.run.evaluation import Member, SplitEvaluator, evaluated_images
 from imgcap_jax.run.extraction import Extraction, uses_store
 from imgcap_jax.run.folder import Run, find_run
 from imgcap_jax.run.generation import check_decoding
+from imgcap_jax.run.mirror import Mirror
 from imgcap_jax.run.notes import check_objective, check_together, starting_notes, without_effect
 from imgcap_jax.run.transfer import check_encoder, transfer
 from imgcap_jax.run.validation import Validation, without_best
@@ -144,6 +146,7 @@ class Session:
         smoke: bool,
         show: Say,
         evaluator: SplitEvaluator | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         """Opens or resumes the run in the folder.
 
@@ -158,6 +161,7 @@ class Session:
             smoke: whether scores are shown, and shares of captions noted.
             show: receives the lines for the user.
             evaluator: of the validation split, for members of a population that share one; None: makes one.
+            mirror: pushes the run to its bucket; None: this process does not.
 
         Raises:
             UserError: see ``train.train``.
@@ -237,7 +241,7 @@ class Session:
         # The position of the newest checkpoint, if there is one.
         if progress is not None:
             batches.set_state(progress.data)
-            show(f"resuming {folder} at step {progress.step} of {total_steps}")
+            show(f"resuming {shown(folder)} at step {progress.step} of {total_steps}")
             for change in run.code_changes():
                 show(f"note: {change}")
         else:
@@ -285,7 +289,7 @@ class Session:
         )
         self.experiment, self.run, self.data, self.setup, self.state = experiment, run, data, setup, state
         self.batches, self.checkpoints, self.log, self.progress = batches, checkpoints, log, progress
-        self.total_steps = total_steps
+        self.total_steps, self._mirror = total_steps, mirror
         self._evaluate_steps = max(1, steps_of(training.evaluate_epochs, steps_per_epoch))
         self._learning_rate = learning_rate_of(experiment.optimizer, steps_per_epoch, total_steps)
 
@@ -338,10 +342,23 @@ class Session:
         self.progress = replace(self.progress, step=self.progress.step + steps, data=position)
         self.meter.add(self.progress, metrics, steps)
 
+    @property
+    def overdue(self) -> bool:
+        """Whether to save now: ``training.checkpoint_minutes`` have passed, or the bucket can't be reached."""
+        failed = self._mirror is not None and self._mirror.failed
+        return failed or self.checkpoints.idle_seconds >= 60 * self.experiment.training.checkpoint_minutes
+
     def save(self, state: TrainState) -> None:
-        """Saves the state. Raises UserError if the loss is not finite, or an earlier save failed."""
+        """Saves the state.
+
+        Raises:
+            UserError: the loss is not finite, an earlier save failed, or the bucket can't be reached. In the last case,
+                the state is saved on this machine.
+        """
         self.meter.flush()
         self.checkpoints.save(state, replace(self.progress, seconds=self.log.seconds))
+        if self._mirror is not None:
+            self._mirror.check()
 
     def validate_now(self, state: TrainState) -> None:
         """Saves and validates the state. If ``validate.interrupted`` is set then, a resumed session repeats it."""
@@ -400,12 +417,15 @@ def _check_processes(run: Run, step: int | None, parallel: DataParallel) -> None
     """
     if jax.process_count() == 1:
         return
-    shared = parallel.share(run.folder)
-    start = signature(run.experiment), run.vocabulary.words, str(run.init_from), step
+    shared = url_of(run.folder) is not None or parallel.share(run.folder)
+    init_from = None if run.init_from is None else shown(run.init_from)
+    start = signature(run.experiment), run.vocabulary.words, init_from, step
     digest = int.from_bytes(hashlib.sha256(repr(start).encode()).digest()[:4], "big") >> 1
     largest, smallest, apart = parallel.agree(digest, -digest, not shared)
     if apart:
-        raise UserError(f"{run.folder} is not the same folder on all hosts; put --run on a shared disk")
+        raise UserError(
+            f"{run.folder} is not the same folder on all hosts; put --run on a shared disk, or in a bucket (gs://...)"
+        )
     if largest != -smallest:
         raise UserError("the processes have different experiments, data or runs; use the same command on all of them")
 

@@ -10,10 +10,12 @@ import numpy as np
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
-from imgcap_jax.files import check_name, local_path, owning
+from imgcap_jax.files import check_name, owning
 from imgcap_jax.precision import at_precision, compute_dtype
+from imgcap_jax.remote import place
 from imgcap_jax.report import smoke as smoke_report
 from imgcap_jax.run.folder import empty_smoke, nothing_left_if_refused
+from imgcap_jax.run.mirror import Mirror, pull
 from imgcap_jax.session import Session, compiling, open_data
 from imgcap_jax.terminal import Say, working
 from imgcap_jax.training.checkpoints import Checkpoints
@@ -48,7 +50,7 @@ def train(
 
     Args:
         experiment: what to compute.
-        folder: the run's folder.
+        folder: the run's folder; it can be in a bucket (``gs://bucket/runs/x``), then no disk needs to be shared.
         cache: folder of the features of frozen encoders.
         init_from: another run, whose best parameters are the start; its vocabulary is mapped by word.
         smoke: use only the first images of each split, and start from scratch.
@@ -58,20 +60,31 @@ def train(
         UserError: bad input, another experiment in the folder, another process that trains in it, a loss that is not
             finite, or a full disk.
     """
-    local_path(str(folder))
+    folder = place(str(folder))
+    init_from = None if init_from is None else place(str(init_from))
     for path in (folder.absolute(), *([] if init_from is None else [init_from.absolute()])):
         check_name(path)
-    if jax.process_index() != 0:
+    together = DataParallel(experiment.training.parallel)
+    if not is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
-        return _train(experiment, folder, cache, init_from, smoke, lambda line: None)
-    with owning(folder, "training"), nothing_left_if_refused(folder):
+        together.wait()  # until the first process has pushed what an interruption left
+        pull(folder, everything=True)
+        return _train(experiment, folder, cache, init_from, smoke, lambda line: None, None)
+    with owning(folder, "training"), Mirror(folder) as mirror, nothing_left_if_refused(folder):
         if smoke:  # resuming a finished smoke run would check nothing
             empty_smoke(folder)
-        return _train(experiment, folder, cache, init_from, smoke, show)
+        together.wait()
+        return _train(experiment, folder, cache, init_from, smoke, show, mirror)
 
 
 def _train(
-    experiment: Experiment, folder: Path, cache: Path, init_from: Path | None, smoke: bool, show: Say
+    experiment: Experiment,
+    folder: Path,
+    cache: Path,
+    init_from: Path | None,
+    smoke: bool,
+    show: Say,
+    mirror: Mirror | None,
 ) -> Outcome:
     training = experiment.training
     parallel = DataParallel(training.parallel)
@@ -94,6 +107,7 @@ def _train(
         init_from=init_from,
         smoke=smoke,
         show=show,
+        mirror=mirror,
     )
     # Traced within the model's precision, which covers derivatives too.
     step = at_precision(experiment.objective.make_step(session.setup), compute_dtype(training.dtype))
@@ -118,7 +132,7 @@ def _train(
                 if interrupted := session.validate.interrupted:
                     break
             session.checkpoints.check()
-            overdue = int(session.checkpoints.idle_seconds >= 60 * training.checkpoint_minutes)
+            overdue = int(session.overdue)
             # Several processes must agree on when to save. They wait for each other, so they do not do it at each step.
             step_number = session.progress.step
             if jax.process_count() == 1 or validates or ran.steps > 1 or step_number % training.log_steps == 0:

@@ -177,6 +177,11 @@ def _forget_old_programs(folder: Path) -> None:
 
 
 def _features_cache(options: argparse.Namespace, run: Path) -> Path:
+    from imgcap_jax.files import cache_folder
+    from imgcap_jax.remote import url_of
+
+    if options.cache is None and url_of(run) is not None:
+        return cache_folder("features")  # a bucket gets features only if the user says so
     cache: Path = options.cache or run.parent / ".cache"
     return cache / "features"
 
@@ -197,15 +202,18 @@ def _set_largest_image(options: argparse.Namespace) -> None:
 def _load_runs(folders: Sequence[Path], options: argparse.Namespace) -> list[Any]:
     """The runs, after the code that the user named, with their data and weights where the user says."""
     from imgcap_jax.cli.experiments import shipped_names
+    from imgcap_jax.remote import shown
     from imgcap_jax.run.folder import RUNS, Run, is_run, use_data_dir, use_weights
+    from imgcap_jax.run.mirror import pull
     from imgcap_jax.user_code import load_all_code
 
     for folder in folders:
+        pull(folder)
         name = folder.name.removesuffix(".py")
         trained = is_run(folder) or is_run(RUNS / name)  # the error of Run.load names the latter
         if not trained and (folder.suffix == ".py" or name in shipped_names()):
             experiment = folder if folder.suffix == ".py" else name
-            raise UserError(f"{folder} is not a run; train the experiment first: imgcap train {experiment}")
+            raise UserError(f"{shown(folder)} is not a run; train the experiment first: imgcap train {experiment}")
     load_all_code(options.code)
     runs = use_weights([Run.load(folder) for folder in folders], options.weights)
     notes = [note for run in runs for note in run.code_changes()]
@@ -248,21 +256,14 @@ def _train(options: argparse.Namespace) -> int:
     _keep_compiled()
     if options.population is not None:
         return _train_population(options, experiment, folder)
-    try:
-        with _memory_errors(options):
-            outcome = train(
-                for_smoke(experiment) if options.smoke else experiment,
-                folder,
-                cache=_features_cache(options, folder),
-                init_from=options.init_from,
-                smoke=options.smoke,
-            )
-    except UserError as error:
-        if not options.distributed:
-            raise
-        # The other processes wait for this one in a collective; they end when it does.
-        print(f"imgcap: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
+    with _ending_together(options), _memory_errors(options):
+        outcome = train(
+            for_smoke(experiment) if options.smoke else experiment,
+            folder,
+            cache=_features_cache(options, folder),
+            init_from=options.init_from,
+            smoke=options.smoke,
+        )
     if is_first_process():
         print("\n".join(_after(options, experiment, folder, outcome)))
     return 128 + outcome.interrupted if outcome.interrupted else 0
@@ -300,16 +301,29 @@ def _train_population(options: argparse.Namespace, experiment: Any, folder: Path
     return 0
 
 
+@contextmanager
+def _ending_together(options: argparse.Namespace) -> Iterator[None]:
+    """Ends the process at a UserError if there are others: they wait for it in a collective, and end when it does."""
+    try:
+        yield
+    except UserError as error:
+        if not options.distributed:
+            raise
+        print(f"imgcap: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
 def _after(options: argparse.Namespace, experiment: Any, folder: Path, outcome: Any) -> list[str]:
     """How training ended, and the commands to give next."""
     from imgcap_jax.cli.next_commands import after_smoke, after_training
+    from imgcap_jax.remote import shown
 
     if outcome.interrupted:
         return ["; ".join([f"stopped at step {outcome.step}", *_continuation(options)])]
     if options.smoke:
         return [f"the path works; now run: {after_smoke(options.given)}"]
     evaluate, *others = after_training(experiment, folder, code=options.code, cache=options.cache)
-    ended = f"done: {folder}, best validation CIDEr-D {100 * (outcome.best or 0):.1f}"
+    ended = f"done: {shown(folder)}, best validation CIDEr-D {100 * (outcome.best or 0):.1f}"
     return [ended, f"next: {evaluate}", *(f"      {command}" for command in others)]
 
 
@@ -336,26 +350,33 @@ def _evaluate(options: argparse.Namespace) -> int:
         from imgcap_jax.files import check_writable
         from imgcap_jax.report.evaluation import lines, table, write_page
         from imgcap_jax.run.evaluation import sweep
+        from imgcap_jax.training.parallel import is_first_process, join_processes
 
-    runs = _load_runs((options.run, *options.ensemble), options)
-    decodings, swept = _decodings(options, runs[0])
-    if swept and options.page is not None:
-        raise UserError("--page needs a single setting; leave it out of a sweep")
-    if options.page is not None:
-        check_writable(options.page)
-    _keep_compiled()
-    evaluations = []
-    for evaluation in sweep(
-        runs,
-        options.split,
-        cache=_features_cache(options, options.run),
-        dataset=options.dataset,
-        decodings=decodings,
-        floor=options.floor,
-        examples=10 if options.page is not None else 0,
-    ):
-        print("\n".join(lines(evaluation)), flush=True)
-        evaluations.append(evaluation)
+    if options.distributed:
+        join_processes(options.distributed)
+    with _ending_together(options):
+        runs = _load_runs((options.run, *options.ensemble), options)
+        decodings, swept = _decodings(options, runs[0])
+        if swept and options.page is not None:
+            raise UserError("--page needs a single setting; leave it out of a sweep")
+        if options.page is not None:
+            check_writable(options.page)
+        _keep_compiled()
+        evaluations = []
+        for evaluation in sweep(
+            runs,
+            options.split,
+            cache=_features_cache(options, options.run),
+            dataset=options.dataset,
+            decodings=decodings,
+            floor=options.floor,
+            examples=10 if options.page is not None else 0,
+        ):
+            evaluations.append(evaluation)
+            if is_first_process():
+                print("\n".join(lines(evaluation)), flush=True)
+    if not is_first_process():
+        return 0
     if swept:
         print("\n" + "\n".join(table(evaluations, swept)))
     if options.page is not None:

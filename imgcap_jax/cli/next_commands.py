@@ -7,6 +7,7 @@ from pathlib import Path
 
 from imgcap_jax.data.regions import has_ready_regions
 from imgcap_jax.experiment import Experiment, classes
+from imgcap_jax.remote import shown
 from imgcap_jax.user_code import source_files
 
 
@@ -25,10 +26,10 @@ def after_training(experiment: Experiment, folder: Path, *, code: Sequence[str],
         cache: the folder of features that the user gave; None: the default one.
     """
     needed = [word for name in _code(experiment, code) for word in ("--code", name)]
-    kept = [] if cache is None else ["--cache", str(cache)]
+    kept = [] if cache is None else ["--cache", shown(cache)]
     beam = str(experiment.decoding.beam if experiment.decoding.beam > 1 else 3)
-    evaluate = ["imgcap", "evaluate", str(folder), "--split", "val", "--beam", beam, *needed, *kept]
-    caption = ["imgcap", "caption", "PHOTO", "--run", str(folder), *needed]
+    evaluate = ["imgcap", "evaluate", shown(folder), "--split", "val", "--beam", beam, *needed, *kept]
+    caption = ["imgcap", "caption", "PHOTO", "--run", shown(folder), *needed]
     return [shlex.join(command) for command in (evaluate, caption)[: 1 if has_ready_regions(experiment.encoder) else 2]]
 
 

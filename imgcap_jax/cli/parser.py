@@ -11,6 +11,7 @@ from imgcap_jax import __version__
 from imgcap_jax.data.photo_files import photo_path
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import check_name, local_path
+from imgcap_jax.remote import place
 
 _EPILOG = """examples:
   imgcap doctor
@@ -110,9 +111,9 @@ def _photo(text: str) -> Path:
 
 
 def _folder(text: str) -> Path:
-    """The type of options that name a folder whose path is written into files."""
-    path = _path(text)
+    """The type of options that name a folder, which can be in a bucket, and whose path is written into files."""
     try:
+        path = place(text)
         check_name(path)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
@@ -135,7 +136,9 @@ def _add_train(commands: Commands) -> None:
         "--decoder.hidden-size 768 (imgcap train EXPERIMENT --help lists them).",
     )
     train.add_argument("experiment", nargs="?", help="a Python file, or a name such as flickr8k")
-    train.add_argument("--run", type=_folder, help="the run's folder (default: runs/<experiment>)")
+    train.add_argument(
+        "--run", type=_folder, help="the run's folder, also gs://BUCKET/FOLDER (default: runs/<experiment>)"
+    )
     train.add_argument("--init-from", type=_folder, metavar="RUN", help="start from the best parameters of another run")
     train.add_argument(
         "--smoke",
@@ -149,14 +152,7 @@ def _add_train(commands: Commands) -> None:
         "number of optimizer, objective or decoder, as 'optimizer.learning_rate=1e-3,2e-3' (several fields, separated "
         "by blanks: all combinations)",
     )
-    train.add_argument(
-        "--distributed",
-        nargs="?",
-        const="auto",
-        metavar="HOST:PORT,COUNT,INDEX",
-        help="train on several hosts, with the same command on each and --run on a shared disk; give no value on Cloud "
-        "TPU and Slurm. A stop signal takes effect at the next training.log_steps",
-    )
+    _add_distributed(train, "train", " A stop signal takes effect at the next training.log_steps")
     _add_code(train)
     _add_cache(train)
     train.add_argument("-h", "--help", action="store_true", help="show this and the fields of the experiment")
@@ -249,6 +245,7 @@ def _add_evaluate(commands: Commands) -> None:
     _add_decoding(evaluate)
     _add_code(evaluate)
     _add_cache(evaluate)
+    _add_distributed(evaluate, "evaluate")
     _add_weights(evaluate)
     _add_data_dir(evaluate, "that of the run if it exists, or else ")
 
@@ -402,6 +399,17 @@ def _add_doctor(commands: Commands) -> None:
     )
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
     _add_data_dir(doctor)
+
+
+def _add_distributed(parser: argparse.ArgumentParser, verb: str, more: str = "") -> None:
+    parser.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT,COUNT,INDEX",
+        help=f"{verb} on several hosts, with the same command on each and the run on a shared disk or in a bucket; "
+        f"give no value on Cloud TPU and Slurm.{more}",
+    )
 
 
 def _add_code(parser: argparse.ArgumentParser) -> None:

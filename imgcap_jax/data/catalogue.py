@@ -10,6 +10,7 @@ from imgcap_jax.data.builders.layout import PREPARE_AGAIN
 from imgcap_jax.data.sources import describe, find_damaged, find_prepared, read_origin
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import read_json, reason
+from imgcap_jax.remote import url_of
 
 _FEATURES = "features.json"  # written by TFDS
 
@@ -39,7 +40,10 @@ def list_datasets(data_dir: Path) -> list[ListedDataset]:
 
     Raises:
         OSError: the folder cannot be read.
+        UserError: the folder is in a bucket.
     """
+    if (url := url_of(data_dir)) is not None:
+        raise UserError(f"datasets in a bucket can't be listed; give a name: imgcap data inspect NAME --data-dir {url}")
     folders = sorted(path for path in data_dir.iterdir() if path.is_dir()) if data_dir.is_dir() else []
     return [found for folder in folders if (found := _listed(folder)) is not None]
 

@@ -37,7 +37,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 # .npy does not support bfloat16; its bits are stored as uint16.
 _STORED = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 REGIONS = "regions.npy"
-_MANIFEST, _LOCK, _BLOCKS = "manifest.json", "lock", "blocks"
+MANIFEST, _LOCK, _BLOCKS = "manifest.json", "lock", "blocks"
 _DIGEST_BYTES = 8
 _BYTES_PER_ROW = {"digests": _DIGEST_BYTES, "counts": 4}  # of the file `<name>.bin`; the manifest has its digest
 
@@ -91,7 +91,7 @@ class FeatureWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         with appending(self.folder / _LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # held briefly, so that only one process creates the files
-            if (self.folder / _MANIFEST).exists():
+            if (self.folder / MANIFEST).exists():
                 self._check()
             else:
                 if blocks.exists():  # left by an earlier store; it would mark missing rows as done
@@ -288,7 +288,7 @@ def damaged(path: Path, reason: str) -> UserError:
 
 def is_finished(folder: Path) -> bool:
     """Whether the folder contains a store with all rows computed. Raises a UserError as `read_manifest` does."""
-    if not (folder / _MANIFEST).exists():
+    if not (folder / MANIFEST).exists():
         return False
     return bool(read_manifest(folder)["done"])
 
@@ -303,7 +303,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the manifest is missing or damaged.
     """
-    path = folder / _MANIFEST
+    path = folder / MANIFEST
     if not path.exists():
         raise UserError(f"{folder} contains no features; run the extraction")
     manifest = read_json(path, _advice(folder))
@@ -326,7 +326,7 @@ def check_is_of(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, 
     """Raises UserError unless a folder's manifest describes the wanted features, which have this folder's name."""
     for name in ("shape", "dtype", "fingerprint"):
         if manifest.get(name) != wanted[name]:
-            raise damaged(folder / _MANIFEST, f"its {name} is {manifest.get(name)}, not {wanted[name]}")
+            raise damaged(folder / MANIFEST, f"its {name} is {manifest.get(name)}, not {wanted[name]}")
 
 
 def regions_offset(folder: Path, manifest: Mapping[str, Any]) -> int:
@@ -394,7 +394,7 @@ def _check_size(folder: Path, name: str, rows: int) -> None:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    with replacing(folder / _MANIFEST) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with replacing(folder / MANIFEST) as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump({**manifest, "digest": json_digest(manifest)}, file, indent=2)
         file.flush()
         os.fsync(file.fileno())

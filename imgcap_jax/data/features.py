@@ -21,6 +21,7 @@ import numpy.typing as npt
 from imgcap_jax.data.builders.layout import PREPARE_AGAIN
 from imgcap_jax.data.feature_files import (
     DTYPES,
+    MANIFEST,
     Dtype,
     FeatureWriter,
     check_is_of,
@@ -36,6 +37,7 @@ from imgcap_jax.data.image_files import ImageError, Pixels
 from imgcap_jax.data.images import Augmentation, Resize, augment, decode, names_side
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import json_digest
+from imgcap_jax.remote import pull_tree, push_tree
 from imgcap_jax.terminal import working
 
 if TYPE_CHECKING:
@@ -310,11 +312,14 @@ def _built(
     folder = root / fingerprint[:16]
     writer = FeatureWriter(folder, identity, fingerprint, shape, dtype, counted=rows.counted)
     with explaining(folder):
+        if not is_finished(folder):
+            pull_tree(folder, MANIFEST)
         # A finished store may be on a read-only disk.
         if not is_finished(folder):
             with writer.open(_BLOCK_BATCHES * rows.batch):
                 _fill(writer, rows, images, progress)
                 writer.finish()
+            push_tree(folder, MANIFEST)
     store = FeatureStore(folder)
     check_is_of(folder, store.manifest, {"shape": list(shape), "dtype": dtype, "fingerprint": fingerprint})
     return store if images is None else PartOfStore(store, images, int(identity["images"]))

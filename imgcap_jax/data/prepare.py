@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 from imgcap_jax.data.builders import coco
 from imgcap_jax.data.builders.archives import check_space
-from imgcap_jax.data.builders.layout import ORIGIN_FILE, Origin, check_small_files, write_origin
+from imgcap_jax.data.builders.layout import INFO_FILE, ORIGIN_FILE, Origin, check_small_files, write_origin
 from imgcap_jax.data.caption_checks import prepared_notes
 from imgcap_jax.data.sources import default_data_dir, describe, find_prepared, open_source, read_origin
 from imgcap_jax.data.staging import staging, write
 from imgcap_jax.downloads import DownloadError
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import check_name, disk_errors, file_digest, write_text
+from imgcap_jax.remote import place, push_tree
 from imgcap_jax.terminal import working
 from imgcap_jax.user_code import load_code
 
@@ -78,7 +79,7 @@ def prepare(
         UserError: the folder, its annotations or the builder are not valid, the disk is full, or the dataset's folder
             contains files that were not written here.
     """
-    data_dir = Path(data_dir or default_data_dir()).expanduser().absolute()
+    data_dir = (place(str(data_dir)) if data_dir else default_data_dir()).expanduser().absolute()
     images = [path.expanduser() for path in images]
     annotations, split_file = (path.expanduser() if path is not None else None for path in (annotations, split_file))
     known = str(name_or_path)
@@ -102,17 +103,19 @@ def prepare(
         _check_name(name)
     with _file_errors(data_dir):
         if known == "scenes":
-            return _prepare_scenes(scenes, name or known, data_dir, progress, say)
-        if known in _COCO:
+            folder = _prepare_scenes(scenes, name or known, data_dir, progress, say)
+        elif known in _COCO:
             download_dir = (download_dir or data_dir / "downloads" / "coco").expanduser().absolute()
-            return _prepare_coco(data_dir, images, annotations, split_file, download_dir, progress, say)
-        if from_archives:
+            folder = _prepare_coco(data_dir, images, annotations, split_file, download_dir, progress, say)
+        elif from_archives:
             folder = _prepare_flickr(known, data_dir, images, split_file, licence, source, progress, say)
         elif known.endswith(".py"):
             folder = _prepare_own(Path(name_or_path), name, data_dir, licence, source, progress, say)
         else:
             folder = _prepare_folder(Path(name_or_path).expanduser(), name, data_dir, licence, source, progress, say)
-        _say_notes(folder.parent.name, data_dir, say)
+        if known != "scenes" and known not in _COCO:
+            _say_notes(folder.parent.name, data_dir, say)
+        push_tree(folder, INFO_FILE)
         return folder
 
 

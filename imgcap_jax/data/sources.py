@@ -8,6 +8,7 @@ import bisect
 import contextlib
 import copy
 import difflib
+import functools
 import itertools
 import logging
 import os
@@ -34,7 +35,8 @@ from imgcap_jax.data.builders.layout import (
 )
 from imgcap_jax.data.builders.listed import split_name
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import DIGESTS, damages, explaining, local_path, read_digests, read_json, reading
+from imgcap_jax.files import DIGESTS, damages, explaining, read_digests, read_json, reading
+from imgcap_jax.remote import place, pull_tree
 from imgcap_jax.terminal import working
 
 _ALIASES = {"coco": coco.NAME}
@@ -192,7 +194,7 @@ class CaptionSource:
 
 def default_data_dir() -> Path:
     """The default folder of TFDS: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return local_path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return place(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def open_source(name: str, split: str, data_dir: Path | None = None) -> CaptionSource:
@@ -202,7 +204,7 @@ def open_source(name: str, split: str, data_dir: Path | None = None) -> CaptionS
         UserError: the dataset is not prepared, the split is unknown or empty, or COCO's training split has the
             wrong size.
     """
-    data_dir = local_path(str(data_dir)) if data_dir else default_data_dir()
+    data_dir = place(str(data_dir)) if data_dir else default_data_dir()
     description = describe(name, data_dir)
     if split not in description.splits:
         has = ", ".join(description.splits)
@@ -339,6 +341,7 @@ def find_prepared(name: str, data_dir: Path) -> Path | None:
     """The folder of the newest version of a prepared dataset, or None if it is not prepared."""
     if not _NAME.fullmatch(name):
         return None
+    _pull(data_dir / name)
     versions = [
         info.parent
         for pattern in _DEPTHS
@@ -347,6 +350,12 @@ def find_prepared(name: str, data_dir: Path) -> Path | None:
         if _VERSION.fullmatch(info.parent.name)
     ]
     return max(versions, key=lambda folder: [int(part) for part in folder.name.split(".")], default=None)
+
+
+@functools.cache
+def _pull(dataset: Path) -> None:
+    """Completes the working copy of a dataset in a bucket, once per process."""
+    pull_tree(dataset, INFO_FILE)
 
 
 def find_damaged(name: str, data_dir: Path) -> Path | None:

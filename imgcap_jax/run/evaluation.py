@@ -29,9 +29,11 @@ from imgcap_jax.metrics.coco_format import write_references, write_results
 from imgcap_jax.metrics.degeneration import Degeneration
 from imgcap_jax.metrics.scoring import CaptionScorer, CustomMetric, Scores, available_metrics, with_custom
 from imgcap_jax.models.model import CaptionModel, Frozen, Params, split_trained
+from imgcap_jax.remote import shown
 from imgcap_jax.run.extraction import Extraction, uses_store
 from imgcap_jax.run.folder import Run, check_ensemble
 from imgcap_jax.run.generation import attention_function, caption_function, caption_rows, check_decoding
+from imgcap_jax.run.mirror import push
 from imgcap_jax.special_tokens import EOS
 from imgcap_jax.terminal import Say, Work, working
 from imgcap_jax.tokenizers import tokens_of
@@ -239,7 +241,7 @@ class SplitEvaluator:
         self, params: Sequence[Params], frozen: Sequence[Frozen], captioned: Captioned, count: int
     ) -> tuple[Example, ...]:
         """This number of images, evenly spaced over the split (all, if there are fewer), with their attention."""
-        numbers = np.linspace(0, len(self._ids) - 1, min(count, len(self._ids))).astype(int).tolist()
+        numbers = _spread(len(self._ids), count)
         tokens = np.stack([captioned.tokens[self._ids[number]] for number in numbers])[:, None]
         maps = []
         alike = len({member.data.resize for member in self._members}) == 1  # the same region is the same part
@@ -303,6 +305,12 @@ class SplitEvaluator:
             del batch["image_id"]  # 64 bits, stays on the host
             batch["row"] = (self._rows + number * self._size).astype(np.int32)
             yield self._parallel.put_rows(batch, self._size), number * self._size
+
+
+def _spread(images: int, count: int) -> list[int]:
+    """The numbers of ``count`` images of a split, evenly spaced; of all, if there are fewer."""
+    numbers: list[int] = np.linspace(0, images - 1, min(count, images)).astype(int).tolist()
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -379,7 +387,8 @@ def sweep(
     """Captions a split with the best parameters of a run or an ensemble, once per setting.
 
     With one setting, the captions (and all hypotheses, if there are several per image) and the scores are written into
-    the folder of the first run. With several settings, only the scores are written, into the file of its sweeps.
+    the folder of the first run. With several settings, only the scores are written, into the file of its sweeps. With
+    several processes, all of them call this, and the first one writes.
 
     Args:
         runs: the trained run, or several with the same vocabulary.
@@ -400,11 +409,15 @@ def sweep(
     name = dataset or parse_mixture(first.data.dataset)[0][0]
     source = open_source(name, split, first.data.data_dir)
     parallel = DataParallel(first.training.parallel)
+    needed = sorted({*evaluated_images(len(source), parallel), *_spread(len(source), examples)})
     members, params, frozen, steps = [], [], [], []
     for run in runs:
         run.check_weights()
         stored = uses_store(run.experiment)
-        store = Extraction(run.experiment, cache).regions(source, views=1) if stored else None
+        store = None
+        if stored:
+            extraction = Extraction(run.experiment, cache, progress=is_first_process(), parallel=parallel)
+            store = extraction.regions(source, views=1, images=needed)
         with working("loading the model", shown=is_first_process()):
             graph, own, rest = split_trained(run.model(with_encoder=not stored, restored=True))
             best, step = restore_best(run.folder, parallel.replicate(own))
@@ -416,7 +429,7 @@ def sweep(
     where: dict[str, Any] = {"step": steps[0], "objective": first.objective.title}
     if len(runs) > 1:
         objectives = [run.experiment.objective.title for run in runs]
-        where = {"runs": [str(run.folder) for run in runs], "steps": steps, "objectives": objectives}
+        where = {"runs": [shown(run.folder) for run in runs], "steps": steps, "objectives": objectives}
     prefix = ("" if len(runs) == 1 else "ensemble_") + ("" if dataset is None else f"{dataset}_")
     sweep_file = runs[0].folder / f"sweep_{prefix}{split}.json"
     if len(decodings) > 1:
@@ -439,18 +452,23 @@ def sweep(
             evaluator.examples(params, frozen, captioned, examples) if examples else (),
         )
         results = {**where, **evaluation.results()}
-        if len(decodings) == 1:
+        if not is_first_process():
+            pass
+        elif len(decodings) == 1:
             _write(runs[0].folder, f"{prefix}{split}", captioned, evaluator.file_names, results)
             suffix = split if dataset is None else f"{dataset}_{split}"
             write_references(runs[0].folder / f"references_{suffix}.json", evaluator.references, evaluator.file_names)
+            names = [f"{kind}_{prefix}{split}.json" for kind in ("captions", "n_best", "scores")]
+            push(runs[0].folder, [*names, f"references_{suffix}.json"])
         else:
             _add_to_sweep(sweep_file, results)
+            push(runs[0].folder, [sweep_file.name])
         yield evaluation
 
 
 def naming_run(warnings: Sequence[str], folder: Path) -> list[str]:
     """The warnings, with the run in the commands that they suggest."""
-    return [line.replace("imgcap evaluate ", f"imgcap evaluate {shlex.quote(str(folder))} ") for line in warnings]
+    return [line.replace("imgcap evaluate ", f"imgcap evaluate {shlex.quote(shown(folder))} ") for line in warnings]
 
 
 def _read_sweep(path: Path) -> list[dict[str, Any]]:

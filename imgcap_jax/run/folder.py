@@ -32,7 +32,9 @@ from imgcap_jax.models.decoders.contract import Decoder
 from imgcap_jax.models.encoders.contract import build_encoder, weights_digest, with_weights
 from imgcap_jax.models.model import CaptionModel, without_values
 from imgcap_jax.precision import compute_dtype
+from imgcap_jax.remote import place, shown, url_of
 from imgcap_jax.run.extraction import encoder_dtype, uses_store
+from imgcap_jax.run.mirror import pull
 from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
 from imgcap_jax.training.log import METRICS, SAMPLES, TENSORBOARD
 from imgcap_jax.training.self_critical import FREQUENCIES
@@ -64,15 +66,17 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path) -> "Run":
-        """Reads a run's folder. No code in it is executed.
+        """Reads a run's folder, which can be in a bucket. No code in it is executed.
 
         Raises:
             UserError: the folder is not a run, its files cannot be read, or it needs code that is not imported.
         """
+        folder = place(str(folder))
+        pull(folder)
         if not is_run(folder):
             near = RUNS / folder.name.removesuffix(".py")
             advice = f"did you mean {near}?" if is_run(near) else "give a folder that training wrote"
-            raise UserError(f"{folder} is not a run (it has no {EXPERIMENT}); {advice}")
+            raise UserError(f"{shown(folder)} is not a run (it has no {EXPERIMENT}); {advice}")
         experiment = _read_experiment(folder)
         vocabulary = Vocabulary.load(folder / VOCABULARY, experiment.data.tokenizer)
         return cls(
@@ -117,7 +121,7 @@ class Run:
         self.vocabulary.save(self.folder / VOCABULARY)
         (self.folder / INIT_FROM).unlink(missing_ok=True)
         if self.init_from is not None:
-            write_text(self.folder / INIT_FROM, json.dumps({"run": str(self.init_from.absolute())}) + "\n")
+            write_text(self.folder / INIT_FROM, json.dumps({"run": shown(self.init_from.absolute())}) + "\n")
         (self.folder / WEIGHTS).unlink(missing_ok=True)
         if self.weights is not None:
             write_text(self.folder / WEIGHTS, json.dumps({"encoder": self.weights}) + "\n")
@@ -249,7 +253,7 @@ def _read_init_from(path: Path) -> Path | None:
     """The run that a run started from. Raises UserError if the file is damaged."""
     advice = "it must name the run that this one started from; restore it from a backup"
     found = _read_text(path, "run", r"[^\0]*", advice)
-    return None if found is None else Path(found)
+    return None if found is None else place(found)
 
 
 def _read_weights(path: Path) -> str | None:
@@ -287,7 +291,8 @@ def use_data_dir(run: Run, data_dir: Path | None) -> tuple[Run, str]:
     """
     recorded, note = run.experiment.data.data_dir, ""
     if data_dir is None:
-        if recorded is None or os.path.isdir(recorded):  # False also for a folder that may not be seen
+        # isdir is False also for a folder that may not be seen.
+        if recorded is None or url_of(place(str(recorded))) or os.path.isdir(recorded):
             return run, ""
         note = f"{recorded}, where the run read its datasets, does not exist; the default folder is used"
     data = replace(run.experiment.data, data_dir=data_dir)

@@ -1,0 +1,78 @@
+"""A stand-in for the file system of gs://: a folder on this machine. Files are replaced at once, as in a bucket."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.spec import AbstractFileSystem
+
+ROOT = "FAKE_BUCKETS"  # the environment variable with its folder
+
+
+class Buckets(AbstractFileSystem):
+    """Attributes (of the class): failures, the number of the next writes that fail; written, the names of all others.
+
+    kill_after: the process is killed after this number of writes.
+    """
+
+    protocol = ("gs",)
+    cachable = False
+    failures = 0
+    kill_after = int(os.environ.get("FAKE_BUCKETS_KILL", "-1"))
+    written: list[str] = []
+
+    def _path(self, path: str) -> Path:
+        return Path(os.environ[ROOT]) / self._strip_protocol(path)
+
+    def _write(self, path: str, content: bytes) -> None:
+        if Buckets.failures:
+            Buckets.failures -= 1
+            raise ConnectionError("no route to host")
+        if len(Buckets.written) == Buckets.kill_after:
+            os.kill(os.getpid(), 9)
+        target = self._path(path)
+        if not (Path(os.environ[ROOT]) / self._strip_protocol(path).split("/")[0]).is_dir():
+            raise FileNotFoundError(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        number, temporary = tempfile.mkstemp(dir=os.environ[ROOT])
+        with os.fdopen(number, "wb") as file:
+            file.write(content)
+        os.replace(temporary, target)
+        Buckets.written.append(self._strip_protocol(path))
+
+    def find(self, path: str, *_: Any, **__: Any) -> dict[str, dict[str, Any]]:
+        top, root = self._path(path), Path(os.environ[ROOT])
+        return {
+            file.relative_to(root).as_posix(): {"size": file.stat().st_size, "type": "file"}
+            for file in sorted(top.rglob("*"))
+            if file.is_file()
+        }
+
+    def cat_file(self, path: str, *_: Any, **__: Any) -> bytes:
+        if not self._path(path).is_file():
+            raise FileNotFoundError(path)
+        return self._path(path).read_bytes()
+
+    def pipe_file(self, path: str, value: bytes, *_: Any, **__: Any) -> None:
+        self._write(path, value)
+
+    def get_file(self, rpath: str, lpath: str, *_: Any, **__: Any) -> None:
+        if not self._path(rpath).is_file():
+            raise FileNotFoundError(rpath)
+        shutil.copyfile(self._path(rpath), lpath)
+
+    def put_file(self, lpath: str, rpath: str, *_: Any, **__: Any) -> None:
+        self._write(rpath, Path(lpath).read_bytes())
+
+    def rm_file(self, path: str) -> None:
+        if not self._path(path).is_file():
+            raise FileNotFoundError(path)
+        self._path(path).unlink()
+
+
+def install() -> None:
+    """gs:// is this file system from here on, in this process."""
+    fsspec.register_implementation("gs", Buckets, clobber=True)

@@ -1,0 +1,443 @@
+"""Runs, datasets and features in buckets, with a folder in the place of gs:// (tests/buckets.py)."""
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from imgcap_jax.cli.main import main
+from imgcap_jax.errors import UserError
+from imgcap_jax.files import cache_folder, owning, write_digests
+from imgcap_jax.remote import place, pull_tree, push_tree, shown, url_of
+from imgcap_jax.run import mirror
+from imgcap_jax.run.mirror import Mirror, pull, push
+
+TESTS = Path(__file__).parent.parent
+URL = "gs://bucket/runs/x"
+STEPS = 10
+
+
+def load_buckets() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("buckets", TESTS / "buckets.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The class of the file system. Its bucket `bucket` is the folder tmp_path/gs/bucket."""
+    module = load_buckets()
+    (tmp_path / "gs" / "bucket").mkdir(parents=True)
+    monkeypatch.setenv("FAKE_BUCKETS", str(tmp_path / "gs"))
+    monkeypatch.setattr(mirror, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(mirror, "_RETRY_SECONDS", 0.05)
+    module.install()
+    use_machine(tmp_path, monkeypatch, "a")
+    return module.Buckets
+
+
+def use_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """From here on, working copies are those of another machine."""
+    monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path / name))
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+
+
+def checkpoint(folder: Path, kind: str, step: int, text: str = "") -> None:
+    write(folder, f"checkpoints/{kind}/{step}/state/data", text or f"{kind} {step}")
+    write_digests(folder / "checkpoints" / kind / str(step))
+
+
+def steps(folder: Path, kind: str) -> list[int]:
+    return sorted(int(path.parent.name) for path in folder.glob(f"checkpoints/{kind}/*/SHA256SUMS"))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def test_folder_in_a_bucket_has_a_working_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_machine(tmp_path, monkeypatch, "a")
+    folder = place(URL)
+    assert folder == tmp_path / "a" / "remote" / "gs" / "bucket" / "runs" / "x"
+    assert place(str(Path(URL))) == folder  # gs:/bucket/runs/x
+    assert url_of(folder) == shown(folder) == URL
+    assert url_of(folder / "y") == f"{URL}/y"
+    assert place("runs/x") == Path("runs/x")
+    assert url_of(Path("runs/x")) is None
+    for text, reason in {
+        "http://host/x": "only local folders and gs://, s3://, az:// work",
+        "gs://": "give gs://BUCKET/FOLDER",
+        "gs://bucket/../x": "give gs://BUCKET/FOLDER",
+        "": "empty path",
+    }.items():
+        with pytest.raises(UserError, match=reason):
+            place(text)
+
+
+def test_checkpoints_are_pushed_digests_last_and_pulled_when_complete(
+    buckets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, bucket = place(URL), tmp_path / "gs" / "bucket" / "runs" / "x"
+    with owning(folder, "training"), Mirror(folder) as pushing:
+        write(folder, "metrics.jsonl", "1\n")
+        write(folder, "checkpoints/newest/1/state/data", "newest 1")  # without digests
+        time.sleep(0.3)
+        assert not (bucket / "metrics.jsonl").exists()
+        checkpoint(folder, "newest", 1)
+        wait_until(lambda: steps(bucket, "newest") == [1])
+        write(folder, "checkpoints/newest/3.orbax-checkpoint-tmp-0/state/data", "half")
+        for step in (2, 3):
+            checkpoint(folder, "best", step)
+            checkpoint(folder, "newest", step)
+        shutil.rmtree(folder / "checkpoints" / "newest" / "1")
+        wait_until(lambda: 3 in steps(bucket, "newest"))
+        pushing.check()
+    assert not (bucket / "checkpoints/newest/1/state/data").exists()
+    assert steps(bucket, "newest") == [2, 3]
+    names = [name.removeprefix("bucket/runs/x/") for name in buckets.written]
+    for kind in ("newest", "best"):
+        for step in steps(bucket, kind):
+            unit = f"checkpoints/{kind}/{step}"
+            assert names.index(f"{unit}/state/data") < names.index(f"{unit}/SHA256SUMS")
+    # A checkpoint never lacks the metrics of its steps, and a resumed run has its best parameters.
+    assert names.index("metrics.jsonl") < names.index("checkpoints/newest/1/SHA256SUMS")
+    assert names.index("checkpoints/best/3/SHA256SUMS") < names.index("checkpoints/newest/3/SHA256SUMS")
+    assert not [name for name in names if "tmp" in name or ".lock" in name]
+
+    (bucket / "checkpoints/newest/3/SHA256SUMS").rename(bucket / "checkpoints/newest/3/unknown")  # half-pushed
+    use_machine(tmp_path, monkeypatch, "b")
+    other = place(URL)
+    pull(other)
+    assert (steps(other, "best"), steps(other, "newest")) == ([2, 3], [])  # what evaluation reads
+    assert (other / "metrics.jsonl").read_text() == "1\n"
+    with owning(other, "training"), Mirror(other):
+        assert (steps(other, "best"), steps(other, "newest")) == ([2, 3], [2])
+        assert (other / "checkpoints/newest/2/state/data").read_text() == "newest 2"
+        checkpoint(other, "newest", 3, "again")
+    assert (bucket / "checkpoints/newest/3/state/data").read_text() == "again"
+    assert not (bucket / "checkpoints/newest/3/unknown").exists()
+
+    use_machine(tmp_path, monkeypatch, "a")  # whose copy has another checkpoint of step 3
+    pull(folder, everything=True)
+    assert (folder / "checkpoints/newest/3/state/data").read_text() == "again"
+
+
+def test_copy_that_is_ahead_of_the_bucket_is_kept_and_pushed(
+    buckets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill while a checkpoint was pushed."""
+    folder, bucket = place(URL), tmp_path / "gs" / "bucket" / "runs" / "x"
+    with Mirror(folder):
+        checkpoint(folder, "newest", 1)
+    assert steps(bucket, "newest") == [1]
+    write(folder, "metrics.jsonl", "5\n")
+    checkpoint(folder, "newest", 5)
+    shutil.rmtree(folder / "checkpoints/newest/1")
+    pull(folder)
+    assert steps(folder, "newest") == [5]
+    Mirror(folder)
+    assert steps(bucket, "newest") == [5]
+    assert (bucket / "metrics.jsonl").read_text() == "5\n"
+
+    # A run that was deleted in the bucket starts again; one that was never pushed is never deleted.
+    shutil.rmtree(bucket)
+    pull(folder)
+    assert not steps(folder, "newest")
+    checkpoint(folder, "newest", 0)
+    pull(folder)
+    assert steps(folder, "newest") == [0]
+    use_machine(tmp_path, monkeypatch, "b")
+    with Mirror(place(URL)):
+        checkpoint(place(URL), "newest", 7)
+    use_machine(tmp_path, monkeypatch, "a")
+    with pytest.raises(UserError, match=f"has a run that is not the one in {URL}; move one of them away"):
+        pull(folder)
+    assert steps(folder, "newest") == [0]
+
+
+def test_run_that_is_trained_here_is_not_pulled(buckets: Any, tmp_path: Path) -> None:
+    folder = place(URL)
+    with owning(folder, "training"), Mirror(folder):
+        checkpoint(folder, "newest", 1)
+        write(folder, "metrics.jsonl", "old\n")
+    with owning(folder, "training"):
+        write(folder, "metrics.jsonl", "new\n")
+        pull(folder)
+        assert (folder / "metrics.jsonl").read_text() == "new\n"
+
+
+def test_failing_bucket_ends_training_and_the_copy_stays(buckets: Any, tmp_path: Path) -> None:
+    folder = place(URL)
+    buckets.failures = 2  # fewer than the attempts
+    with pytest.raises(UserError, match=r"\.remote can't be written \(no route to host\); check the name, the network"):
+        Mirror(folder)
+    buckets.failures = 0
+    with Mirror(folder) as pushing:
+        buckets.failures = 2
+        checkpoint(folder, "newest", 1)
+        wait_until(lambda: steps(tmp_path / "gs/bucket/runs/x", "newest") == [1])
+        pushing.check()
+
+    def fail() -> None:
+        with Mirror(folder) as pushing:
+            buckets.failures = 1000
+            checkpoint(folder, "newest", 2)
+            wait_until(lambda: pushing.failed)
+            pushing.check()
+
+    with pytest.raises(UserError, match=f"the run is in {folder}, and the same command on this machine resumes"):
+        fail()
+    buckets.failures = 0
+    assert steps(folder, "newest") == [1, 2]
+    Mirror(folder)
+    assert steps(tmp_path / "gs/bucket/runs/x", "newest") == [1, 2]
+    with pytest.raises(UserError, match=r"can't be written \(the bucket does not exist\)"):
+        Mirror(place("gs://nowhere/x"))
+
+
+def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    def missing(url: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    use_machine(tmp_path, monkeypatch, "a")
+    monkeypatch.setattr(fsspec, "url_to_fs", missing)
+    with pytest.raises(UserError, match=r"s3://bucket/x can't be opened without s3fs; run: pip install s3fs"):
+        pull(place("s3://bucket/x"))
+
+
+def test_results_are_pushed_and_old_ones_deleted(buckets: Any, tmp_path: Path) -> None:
+    folder, bucket = place(URL), tmp_path / "gs/bucket/runs/x"
+    write(bucket, "n_best_val.json", "old")
+    write(folder, "scores_val.json", "new")
+    push(folder, ["scores_val.json", "n_best_val.json"])
+    assert sorted(path.name for path in bucket.iterdir()) == ["scores_val.json"]
+    push(tmp_path, ["scores_val.json"])  # no bucket
+
+
+def test_folder_of_files_that_never_change(buckets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = place("gs://bucket/data/scenes")
+    write(folder, "1.0.0/records", "many")
+    write(folder, "1.0.0/info.json", "{}")
+    push_tree(folder / "1.0.0", "info.json")
+    assert [Path(name).name for name in buckets.written] == ["records", "info.json"]
+    push_tree(folder / "1.0.0", "info.json")
+    assert len(buckets.written) == 2
+    use_machine(tmp_path, monkeypatch, "b")
+    other = place("gs://bucket/data/scenes")
+    write(other, "1.0.0/records", "ma")  # an interrupted copy
+    pull_tree(other, "info.json")
+    assert (other / "1.0.0/records").read_text() == "many"
+    (tmp_path / "gs/bucket/data/scenes/1.0.0/info.json").unlink()
+    use_machine(tmp_path, monkeypatch, "c")
+    pull_tree(place("gs://bucket/data/scenes"), "info.json")
+    assert not place("gs://bucket/data/scenes").exists()  # it is not complete
+
+
+def test_features_in_a_bucket_are_computed_once(
+    buckets: Any, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from imgcap_jax.data.features import FeatureStore
+    from imgcap_jax.data.regions import ReadyRegions, RegionFiles
+    from imgcap_jax.data.sources import open_source
+
+    source = open_source("scenes", "val", tiny_data)
+    for place_, image_id in enumerate(source.image_ids()):
+        (tmp_path / "files").mkdir(exist_ok=True)
+        np.save(tmp_path / "files" / f"{image_id}.npy", np.full((1, 2), place_, np.float32))
+    regions = ReadyRegions(RegionFiles(tmp_path / "files", region_size=2, max_regions=3), source)
+    FeatureStore.of_regions(regions, root=place("gs://bucket/cache"), progress=False)
+    assert Path(buckets.written[-1]).name == "manifest.json"
+    use_machine(tmp_path, monkeypatch, "b")
+    monkeypatch.setattr(ReadyRegions, "read", lambda *_: pytest.fail("computed again"))
+    store = FeatureStore.of_regions(regions, root=place("gs://bucket/cache"), progress=False)
+    assert [store.read(i, 0)[0][0, 0] for i in range(8)] == list(range(8))
+
+
+def test_names_that_lead_out_of_the_copy_are_not_read(buckets: Any, tmp_path: Path) -> None:
+    class Hostile(buckets):  # type: ignore[misc]
+        """A bucket with a file ../../x."""
+
+        def find(self, path: str, *_: Any, **__: Any) -> dict[str, dict[str, Any]]:
+            root = self._strip_protocol(path)
+            return {f"{root}/{name}": {"size": 1, "type": "file"} for name in ("../../evil", "a//b", "info.json")}
+
+        def cat_file(self, path: str, *_: Any, **__: Any) -> bytes:
+            return b"x"
+
+        def get_file(self, rpath: str, lpath: str, *_: Any, **__: Any) -> None:
+            Path(lpath).write_text("x")
+
+    import fsspec
+
+    fsspec.register_implementation("gs", Hostile, clobber=True)
+    pull_tree(place("gs://bucket/data"), "info.json")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".pull"] == ["info.json"]
+
+
+def test_training_evaluating_and_captioning_in_a_bucket(
+    buckets: Any,
+    tiny_data: Path,
+    tiny_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from imgcap_jax.captioner import Captioner
+    from imgcap_jax.data.sources import open_source
+
+    bucket = tmp_path / "gs" / "bucket"
+    shutil.copytree(tiny_data / "scenes", bucket / "data" / "scenes")
+    experiment = [str(tiny_file), "--data.data-dir", "gs://bucket/data", "--training.epochs", "0.2"]
+    assert main(["train", *experiment, "--run", URL]) == 0
+    out = capsys.readouterr().out
+    assert f"done: {URL}, best" in out
+    assert f"next: imgcap evaluate {URL} --split val" in out
+    assert not list(cache_folder("remote").rglob(".cache"))
+    assert steps(bucket / "runs/x", "best")
+    assert json.loads((bucket / "runs/x/experiment.json").read_text())
+
+    use_machine(tmp_path, monkeypatch, "b")
+    assert main(["evaluate", URL, "--split", "test"]) == 0
+    assert "scores_test.json" in [path.name for path in (bucket / "runs/x").iterdir()]
+    assert not (place(URL) / "checkpoints" / "newest").exists()
+    use_machine(tmp_path, monkeypatch, "c")
+    assert Captioner.load(URL).runs[0].folder == place(URL)
+    assert open_source("scenes", "test", Path("gs://bucket/data"))[0].captions
+
+
+def start(
+    arguments: list[str], machine: Path, data: Path, devices: int = 1, kill_after: int = -1
+) -> subprocess.Popen[str]:
+    """``imgcap`` in another process, with the working copies of a machine."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import buckets; buckets.install();"
+        "from imgcap_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    environment = {
+        **os.environ,
+        "IMGCAP_CACHE": str(machine),
+        "TFDS_DATA_DIR": str(data),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "FAKE_BUCKETS_KILL": str(kill_after),
+    }
+    command = [sys.executable, "-c", code, str(TESTS), *arguments]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(*processes: subprocess.Popen[str]) -> list[str]:
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    return outputs
+
+
+def state(run: Path) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    folder = run.absolute() / "checkpoints" / "newest" / str(STEPS) / "state"
+    reader = ocp.StandardCheckpointer()
+    template = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in reader.metadata(folder).item_metadata.items()}
+    return reader.restore(folder, template)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_after", [7, 60, 110])
+def test_run_that_is_killed_while_it_pushes_resumes_on_this_and_on_another_machine(
+    buckets: Any, tiny_data: Path, tiny_file: Path, tmp_path: Path, kill_after: int
+) -> None:
+    finish(start(["train", str(tiny_file), "--run", str(tmp_path / "whole")], tmp_path / "a", tiny_data))
+    bucket = tmp_path / "gs/bucket/runs/x"
+    command = ["train", str(tiny_file), "--run", URL]
+    killed = start(command, tmp_path / "a", tiny_data, kill_after=kill_after)
+    output = killed.communicate(timeout=240)[0]
+    assert killed.returncode == -9, output
+    shutil.copytree(tmp_path / "gs", tmp_path / "copy")
+    for machine in ("a", "b"):
+        if machine == "b":
+            shutil.rmtree(tmp_path / "gs")
+            shutil.move(tmp_path / "copy", tmp_path / "gs")
+        finish(start(command, tmp_path / machine, tiny_data))
+        expected, got = state(tmp_path / "whole"), state(bucket)
+        assert expected.keys() == got.keys()
+        for name, leaf in expected.items():
+            np.testing.assert_array_equal(got[name], leaf, err_msg=name)
+        lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (tmp_path / "whole", bucket)]
+        times = ("seconds", "images_per_second", "captions_per_second", "input_wait")
+        whole, resumed = (
+            [{k: v for k, v in json.loads(line).items() if k not in times} for line in one] for one in lines
+        )
+        assert [line["step"] for line in resumed] == [line["step"] for line in whole]
+        assert [line.get("CIDEr-D") for line in resumed] == [line.get("CIDEr-D") for line in whole]
+
+
+@pytest.mark.slow
+def test_two_hosts_without_a_common_disk_train_in_a_bucket(
+    buckets: Any, tiny_data: Path, tiny_file: Path, tmp_path: Path
+) -> None:
+    finish(start(["train", str(tiny_file), "--run", str(tmp_path / "one")], tmp_path / "a", tiny_data, devices=2))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def pair() -> list[subprocess.Popen[str]]:
+        return [
+            start(
+                ["train", str(tiny_file), "--run", URL, "--distributed", f"127.0.0.1:{port},2,{index}"],
+                tmp_path / f"host{index}",
+                tiny_data,
+            )
+            for index in (0, 1)
+        ]
+
+    processes = pair()
+    bucket = tmp_path / "gs/bucket/runs/x"
+    while not [step for step in steps(bucket, "newest") if step > 1]:
+        assert all(process.poll() is None for process in processes), [one.communicate() for one in processes]
+        time.sleep(0.05)
+    processes[0].terminate()
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], outputs
+    shutil.rmtree(tmp_path / "host0")  # a new machine
+    outputs = finish(*pair())
+    assert f"resuming {URL}" in outputs[0]
+    expected, got = state(tmp_path / "one"), state(bucket)
+    for name, leaf in expected.items():
+        np.testing.assert_allclose(got[name], leaf, atol=1e-5, err_msg=name)
+
+    finish(start(["evaluate", URL, "--split", "test"], tmp_path / "alone", tiny_data))
+    alone = json.loads((bucket / "scores_test.json").read_text())
+    outputs = finish(
+        *[
+            start(
+                ["evaluate", URL, "--split", "test", "--distributed", f"127.0.0.1:{port},2,{index}"],
+                tmp_path / f"host{index}",
+                tiny_data,
+            )
+            for index in (0, 1)
+        ]
+    )
+    assert json.loads((bucket / "scores_test.json").read_text())["scores"] == alone["scores"]
+    assert "BLEU-4" in outputs[0]
+    assert "BLEU-4" not in outputs[1]
