@@ -15,7 +15,7 @@ ROOT = "FAKE_BUCKETS"  # the environment variable with its folder
 class Buckets(AbstractFileSystem):
     """Attributes (of the class): failures, the number of the next writes that fail; written, the names of all others.
 
-    kill_after: the process is killed after this number of writes.
+    removed: the names of all files that were deleted. kill_after: the process is killed after this number of writes.
     """
 
     protocol = ("gs",)
@@ -23,6 +23,7 @@ class Buckets(AbstractFileSystem):
     failures = 0
     kill_after = int(os.environ.get("FAKE_BUCKETS_KILL", "-1"))
     written: list[str] = []
+    removed: list[str] = []
 
     def _path(self, path: str) -> Path:
         return Path(os.environ[ROOT]) / self._strip_protocol(path)
@@ -71,6 +72,7 @@ class Buckets(AbstractFileSystem):
         if not self._path(path).is_file():
             raise FileNotFoundError(path)
         self._path(path).unlink()
+        Buckets.removed.append(self._strip_protocol(path))
 
 
 def install() -> None:

@@ -4,7 +4,7 @@ import json
 import re
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from imgcap_jax.remote import Bucket, File, each, files_in, pulling_alone, url_o
 from imgcap_jax.terminal import working
 
 _IDENTITY = ".remote"  # the run's random name, in both copies: a run that was deleted and started again is another one
+_NEWEST = "checkpoints/newest/"
 _CHECKPOINT = re.compile(r"(checkpoints/(\w+)/(\d+))/.+")
 _POLL_SECONDS = 2.0
 _ATTEMPTS = 3  # to push, before training stops; to pull a run that changes meanwhile
@@ -54,9 +55,10 @@ def _complete(checkpoints: Mapping[str, Sequence[str]]) -> list[str]:
     return sorted((one for one, files in checkpoints.items() if files[-1] == f"{one}/{DIGESTS}"), key=order)
 
 
-def _newest(complete: Sequence[str]) -> int:
-    """The step of the newest checkpoint; -1 if there is none."""
-    return max((int(folder.split("/")[2]) for folder in complete if folder.split("/")[1] == "newest"), default=-1)
+def _newest(checkpoints: Mapping[str, Sequence[str]]) -> tuple[int, int]:
+    """The step of the newest complete checkpoint, and the number of its files, which grows when it is validated."""
+    complete = [one for one in _complete(checkpoints) if one.startswith(_NEWEST)]
+    return (int(complete[-1].removeprefix(_NEWEST)), len(checkpoints[complete[-1]])) if complete else (-1, 0)
 
 
 def pull(folder: Path, *, everything: bool = False) -> None:
@@ -100,18 +102,18 @@ def _pull_once(bucket: Bucket, folder: Path, everything: bool) -> None:
     others, checkpoints = _by_checkpoint([name for name in theirs if not _is_temporary(name)])
     complete = _complete(checkpoints)
     _, our_checkpoints = _by_checkpoint(ours)
+    their_name = bucket.read(_IDENTITY).decode(errors="replace") if _IDENTITY in theirs else ""
     if not complete:  # no run, or one whose first checkpoint was not pushed completely
-        if pushed:  # it was deleted in the bucket
+        if pushed and name != their_name:  # it was deleted in the bucket
             _delete(folder, ours)
             (folder / _IDENTITY).unlink()
         return
-    their_name = bucket.read(_IDENTITY).decode(errors="replace") if _IDENTITY in theirs else ""
     if name != their_name and ours and not pushed:
         raise UserError(f"{folder} has a run that is not the one in {bucket.url}; move one of them away")
     if name != their_name:
         _delete(folder, ours)
         our_checkpoints = {}
-    if _newest(_complete(our_checkpoints)) > _newest(complete):
+    if _newest(our_checkpoints) > _newest(checkpoints):
         return
     _write_identity(folder, their_name, pushed=True)
     wanted = [one for one in complete if everything or one.split("/")[1] == "best"]
@@ -260,11 +262,15 @@ class Mirror:
 
     def _push(self, *, everything: bool = False) -> None:
         """Pushes what has changed, if there is a new checkpoint or ``everything`` is wanted."""
-        local = _local_files(self._folder)
+        newest = {name: file for name, file in _local_files(self._folder).items() if name.startswith(_NEWEST)}
+        # What a newest checkpoint refers to, best parameters and metrics, is older: it is listed afterwards.
+        later = _local_files(self._folder)
+        local = {name: file for name, file in later.items() if not name.startswith(_NEWEST)} | newest
         others, checkpoints = _by_checkpoint(local)
-        complete = [one for one in _complete(checkpoints) if self._is_whole(one, local)]
-        new = [one for one in complete if self._pushed.get(f"{one}/{DIGESTS}") != local[f"{one}/{DIGESTS}"]]
-        if _newest(complete) < 0 or not (new or everything):
+        new = [
+            one for one in _complete(checkpoints) if self._pushed.get(f"{one}/{DIGESTS}") != local[f"{one}/{DIGESTS}"]
+        ]
+        if _newest(checkpoints) < (0, 0) or not (new or everything):
             return
         if not any(name.endswith(DIGESTS) for name in self._pushed):
             new.reverse()  # without a newest checkpoint, a run cannot be resumed
@@ -280,20 +286,29 @@ class Mirror:
             with suppress(FileNotFoundError):
                 put(name)
         for one in new:
-            files = checkpoints[one]
-            if files[-1] in self._pushed:  # another checkpoint of this step
-                self._remove(files[-1])
             with suppress(FileNotFoundError):  # deleted meanwhile, as it is no longer one of the latest
-                each(put, files[:-1])
-                put(files[-1])
+                self._push_checkpoint(one, checkpoints[one], local, put)
         _write_identity(self._folder, self._name, pushed=True)
-        gone = [name for name in self._pushed if name not in local]
+        gone = [name for name in self._pushed if name not in local and name not in later]
         for name in sorted(gone, key=lambda name: not name.endswith(f"/{DIGESTS}")):
             self._remove(name)
 
-    def _is_whole(self, checkpoint: str, local: Mapping[str, File]) -> bool:
-        """Whether all files of a checkpoint are here, of which Orbax may have begun to delete some."""
-        return all(f"{checkpoint}/{name}" in local for name in read_digests(self._folder / checkpoint) or {"": ""})
+    def _push_checkpoint(
+        self, checkpoint: str, names: Sequence[str], local: Mapping[str, File], put: Callable[[str], None]
+    ) -> None:
+        """Pushes a checkpoint, unless it changes meanwhile; then it is pushed the next time."""
+        *files, digests = names
+        text = (self._folder / digests).read_bytes()
+        listed = read_digests(self._folder / checkpoint) or {"": ""}
+        if any(f"{checkpoint}/{name}" not in local for name in listed):  # some are already deleted
+            return
+        replaced = any(name in self._pushed and self._pushed[name] != local[name] for name in files)
+        if replaced and digests in self._pushed:  # another checkpoint of the same step
+            self._remove(digests)
+        each(put, files)
+        if (self._folder / digests).read_bytes() == text:
+            self._bucket.write(digests, text)
+            self._pushed[digests] = local[digests]
 
     def _remove(self, name: str) -> None:
         self._bucket.remove(name)

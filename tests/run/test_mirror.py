@@ -26,6 +26,7 @@ from imgcap_jax.run.mirror import Mirror, pull, push
 TESTS = Path(__file__).parent.parent
 URL = "gs://bucket/runs/x"
 STEPS = 10
+METEOR = cache_folder("meteor")
 
 
 def load_buckets() -> ModuleType:
@@ -174,6 +175,27 @@ def test_copy_that_is_ahead_of_the_bucket_is_kept_and_pushed(
     with pytest.raises(UserError, match=f"has a run that is not the one in {URL}; move one of them away"):
         pull(folder)
     assert steps(folder, "newest") == [0]
+
+
+def test_checkpoint_that_is_validated_later_stays_complete(buckets: Any, tmp_path: Path) -> None:
+    folder, bucket = place(URL), tmp_path / "gs" / "bucket" / "runs" / "x"
+    with Mirror(folder):
+        checkpoint(folder, "newest", 1)
+        wait_until(lambda: steps(bucket, "newest") == [1])
+        write(folder, "checkpoints/newest/1/validated.json", "{}")
+        write_digests(folder / "checkpoints/newest/1")
+    assert "validated.json" in (bucket / "checkpoints/newest/1/SHA256SUMS").read_text()
+    assert (bucket / "checkpoints/newest/1/validated.json").exists()
+    assert not [name for name in buckets.removed if name.endswith("SHA256SUMS")]
+    with Mirror(folder):
+        checkpoint(folder, "newest", 1, "another state")
+    assert [name for name in buckets.removed if name.endswith("SHA256SUMS")]
+    assert (bucket / "checkpoints/newest/1/state/data").read_text() == "another state"
+    # A copy that was killed before the result of its validation was pushed is ahead.
+    write(folder, "checkpoints/newest/1/more.json", "{}")
+    write_digests(folder / "checkpoints/newest/1")
+    pull(folder, everything=True)
+    assert (folder / "checkpoints/newest/1/more.json").exists()
 
 
 def test_run_that_is_trained_here_is_not_pulled(buckets: Any, tmp_path: Path) -> None:
@@ -329,13 +351,16 @@ def test_training_evaluating_and_captioning_in_a_bucket(
 
 
 def start(
-    arguments: list[str], machine: Path, data: Path, devices: int = 1, kill_after: int = -1
+    arguments: list[str], machine: Path, data: Path, devices: int = 4, kill_after: int = -1
 ) -> subprocess.Popen[str]:
     """``imgcap`` in another process, with the working copies of a machine."""
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import buckets; buckets.install();"
         "from imgcap_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
+    machine.mkdir(exist_ok=True)
+    if METEOR.is_dir() and not (machine / "meteor").exists():
+        (machine / "meteor").symlink_to(METEOR)  # compiling its tables takes seconds
     environment = {
         **os.environ,
         "IMGCAP_CACHE": str(machine),
@@ -348,7 +373,7 @@ def start(
 
 
 def finish(*processes: subprocess.Popen[str]) -> list[str]:
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    outputs = [process.communicate(timeout=480)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
     return outputs
 
@@ -365,13 +390,12 @@ def state(run: Path) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kill_after", [7, 60, 110])
 def test_run_that_is_killed_while_it_pushes_resumes_on_this_and_on_another_machine(
-    buckets: Any, tiny_data: Path, tiny_file: Path, tmp_path: Path, kill_after: int
+    buckets: Any, trained: Path, tiny_data: Path, tiny_file: Path, tmp_path: Path, kill_after: int
 ) -> None:
-    finish(start(["train", str(tiny_file), "--run", str(tmp_path / "whole")], tmp_path / "a", tiny_data))
     bucket = tmp_path / "gs/bucket/runs/x"
     command = ["train", str(tiny_file), "--run", URL]
     killed = start(command, tmp_path / "a", tiny_data, kill_after=kill_after)
-    output = killed.communicate(timeout=240)[0]
+    output = killed.communicate(timeout=480)[0]
     assert killed.returncode == -9, output
     shutil.copytree(tmp_path / "gs", tmp_path / "copy")
     for machine in ("a", "b"):
@@ -379,11 +403,11 @@ def test_run_that_is_killed_while_it_pushes_resumes_on_this_and_on_another_machi
             shutil.rmtree(tmp_path / "gs")
             shutil.move(tmp_path / "copy", tmp_path / "gs")
         finish(start(command, tmp_path / machine, tiny_data))
-        expected, got = state(tmp_path / "whole"), state(bucket)
+        expected, got = state(trained), state(bucket)
         assert expected.keys() == got.keys()
         for name, leaf in expected.items():
             np.testing.assert_array_equal(got[name], leaf, err_msg=name)
-        lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (tmp_path / "whole", bucket)]
+        lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (trained, bucket)]
         times = ("seconds", "images_per_second", "captions_per_second", "input_wait")
         whole, resumed = (
             [{k: v for k, v in json.loads(line).items() if k not in times} for line in one] for one in lines
@@ -394,9 +418,8 @@ def test_run_that_is_killed_while_it_pushes_resumes_on_this_and_on_another_machi
 
 @pytest.mark.slow
 def test_two_hosts_without_a_common_disk_train_in_a_bucket(
-    buckets: Any, tiny_data: Path, tiny_file: Path, tmp_path: Path
+    buckets: Any, trained: Path, tiny_data: Path, tiny_file: Path, tmp_path: Path
 ) -> None:
-    finish(start(["train", str(tiny_file), "--run", str(tmp_path / "one")], tmp_path / "a", tiny_data, devices=2))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -407,6 +430,7 @@ def test_two_hosts_without_a_common_disk_train_in_a_bucket(
                 ["train", str(tiny_file), "--run", URL, "--distributed", f"127.0.0.1:{port},2,{index}"],
                 tmp_path / f"host{index}",
                 tiny_data,
+                devices=2,
             )
             for index in (0, 1)
         ]
@@ -417,12 +441,12 @@ def test_two_hosts_without_a_common_disk_train_in_a_bucket(
         assert all(process.poll() is None for process in processes), [one.communicate() for one in processes]
         time.sleep(0.05)
     processes[0].terminate()
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    outputs = [process.communicate(timeout=480)[0] for process in processes]
     assert [process.returncode for process in processes] == [143, 143], outputs
     shutil.rmtree(tmp_path / "host0")  # a new machine
     outputs = finish(*pair())
     assert f"resuming {URL}" in outputs[0]
-    expected, got = state(tmp_path / "one"), state(bucket)
+    expected, got = state(trained), state(bucket)
     for name, leaf in expected.items():
         np.testing.assert_allclose(got[name], leaf, atol=1e-5, err_msg=name)
 
@@ -434,6 +458,7 @@ def test_two_hosts_without_a_common_disk_train_in_a_bucket(
                 ["evaluate", URL, "--split", "test", "--distributed", f"127.0.0.1:{port},2,{index}"],
                 tmp_path / f"host{index}",
                 tiny_data,
+                devices=2,
             )
             for index in (0, 1)
         ]
