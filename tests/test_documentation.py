@@ -37,6 +37,8 @@ STANDS_FOR = {
     "FOLDER": "photos",
     "~/flickr8k": "photos",
     "HOST:PORT,COUNT,INDEX": "127.0.0.1:1234,2,0",
+    "gs://BUCKET/runs/coco": "runs/another",
+    "gs://BUCKET/data": "data",
 }
 
 
