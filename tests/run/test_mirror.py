@@ -47,10 +47,9 @@ def buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("FAKE_BUCKETS", str(tmp_path / "gs"))
     monkeypatch.setattr(mirror, "_POLL_SECONDS", 0.05)
     monkeypatch.setattr(mirror, "_RETRY_SECONDS", 0.05)
-    module.install()
+    monkeypatch.setattr(fsspec, "url_to_fs", module.open_url)
     use_machine(tmp_path, monkeypatch, "a")
-    yield module.Buckets
-    fsspec.registry._registry.pop("gs")
+    return module.Buckets
 
 
 def use_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -298,7 +297,9 @@ def test_features_in_a_bucket_are_computed_once(
     assert [store.read(i, 0)[0][0, 0] for i in range(8)] == list(range(8))
 
 
-def test_names_that_lead_out_of_the_copy_are_not_read(buckets: Any, tmp_path: Path) -> None:
+def test_names_that_lead_out_of_the_copy_are_not_read(
+    buckets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Hostile(buckets):  # type: ignore[misc]
         """A bucket with a file ../../x."""
 
@@ -312,12 +313,32 @@ def test_names_that_lead_out_of_the_copy_are_not_read(buckets: Any, tmp_path: Pa
         def get_file(self, rpath: str, lpath: str, *_: Any, **__: Any) -> None:
             Path(lpath).write_text("x")
 
-    fsspec.register_implementation("gs", Hostile, clobber=True)
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda url: (Hostile(), Hostile._strip_protocol(url)))
     pull_tree(place("gs://bucket/data"), "info.json")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".pull"] == ["info.json"]
 
 
-def test_training_evaluating_and_captioning_in_a_bucket(
+def test_run_that_was_copied_into_a_bucket_is_loaded(
+    buckets: Any, trained: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    from imgcap_jax.captioner import Captioner
+    from imgcap_jax.data.sources import open_source
+    from imgcap_jax.run.folder import Run
+
+    bucket = tmp_path / "gs" / "bucket"
+    shutil.copytree(trained, bucket / "runs" / "x")
+    shutil.copytree(tiny_data / "scenes", bucket / "data" / "scenes")
+    assert Captioner.load(URL).runs[0].folder == place(URL)
+    assert Run.load(Path(URL)).experiment == Run.load(trained).experiment
+    assert steps(place(URL), "best") == steps(trained, "best")
+    assert not steps(place(URL), "newest")
+    assert open_source("scenes", "test", Path("gs://bucket/data"))[0].captions
+    with pytest.raises(UserError, match="gs://bucket/runs/y is not a run"):
+        Run.load(Path("gs://bucket/runs/y"))
+
+
+@pytest.mark.slow
+def test_training_and_evaluating_in_a_bucket(
     buckets: Any,
     tiny_data: Path,
     tiny_file: Path,
@@ -325,9 +346,6 @@ def test_training_evaluating_and_captioning_in_a_bucket(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from imgcap_jax.captioner import Captioner
-    from imgcap_jax.data.sources import open_source
-
     bucket = tmp_path / "gs" / "bucket"
     shutil.copytree(tiny_data / "scenes", bucket / "data" / "scenes")
     experiment = [str(tiny_file), "--data.data-dir", "gs://bucket/data"]
@@ -343,9 +361,6 @@ def test_training_evaluating_and_captioning_in_a_bucket(
     assert main(["evaluate", URL, "--split", "test"]) == 0
     assert "scores_test.json" in [path.name for path in (bucket / "runs/x").iterdir()]
     assert not (place(URL) / "checkpoints" / "newest").exists()
-    use_machine(tmp_path, monkeypatch, "c")
-    assert Captioner.load(URL).runs[0].folder == place(URL)
-    assert open_source("scenes", "test", Path("gs://bucket/data"))[0].captions
 
 
 def start(
