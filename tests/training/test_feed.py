@@ -16,7 +16,7 @@ from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.training import feed
 from imgcap_jax.training.feed import DeviceFeed, HostFeed, PackedRegions, device_part, open_feed
-from imgcap_jax.training.parallel import AXIS, DataParallel
+from imgcap_jax.training.parallel import AXIS, DataParallel, MemberParallel
 
 VOCABULARY = Vocabulary(("<pad>", "<bos>", "<eos>", "<unk>", "a", "red", "dog"), (0,) * 7)
 CONFIG = CaptionData(batch_size=8, captions_per_image=2, max_words=4, threads=0)
@@ -56,13 +56,13 @@ class Regions:
         return self.values[i, view], None if self.masks is None else self.masks[i]
 
 
-def batches(config: CaptionData = CONFIG, *, dtype: Any = np.float16, masked: bool = True) -> Any:
+def batches(config: CaptionData = CONFIG, *, dtype: Any = np.float16, masked: bool = True, seed: int = 3) -> Any:
     """A mixture of two sources with regions in two views, and references."""
     mixture: Any = [(Source("mine", 13), 1.0), (Source("other", 6), 2.0)]
     references = CaptionTable.as_references([source for source, _ in mixture], VOCABULARY, eos=True)
     references.norms = np.random.default_rng(0).random((len(references.tokens), 4)).astype(np.float32)
     stores = [Regions(len(source), 2, dtype, masked=masked, seed=number) for number, (source, _) in enumerate(mixture)]
-    return train_batches(config, mixture, VOCABULARY, seed=3, features=stores, references=references)
+    return train_batches(config, mixture, VOCABULARY, seed=seed, features=stores, references=references)
 
 
 def whole_batch(state: Any, constants: Any, batch: Any) -> tuple[Any, Any]:
@@ -106,6 +106,25 @@ def test_devices_read_the_batches_of_the_host(mode: Any, devices: int, shards: i
             assert found[name].dtype == leaf.dtype
             np.testing.assert_array_equal(found[name], leaf, err_msg=name)
     assert len({batch["tokens"].tobytes() for batch in sent}) == 9
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_members_of_a_population_read_the_batches_of_their_own_orders(count: int) -> None:
+    rows = [batches(seed=seed).rows for seed in range(count)]
+    together = MemberParallel(count, jax.devices()[:2])
+    assert len(together.devices) == (2 if count == 2 else 1)
+    device = DeviceFeed(partial(together.compile_loop, whole_batch, shared=True), rows, together, print, longest=4)
+    state = together.stack([np.int32(0)] * count)
+    for first in (0, 1):  # the first call is of one step
+        state, ran = device.run(state, together.replicate(np.float32(0)), 3)
+        assert ran.batches == first + ran.steps
+        for number in range(ran.steps):
+            for member, of in enumerate(rows):
+                expected = of.region_batch(first + number)
+                for name in ("regions", "region_mask", "tokens", "references", "reference_count"):
+                    found = np.asarray(ran.metrics[name])[number, member, 0]
+                    np.testing.assert_array_equal(found, expected[name], err_msg=name)
+    assert ran.steps == 3
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
