@@ -11,19 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from imgcap_jax.accelerators import WITHOUT_TPU
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import reason
 from imgcap_jax.plan.chips import CHIPS, Chip, measured_chip
 
 LOCAL = "local"
-# libtpu must not ask Google's metadata server, must run next to programs that use a TPU, and must not complain on the
-# standard error that it is on no TPU host. None of this affects the topology that is compiled for.
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
+# libtpu must also run next to programs that use a TPU.
+_ENVIRONMENT = {**WITHOUT_TPU, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 @dataclass(frozen=True)
