@@ -68,7 +68,10 @@ def _collectives(found: Iterable[Collective]) -> str:
 
 
 def _time(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.2g} minutes"
+    for size, unit in ((1.0, "hours"), (60.0, "minutes")):
+        if hours * size >= 1:
+            return f"{hours * size:.1f} {unit}"
+    return f"{3600 * hours:.2g} seconds"
 
 
 def _training(plan: Plan, unit: str) -> list[str]:
