@@ -31,6 +31,7 @@ from imgcap_jax.remote import place
 from imgcap_jax.report.attention import attention_picture
 from imgcap_jax.run.folder import Run, check_ensemble, use_weights
 from imgcap_jax.run.generation import attention_function, caption_function, caption_rows, check_decoding
+from imgcap_jax.terminal import on_terminal, working
 from imgcap_jax.tokenizers import text_of
 from imgcap_jax.training.checkpoints import restore_best
 from imgcap_jax.user_code import load_all_code
@@ -338,23 +339,27 @@ def caption_files(
         check_writable(results)
     found_results: dict[int, str] = {}
     names: set[str] = set()
+    # On a terminal the captions themselves are shown.
+    progress = working("captioning", len(files), "photos", shown=not on_terminal())
     try:
-        for path, found in _captioned(captioner, files):
-            if isinstance(found, str):
-                yield f"imgcap: {_shown(path)}: {found}; not captioned", True
-                continue
-            if results is not None:
-                found_results[image_ids[path]] = found[0].text
-            picture = None
-            if pictures is not None:
-                picture = pictures / _new_name(path, names)
-                try:
-                    _draw(captioner, path, found[0], picture)
-                except (ImageError, OSError, UserError) as error:
-                    yield f"imgcap: {_shown(path)}: {reason(error)}; no picture of its attention", True
-                    picture = None
-            for line in _lines(path, found, picture, as_json=as_json):
-                yield line, False
+        with progress as work:
+            for path, found in _captioned(captioner, files):
+                work.advance()
+                if isinstance(found, str):
+                    yield f"imgcap: {_shown(path)}: {found}; not captioned", True
+                    continue
+                if results is not None:
+                    found_results[image_ids[path]] = found[0].text
+                picture = None
+                if pictures is not None:
+                    picture = pictures / _new_name(path, names)
+                    try:
+                        _draw(captioner, path, found[0], picture)
+                    except (ImageError, OSError, UserError) as error:
+                        yield f"imgcap: {_shown(path)}: {reason(error)}; no picture of its attention", True
+                        picture = None
+                for line in _lines(path, found, picture, as_json=as_json):
+                    yield line, False
     finally:  # also after an interruption
         if results is not None and found_results:
             write_results(results, found_results)

@@ -405,13 +405,15 @@ def _caption(options: argparse.Namespace) -> int:
     files = photo_files(options.photos)  # before the model is loaded, in case there are none
     with _importing(options):
         from imgcap_jax.captioner import Captioner, caption_files
+        from imgcap_jax.terminal import on_terminal, working
 
     runs = _load_runs(options.run, options)
     decodings, swept = _decodings(options, runs[0])
     if swept:
         raise UserError(f"--decode.{swept[0]} has several values; only imgcap evaluate sweeps")
     _keep_compiled()
-    captioner = Captioner(runs, decodings[0], attention=options.attention)
+    with working("loading the model", shown=not on_terminal()):
+        captioner = Captioner(runs, decodings[0], attention=options.attention)
     pictures = (options.attention_dir or Path()) if options.attention else None
     bad = 0
     for line, failed in caption_files(

@@ -329,3 +329,11 @@ def test_a_dataset_is_prepared_with_the_limit_that_is_given(
     command = ["data", "prepare", str(tmp_path), "--name", "limited", "--data-dir", str(tmp_path / "data")]
     assert "30 x 20 pixels" in refused([*command, "--max-megapixels", "0.0005"])
     assert main([*command, "--max-megapixels", "0.0006"]) == 0
+
+
+def test_progress_is_shown_where_there_is_no_terminal(tmp_path: Path, progress_lines: list[str]) -> None:
+    for name in ("a", "b"):
+        photo(tmp_path / f"{name}.png")
+    (tmp_path / "c.png").write_bytes(b"not an image")
+    caption(tmp_path)
+    assert [line.split("  ")[0] for line in progress_lines] == [f"captioning: {done}/3 photos" for done in (1, 2, 3)]
