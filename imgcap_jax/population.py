@@ -23,7 +23,7 @@ from imgcap_jax.remote import place
 from imgcap_jax.run.extraction import uses_store
 from imgcap_jax.run.folder import nothing_left_if_refused
 from imgcap_jax.run.mirror import Mirror
-from imgcap_jax.session import Session, compiling, open_data
+from imgcap_jax.session import Session, check_feed, compiling, open_data
 from imgcap_jax.terminal import Say, Work, working
 from imgcap_jax.train import Outcome
 from imgcap_jax.training.feed import DeviceFeed, Feed, HostFeed, device_part, device_shards
@@ -32,7 +32,7 @@ from imgcap_jax.training.population import Column, cannot_differ, merged, with_v
 from imgcap_jax.training.signals import StopRequest
 
 SEED = "training.seed"
-_PARTS = ("optimizer", "objective", "decoder")
+_DROPOUT = "decoder.dropout"
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,17 @@ def _check(variants: Sequence[Variant]) -> None:
     if jax.process_count() > 1:
         raise UserError("--population is for one process; leave out --distributed")
     for field, value in variants[0].values.items():
-        if field != SEED and field.split(".")[0] not in _PARTS:
+        if field not in (SEED, _DROPOUT) and field.split(".")[0] not in ("optimizer", "objective"):
             raise UserError(
-                f"--population: {field} cannot differ between members; {SEED} and numbers of {', '.join(_PARTS)} can"
+                f"--population: {field} cannot differ between members; {SEED}, {_DROPOUT} and numbers of optimizer and "
+                f"objective can"
             )
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"--population: {field} is {value!r}; only numbers can differ between members")
+        if field != SEED and not isinstance(value, float):
+            raise UserError(
+                f"--population: {field} is {value!r}, which decides what is computed; only numbers that can have a "
+                f"fraction can differ between members"
+            )
+    check_feed(experiment)
     random = not has_ready_regions(experiment.encoder) and weights_digest(experiment.encoder) is None
     if SEED in variants[0].values and uses_store(experiment) and random:
         raise UserError(
@@ -148,12 +153,17 @@ def _train(
                 mirror=mirror,
             )
             sessions.append(stack.enter_context(closing(session)))
+            session.to_host()  # the devices get the states of all members as one
         say.opened = True
+        sessions[0].validate.evaluator.say = show  # all members share it
         names = ", ".join(variants[0].values)
         show(
             f"a population of {counted(len(variants), 'run')} that differ in {names}, on "
             f"{counted(len(together.devices), 'device')}"
         )
+        if len(together.devices) < min(len(parallel.devices), len(variants)):
+            all_devices = counted(len(parallel.devices), "device")
+            show(f"note: there are {all_devices}; a number of runs that is a multiple of it uses all of them")
         stack.enter_context(stop)
         total, done = sessions[0].total_steps, min(session.progress.step for session in sessions)
         work = stack.enter_context(working("", total, "steps", done=done, say=show))
@@ -222,12 +232,15 @@ def _loop(
                 if sessions[number].validate.interrupted:
                     return sessions[number].validate.interrupted
             sessions[number].checkpoints.check()
-        if stop.signal or any(session.overdue for session in sessions):
+        overdue = any(sessions[number].overdue for number in trained)
+        if stop.signal or overdue:
             for number in trained:
                 sessions[number].save(state_of(number))
-                sessions[number].meter.restart(sessions[number].progress)
         if stop.signal:
             return stop.signal
+        if overdue or any(sessions[number].validates for number in trained):
+            for number in trained:  # each has waited for the others
+                sessions[number].meter.restart(sessions[number].progress)
         work.update(step + ran.steps, _parts(sessions, names, step + ran.steps))
     return 0
 
@@ -253,14 +266,16 @@ def _program(
     """The training step of all members, which starts at the first step that a member has to do."""
     experiment, setup = variants[0].experiment, sessions[0].setup
     fields = [field for field in variants[0].values if field != SEED]
-    of_decoder = [field for field in fields if field.startswith("decoder.")]
-    traced = [field for field in fields if field not in of_decoder]
+    traced = [field for field in fields if field != _DROPOUT]
     graph, constants = setup.graph, [session.constants for session in sessions]
-    if of_decoder:
-        graph, constants = _with_arrays(variants, sessions, of_decoder)
+    if _DROPOUT in fields:
+        graph, constants = _with_rates(variants, sessions)
+    of_constants: list[Any] = [jax.tree.structure(one) for one in constants]
+    if any(structure != of_constants[0] for structure in of_constants):
+        raise cannot_differ(fields, "members read other things, as the initial parameters with a KL penalty only")
     structures = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), session.state) for session in sessions]
     if any(structure != structures[0] for structure in structures[1:]):
-        raise cannot_differ(fields, ValueError("parameters or the optimizer state have other shapes"))
+        raise cannot_differ(fields, "parameters or the optimizer state have other shapes")
     joined, shared = merged(constants)
     values = {field: np.array([variant.values[field] for variant in variants], np.float32) for field in traced}
 
@@ -273,7 +288,9 @@ def _program(
             one_step = at_precision(of_member.objective.make_step(of_setup), compute_dtype(experiment.training.dtype))
             following, metrics = one_step(state, own, batch)
         except jax.errors.JAXTypeError as error:
-            raise cannot_differ(fields, error) from error
+            if not traced:
+                raise
+            raise cannot_differ(traced, str(error).splitlines()[0]) from error
         return jax.tree.map(lambda new, old: jax.numpy.where(active, new, old), following, state), metrics
 
     first = min(session.progress.step for session in sessions if not session.finished)
@@ -296,24 +313,18 @@ def _program(
     return _Program(together.stack([session.state for session in sessions]), (together.put(values), keys, own), feed)
 
 
-def _with_arrays(
-    variants: Sequence[Variant], sessions: Sequence[Session], fields: Sequence[str]
-) -> tuple[Any, list[Any]]:
-    """The graph of models whose decoders have these fields as arrays, and the constants of each, with the arrays."""
+def _with_rates(variants: Sequence[Variant], sessions: Sequence[Session]) -> tuple[Any, list[Any]]:
+    """The graph of models whose dropout rate is an array, and the constants of each member, with its rate."""
     graphs, constants = [], []
     for variant, session in zip(variants, sessions, strict=True):
-        arrays = {field: jax.numpy.float32(variant.values[field]) for field in fields}
-        run = replace(session.run, experiment=with_values(variant.experiment, arrays))
-        try:
-            model = run.model(with_encoder=session.data.stores is None)
-        except (jax.errors.JAXTypeError, TypeError) as error:
-            raise cannot_differ(fields, error) from error
-        graph, _, frozen = split_trained(model)
+        rate = jax.numpy.float32(variant.values[_DROPOUT])
+        run = replace(session.run, experiment=with_values(variant.experiment, {_DROPOUT: rate}))
+        graph, _, frozen = split_trained(run.model(with_encoder=session.data.stores is None))
         graphs.append(graph)
         setup = replace(session.setup, graph=graph, frozen=session.setup.parallel.replicate(frozen))
         constants.append(variant.experiment.objective.constants(setup))
     if any(graph != graphs[0] for graph in graphs):
-        raise cannot_differ(fields, ValueError("the decoders differ in what they compute"))
+        raise cannot_differ([_DROPOUT], "the decoder decides by it what it computes")
     return graphs[0], constants
 
 

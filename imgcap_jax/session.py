@@ -94,6 +94,15 @@ def open_data(experiment: Experiment, smoke: bool) -> Data:
     return Data(sources, [weight for _, weight in mixture], validation, all_validation)
 
 
+def check_feed(experiment: Experiment) -> None:
+    """Raises UserError if ``data.feed`` is "device", but the experiment has no stored features."""
+    if experiment.data.feed == "device" and not uses_store(experiment):
+        raise UserError(
+            "data.feed is device, but the encoder computes new features in each step; set it to host, or freeze the "
+            "encoder and set data.views above 1"
+        )
+
+
 def with_features(data: Data, experiment: Experiment, cache: Path, parallel: DataParallel) -> Data:
     """The data with stored regions, which are computed if they are missing, unless the encoder runs in each step."""
     if not uses_store(experiment):
@@ -293,6 +302,11 @@ class Session:
         self._evaluate_steps = max(1, steps_of(training.evaluate_epochs, steps_per_epoch))
         self._learning_rate = learning_rate_of(experiment.optimizer, steps_per_epoch, total_steps)
 
+    def to_host(self) -> None:
+        """Moves the state into the memory of the host, where it stays until ``start`` validates it."""
+        self.state = jax.device_get(self.state)
+        self.setup = replace(self.setup, params=self.state.params)
+
     def start(self, work: Work, *, judged: bool = True) -> None:
         """Makes the meter, and validates the state if that is due.
 
@@ -313,11 +327,16 @@ class Session:
         )
         if self.run.init_from is not None and self.progress.step == 0 and self.progress.best is None:
             # The start is a candidate for the best parameters too: a run never ends worse than it began.
-            self.progress = self.validate(self.state, self.progress)
+            self.progress = self.validate(self._placed_state, self.progress)
         elif self.progress.best_step != self.checkpoints.best_step:
-            self.progress = without_best(self.state, self.progress, self.validate)
+            self.progress = without_best(self._placed_state, self.progress, self.validate)
         if self.progress.validation_due and not self.validate.interrupted:
-            self.progress = self.validate(self.state, self.progress)
+            self.progress = self.validate(self._placed_state, self.progress)
+
+    @property
+    def _placed_state(self) -> TrainState:
+        placed: TrainState = self.setup.parallel.replicate(self.state)
+        return placed
 
     @property
     def finished(self) -> bool:

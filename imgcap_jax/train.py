@@ -16,7 +16,7 @@ from imgcap_jax.remote import place
 from imgcap_jax.report import smoke as smoke_report
 from imgcap_jax.run.folder import empty_smoke, nothing_left_if_refused
 from imgcap_jax.run.mirror import Mirror, pull
-from imgcap_jax.session import Session, compiling, open_data
+from imgcap_jax.session import Session, check_feed, compiling, open_data
 from imgcap_jax.terminal import Say, working
 from imgcap_jax.training.checkpoints import Checkpoints
 from imgcap_jax.training.feed import open_feed
@@ -88,6 +88,7 @@ def _train(
 ) -> Outcome:
     training = experiment.training
     parallel = DataParallel(training.parallel)
+    check_feed(experiment)
     parallel.check_batch_size(experiment.data.batch_size, experiment.optimizer.accumulate)
     stop = StopRequest(
         show,
@@ -111,14 +112,13 @@ def _train(
     )
     # Traced within the model's precision, which covers derivatives too.
     step = at_precision(experiment.objective.make_step(session.setup), compute_dtype(training.dtype))
-    feed = open_feed(step, session.batches, parallel, show, partial(compiling, show, stop), session.data.shards)
     total, done = session.total_steps, session.progress.step
     # Within StopRequest, Ctrl-C and SIGTERM set stop.signal, and the loop ends after the present call of the feed, or a
     # validation after the present batch. A second Ctrl-C raises KeyboardInterrupt.
     with (
         stop,
         closing(session),
-        feed,
+        open_feed(step, session.batches, parallel, show, partial(compiling, show, stop), session.data.shards) as feed,
         working("", total, "steps", done=done, shown=is_first_process(), say=show) as work,
     ):
         session.start(work, judged=not smoke)

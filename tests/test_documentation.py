@@ -91,6 +91,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     import imgcap_jax.data.prepare
     import imgcap_jax.plan.plan
     import imgcap_jax.plan.topology
+    import imgcap_jax.population
     import imgcap_jax.run.extraction
     import imgcap_jax.train
     import imgcap_jax.training.parallel
@@ -100,6 +101,10 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     def train(experiment: Experiment, folder: Path, **_: Any) -> Any:
         asked.append(experiment)
         return imgcap_jax.train.Outcome(1, 0.5, None)
+
+    def train_population(variants: Any, folder: Path, **_: Any) -> Any:
+        assert len(variants) > 1
+        return {variant.name: train(variant.experiment, folder) for variant in variants}
 
     def make_plan(experiment: Experiment, sizes: Any, topology: Any, **_: Any) -> Any:
         asked.append(experiment)
@@ -113,6 +118,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     monkeypatch.setattr(imgcap_jax.plan.topology, "open_topology", open_topology)
     prepare = imgcap_jax.data.prepare.prepare
     monkeypatch.setattr(imgcap_jax.train, "train", train)
+    monkeypatch.setattr(imgcap_jax.population, "train_population", train_population)
     monkeypatch.setattr(imgcap_jax.run.extraction, "extract", lambda experiment, *_: asked.append(experiment))
     monkeypatch.setattr(imgcap_jax.training.parallel, "join_processes", lambda where: None)
     monkeypatch.setattr(

@@ -266,7 +266,7 @@ def _train(options: argparse.Namespace) -> int:
     folder = options.run or RUNS / name
     _keep_compiled()
     if options.population is not None:
-        return _train_population(options, experiment, folder)
+        return _train_population(options, experiment, options.run or RUNS / f"{name}_population")
     with _ending_together(options), _memory_errors(options):
         outcome = train(
             for_smoke(experiment) if options.smoke else experiment,

@@ -148,9 +148,9 @@ def _add_train(commands: Commands) -> None:
     train.add_argument(
         "--population",
         metavar="FIELD=VALUES",
-        help="train several runs as one program, each in its own folder in --run: training.seed=0..7, or values of a "
-        "number of optimizer, objective or decoder, as 'optimizer.learning_rate=1e-3,2e-3' (several fields, separated "
-        "by blanks: all combinations)",
+        help="train several runs as one program, each in its own folder in --run (default: "
+        "runs/<experiment>_population): training.seed=0..7, or values of decoder.dropout or of a number of optimizer "
+        "or objective, as 'optimizer.learning_rate=1e-3,2e-3' (several fields, separated by blanks: all combinations)",
     )
     _add_distributed(train, "train", " A stop signal takes effect at the next training.log_steps")
     _add_code(train)

@@ -1,13 +1,17 @@
 """The option ``--population``: the members of a population, from lists and ranges of values."""
 
 import itertools
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 from imgcap_jax.cli.options import option_names, override, unknown_option
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.population import Variant
+
+_MOST = 1000  # members
 
 
 def variants(experiment: Experiment, text: str) -> list[Variant]:
@@ -34,10 +38,12 @@ def variants(experiment: Experiment, text: str) -> list[Variant]:
         values[option] = list(_listed(assignment, listed))
     if not values or max(map(len, values.values())) < 2:
         raise UserError(f"--population {text!r} has one member; give several values, as training.seed=0..7")
+    if math.prod(map(len, values.values())) > _MOST:
+        raise UserError(f"--population {text!r} has more than {_MOST} members; give fewer values")
     found = [_variant(experiment, dict(zip(values, of, strict=True))) for of in itertools.product(*values.values())]
-    for variant in found:
-        if sum(variant.name == other.name for other in found) > 1:
-            raise UserError(f"--population: {variant.name} is given twice")
+    twice = [name for name, count in Counter(variant.name for variant in found).items() if count > 1]
+    if twice:
+        raise UserError(f"--population: {twice[0]} is given twice")
     return found
 
 
@@ -46,6 +52,8 @@ def _listed(assignment: str, listed: str) -> Iterator[str]:
         first, last = int(found[1]), int(found[2])
         if first > last:
             raise UserError(f"--population {assignment}: the first value is larger than the last")
+        if last - first >= _MOST:
+            raise UserError(f"--population {assignment} has more than {_MOST} members; give fewer values")
         yield from map(str, range(first, last + 1))
     else:
         yield from listed.split(",")

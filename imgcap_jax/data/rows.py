@@ -139,14 +139,18 @@ class TrainingRows:
             return read_regions(self.stores[0], images, views)
         first = self.order.first
         of = np.searchsorted(first, images, side="right") - 1
-        regions: list[Any] = [None] * len(images)
-        masks: list[Any] = [None] * len(images)
+        parts = {}
         for source in np.unique(of).tolist():
             (places,) = np.nonzero(of == source)
-            found, mask = read_regions(self.stores[source], images[places] - first[source], views[places])
-            for number, place in enumerate(places.tolist()):
-                regions[place], masks[place] = found[number], None if mask is None else mask[number]
-        return np.stack(regions), None if masks[0] is None else np.stack(masks)
+            parts[source] = places, *read_regions(self.stores[source], images[places] - first[source], views[places])
+        _, example, _ = next(iter(parts.values()))
+        regions = np.empty((len(images), *example.shape[1:]), example.dtype)
+        masks = np.ones(regions.shape[:2], np.bool_)
+        for places, found, mask in parts.values():
+            regions[places] = found
+            if mask is not None:
+                masks[places] = mask
+        return regions, None if all(mask is None for _, _, mask in parts.values()) else masks
 
 
 def _same_views(stores: Sequence[RegionSource]) -> int:

@@ -21,3 +21,8 @@ def most(number: Array) -> Array:
     if number.dtype == jnp.bool_:
         return jax.lax.pmax(number.astype(jnp.int32), POPULATION) > 0
     return jax.lax.pmax(number, POPULATION)
+
+
+def has_effect(weight: float | Array) -> bool:
+    """Whether a weight is not 0. A weight that differs between the members of a population is traced, and has one."""
+    return not isinstance(weight, float | int) or weight != 0

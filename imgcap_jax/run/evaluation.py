@@ -118,6 +118,9 @@ class SplitEvaluator:
 
     References are tokenised once, so that only the candidates are processed after each epoch.
 
+    Attributes:
+        say: receives the lines about the progress; None: they go to the standard error.
+
     Each process reads and decodes the images of its own devices. The captions are gathered, so that every process has
     all of them and computes the same scores.
     """
@@ -144,7 +147,7 @@ class SplitEvaluator:
             before_batch: called before each batch, on all processes; its exceptions end the work.
         """
         self.source = source
-        self._say, self._before_batch = say, before_batch
+        self.say, self._before_batch = say, before_batch
         self._members, self._vocabulary, self._parallel = members, vocabulary, parallel
         self._ids = [int(image_id) for image_id in source.image_ids()]
         self.references = {image_id: source.captions(i) for i, image_id in enumerate(self._ids)}
@@ -170,7 +173,7 @@ class SplitEvaluator:
             captions_of = caption_function(graphs, decoding, self._vocabulary)
             function = self._functions[decoding] = self._parallel.map_rows(captions_of)
             # Compiled before the time is measured.
-            with self._working(f"compiling decoding ({decoding.title})", announced=self._say is not None):
+            with self._working(f"compiling decoding ({decoding.title})", announced=self.say is not None):
                 first = [next(self._on_devices(images))[0] for images in self._images]
                 jax.block_until_ready(function(params, frozen, first).tokens)
         start = time.perf_counter()
@@ -265,7 +268,7 @@ class SplitEvaluator:
         """
         if self._with_tokens is None:  # made once, because it encodes all captions
             member = self._members[0]
-            with self._working("compiling the teacher-forced loss", announced=self._say is not None):
+            with self._working("compiling the teacher-forced loss", announced=self.say is not None):
                 self._with_tokens = eval_batches(
                     member.data,
                     self.source,
@@ -296,7 +299,7 @@ class SplitEvaluator:
         self, title: str, images: int | None = None, *, announced: bool = False
     ) -> AbstractContextManager[Work]:
         """Shows the progress of this process, if it is the one that prints."""
-        return working(title, images, "images", shown=is_first_process(), say=self._say, announced=announced)
+        return working(title, images, "images", shown=is_first_process(), say=self.say, announced=announced)
 
     def _on_devices(self, batches: EvalBatches) -> Iterator[tuple[dict[str, Array], int]]:
         """Batches on the devices, each with the number of its first image."""

@@ -6,7 +6,7 @@ Both feeds draw the same batches (``data/order.py``) and save the same positions
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
@@ -19,7 +19,6 @@ from jax import Array, lax
 from imgcap_jax.data.prefetch import device_prefetch
 from imgcap_jax.data.regions import RegionSource, read_regions
 from imgcap_jax.data.rows import Batch, TrainingRows
-from imgcap_jax.errors import UserError
 from imgcap_jax.special_tokens import PAD
 from imgcap_jax.terminal import Say, working
 from imgcap_jax.training.parallel import AXIS, DataParallel, Loop, MemberParallel, Step, is_first_process
@@ -176,6 +175,38 @@ def _bytes(regions: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(regions).reshape(len(regions), -1).view(np.uint8)
 
 
+class _Pace:
+    """The number of steps of the next call of a device feed, so that no call takes much longer than 5 seconds.
+
+    A call returns before its steps are done. The training loop then waits for the results of the call before it. Thus,
+    while the device is busy, the time between the starts of two calls is the time of the call before them.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[int, float]] = []  # the steps and the start of the last three calls
+        self._busy = [False, False]  # whether the latest call was running when the last two calls were asked for
+        self._running: Any = None  # a result of the latest call
+        self._per_step: float | None = None
+
+    def steps(self) -> int:
+        """The number of steps of the next call."""
+        now = time.monotonic()
+        self._busy = [self._busy[1], self._running is not None and not self._running.is_ready()]
+        if all(self._busy) and len(self._calls) == 3:
+            self._per_step = (now - self._calls[-1][1]) / self._calls[-2][0]
+        if self._per_step is None:
+            return 1
+        return max(1, min(8 * self._calls[-1][0], int(_SECONDS / max(self._per_step, 1e-9))))
+
+    def started(self, steps: int, result: Array) -> None:
+        """Records a call that was just started. The first call is compiled; the second one is waited for."""
+        self._running = result
+        self._calls = [*self._calls[-2:], (steps, time.monotonic())]
+        if len(self._calls) == 2 and self._per_step is None:
+            jax.block_until_ready(result)
+            self._per_step = (time.monotonic() - self._calls[-1][1]) / steps
+
+
 class DeviceFeed:
     """Draws batches from features that stay in the memory of the devices, many steps per call.
 
@@ -220,12 +251,11 @@ class DeviceFeed:
         self._regions = PackedRegions(shared.stores)
         self._rows_per_shard = size = -(-self._regions.rows // shards)
 
-        @lru_cache(maxsize=1)  # devices of this process can have the same shard
-        def shard(number: int) -> npt.NDArray[np.uint32]:
-            return self._regions.read(number * size, (number + 1) * size)
+        def read(shard: int) -> npt.NDArray[np.uint32]:
+            return self._regions.read(shard * size, (shard + 1) * size)
 
         with working("putting the features on the devices", shown=is_first_process(), say=show):
-            self._table = parallel.put_tables(lambda device: shard(device % shards), (size, self._regions.words))
+            self._table = parallel.put_tables(read, (size, self._regions.words), shards)
         self._text: dict[str, Any] = {"captions": shared.captions.tokens}
         if shared.references is not None:
             self._text |= {"references": shared.references.tokens, "first": shared.references.first.astype(np.int32)}
@@ -233,7 +263,7 @@ class DeviceFeed:
                 self._text["reference_norms"] = shared.references.norms
         self._text = parallel.replicate(self._text)
         self._loop = _announced(compile_loop(self._read, longest), compiling)
-        self._longest, self._steps, self._began = longest, 0, 0.0
+        self._longest, self._pace = longest, _Pace()
         per_process = np.arange(shared.config.batch_size).reshape(-1, jax.process_count())
         self._order = per_process.T.reshape(-1)  # row r of the global batch belongs to process r % process_count
 
@@ -271,11 +301,11 @@ class DeviceFeed:
 
     def run(self, state: Any, constants: Any, limit: int) -> tuple[Any, Ran]:
         """As many steps as take at most 5 seconds. See ``Feed``."""
-        count = self._agreed_count(limit)
+        (count,) = self._parallel.agree(min(self._pace.steps(), self._longest, limit))
         numbers = self._numbers(range(self._next, self._next + count))
         state, metrics = self._loop(state, constants, self._text, self._table, numbers, np.int32(count))
+        self._pace.started(count, next(iter(metrics.values())))
         self._next += count
-        self._steps, self._began = count, time.monotonic()
         return state, Ran(count, metrics, self._next)
 
     def _numbers(self, batches: range) -> dict[str, npt.NDArray[np.int32]]:
@@ -291,17 +321,6 @@ class DeviceFeed:
             name: np.pad(of if self._members else of[:, 0], [(0, missing)] + [(0, 0)] * (of.ndim - 2 + self._members))
             for name, of in ((name, of.astype(np.int32)) for name, of in found.items())
         }
-
-    def _agreed_count(self, limit: int) -> int:
-        """The number of steps of the next call, the same on all processes."""
-        count = 1  # the first call is compiled, so its time says nothing
-        if self._steps:
-            # A call returns before its steps are done. The loop reads the metrics of the call before it, so that the
-            # time between two calls is that of one call.
-            per_step = (time.monotonic() - self._began) / self._steps
-            count = max(1, min(8 * self._steps, int(_SECONDS / max(per_step, 1e-9))))
-        (count,) = self._parallel.agree(min(count, self._longest, limit))
-        return count
 
     def __enter__(self) -> "DeviceFeed":
         return self
@@ -347,9 +366,6 @@ def open_feed(
         show: receives a note if the features do not fit into the memory of the devices.
         compiling: entered while the step is compiled.
         shards: see ``images_of_devices``, if it has decided which features this process has.
-
-    Raises:
-        UserError: ``data.feed`` is "device", but the experiment has no stored features.
     """
     rows = batches.rows
     first = rows.batches_before(batches.get_state())
@@ -368,16 +384,8 @@ def device_shards(rows: TrainingRows, parallel: DataParallel | MemberParallel, s
         rows: with the setting ``data.feed``.
         parallel: the devices.
         show: receives a note if the features do not fit into the memory of the devices.
-
-    Raises:
-        UserError: ``data.feed`` is "device", but the experiment has no stored features.
     """
     wanted = rows.config.feed
-    if wanted == "device" and rows.stores is None:
-        raise UserError(
-            "data.feed is device, but the encoder computes new features in each step; set it to host, or freeze the "
-            "encoder and set data.views above 1"
-        )
     if rows.stores is None or not _wants_device(wanted, parallel):
         return None
     regions = PackedRegions(rows.stores)

@@ -11,7 +11,7 @@ from jax import Array
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.loops import Loop, named_loop
-from imgcap_jax.models.members import most
+from imgcap_jax.models.members import has_effect, most
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 
 CHUNK = 768
@@ -103,7 +103,7 @@ def caption_loss(
     targets = tokens[..., 1:]
     counted = (targets != PAD) * weight[:, None, None].astype(jnp.float32)  # [B,M,T-1]
     log_likelihood, objective = packed_word_loss(score_words, hidden, targets, counted, word_loss)
-    if attention is not None and attention_penalty:
+    if attention is not None and has_effect(attention_penalty):
         seen = (attention * counted[..., None]).sum(axis=2)  # [B,M,N]
         has_words = counted.max(axis=2)  # [B,M]
         unseen = jnp.square(1.0 - seen)

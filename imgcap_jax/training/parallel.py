@@ -237,23 +237,29 @@ class DataParallel:
         loop = _loop(step, read, longest)
         return self._on_each_device(loop, split=(False, False, False, True, False, False))
 
-    def put_tables(self, part: Callable[[int], np.ndarray], shape: tuple[int, ...]) -> Array:
-        """Puts a table with its own rows on each device, for ``compile_loop``.
+    def put_tables(self, read: Callable[[int], np.ndarray], shape: tuple[int, ...], shards: int) -> Array:
+        """Puts a shard of a table on each device, for ``compile_loop``. Device d gets shard d % shards.
 
         Args:
-            part: the index of a device -> its table, of this shape. Called for the devices of this process.
-            shape: the shape of the table of one device.
+            read: the number of a shard -> the shard, of this shape. Called once for each shard of this process, so that
+                the host has one shard at a time.
+            shape: the shape of a shard.
+            shards: the number of shards, a divisor of the number of devices.
         """
         mapped = self.mode == "pmap"
         count = len(self.devices)
         whole = (count, *shape) if mapped else (count * shape[0], *shape[1:])
-
-        def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            start = index[0].start or 0
-            return part(start)[None] if mapped else part(start // shape[0])
-
-        return jax.make_array_from_callback(whole, self._cut, of_device)
+        own = {
+            number: device for number, device in enumerate(self.devices) if device.process_index == jax.process_index()
+        }
+        buffers: dict[int, Array] = {}
+        for shard in sorted({number % shards for number in own}):
+            values = read(shard)
+            for number, device in own.items():
+                if number % shards == shard:
+                    buffers[number] = jax.device_put(values[None] if mapped else values, device)
+            jax.block_until_ready(list(buffers.values()))  # before the host reads the next shard
+        return jax.make_array_from_single_device_arrays(whole, self._cut, [buffers[number] for number in own])
 
     def _on_each_device(self, function: Callable[..., Any], split: tuple[bool, ...]) -> Callable[..., Any]:
         """Compiles a function that runs on each device. Its first argument is donated, and its result is replicated.
@@ -343,9 +349,10 @@ class MemberParallel:
         """The tree of one member."""
         return self._one(tree, member)
 
-    def put_tables(self, part: Callable[[int], np.ndarray], shape: tuple[int, ...]) -> Array:
-        """Puts the table of device 0 on all devices; see ``DataParallel.put_tables``."""
-        return self.replicate(part(0))
+    def put_tables(self, read: Callable[[int], np.ndarray], shape: tuple[int, ...], shards: int) -> Array:
+        """Puts the only shard of a table on all devices; see ``DataParallel.put_tables``."""
+        assert shards == 1
+        return self.replicate(read(0))
 
     def agree(self, *wishes: int) -> tuple[int, ...]:
         """The wishes of the only process."""

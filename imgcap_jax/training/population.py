@@ -69,9 +69,9 @@ class Column:
         return np.asarray(np.asarray(self._of_all)[..., self._member], dtype)
 
 
-def cannot_differ(fields: Sequence[str], error: Exception) -> UserError:
+def cannot_differ(fields: Sequence[str], reason: str) -> UserError:
     """The error for settings that decide what is computed."""
     return UserError(
         f"--population: {' and '.join(fields)} cannot differ between members, because the training step decides by it "
-        f"what it computes ({str(error).splitlines()[0]:.100}); train these runs one by one"
+        f"what it computes ({reason:.120}); train these runs one by one"
     )

@@ -35,6 +35,7 @@ from imgcap_jax.metrics.cider_device import (
 from imgcap_jax.metrics.degeneration import BAD_ENDINGS, CONJUNCTIONS, FUNCTION_WORDS
 from imgcap_jax.metrics.degeneration_device import FunctionWords, repeated_words
 from imgcap_jax.models.layers import draw_words, row_keys
+from imgcap_jax.models.members import has_effect
 from imgcap_jax.models.model import DRAW_KEYS, START_KEYS, UNROLL_KEYS, CaptionModel, Frozen, Params
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 from imgcap_jax.training.checkpoints import Checkpoints
@@ -205,7 +206,7 @@ class SelfCritical:
         terms: list[tuple[float, Reward | None]] = [(self.cider, cider_d), (self.bleu, bleu_4), (1.0, self.reward)]
         total = jnp.zeros(tokens.shape[:2])
         for weight, reward in terms:
-            if weight and reward is not None:
+            if has_effect(weight) and reward is not None:
                 value = reward(counted, references, frequencies)
                 if value.shape != total.shape:
                     raise UserError(
@@ -385,10 +386,10 @@ def self_critical_step(
             advantage = _above_others(reward)
             baseline = reward - advantage
         divergence = jnp.zeros_like(reward)
-        if objective.kl:
+        if constants.start is not None:
             start = nnx.merge(graph, constants.start, constants.frozen)
             divergence = score - _log_probs(start, batch, tokens, keys, objective.temperature)
-        if objective.kl or objective.entropy:
+        if constants.start is not None or has_effect(objective.entropy):
             advantage -= _above_others(objective.kl * divergence + objective.entropy * score)
         words = ((tokens != PAD) & (tokens != EOS)).sum(-1)
         last = jnp.take_along_axis(tokens, jnp.maximum(words - 1, 0)[..., None], axis=-1)[..., 0]
@@ -439,7 +440,7 @@ def self_critical_step(
             "surprisal": mean.surprisal,
             "captions": sums.captions,
         }
-        if objective.kl:
+        if has_effect(objective.kl):
             metrics["kl"] = mean.divergence
         return captions, metrics
 

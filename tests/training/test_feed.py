@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from imgcap_jax.data.caption_table import CaptionTable
 from imgcap_jax.data.pipeline import CaptionData, train_batches
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
+from imgcap_jax.experiment import Experiment
+from imgcap_jax.train import train
 from imgcap_jax.training import feed
 from imgcap_jax.training.feed import DeviceFeed, HostFeed, PackedRegions, device_part, open_feed
 from imgcap_jax.training.parallel import AXIS, DataParallel, MemberParallel
@@ -99,7 +102,17 @@ def collected(feed: Any, parallel: DataParallel, steps: int, limit: int = 100) -
 def test_devices_read_the_batches_of_the_host(mode: Any, devices: int, shards: int) -> None:
     parallel = DataParallel(mode, jax.devices()[:devices])
     sent = collected(host(parallel), parallel, 9)
-    drawn = collected(device(parallel, shards=shards, longest=5), parallel, 9, limit=4)
+    read, reads = PackedRegions.read, list[tuple[int, int]]()
+
+    def counted(packed: PackedRegions, start: int, stop: int) -> np.ndarray:
+        reads.append((start, stop))
+        return read(packed, start, stop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedRegions, "read", counted)
+        from_memory = device(parallel, shards=shards, longest=5)
+    assert len(reads) == len(set(reads)) == shards
+    drawn = collected(from_memory, parallel, 9, limit=4)
     for expected, found in zip(sent, drawn, strict=True):
         assert expected.keys() == found.keys() >= {"regions", "region_mask", "tokens", "references", "row", "weight"}
         for name, leaf in expected.items():
@@ -115,7 +128,7 @@ def test_members_of_a_population_read_the_batches_of_their_own_orders(count: int
     assert len(together.devices) == (2 if count == 2 else 1)
     device = DeviceFeed(partial(together.compile_loop, whole_batch, shared=True), rows, together, print, longest=4)
     state = together.stack([np.int32(0)] * count)
-    for first in (0, 1):  # the first call is of one step
+    for first in (0, 1, 2):  # the first two calls are of one step
         state, ran = device.run(state, together.replicate(np.float32(0)), 3)
         assert ran.batches == first + ran.steps
         for number in range(ran.steps):
@@ -155,6 +168,43 @@ def test_a_feed_continues_where_the_other_one_stopped() -> None:
     assert ran.batches == 5
 
 
+@pytest.mark.parametrize("per_step", [0.003, 0.6, 4.0, 30.0])
+def test_calls_of_the_device_feed_take_at_most_five_seconds(per_step: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that works in order, and a loop that reads the results one call late and sometimes waits for longer."""
+    clock, free = [100.0], [0.0]
+
+    class Result:
+        def __init__(self, steps: int) -> None:
+            free[0] = self.done = max(clock[0], free[0]) + steps * per_step
+
+        def is_ready(self) -> bool:
+            return clock[0] >= self.done
+
+        def block_until_ready(self) -> "Result":
+            clock[0] = max(clock[0], self.done)
+            return self
+
+    monkeypatch.setattr(feed.time, "monotonic", lambda: clock[0])
+    pace, calls = feed._Pace(), list[int]()
+    pending: Result | None = None
+    for number in range(40):
+        steps = min(pace.steps(), 256)
+        calls.append(steps)
+        result = Result(steps)
+        pace.started(steps, result)  # type: ignore[arg-type]
+        if number == 0:
+            result.block_until_ready()
+        if pending is not None:
+            pending.block_until_ready()
+        pending = result
+        if number in (15, 16, 27):  # a validation waits for the state, and takes a minute
+            result.block_until_ready()
+            pending = None
+            clock[0] += 60.0
+    assert all(steps == 1 or steps * per_step <= 5.01 for steps in calls)
+    assert calls[-1] == min(256, max(1, int(5.0 / per_step + 1e-6)))
+
+
 def test_features_are_split_over_as_few_devices_as_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
     parallel = DataParallel("pmap", jax.devices()[:4])
     said: list[str] = []
@@ -167,6 +217,10 @@ def test_features_are_split_over_as_few_devices_as_have_room(monkeypatch: pytest
             assert isinstance(found, HostFeed if shards is None else DeviceFeed)
             assert getattr(found, "shards", None) == shards
     assert said[-1].startswith("note: the features take 0.0 GB on each of 4 devices, more than 60% of the 0.0 GB")
-    images = train_batches(wanted, Source("mine", 13), VOCABULARY, seed=3)  # type: ignore[arg-type]
+
+
+def test_device_feed_needs_stored_features(tiny: Experiment, tmp_path: Path) -> None:
+    experiment = replace(tiny, data=replace(tiny.data, feed="device"))
     with pytest.raises(UserError, match=r"data\.feed is device, but the encoder computes new features"):
-        open_feed(whole_batch, images, parallel, said.append)
+        train(experiment, tmp_path / "run", cache=tmp_path / "cache", show=lambda line: None)
+    assert not (tmp_path / "run").exists()
