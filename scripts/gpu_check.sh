@@ -12,7 +12,7 @@ sizes=(--rounds 5)
 dtypes=(bfloat16 float32)
 if [ "${1:-}" = --platform ] && [ "${2:-}" = cpu ]; then
   export JAX_PLATFORMS=cpu
-  sizes=(--rounds 1 --batch 2 --captions 2 --regions 3 --vocabulary 200 --lengths captions)
+  sizes=(--rounds 1 --batch 2 --captions 2 --regions 3 --vocabulary 200 --lengths captions --steps 2 --members 2)
   dtypes=(float32)
 elif ! "$python" -c 'import jax; raise SystemExit(jax.default_backend() == "cpu")'; then
   echo "gpu_check: JAX sees only the CPU; install JAX for the GPU, or use --platform cpu" >&2
@@ -38,9 +38,7 @@ for dtype in "${dtypes[@]}"; do
 done
 part scripts/benchmark.py input "${sizes[@]}" --dtype "${dtypes[0]}"
 part scripts/benchmark.py population "${sizes[@]}" --dtype "${dtypes[0]}"
-if grep -q '"checkpoint":' scripts/benchmark.py; then
-  part scripts/benchmark.py checkpoint
-fi
+part scripts/benchmark.py checkpoint "${sizes[@]}" --dtype "${dtypes[0]}"
 echo
 echo "finished in $SECONDS s"
 if [ ${#failed[@]} -gt 0 ]; then
