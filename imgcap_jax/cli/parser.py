@@ -179,7 +179,7 @@ def _add_plan(commands: Commands) -> None:
         add_help=False,
         help="memory, collectives and time of an experiment on a TPU slice or on this machine, without running it",
         description="Compile the training step, the validation search and the encoder of an experiment for a TPU slice "
-        "that need not be present (pip install libtpu), or for this machine, and print what they need "
+        'that need not be present (pip install "jax[tpu]"), or for this machine, and print what they need '
         "and an estimate of their time. Nothing is run. Every field of the experiment can be set by an option, as for "
         "imgcap train.",
     )

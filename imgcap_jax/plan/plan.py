@@ -11,9 +11,9 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.plan.datasets import Sizes
 from imgcap_jax.plan.hlo import Analysis, analyse
-from imgcap_jax.plan.programs import Program, Programs
+from imgcap_jax.plan.programs import Program, Programs, UnreadableError
 from imgcap_jax.plan.roofline import Estimate, estimate
-from imgcap_jax.plan.topology import Topology
+from imgcap_jax.plan.topology import INSTALL, Topology
 from imgcap_jax.terminal import Say, working
 
 
@@ -146,6 +146,12 @@ def make_plan(
                 found = compile_program()
             except jax.errors.JaxRuntimeError as error:
                 rejected[name] = _why(error)
+                continue
+            except UnreadableError as error:
+                rejected[name] = (
+                    f"compiled, {error.memory.total / 1e9:.3f} GB in all, but JAX cannot read the program of a "
+                    f"libtpu of another version; install the one that JAX asks for: {INSTALL}"
+                )
                 continue
         if found is not None:
             planned[name] = _planned(found, topology)

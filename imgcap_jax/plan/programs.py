@@ -292,7 +292,19 @@ class Programs:
         batch_bytes = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in batch) // self.devices
         analysis = compiled.cost_analysis() or {}
         flops = float(analysis.get("flops", 0.0))
-        return Program(name, images, compiled.as_text(), memory, flops, batch_bytes, loops, seconds)
+        try:
+            text = compiled.as_text()
+        except jax.errors.JaxRuntimeError as error:
+            raise UnreadableError(memory) from error
+        return Program(name, images, text, memory, flops, batch_bytes, loops, seconds)
+
+
+class UnreadableError(Exception):
+    """JAX cannot read the program that a compiler of another version made; only its memory is known."""
+
+    def __init__(self, memory: Memory) -> None:
+        super().__init__()
+        self.memory = memory
 
 
 def _for_plan(experiment: Experiment, dtype: Literal["float32", "bfloat16"]) -> Experiment:

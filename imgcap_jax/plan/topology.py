@@ -17,6 +17,8 @@ from imgcap_jax.files import reason
 from imgcap_jax.plan.chips import CHIPS, Chip, measured_chip
 
 LOCAL = "local"
+INSTALL = 'pip install "jax[tpu]"'
+"""Installs libtpu, the TPU compiler, in the version that the installed JAX asks for."""
 # libtpu must also run next to programs that use a TPU.
 _ENVIRONMENT = {**WITHOUT_TPU, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
@@ -54,7 +56,7 @@ def open_topology(name: str, dtype: Any = jnp.bfloat16) -> Topology:
     if not re.fullmatch(r"\w+:\d+(x\d+)*", name):
         raise UserError(f"--topology {name!r} is malformed; use local, or a slice such as v5e:4x4 or v5p:2x2x1")
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology {name} needs the TPU compiler, which is not installed: pip install libtpu")
+        raise UserError(f"--topology {name} needs the TPU compiler, which is not installed: {INSTALL}")
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     from importlib.metadata import version

@@ -137,7 +137,23 @@ def test_the_tpu_compiler_is_named_if_it_is_missing(
     before = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else before(name))
     assert main(["plan", str(experiment), "--topology", "v5e:2x2"]) == 2
-    assert "pip install libtpu" in capsys.readouterr().err
+    assert 'pip install "jax[tpu]"' in capsys.readouterr().err
+
+
+def test_a_program_that_jax_cannot_read_is_reported(
+    experiment: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of another libtpu than JAX asks for."""
+
+    def unreadable(self: Any) -> str:
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", unreadable)
+    command = ["plan", str(experiment), "--images", "64", "--vocabulary", "100", "--programs", "training"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "GB in all, but JAX cannot read the program" in error
+    assert error.rstrip().endswith('pip install "jax[tpu]"')
 
 
 def work(flops: float, traffic: float, passes: int = 1, cycles: float = 0.0) -> Work:
