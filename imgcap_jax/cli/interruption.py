@@ -1,6 +1,7 @@
 """SIGTERM ends a command, whatever it does."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -9,12 +10,15 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from imgcap_jax.files import reason
 from imgcap_jax.signal_thread import SignalThread
 
 # After SIGTERM, before the process ends in any case; Google Cloud stops a machine after 30 seconds.
 REACTION_SECONDS = 5.0  # if Python could not react to it, as during a compilation
 CLEANING_SECONDS = 20.0  # if it could, and has closed files since
 _AGAIN_SECONDS = 0.05
+# In the message of JAX's error, by Gloo (CPU), NCCL (GPU) and the service that connects the processes.
+_LOST = re.compile(r"Gloo .* failed|NCCL|Socket closed|Connection (closed|reset)|heartbeat|UNAVAILABLE", re.IGNORECASE)
 
 
 class Terminated(KeyboardInterrupt):
@@ -79,3 +83,11 @@ def _never_ignored() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+
+
+def lost_process(error: BaseException) -> str:
+    """A line about an error of JAX because another process has ended or cannot be reached; "" for another error."""
+    jax = sys.modules.get("jax")
+    if jax is None or not isinstance(error, jax.errors.JaxRuntimeError) or not _LOST.search(str(error)):
+        return ""
+    return f"another process has ended, or can't be reached ({reason(error)})"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from imgcap_jax.accelerators import WITHOUT_TPU
-from imgcap_jax.cli.interruption import Terminated, sigterm_interrupts
+from imgcap_jax.cli.interruption import Terminated, lost_process, sigterm_interrupts
 from imgcap_jax.cli.parser import build_parser
 from imgcap_jax.errors import UserError, check_range, counted, printable
 
@@ -314,14 +314,19 @@ def _train_population(options: argparse.Namespace, experiment: Any, folder: Path
 
 @contextmanager
 def _ending_together(options: argparse.Namespace) -> Iterator[None]:
-    """Ends the process at a UserError if there are others: they wait for it in a collective, and end when it does."""
+    """Ends the process at a UserError if there are others: they wait for it in a collective, and end when it does.
+
+    If another process has ended, this one ends as if it had received SIGTERM, so that scripts resume both.
+    """
     try:
         yield
-    except UserError as error:
-        if not options.distributed:
+    except (UserError, RuntimeError) as error:
+        lost = lost_process(error)
+        if not options.distributed or not (lost or isinstance(error, UserError)):
             raise
-        print(f"imgcap: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
+        line = "; ".join([lost, *_continuation(options)]) if lost else printable(str(error))
+        print(f"imgcap: {line}", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGTERM if lost else 2)
 
 
 def _after(options: argparse.Namespace, experiment: Any, folder: Path, outcome: Any) -> list[str]:

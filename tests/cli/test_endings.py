@@ -45,6 +45,36 @@ def test_too_little_memory_is_one_line(
     assert refused(["evaluate", "run"]) == f"imgcap: {said}a smaller beam, or fewer samples, helps"
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "UNKNOWN: Gloo all-reduce failed: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:30123",
+        "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats)",
+    ],
+)
+def test_end_of_another_process_is_one_line(
+    message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exit code is that of SIGTERM, after which scripts resume a run."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise jax.errors.JaxRuntimeError(message)
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr("imgcap_jax.train.train", fail)
+    monkeypatch.setattr("imgcap_jax.training.parallel.join_processes", lambda where: None)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "scenes_demo", "--distributed", "host:1,2,0"])
+    assert ended.value.code == 143
+    line = f"imgcap: another process has ended, or can't be reached ({message}); the same command resumes\n"
+    assert capsys.readouterr().err == line
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        main(["train", "scenes_demo"])
+
+
 def test_other_errors_of_jax_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
