@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -230,6 +231,7 @@ def kill_often(options: argparse.Namespace, folder: Path) -> Test:
     from imgcap_jax.data.prepare import prepare
     from imgcap_jax.data.scenes.builder import SceneSplits
 
+    jax.config.update("jax_platforms", "cpu")  # as in the processes that train
     folder.mkdir(parents=True, exist_ok=True)
     test = Test(folder, random.Random(options.seed))
     splits = SceneSplits(train=40, val=8, test=8, test_compositional=8, image_size=32)
