@@ -63,6 +63,7 @@ def trained_own(folder: Path) -> Path:
         "save = t.Checkpoints.save\n"
         "def stop(self, state, progress):\n"
         "    save(self, state, progress)\n"
+        "    self.wait()\n"
         "    if progress.step == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
         "t.Checkpoints.save = stop\n"
         f"main({arguments[1:]!r})\n"
