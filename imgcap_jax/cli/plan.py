@@ -2,6 +2,8 @@
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from imgcap_jax.cli.experiments import find
 from imgcap_jax.cli.options import options_help, override
@@ -9,6 +11,19 @@ from imgcap_jax.errors import UserError, check_range
 from imgcap_jax.files import check_writable, write_text
 from imgcap_jax.plan.topology import LOCAL
 from imgcap_jax.user_code import load_all_code
+
+
+@contextmanager
+def _without_cache() -> Iterator[None]:
+    """While entered, JAX does not keep compiled programs: it cannot read those for devices that are not there."""
+    import jax
+
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -41,7 +56,8 @@ def plan(options: argparse.Namespace) -> int:
             raise UserError(f"--programs has {name!r}; it must be a comma-separated list of {', '.join(PROGRAMS)}")
     topology = open_topology(options.topology, compute_dtype(experiment.training.dtype))
     sizes = sizes_of(experiment, options.images, options.vocabulary)
-    made = make_plan(experiment, sizes, topology, words=options.words, programs=programs)
+    with _without_cache():
+        made = make_plan(experiment, sizes, topology, words=options.words, programs=programs)
     print("\n".join(lines(made, options.experiment)))
     if options.json is not None:
         write_text(options.json, json.dumps(made.results(), indent=2) + "\n")
