@@ -18,7 +18,7 @@ def _without_cache() -> Iterator[None]:
     """While entered, JAX does not keep compiled programs: it cannot read those for devices that are not there."""
     import jax
 
-    before = jax.config.jax_enable_compilation_cache
+    before: bool = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
