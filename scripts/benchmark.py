@@ -23,14 +23,27 @@ They and `checkpoint` compare with another checkout of imgcap_jax in the same ro
     git worktree add ../before HEAD~1
     python scripts/benchmark.py train --before ../before
 
+Several benchmarks run one after another, each in a process of its own, once per type, and one table ends the report:
+
+    python scripts/benchmark.py train decode scst input population checkpoint --dtype float32 bfloat16
+
+"model GFLOP" counts the model's matrix products, and "of matmul rate" divides their rate by that of plain products of
+2048 x 2048 matrices in the same rounds. The first call includes compilation.
+
 The rounds of all candidates are interleaved and medians are reported, because timings on most machines are noisy. The
 first lines say how fast the machine multiplies matrices, because machines of the same name differ by a factor of two or
-three. The last line is the peak memory, if the backend reports it. The benchmarks need only JAX, Flax and Optax, and
+three. The benchmarks need only JAX, Flax and Optax, and
 PyTorch for the comparisons, unless noted otherwise above. scripts/gpu_check.sh runs them on a machine with a GPU.
 """
 
 import argparse
+import json
 import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import benchmark_checkpoint
@@ -39,10 +52,10 @@ import benchmark_encoders
 import benchmark_feeds
 import benchmark_scores
 import benchmark_self_critical
-from measuring import PACKAGE, print_machine, print_memory
+from measuring import PACKAGE, Row, print_machine, print_memory, table
 
 COMPARED = ("train", "decode", "scst", "checkpoint")
-BENCHMARKS = {
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "encoder": benchmark_encoders.encoder,
     "finetune": benchmark_encoders.finetune,
     "train": benchmark_decoders.train,
@@ -59,8 +72,7 @@ BENCHMARKS = {
 def main() -> None:
     """Parses the command line and runs one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=tuple(BENCHMARKS))
-    parser.add_argument("files", nargs="*", help="score: the files CAPTIONS and REFERENCES")
+    parser.add_argument("what", nargs="+", metavar="BENCHMARK", help="one or more of the above; score: and two files")
     parser.add_argument("--rounds", type=int, default=7, help="number of timed rounds")
     parser.add_argument(
         "--before",
@@ -122,8 +134,9 @@ def main() -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        default="float32",
-        help="all except score: type of matrix products",
+        default=["float32"],
+        nargs="+",
+        help="all except score: type of matrix products, one or both",
     )
     parser.add_argument(
         "--threads",
@@ -131,15 +144,67 @@ def main() -> None:
         default=len(os.sched_getaffinity(0)),
         help="number of PyTorch threads; JAX uses all cores",
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows of the table to this file instead")
+    parser.add_argument(
+        "--seconds", type=float, help="several benchmarks: stop after this time; those left out are named"
+    )
     options = parser.parse_args()
+    options.files = []
+    if options.what[0] == "score":
+        options.what, options.files = options.what[:1], options.what[1:]
+    if unknown := [name for name in options.what if name not in BENCHMARKS]:
+        parser.error(f"there is no benchmark {', '.join(unknown)}; the benchmarks are {', '.join(BENCHMARKS)}")
     if options.before is not None:
-        if options.what not in COMPARED:
+        if not set(options.what) <= set(COMPARED):
             parser.error(f"--before is for {', '.join(COMPARED)}; leave it out")
         if not (options.before / PACKAGE / "__init__.py").is_file():
             parser.error(f"--before {options.before} has no folder {PACKAGE}; give the root of another checkout")
+    alone = len(options.what) == len(options.dtype) == 1
+    rows, failed = (_measured(options), []) if alone else _each(options)
+    if options.json is not None:
+        options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))
+    elif rows:
+        print(f"\n{table(rows)}")
+    if failed:
+        sys.exit(f"benchmark.py: no result, or out of time: {', '.join(failed)}")
+
+
+def _measured(options: argparse.Namespace) -> list[Row]:
+    """Runs one benchmark in this process."""
+    ((name,), (dtype,)) = options.what, options.dtype
     print_machine()
-    BENCHMARKS[options.what](options)
-    print_memory()
+    rows = BENCHMARKS[name](argparse.Namespace(**{**vars(options), "what": name, "dtype": dtype}))
+    memory = print_memory()
+    return [row._replace(memory=memory) for row in rows]
+
+
+def _each(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
+    """Runs each benchmark with each type in a process of its own: returns the rows, and the names of those that failed.
+
+    Each process has its own peak memory, and a failure or a crash does not end the others.
+    """
+    own = {"what", "files", "dtype", "json", "seconds"}
+    passed = [
+        part
+        for name, value in vars(options).items()
+        if name not in own and value is not None
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    start, rows, failed = time.monotonic(), [], []
+    for dtype in options.dtype:
+        for name in options.what:
+            left = None if options.seconds is None else options.seconds - (time.monotonic() - start)
+            print(f"\n== {name}, {dtype} ({time.monotonic() - start:.0f} s)", flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "rows.json"
+                command = [sys.executable, __file__, name, "--dtype", dtype, "--json", str(file), *passed]
+                try:
+                    subprocess.run(command, check=True, timeout=left)
+                    rows += [Row(**fields) for fields in json.loads(file.read_text())]
+                except (subprocess.SubprocessError, OSError, ValueError) as error:
+                    print(f"benchmark.py: {name}, {dtype}: {error}", file=sys.stderr)
+                    failed.append(f"{name} ({dtype})")
+    return rows, failed
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from benchmark_decoders import built_decoder
 from checkouts import of_each_checkout
-from measuring import PACKAGE, Thing, decoder_sizes, matmul
+from measuring import PACKAGE, Row, Thing, decoder_sizes, matmul
 
 
 class _Saves:
@@ -26,7 +26,7 @@ class _Saves:
         self._save(self._step)
 
 
-def checkpoint(options: argparse.Namespace) -> None:
+def checkpoint(options: argparse.Namespace) -> list[Row]:
     """Prints the pause of training per checkpoint, the time until it is on disk, and what training loses meanwhile."""
     s = decoder_sizes(options, batch=1)
     place = Path(tempfile.mkdtemp(prefix="imgcap_checkpoints_"))
@@ -52,7 +52,7 @@ def checkpoint(options: argparse.Namespace) -> None:
         return {name: _Saves(save, settle) for name, (_, save) in kinds.items()}
 
     try:
-        found = of_each_checkout(options, build)
+        found, _ = of_each_checkout(options, build)
         product, _ = matmul(options.dtype, count=2)
         product()
         alone = statistics.median(_seconds(product) for _ in range(options.rounds))
@@ -79,6 +79,12 @@ def checkpoint(options: argparse.Namespace) -> None:
         if side == PACKAGE:
             ratio = statistics.median(slowed[side, row])
             print(f"  matrix products while it is written take {ratio:.2f} times as long as alone")
+    return [
+        Row("checkpoint", f"{what}, {row}, {sizes[row] / 1e6:.0f} MB", options.dtype, 1e3 * statistics.median(of))
+        for what, measured in (("pause", pauses), ("on disk", totals))
+        for (side, row), of in measured.items()
+        if side == PACKAGE
+    ]
 
 
 def _seconds(thing: Thing) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,10 @@ from jax import Array
 from measuring import (
     EOS,
     WORDS,
+    Row,
     Thing,
     at_precision,
+    caption_lengths,
     chosen_lengths,
     decoder_sizes,
     lengths_text,
@@ -29,7 +31,6 @@ from measuring import (
     print_ratios,
     random_captions,
     regions_of,
-    times,
     times_and_rate,
     word_counts,
 )
@@ -53,19 +54,22 @@ def built_decoder(options: argparse.Namespace, s: Mapping[str, int]) -> Any:
     return config.build(s["D"], s["V"], dtype=jnp.dtype(options.dtype), rngs=nnx.Rngs(0))
 
 
-def torch_decoders(options: argparse.Namespace) -> Any:
-    """The module of the decoders in PyTorch, or None and a line that says why there is no fair comparison."""
+def torch_module(options: argparse.Namespace) -> Any:
+    """The module of the decoders in PyTorch, on JAX's device; or None, and a line that says why it is not compared."""
     if importlib.util.find_spec("torch") is None:
         print("PyTorch is not installed; the comparison is skipped")
-        return None
-    if jax.default_backend() != "cpu" or options.dtype != "float32":
-        print("the PyTorch decoders run in float32 on the CPU only; the comparison is skipped")
         return None
     import torch
     import torch_decoders
 
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    backend = jax.default_backend()
+    if (backend == "cpu" and options.dtype != "float32") or (backend == "gpu" and not torch.cuda.is_available()):
+        print("PyTorch is compared in float32 on the CPU, and on a GPU that it finds; the comparison is skipped")
+        return None
+    if backend not in ("cpu", "gpu"):
+        print(f"PyTorch is not compared on {backend}")
+        return None
+    torch_decoders.use("cuda" if backend == "gpu" else "cpu", options.threads)
     return torch_decoders
 
 
@@ -79,11 +83,27 @@ def torch_decoder(module: Any, options: argparse.Namespace, s: Mapping[str, int]
     return kind(s["D"], s["H"], s["V"])
 
 
-def _training_flops(name: str, s: Mapping[str, int], words: int) -> float:
-    """FLOPs of the matrix products of a training step.
+class Products(NamedTuple):
+    """Multiplications of a decoder's matrix products."""
 
-    Products that are moved out of the loop over T count once per image. The others count once per word (with eos).
-    """
+    image: int
+    """Per image, without a gradient of their input."""
+    once: int
+    """Per image: products that are moved out of the loop over T."""
+    word: int
+    """Per word, eos included."""
+
+    def search(self, images: int, words: int) -> float:
+        """FLOPs of decoding this number of words, over all beams or samples."""
+        return 2.0 * (images * (self.image + self.once) + words * self.word)
+
+    def training(self, images: int, words: int) -> float:
+        """FLOPs of a training step: each product has two gradients, except that of the regions, which has one."""
+        return 2.0 * (2 * images * self.image + 3 * (images * self.once + words * self.word))
+
+
+def products(name: str, s: Mapping[str, int]) -> Products:
+    """The multiplications of a decoder of these sizes."""
     H = E = A = R = s["H"]
     image = s["D"] * R * (1 if name == "show_tell" else s["N"])
     if name == "show_tell":
@@ -97,8 +117,7 @@ def _training_flops(name: str, s: Mapping[str, int], words: int) -> float:
         once = s["N"] * R * A + R * 4 * H
         step = (H + E + H) * 4 * H + H * A + s["N"] * (A + R) + (R + H + H) * 4 * H
         word = step + H * s["V"]
-    # Each product has two gradients, except that of the regions, which need no gradient.
-    return 2.0 * (2 * s["B"] * image + 3 * (s["B"] * once + words * word))
+    return Products(image, once, word)
 
 
 def _train_steps(
@@ -139,24 +158,26 @@ def rows_of(s: Mapping[str, int]) -> dict[str, np.ndarray]:
     }
 
 
-def train(options: argparse.Namespace) -> None:
+def train(options: argparse.Namespace) -> list[Row]:
     """Prints captions/s of a training step, its share of the plain matmul rate, and the same for PyTorch."""
     s = decoder_sizes(options, batch=64)
     tokens = {lengths: random_captions(s, lengths) for lengths in chosen_lengths(options)}
-    things = of_each_checkout(options, lambda: _train_steps(options, s, tokens))
-    if (module := torch_decoders(options)) is not None:
+    things, first = of_each_checkout(options, lambda: _train_steps(options, s, tokens))
+    if (module := torch_module(options)) is not None:
         import torch
 
         sides = {"PyTorch": torch_decoder(module, options, s)}
         if options.decoder == "show_tell":
             sides["PyTorch with packed nn.LSTM"] = module.PackedShowTell(s["D"], s["H"], s["V"])
-        regions = torch.from_numpy(regions_of(s)).float()
+        regions = module.tensor(regions_of(s)).float()
         for side, decoder in sides.items():
             adam = torch.optim.AdamW(decoder.parameters(), lr=1e-4)
             for lengths, captions in tokens.items():
-                theirs = torch.from_numpy(captions).long()
-                things[side, lengths] = partial(module.train_step, decoder, adam, regions, theirs)
+                theirs = module.tensor(captions).long()
+                step = partial(module.train_step, decoder, adam, regions, theirs)
+                things[side, lengths] = module.timed(step, options.dtype)
     found, plain = times_and_rate(things, options)
+    rows = []
     print(
         f"{options.decoder}, batch {s['B']} x {s['M']} captions, N={s['N']}, V={s['V']}; "
         f"plain matmul rate between the steps: {plain / 1e9:.1f} GFLOP/s ({options.dtype})"
@@ -166,12 +187,26 @@ def train(options: argparse.Namespace) -> None:
         print(lengths_text(lengths, words - 1))
         for (side, row), time in found.items():
             if row == lengths:
-                rate = _training_flops(options.decoder, s, int(words.sum())) / time.wall
+                flops = products(options.decoder, s).training(s["B"], int(words.sum()))
+                rate = flops / time.wall
+                rows.append(
+                    Row(
+                        "train",
+                        f"step, {caption_lengths(lengths)}, {side}",
+                        options.dtype,
+                        1e3 * time.wall,
+                        s["B"] * s["M"] / time.wall,
+                        flops / 1e9,
+                        rate / plain,
+                        first.get((side, row)),
+                    )
+                )
                 print(
                     f"  {side}: {1e3 * time.wall:.1f} ms per step, {s['B'] * s['M'] / time.wall:.1f} captions/s, "
                     f"{rate / 1e9:.1f} GFLOP/s, {rate / plain:.2f} of the plain matmul rate"
                 )
         print_ratios(found, lengths)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -215,7 +250,7 @@ def _searches(
     return things
 
 
-def decode(options: argparse.Namespace) -> None:
+def decode(options: argparse.Namespace) -> list[Row]:
     """Prints captions/s of greedy decoding and beam 5 from region features, and the same for PyTorch.
 
     The weights are random. Both sides are made to end each caption after a given number of words: all 20 that are
@@ -224,29 +259,42 @@ def decode(options: argparse.Namespace) -> None:
     s = decoder_sizes(options, batch=64)
     regions = regions_of(s).astype(np.float32)
     words = {lengths: word_counts((s["B"],), lengths) for lengths in chosen_lengths(options)}
-    things = of_each_checkout(options, lambda: _searches(options, s, regions, words))
-    if (module := torch_decoders(options)) is not None:
-        import torch
-
+    things, first = of_each_checkout(options, lambda: _searches(options, s, regions, words))
+    if (module := torch_module(options)) is not None:
         decoder = torch_decoder(module, options, s).eval()
-        pixels = torch.from_numpy(regions)
+        pixels = module.tensor(regions)
         for lengths, counts in words.items():
             for name, beam in BEAMS.items():
-                ends = torch.from_numpy(counts)
-                things["PyTorch", f"{name}, {lengths}"] = partial(module.decode, decoder, pixels, beam, WORDS, ends)
-    found = times(things, options.rounds)
+                search = partial(module.decode, decoder, pixels, beam, WORDS, module.tensor(counts))
+                things["PyTorch", f"{name}, {lengths}"] = module.timed(search, options.dtype)
+    found, plain = times_and_rate(things, options)
+    rows = []
     print(f"{options.decoder}, batch {s['B']}, N={s['N']}, V={s['V']}, at most {WORDS} words")
     for lengths, counts in words.items():
         print(f"{lengths_text(lengths, counts)}, the longest {counts.max()}")
-        for name in BEAMS:
+        for name, beam in BEAMS.items():
             row = f"{name}, {lengths}"
+            flops = products(options.decoder, s).search(s["B"], beam * int((counts + 1).clip(max=WORDS).sum()))
             for (side, of), time in found.items():
                 if of == row:
                     print(f"  {name}, {side}: {s['B'] / time.wall:.1f} captions/s")
+                    rows.append(
+                        Row(
+                            "decode",
+                            f"{name}, {caption_lengths(lengths)}, {side}",
+                            options.dtype,
+                            1e3 * time.wall,
+                            s["B"] / time.wall,
+                            flops / 1e9,
+                            flops / time.wall / plain,
+                            first.get((side, of)),
+                        )
+                    )
             print_ratios(found, row, f"{name}, ")
+    return rows
 
 
-def decoders(options: argparse.Namespace) -> None:
+def decoders(options: argparse.Namespace) -> list[Row]:
     """Prints training captions/s and parameter counts of all decoders in experiments/flickr8k_*.py."""
     from imgcap_jax.cli.experiments import find  # needs TFDS
     from imgcap_jax.models.model import CaptionModel, parameter_count, split_trained
@@ -279,6 +327,9 @@ def decoders(options: argparse.Namespace) -> None:
 
         things[name] = once
     print(lengths_text("captions", (tokens[..., 1:] > EOS).sum(-1)))
+    rows = []
     for name, value in medians(things, options.rounds).items():
         rate = s["B"] * s["M"] / value
+        rows.append(Row("decoders", f"step of {name}", options.dtype, 1e3 * value, rate))
         print(f"{name}: {parameters[name]:,} parameters, {1e3 * value:.0f} ms per step, {rate:.0f} captions/s")
+    return rows

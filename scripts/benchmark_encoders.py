@@ -1,7 +1,6 @@
 """Speed of encoders: extraction against PyTorch, and fine-tuning with and without checkpointing (see benchmark.py)."""
 
 import argparse
-import importlib.util
 import math
 import tempfile
 from collections.abc import Callable
@@ -11,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from benchmark_decoders import torch_module
 from flax import nnx
-from measuring import Thing, at_precision, decoder_sizes, medians, times_and_rate
+from measuring import Row, Thing, at_precision, decoder_sizes, first_call, medians, times_and_rate
 
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.encoders import efficientnet_lite, resnet, vgg
@@ -64,13 +64,11 @@ def encoder_flops(encoder: Any, size: int) -> float:
     return 2.0 * products
 
 
-def torch_features(name: str, images: np.ndarray, threads: int, folder: Path) -> tuple[Callable[[], np.ndarray], str]:
-    """A function that computes PyTorch's regions [B,N,D] as a user would, and the path of the network's weights."""
+def torch_features(name: str, pixels: Any, folder: Path) -> tuple[Callable[[], Any], str]:
+    """A function that computes regions [B,N,D] of pixels uint8 [B,S,S,3] in PyTorch, and the path of the weights."""
     import torch
     import torch_networks as networks
 
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
     match settings(name):
         case ResNet(depth=depth):
             network = networks.ResNet(networks.RESNET_BLOCKS[depth])
@@ -78,51 +76,54 @@ def torch_features(name: str, images: np.ndarray, threads: int, folder: Path) ->
             network = networks.VGG(networks.VGG_CONVOLUTIONS[depth], batch_norm)
         case EfficientNetLite(variant=variant):
             network = networks.EfficientNetLite(networks.LITE_BLOCKS[variant], networks.LITE_CHANNELS[variant])
-    torch.save(network.state_dict(), folder / "network.pth")
+    torch.save({name: value.cpu() for name, value in network.state_dict().items()}, folder / "network.pth")
     network = networks.fused(network.eval()).to(memory_format=torch.channels_last)
-    pixels = torch.from_numpy(images)
 
-    def run() -> np.ndarray:
+    def run() -> torch.Tensor:
         with torch.inference_mode():
             last = network.features(networks.normalised(pixels, network.mean, network.std))
-        return last.permute(0, 2, 3, 1).flatten(1, 2).numpy()
+        return last.permute(0, 2, 3, 1).flatten(1, 2)
 
     return run, str(folder / "network.pth")
 
 
-def encoder(options: argparse.Namespace) -> None:
+def encoder(options: argparse.Namespace) -> list[Row]:
     """Images/s of extraction, also in PyTorch (batch norm fused, inference mode, channels_last), on the same images."""
     batch, size, name = options.batch or 32, options.size, options.network
     images = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
     things: dict[str, Thing] = {}
-    weights = "random"
+    weights, features = "random", None
     with tempfile.TemporaryDirectory() as folder:
-        if importlib.util.find_spec("torch") is None:
-            print("PyTorch is not installed: no comparison")
-        elif jax.default_backend() != "cpu" or options.dtype != "float32":
-            print("PyTorch is compared in float32 on the CPU only: no comparison")
-        else:
-            things["PyTorch"], weights = torch_features(name, images, options.threads, Path(folder))
+        if (module := torch_module(options)) is not None:
+            features, weights = torch_features(name, module.tensor(images), Path(folder))
         config = settings(name, weights=weights)
         graph, state = nnx.split(config.build(size, dtype=jnp.dtype(options.dtype), rngs=nnx.Rngs(0)))
     extract = jax.jit(at_precision(lambda state, images: nnx.merge(graph, state)(images), options.dtype))
-    things["imgcap_jax"] = lambda: jax.block_until_ready(extract(state, images))
-    if "PyTorch" in things:
-        theirs, ours = things["PyTorch"](), np.asarray(things["imgcap_jax"]())
+    held = jax.device_put(images)
+    things["imgcap_jax"] = lambda: jax.block_until_ready(extract(state, held))
+    first = {"imgcap_jax": first_call(things["imgcap_jax"])}
+    if module is not None and features is not None:
+        things["PyTorch"] = module.timed(features, options.dtype)
+        theirs, ours = features().float().cpu().numpy(), np.asarray(things["imgcap_jax"](), np.float32)
         print(f"relative difference of the features: {np.linalg.norm(ours - theirs) / np.linalg.norm(theirs):.1e}")
     found, plain = times_and_rate(things, options)
     seconds = {side: of.wall for side, of in found.items()}
+    rows, flops = [], batch * encoder_flops(config, size)
     for side, value in seconds.items():
-        rate = batch * encoder_flops(config, size) / value
+        rate = flops / value
+        case = f"{name} {size} px, {batch} images, {side}"
+        milliseconds, share = 1e3 * value, rate / plain
+        rows.append(Row("encoder", case, options.dtype, milliseconds, None, flops / 1e9, share, first.get(side)))
         print(
             f"{name} {size} px, batch {batch}: {side} {batch / value:.1f} images/s, {rate / 1e9:.1f} GFLOP/s, "
             f"{rate / plain:.2f} of the plain matmul rate ({plain / 1e9:.1f})"
         )
     if "PyTorch" in seconds:
         print(f"ratio to PyTorch: {seconds['PyTorch'] / seconds['imgcap_jax']:.2f}")
+    return rows
 
 
-def finetune(options: argparse.Namespace) -> None:
+def finetune(options: argparse.Namespace) -> list[Row]:
     """A training step of the encoder's last stages and soft attention, with and without stage checkpointing."""
     s = decoder_sizes(options, batch=32)
     rng = np.random.default_rng(0)
@@ -173,3 +174,8 @@ def finetune(options: argparse.Namespace) -> None:
         f"checkpointing: {memory['with checkpoints'] / memory['without']:.2f} times the memory, "
         f"{seconds['with checkpoints'] / seconds['without']:.2f} times the time"
     )
+    rate = s["B"] * s["M"]
+    return [
+        Row("finetune", f"{options.network}, checkpoints of stages: {name}", options.dtype, 1e3 * value, rate / value)
+        for name, value in seconds.items()
+    ]

@@ -10,11 +10,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from benchmark_decoders import built_decoder
+from benchmark_decoders import built_decoder, products
 from jax import Array
-from measuring import FIRST_WORD, at_precision, decoder_sizes, matmul, medians, word_counts
+from measuring import FIRST_WORD, Row, at_precision, decoder_sizes, matmul, medians, word_counts
 
 IMAGES = 2000
+
+
+def _flops(options: argparse.Namespace, s: Mapping[str, int]) -> float:
+    """FLOPs of the model's matrix products in a training step, on average over batches."""
+    words = float((word_counts((IMAGES, s["M"]), "captions") + 1).mean())  # with eos
+    return products(options.decoder, s).training(s["B"], round(s["B"] * s["M"] * words))
 
 
 class _Source:
@@ -102,7 +108,7 @@ def _model_and_step(options: argparse.Namespace, s: Mapping[str, int]) -> tuple[
     return first_state(params, optimizer, ema=False), frozen, step
 
 
-def input_benchmark(options: argparse.Namespace) -> None:
+def input_benchmark(options: argparse.Namespace) -> list[Row]:
     """Prints steps/s with batches from the host and from the memory of the device, and the time waiting for input."""
     from imgcap_jax.training.feed import DeviceFeed, HostFeed, device_part
     from imgcap_jax.training.parallel import DataParallel
@@ -158,9 +164,24 @@ def input_benchmark(options: argparse.Namespace) -> None:
     print(f"  ratio {found['host'] / found['device']:.2f} to host")
     for feed in feeds.values():
         feed.__exit__(None, None, None)
+    model = _flops(options, s)
+    return [
+        Row(
+            "input",
+            f"step, from the {name}",
+            options.dtype,
+            1e3 * found[name] / steps,
+            s["B"] * s["M"] * steps / found[name],
+            model / 1e9,
+            model * steps / found[name] / (flops / found["plain"]),
+            compiled[name],
+            waited / found[name] if name == "host" else 0.0,
+        )
+        for name in feeds
+    ]
 
 
-def population(options: argparse.Namespace) -> None:
+def population(options: argparse.Namespace) -> list[Row]:
     """Prints the time of a step of several runs as one program, and one after another."""
     from imgcap_jax.training.feed import DeviceFeed
     from imgcap_jax.training.parallel import DataParallel, MemberParallel
@@ -209,5 +230,19 @@ def population(options: argparse.Namespace) -> None:
     )
     for name in things:
         seconds = found[name] / steps
-        print(f"  {name}: {1e3 * seconds:.0f} ms per step of all runs, first round {compiled[name]:.0f} s")
+        print(f"  {name}: {1e3 * seconds:.1f} ms per step of all runs, first round {compiled[name]:.0f} s")
     print(f"  ratio {found['one by one'] / found['together']:.2f} to one by one")
+    model = members * _flops(options, s)
+    return [
+        Row(
+            "population",
+            f"step of {members} runs, {name}",
+            options.dtype,
+            1e3 * found[name] / steps,
+            members * s["B"] * s["M"] * steps / found[name],
+            model / 1e9,
+            model * steps / found[name] / (flops / found["plain"]),
+            compiled[name],
+        )
+        for name in things
+    ]

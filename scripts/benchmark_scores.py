@@ -10,6 +10,8 @@ import tempfile
 import time
 from typing import NamedTuple
 
+from measuring import Row
+
 # Each program tokenises one file of captions and computes BLEU, METEOR, ROUGE-L and CIDEr-D.
 OURS = """
 import sys
@@ -61,7 +63,7 @@ class _Run(NamedTuple):
     line: str
 
 
-def score(options: argparse.Namespace) -> None:
+def score(options: argparse.Namespace) -> list[Row]:
     """Times both programs in interleaved rounds and compares their scores.
 
     The official tools, which need Java, are left out if there is none.
@@ -94,6 +96,7 @@ def score(options: argparse.Namespace) -> None:
             print(f"  {median['theirs'] / median['ours']:.1f} times as fast")
             difference = _difference(found["ours"][0].line, found["theirs"][0].line)
             print(f"  largest difference between the scores: {difference:.1e}")
+    return []
 
 
 def _run(code: str, files: list[str], environment: dict[str, str]) -> _Run:

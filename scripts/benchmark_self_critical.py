@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark_decoders import built_decoder, rows_of, torch_decoder, torch_decoders
+from benchmark_decoders import built_decoder, products, rows_of, torch_decoder, torch_module
 from checkouts import of_each_checkout
 from jax import Array
 from measuring import (
@@ -21,8 +21,10 @@ from measuring import (
     PACKAGE,
     PAD,
     WORDS,
+    Row,
     Thing,
     at_precision,
+    caption_lengths,
     chosen_lengths,
     decoder_sizes,
     lengths_text,
@@ -215,22 +217,23 @@ def _reward_alone(images: list[list[list[int]]], others: list[list[list[int]]], 
     return lambda tokens: jax.block_until_ready(reward(tokens, frequencies))
 
 
-def self_critical_benchmark(options: argparse.Namespace) -> None:
+def self_critical_benchmark(options: argparse.Namespace) -> list[Row]:
     """Times the step with its own reward, without a reward, with the official tools on the host, and in PyTorch."""
     s = decoder_sizes(options, batch=50)
     images, others = random_references(s["B"], s["V"], seed=1), random_references(CORPUS, s["V"], seed=2)
     words = {lengths: word_counts((s["B"], s["M"]), lengths) for lengths in chosen_lengths(options)}
     build = partial(_steps, options, s, images, others, words)
     rewards: dict[str, RewardOf] = {WHOLE: lambda objective: objective.rewards, FREE: lambda objective: None}
-    things = of_each_checkout(options, lambda: build(rewards))
-    if (module := torch_decoders(options)) is not None:
+    things, first = of_each_checkout(options, lambda: build(rewards))
+    if (module := torch_module(options)) is not None:
         import torch
 
         decoder = torch_decoder(module, options, s)
         adam = torch.optim.Adam(decoder.parameters(), lr=1e-6)
         for lengths, counts in words.items():
-            theirs = torch.from_numpy(_regions(s, counts)).float(), torch.from_numpy(counts).long(), WORDS
-            things["PyTorch", f"{FREE}, {lengths}"] = partial(module.self_critical_step, decoder, adam, *theirs)
+            theirs = module.tensor(_regions(s, counts)).float(), module.tensor(counts).long(), WORDS
+            step = partial(module.self_critical_step, decoder, adam, *theirs)
+            things["PyTorch", f"{FREE}, {lengths}"] = module.timed(step, options.dtype)
     tokens = np.random.default_rng(0).integers(FIRST_WORD, s["V"], (s["B"], s["M"], WORDS)).astype(np.int32)
     alone = _reward_alone(images, others, s)
     things["reward alone", ""] = partial(alone, jnp.asarray(tokens))
@@ -256,16 +259,35 @@ def self_critical_benchmark(options: argparse.Namespace) -> None:
         f"{options.decoder}, {s['B']} images x {s['M']} samples, N={s['N']}, V={s['V']}, document frequencies of "
         f"{CORPUS + s['B']} images; plain matmul rate between the steps: {plain / 1e9:.1f} GFLOP/s ({options.dtype})"
     )
+    rows = []
     for lengths, counts in words.items():
         print(lengths_text(lengths, counts))
+        of_decoder = products(options.decoder, s)
+        read = int((counts + 1).clip(max=WORDS).sum())
+        # The samples are drawn without gradients, then read again with them.
+        flops = of_decoder.search(s["B"], read) + of_decoder.training(s["B"], read)
         whole = found[PACKAGE, f"{WHOLE}, {lengths}"].wall
         for name in (WHOLE, FREE):
             row = f"{name}, {lengths}"
             for (side, of), time in found.items():
                 if of == row:
                     rate, share = s["B"] * s["M"] / time.wall, time.wall / whole
+                    rows.append(
+                        Row(
+                            "scst",
+                            f"{name}, {caption_lengths(lengths)}, {side}",
+                            options.dtype,
+                            1e3 * time.wall,
+                            rate,
+                            flops / 1e9,
+                            flops / time.wall / plain,
+                            first.get((side, of)),
+                        )
+                    )
                     print(f"  {name}, {side}: {1e3 * time.wall:.1f} ms, {share:.3f} of the step, {rate:.1f} captions/s")
             print_ratios(found, row, f"{name}, ")
     for (side, row), time in found.items():
         if not row:
             print(f"{side}, captions of {WORDS} words: {1e3 * time.wall:.1f} ms")
+            rows.append(Row("scst", f"{side}, full length", options.dtype, 1e3 * time.wall))
+    return rows

@@ -45,7 +45,7 @@ def package_of(folder: Path) -> Iterator[None]:
 
 def of_each_checkout(
     options: argparse.Namespace, build: Callable[[], Mapping[str, Thing]]
-) -> dict[tuple[str, str], Thing]:
+) -> tuple[dict[tuple[str, str], Thing], dict[tuple[str, str], float]]:
     """Builds the candidates with the own package and, with --before, with that of the other checkout too.
 
     Args:
@@ -53,13 +53,16 @@ def of_each_checkout(
         build: imports the package and returns one candidate per row of the report. Each is called once here.
 
     Returns:
-        The candidates by (side, row). The sides are "imgcap_jax" and "before".
+        The candidates by (side, row), and the seconds of their first calls, with compilation. The sides are
+        "imgcap_jax" and "before".
     """
+    first: dict[tuple[str, str], float] = {}
 
     def called(side: str) -> dict[tuple[str, str], Thing]:
         things = {(side, row): thing for row, thing in build().items()}
         for (_, row), thing in things.items():
-            print(f"first call, with compilation: {first_call(thing):.1f} s ({side}, {row})", flush=True)
+            first[side, row] = first_call(thing)
+            print(f"first call, with compilation: {first[side, row]:.1f} s ({side}, {row})", flush=True)
         return things
 
     candidates = called(PACKAGE)
@@ -72,4 +75,4 @@ def of_each_checkout(
                 f"benchmark.py: --before {options.before}: this checkout does not have what the benchmark calls "
                 f"({type(error).__name__}: {error}); use one that is closer to this one"
             )
-    return candidates
+    return candidates, first

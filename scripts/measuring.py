@@ -3,7 +3,7 @@
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -19,6 +19,53 @@ WORDS = 20
 """The maximum number of words per caption, without eos."""
 PAD, BOS, EOS = 0, 1, 2
 FIRST_WORD = 4
+
+
+class Row(NamedTuple):
+    """One line of the table of results. None is what the benchmark does not measure."""
+
+    benchmark: str
+    case: str
+    """What is timed: a training step, a search, a pause."""
+    dtype: str
+    milliseconds: float
+    captions: float | None = None
+    """Captions/s: words are predicted, sampled or searched for."""
+    gflop: float | None = None
+    """10^9 FLOPs of the model's matrix products. Products that are computed twice count once."""
+    share: float | None = None
+    """FLOP/s of the model, divided by the rate of plain matrix products of this type in the same rounds."""
+    first: float | None = None
+    """Seconds of the first call, most of which is compilation."""
+    waited: float | None = None
+    """The share of the time in which training waits for input."""
+    memory: float | None = None
+    """Peak memory of a device in GB, of the whole benchmark."""
+
+
+_COLUMNS: dict[str, tuple[str, str]] = {
+    "benchmark": ("benchmark", "{}"),
+    "case": ("case", "{}"),
+    "dtype": ("type", "{}"),
+    "milliseconds": ("ms", "{:.4g}"),
+    "captions": ("captions/s", "{:,.0f}"),
+    "gflop": ("model GFLOP", "{:,.1f}"),
+    "share": ("of matmul rate", "{:.3f}"),
+    "first": ("first call, s", "{:.1f}"),
+    "waited": ("input wait", "{:.1%}"),
+    "memory": ("peak memory, GB", "{:.2f}"),
+}
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as a Markdown table with aligned columns."""
+    lines = [[title for title, _ in _COLUMNS.values()]]
+    for row in rows:
+        values = ((getattr(row, name), form) for name, (_, form) in _COLUMNS.items())
+        lines.append(["" if value is None else form.format(value) for value, form in values])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
 class Times(NamedTuple):
@@ -66,14 +113,15 @@ def first_call(thing: Thing) -> float:
     return time.perf_counter() - start
 
 
-def print_memory() -> None:
-    """Prints the peak memory of each device that reports it."""
+def print_memory() -> float | None:
+    """Prints and returns the largest peak memory of a device in GB, or None if no device reports it."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     found = [peak for peak in peaks if peak is not None]
-    if found:
-        print(f"peak memory of a device: {max(found) / 1e9:.2f} GB")
-    else:
+    if not found:
         print(f"peak memory: not reported by the {jax.default_backend()} backend")
+        return None
+    print(f"peak memory of a device: {max(found) / 1e9:.2f} GB")
+    return max(found) / 1e9
 
 
 def matmul(dtype: str, size: int = 2048, count: int = 20) -> tuple[Thing, float]:
@@ -151,10 +199,16 @@ def random_captions(s: Mapping[str, int], lengths: str) -> np.ndarray:
     return np.where(place == 0, BOS, np.where(place == end, EOS, np.where(place > end, PAD, tokens)))
 
 
+def caption_lengths(lengths: str) -> str:
+    """The kind of caption lengths, as reports name it."""
+    return "full length" if lengths == "full" else "real lengths"
+
+
 def lengths_text(lengths: str, words: np.ndarray) -> str:
     """A line about the lengths of captions of these numbers of words."""
-    kind = "full length" if lengths == "full" else "real lengths"
-    return f"captions of {kind}: {words.mean():.2f} words on average, {words.mean() + 1:.2f} with eos"
+    return (
+        f"captions of {caption_lengths(lengths)}: {words.mean():.2f} words on average, {words.mean() + 1:.2f} with eos"
+    )
 
 
 def regions_of(s: Mapping[str, int]) -> np.ndarray:

@@ -5,6 +5,7 @@ are not pad. The LSTM cells are those of PyTorch. Decoding is batched over image
 ``torch.nn.LSTM`` over packed captions in place of one cell per step.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,32 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 BOS, EOS, PAD = 1, 2, 0
+
+
+def use(device: str, threads: int) -> None:
+    """Makes this the device of new tensors and modules, with full precision of float32 products, and sets the seed."""
+    torch.set_num_threads(threads)
+    torch.set_default_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+
+
+def tensor(values: Any) -> Tensor:
+    """A NumPy array on the device of ``use``."""
+    return torch.from_numpy(values).to(torch.get_default_device())
+
+
+def timed(function: Callable[[], Any], dtype: str) -> Callable[[], None]:
+    """The function, under automatic mixed precision for bfloat16, until the device has finished."""
+    device = torch.get_default_device().type
+
+    def run() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
 
 
 class Attention(nn.Module):
@@ -188,8 +215,8 @@ class PackedShowTell(nn.Module):
         images = self.image(regions.mean(1)).repeat_interleave(tokens.shape[1], 0)[order]
         # The input is image, bos, words; its length is that of bos, words, eos, which are the targets.
         inputs = self.dropout(torch.cat([images[:, None], self.embedding(captions[:, :-1])], 1))
-        hidden = self.lstm(pack_padded_sequence(inputs, lengths, batch_first=True))[0].data
-        targets = pack_padded_sequence(captions, lengths, batch_first=True).data
+        hidden = self.lstm(pack_padded_sequence(inputs, lengths.cpu(), batch_first=True))[0].data
+        targets = pack_padded_sequence(captions, lengths.cpu(), batch_first=True).data
         first = len(captions)  # the outputs after the image, which predict bos, are not scored
         return smoothed(self.words(self.dropout(hidden[first:])), targets[first:])
 

@@ -1,6 +1,7 @@
 """The benchmarks in scripts/: other checkouts in the same process, caption lengths, and the PyTorch sides."""
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -144,6 +145,64 @@ def test_gpu_check_of_the_cpu_against_itself() -> None:
     assert len(found) == 14
     assert {difference for _, dtype, difference in found if dtype == "float32"} == {"0.0e+00"}
     assert float({name: one for name, dtype, one in found if dtype == "bfloat16"}["encoder, regions"]) > 0
+
+
+def _gpu_check(tmp_path: Path, python: str) -> subprocess.CompletedProcess[str]:
+    """Runs gpu_check.sh with a stand-in for the interpreter, a shell script that receives its arguments."""
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f"#!/bin/sh\n{python}\n")
+    interpreter.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(interpreter)}
+    return subprocess.run([SCRIPTS / "gpu_check.sh"], capture_output=True, text=True, env=environment)
+
+
+def test_gpu_check_names_the_parts_that_failed(tmp_path: Path) -> None:
+    """The other parts run nevertheless."""
+    python = (
+        """case "$*" in *import*) echo gpu ;; *gpu_check.py) exit 1 ;; *float32*) exit 1 ;; *) echo "ran $*" ;; esac"""
+    )
+    ended = _gpu_check(tmp_path, python)
+    assert ended.returncode == 1
+    failed = [line.split()[5:7] for line in ended.stderr.splitlines() if line.startswith("failed, or out of time: ")]
+    assert failed == [["scripts/gpu_check.py"], ["scripts/benchmark.py", "train"]]
+    assert "ran scripts/benchmark.py train decode scst input population checkpoint --dtype bfloat16" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("python", "message"), [("echo cpu", "JAX sees only the CPU"), ("exit 1", "cannot import JAX or start it")]
+)
+def test_gpu_check_needs_a_gpu(tmp_path: Path, python: str, message: str) -> None:
+    ended = _gpu_check(tmp_path, python)
+    assert ended.returncode == 2
+    assert message in ended.stderr.splitlines()[-1]
+
+
+def test_several_benchmarks_end_with_one_table(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each runs in a process of its own with the same options. One that fails or runs out of time is named."""
+    benchmark = script("benchmark")
+    calls = []
+
+    def run(command: list[str], timeout: float, **_: Any) -> None:
+        options = dict(zip(command[3::2], command[4::2], strict=True))
+        calls.append((command[2], options["--dtype"], options["--rounds"], timeout))
+        if command[2] == "decode":
+            raise subprocess.TimeoutExpired(command, timeout)
+        row = {"benchmark": command[2], "case": "step", "dtype": options["--dtype"], "milliseconds": 1234.5}
+        Path(options["--json"]).write_text(json.dumps([row]))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    arguments = ["train", "decode", "--dtype", "float32", "bfloat16", "--rounds", "3", "--seconds", "100"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    with pytest.raises(SystemExit, match=r"out of time: decode \(float32\), decode \(bfloat16\)"):
+        benchmark.main()
+    names = [("train", "float32"), ("decode", "float32"), ("train", "bfloat16"), ("decode", "bfloat16")]
+    assert [call[:3] for call in calls] == [(*name, "3") for name in names]
+    assert all(0 < call[3] <= 100 for call in calls)
+    lines = [line.split("|")[1:5] for line in capsys.readouterr().out.splitlines() if line.startswith("| train")]
+    found = [[part.strip() for part in line] for line in lines]
+    assert found == [["train", "step", "float32", "1234"], ["train", "step", "bfloat16", "1234"]]
 
 
 @pytest.mark.slow
