@@ -3,13 +3,14 @@
     device_counts.py EXPECTED                          on 1, 2, 4 and 8 devices of one process; writes the file EXPECTED
     device_counts.py EXPECTED HOST:PORT,COUNT,INDEX    on all devices of several processes; reads the file
 
+With a last argument, the name of an objective, only this one is trained, with all modes and feeds.
+
 Prints one line of JSON per combination: the largest difference of its parameters and losses from those of one device.
 """
 
 import json
 import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,8 +71,11 @@ class Regions:
 
 def main() -> None:
     """Trains all combinations."""
-    if len(sys.argv) > 2:
-        join_processes(sys.argv[2])
+    path, *arguments = sys.argv[1:]
+    only = arguments.pop() if arguments and ":" not in arguments[-1] else None
+    alone = not arguments
+    if not alone:
+        join_processes(arguments[0])
     source: Any = Source()
     config: Any = SimpleNamespace(batch_size=8, captions_per_image=3, max_words=MAX_WORDS, feed="device")
     references = CaptionTable.as_references([source], VOCABULARY, eos=True)
@@ -127,26 +131,27 @@ def main() -> None:
 
     one_process = (("pmap", 1, "device"), ("pmap", 2, "host"), ("shard_map", 4, "device"))
     combinations = (*one_process, ("shard_map", 8, "host"), ("pmap", 8, "device"))
-    path = Path(sys.argv[1])
+    all_devices = len(jax.devices())
     known = {}
-    if len(sys.argv) > 2:
-        all_devices = len(jax.devices())
+    if not alone:
         combinations = tuple((mode, all_devices, feed) for mode, feed in (("pmap", "host"), ("shard_map", "device")))
         known = dict(np.load(path))
-    for objective in steps:
-        if len(sys.argv) == 2:
+    every = tuple((mode, all_devices, feed) for mode in ("pmap", "shard_map") for feed in ("host", "device"))
+    for objective in steps if only is None else [only]:
+        if alone:
             expected, losses = run(objective, "pmap", 1, "host")
             known |= {f"{objective} {number}": leaf for number, leaf in enumerate([np.array(losses), *expected])}
         expected_losses, *expected = (known[f"{objective} {number}"] for number in range(len(leaves) + 1))
         moved = max(float(np.abs(a - b).max()) for a, b in zip(expected, leaves, strict=True))
         # Self-critical steps take longer to compile. Their feed and mode are the same code.
-        for mode, devices, feed in combinations if objective == "cross-entropy" else combinations[-1:]:
+        chosen = combinations if objective == "cross-entropy" else combinations[-1:]
+        for mode, devices, feed in chosen if only is None else dict.fromkeys((*combinations, *every)):
             found, losses = run(objective, mode, devices, feed)
             difference = max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
             of_losses = float(np.abs(np.array(losses) - expected_losses).max())
             line = {"objective": objective, "mode": mode, "devices": devices, "feed": feed, "moved": moved}
             print(json.dumps({**line, "difference": difference, "losses": of_losses}), flush=True)
-    if len(sys.argv) == 2:
+    if alone:
         np.savez(path, **known)
 
 
