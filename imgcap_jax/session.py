@@ -1,6 +1,5 @@
 """A run that is opened for training: its data, model, objective, checkpoints and log. ``train.py`` has the loop."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -438,14 +437,11 @@ def _check_processes(run: Run, step: int | None, parallel: DataParallel) -> None
         return
     shared = url_of(run.folder) is not None or parallel.share(run.folder)
     init_from = None if run.init_from is None else shown(run.init_from)
-    start = signature(run.experiment), run.vocabulary.words, init_from, step
-    digest = int.from_bytes(hashlib.sha256(repr(start).encode()).digest()[:4], "big") >> 1
-    largest, smallest, apart = parallel.agree(digest, -digest, not shared)
-    if apart:
+    if not shared:
         raise UserError(
             f"{run.folder} is not the same folder on all hosts; put --run on a shared disk, or in a bucket (gs://...)"
         )
-    if largest != -smallest:
+    if not parallel.same((signature(run.experiment), run.vocabulary.words, init_from, step)):
         raise UserError("the processes have different experiments, data or runs; use the same command on all of them")
 
 

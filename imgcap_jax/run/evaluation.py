@@ -23,7 +23,8 @@ from imgcap_jax.data.scenes.world import Scene
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.decoding.settings import Decoding
-from imgcap_jax.errors import counted
+from imgcap_jax.errors import UserError, counted
+from imgcap_jax.experiment import signature
 from imgcap_jax.files import read_json, reading, write_text
 from imgcap_jax.metrics.coco_format import write_references, write_results
 from imgcap_jax.metrics.degeneration import Degeneration
@@ -37,7 +38,7 @@ from imgcap_jax.run.mirror import push
 from imgcap_jax.special_tokens import EOS
 from imgcap_jax.terminal import Say, Work, working
 from imgcap_jax.tokenizers import tokens_of
-from imgcap_jax.training.checkpoints import restore_best
+from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step, restore_best
 from imgcap_jax.training.losses import LossSums, caption_loss
 from imgcap_jax.training.parallel import DataParallel, is_first_process
 
@@ -403,7 +404,8 @@ def sweep(
         examples: the number of images for which the attention of each word is computed too.
 
     Raises:
-        UserError: there is no such split, no trained parameters, vocabularies differ, or the disk is full.
+        UserError: there is no such split, no trained parameters, vocabularies differ, the disk is full, or the
+            processes evaluate different things (raised on all of them).
     """
     check_ensemble(runs)
     for decoding, run in itertools.product(decodings, runs):
@@ -412,9 +414,10 @@ def sweep(
     name = dataset or parse_mixture(first.data.dataset)[0][0]
     source = open_source(name, split, first.data.data_dir)
     parallel = DataParallel(first.training.parallel)
+    chosen = _chosen_steps(runs, source, [list(decodings), floor, examples], parallel)
     needed = sorted({*evaluated_images(len(source), parallel), *_spread(len(source), examples)})
     members, params, frozen, steps = [], [], [], []
-    for run in runs:
+    for run, wanted in zip(runs, chosen, strict=True):
         run.check_weights()
         stored = uses_store(run.experiment)
         store = None
@@ -423,7 +426,7 @@ def sweep(
             store = extraction.regions(source, views=1, images=needed)
         with working("loading the model", shown=is_first_process()):
             graph, own, rest = split_trained(run.model(with_encoder=not stored, restored=True))
-            best, step = restore_best(run.folder, parallel.replicate(own))
+            best, step = restore_best(run.folder, parallel.replicate(own), wanted)
         params.append(best)
         steps.append(step)
         frozen.append(parallel.replicate(rest))
@@ -467,6 +470,42 @@ def sweep(
             _add_to_sweep(sweep_file, results)
             push(runs[0].folder, [sweep_file.name])
         yield evaluation
+
+
+def _chosen_steps(
+    runs: Sequence[Run], source: CaptionSource, settings: Sequence[Any], parallel: DataParallel
+) -> list[int | None]:
+    """The step of the parameters of each run: that of the best ones that the first process finds. None: it finds none.
+
+    A run can be evaluated while it is trained, so another process can find later ones.
+
+    Args:
+        runs: the runs.
+        source: the split.
+        settings: what else the results depend on.
+        parallel: the devices.
+
+    Raises:
+        UserError: on all processes: they evaluate different things, or one of them lacks these parameters.
+    """
+    folders = [run.folder / CHECKPOINTS / "best" for run in runs]
+    steps: list[int | None] = [latest_step(folder) for folder in folders]
+    if jax.process_count() == 1:
+        return steps
+    shared = [parallel.broadcast(-1 if step is None else step) for step in steps]
+    chosen = [None if step < 0 else step for step in shared]
+    there = [
+        best is not None if step is None else (folder / str(step)).is_dir()
+        for folder, best, step in zip(folders, steps, chosen, strict=True)
+    ]
+    models = [(signature(run.experiment), run.vocabulary.words) for run in runs]
+    data = source.name, source.split, source.fingerprint, source.image_ids()
+    if not parallel.same((there, chosen, models, data, settings)):
+        raise UserError(
+            "the processes evaluate different runs, data or settings; use the same command and the same files on all "
+            "of them"
+        )
+    return chosen
 
 
 def naming_run(warnings: Sequence[str], folder: Path) -> list[str]:

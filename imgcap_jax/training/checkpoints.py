@@ -234,14 +234,18 @@ class Checkpoints:
         self._complete("newest", step)
         return state, progress
 
-    def restore_best(self, template: Any) -> Any:
+    def restore_best(self, template: Any, step: int | None = None) -> Any:
         """The best parameters, placed as ``template`` is.
+
+        Args:
+            template: the shapes and the placement.
+            step: that of the parameters, one of the two latest that are kept; None: the latest.
 
         Raises:
             UserError: there are none yet, they are damaged, or they do not fit the experiment.
         """
         self.wait()
-        step = self.best_step
+        step = self.best_step if step is None else step
         if step is None:
             raise UserError(
                 f"{self.folder.parent} has no best parameters, because no validation is finished or {self.folder} has "
@@ -385,17 +389,18 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
-def restore_best(run: Path, template: Any) -> tuple[Any, int]:
-    """The best parameters of a run, placed as ``template`` is, and their step.
+def restore_best(run: Path, template: Any, step: int | None = None) -> tuple[Any, int]:
+    """The best parameters of a run, placed as ``template`` is, and their step. See ``Checkpoints.restore_best``.
 
     Raises:
         UserError: see ``Checkpoints.restore_best``.
     """
     checkpoints = Checkpoints(run)
     try:
-        params = checkpoints.restore_best(template)
-        assert checkpoints.best_step is not None
-        return params, checkpoints.best_step
+        step = checkpoints.best_step if step is None else step
+        params = checkpoints.restore_best(template, step)
+        assert step is not None
+        return params, step
     finally:
         checkpoints.close()
 

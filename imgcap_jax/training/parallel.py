@@ -1,5 +1,6 @@
 """Data parallelism: runs a per-device step on all devices, with ``jax.pmap`` or ``jax.shard_map``."""
 
+import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -190,6 +191,12 @@ class DataParallel:
             return wishes
         gathered = multihost_utils.process_allgather(np.array(wishes, np.int32))
         return tuple(int(wish) for wish in gathered.max(axis=0))
+
+    def same(self, value: object) -> bool:
+        """Whether all processes pass values with the same ``repr``. Waits for all processes."""
+        digest = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:4], "big") >> 1
+        largest, smallest = self.agree(digest, -digest)
+        return largest == -smallest
 
     def share(self, folder: Path) -> bool:
         """Whether a folder is the same one on the hosts of all processes, and can be written. It is made if missing."""

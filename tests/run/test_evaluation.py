@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator, batch_size, evaluated_images
 from imgcap_jax.run.folder import Run
-from imgcap_jax.training.checkpoints import restore_best
+from imgcap_jax.training.checkpoints import latest_step, restore_best
 from imgcap_jax.training.parallel import DataParallel
 
 BEAM = Decoding(beam=3, n_best=2, max_words=12)
@@ -108,7 +109,9 @@ read, image = [], pipeline._EvalRows._image
 pipeline._EvalRows._image = lambda self, i: (read.append(int(i)), image(self, i))[1]
 sys.path.insert(0, os.environ["TESTS"])
 from test_evaluation import found_by
-decoded, loss = found_by(DataParallel("shard_map"), Path(folder))
+from imgcap_jax.decoding.settings import Decoding
+from imgcap_jax.run.folder import Run
+decoded, loss = found_by(DataParallel("shard_map"), Path(folder + "0"))
 captions = [asdict(one) | {"tokens": None} for one in decoded]
 found = {"read": sorted(set(read)), "captions": captions, "loss": loss}
 
@@ -126,6 +129,16 @@ for name in ("own" + index, "common"):
     rows = store.shape[0] if name == "common" else store.store.shape[0]
     batches = pipeline.eval_batches(experiment.data, source, batch_size=12, rows=parallel.rows(12), features=store)
     found[name[:3]] = [rows, next(iter(batches))["regions"][:, 0, 0].tolist()]
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.run.evaluation import sweep
+run = Run.load(Path(folder + index))
+for name, beam in (("different", 1 + int(index)), ("equal", 1)):
+    decoding = Decoding(beam=beam, max_words=8)
+    try:
+        found[name] = next(sweep([run], "test", cache=regions.parent / "common", decodings=[decoding])).steps
+    except UserError as error:
+        found[name] = str(error)
 Path(out).write_text(json.dumps(found))
 """
 
@@ -145,11 +158,18 @@ def test_two_processes_share_the_images_and_find_the_same(
         "TFDS_DATA_DIR": str(data_dir),
     }
     (tmp_path / "regions").mkdir()
+    copies = [tmp_path / f"run{index}" for index in (0, 1)]
+    for copy in copies:
+        shutil.copytree(trained, copy)
+    (best,) = {latest_step(copy / "checkpoints" / "best") for copy in copies}
+    assert best is not None
+    later = copies[1] / "checkpoints" / "best" / str(best + 1)  # as if training saved it in between
+    shutil.copytree(later.with_name(str(best)), later)
     for place, image_id in enumerate(open_source("scenes", "test", data_dir).image_ids()):
         np.save(tmp_path / "regions" / f"{image_id}.npy", np.full((1, 2), place, np.float32))
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO, str(trained), port, str(index), str(tmp_path / f"{index}.json")],
+            [sys.executable, "-c", TWO, str(tmp_path / "run"), port, str(index), str(tmp_path / f"{index}.json")],
             env=environment,
             text=True,
             stdout=subprocess.PIPE,
@@ -165,6 +185,10 @@ def test_two_processes_share_the_images_and_find_the_same(
     # Without a common cache each process stores the regions of its own images.
     assert [first["own"], second["own"]] == [[6, [0, 1, 2, 3, 4, 5]], [6, [6, 7, 8, 9, 10, 11]]]
     assert [first["com"], second["com"]] == [[12, [0, 1, 2, 3, 4, 5]], [12, [6, 7, 8, 9, 10, 11]]]
+    # All evaluate the parameters that the first process has found, and refuse different settings.
+    assert first["equal"] == second["equal"] == [best]
+    assert first["different"] == second["different"]
+    assert first["different"].startswith("the processes evaluate different runs, data or settings; use the same")
     assert first["captions"][0]["captions"] == second["captions"][0]["captions"]
     assert first["loss"] == second["loss"]
     assert first["loss"] == pytest.approx(alone[1], rel=1e-5)
