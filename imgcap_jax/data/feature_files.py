@@ -39,6 +39,7 @@ _STORED = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 REGIONS = "regions.npy"
 MANIFEST, _LOCK, _BLOCKS = "manifest.json", "lock", "blocks"
 _DIGEST_BYTES = 8
+ENCODER = "the encoder's features", "its weights"
 _BYTES_PER_ROW = {"digests": _DIGEST_BYTES, "counts": 4}  # of the file `<name>.bin`; the manifest has its digest
 
 
@@ -57,14 +58,26 @@ class FeatureWriter:
         fingerprint: str,
         shape: tuple[int, int, int, int],
         dtype: Dtype,
+        source: tuple[str, str] = ENCODER,
         *,
         counted: bool = False,
     ) -> None:
-        """Writes nothing yet. `counted`: the number of regions varies."""
+        """Writes nothing yet.
+
+        Args:
+            folder: the folder of the store.
+            identity: what the values depend on.
+            fingerprint: the digest of `identity`.
+            shape: (I, views, N, D).
+            dtype: the type of the stored values.
+            source: for errors: what the values are, and what the user can check if they are wrong.
+            counted: whether the number of regions varies.
+        """
         self.folder = folder
         self.shape = shape
         self.rows = shape[0] * shape[1]
         self._dtype = dtype
+        self._source = source
         self._manifest = {"fingerprint": fingerprint, "dtype": dtype, "key": dict(identity), "shape": list(shape)}
         self._row_bytes = shape[2] * shape[3] * DTYPES[dtype].itemsize
         self._block_rows = 0
@@ -209,11 +222,12 @@ class FeatureWriter:
         with np.errstate(over="ignore"):
             cast = regions.astype(DTYPES[self._dtype])
         if not np.isfinite(cast).all():
+            what, cause = self._source
             if not np.isfinite(regions).all():
-                raise UserError("the encoder's features are NaN or infinite; check its weights")
+                raise UserError(f"{what} are NaN or infinite; check {cause}")
             raise UserError(
-                f"features of up to {np.abs(regions).max():.3g} do not fit {self._dtype}; "
-                + ("set data.feature_dtype to bfloat16" if self._dtype == "float16" else "check the encoder's weights")
+                f"{what} of up to {np.abs(regions).max():.3g} do not fit {self._dtype}; "
+                + ("set data.feature_dtype to bfloat16" if self._dtype == "float16" else f"check {cause}")
             )
         rows = cast.view(_STORED[self._dtype])
         _write_at(self._file, rows.tobytes(), len(self._header()) + first * self._row_bytes)

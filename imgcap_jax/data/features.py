@@ -21,6 +21,7 @@ import numpy.typing as npt
 from imgcap_jax.data.builders.layout import PREPARE_AGAIN
 from imgcap_jax.data.feature_files import (
     DTYPES,
+    ENCODER,
     MANIFEST,
     Dtype,
     FeatureWriter,
@@ -206,7 +207,7 @@ class FeatureStore:
             pixels[len(images) :] = 0
             return np.asarray(encode(pixels), np.float32)[: len(images)]
 
-        rows = _Rows(view_of, encoded, batch_size, "compiling the encoder")
+        rows = _Rows(view_of, encoded, batch_size, ENCODER, "compiling the encoder")
         return _built(rows, identity, (len(source), views, *regions), dtype, root, images, progress)
 
     @staticmethod
@@ -239,7 +240,8 @@ class FeatureStore:
             values, mask = regions.read(i, view)
             return values, int(mask.sum())
 
-        rows = _Rows(read, lambda read: np.stack([values for values, _ in read]), _BATCH_OF_FILES, counted=True)
+        source = "ready-made regions", "their files"
+        rows = _Rows(read, lambda read: np.stack([values for values, _ in read]), _BATCH_OF_FILES, source, counted=True)
         return _built(rows, identity, (len(regions), 1, *regions.shape), dtype, root, images, progress)
 
 
@@ -283,12 +285,14 @@ class _Rows:
     """How the rows of a store are computed.
 
     read: (image, view) -> what a row is computed from; called in threads. If `counted`, a pair of it and the number of
-    regions. compute: a list of at most `batch` of these -> regions [n, N, D]. compiling: what the first call compiles.
+    regions. compute: a list of at most `batch` of these -> regions [n, N, D]. source: see `FeatureWriter`. compiling:
+    what the first call compiles.
     """
 
     read: Callable[[int, int], Any]
     compute: Callable[[Sequence[Any]], npt.NDArray[np.float32]]
     batch: int
+    source: tuple[str, str]
     compiling: str = ""
     counted: bool = False
 
@@ -304,18 +308,22 @@ def _built(
 ) -> FeatureStore | PartOfStore:
     """The store [I, views, N, D] of this identity, or its part with these images. Missing rows are computed."""
     fingerprint = json_digest(identity)
-    if images is not None and (len(images) == shape[0] or is_finished(root / fingerprint[:16])):
+    if images is not None and len(images) < shape[0]:
+        whole = root / fingerprint[:16]
+        of_part = {**identity, "part": json_digest(list(images))}
+        part = json_digest(of_part)
+        # A part that is here needs no bucket.
+        if is_finished(whole) or (not is_finished(root / part[:16]) and _is_ready(whole)):
+            images = None
+        else:
+            identity, fingerprint, shape = of_part, part, (len(images), *shape[1:])
+    else:
         images = None
-    if images is not None:
-        identity = {**identity, "part": json_digest(list(images))}
-        fingerprint, shape = json_digest(identity), (len(images), *shape[1:])
     folder = root / fingerprint[:16]
-    writer = FeatureWriter(folder, identity, fingerprint, shape, dtype, counted=rows.counted)
-    with explaining(folder):
-        if not is_finished(folder):
-            pull_tree(folder, MANIFEST)
-        # A finished store may be on a read-only disk.
-        if not is_finished(folder):
+    writer = FeatureWriter(folder, identity, fingerprint, shape, dtype, rows.source, counted=rows.counted)
+    # A finished store may be on a read-only disk.
+    if not _is_ready(folder):
+        with explaining(folder):
             with writer.open(_BLOCK_BATCHES * rows.batch):
                 _fill(writer, rows, images, progress)
                 writer.finish()
@@ -323,6 +331,14 @@ def _built(
     store = FeatureStore(folder)
     check_is_of(folder, store.manifest, {"shape": list(shape), "dtype": dtype, "fingerprint": fingerprint})
     return store if images is None else PartOfStore(store, images, int(identity["images"]))
+
+
+def _is_ready(folder: Path) -> bool:
+    """Whether all rows of a store are here. If they are in its bucket only, they are copied."""
+    with explaining(folder):
+        if not is_finished(folder):
+            pull_tree(folder, MANIFEST)
+        return is_finished(folder)
 
 
 def _view(

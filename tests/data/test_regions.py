@@ -207,6 +207,23 @@ def test_changed_region_file_makes_a_new_store(source: CaptionSource, folder: Pa
     assert (after.read(2, 0)[0][:3] == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value", "said"),
+    [
+        ("float16", 1e5, r"ready-made regions of up to 1e\+05 do not fit float16; set data\.feature_dtype to bfloat16"),
+        ("bfloat16", 3.4e38, r"ready-made regions of up to 3\.4e\+38 do not fit bfloat16; check their files"),
+    ],
+)
+def test_values_that_no_dtype_holds_are_those_of_the_files(
+    source: CaptionSource, folder: Path, tmp_path: Path, dtype: Any, value: float, said: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    np.save(tmp_path / "copy" / f"{source.image_ids()[2]}.npy", np.full((1, D), value, np.float32))
+    ready = ReadyRegions(RegionFiles(tmp_path / "copy", region_size=D), source)
+    with pytest.raises(UserError, match=said):
+        FeatureStore.of_regions(ready, root=tmp_path, dtype=dtype, progress=False)
+
+
 def npy_header(text: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
 
