@@ -284,13 +284,16 @@ def _train_population(options: argparse.Namespace, experiment: Any, folder: Path
     from imgcap_jax.cli.next_commands import after_training
     from imgcap_jax.cli.populations import variants
     from imgcap_jax.population import train_population
+    from imgcap_jax.remote import shown
     from imgcap_jax.run.folder import is_run
 
     for given, option in ((options.smoke, "--smoke"), (options.distributed, "--distributed")):
         if given:
             raise UserError(f"--population trains on one host, and in full; leave out {option}")
     if is_run(folder):
-        raise UserError(f"{folder} is a run; the members of a population are runs in a folder: choose another --run")
+        raise UserError(
+            f"{shown(folder)} is a run; the members of a population are runs in a folder: choose another --run"
+        )
     members = variants(experiment, options.population)
     with _memory_errors(options):
         outcomes = train_population(
@@ -488,7 +491,9 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _same_data_dir(options: argparse.Namespace) -> list[str]:
-    return [] if options.data_dir is None else ["--data-dir", str(options.data_dir)]
+    from imgcap_jax.remote import shown
+
+    return [] if options.data_dir is None else ["--data-dir", shown(options.data_dir)]
 
 
 def _inspect(options: argparse.Namespace) -> int:

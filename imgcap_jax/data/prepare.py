@@ -20,7 +20,7 @@ from imgcap_jax.data.staging import staging, write
 from imgcap_jax.downloads import DownloadError
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import check_name, disk_errors, file_digest, write_text
-from imgcap_jax.remote import place, push_tree
+from imgcap_jax.remote import place, push_tree, shown
 from imgcap_jax.terminal import working
 from imgcap_jax.user_code import load_code
 
@@ -371,12 +371,12 @@ def _already_prepared(
         notes = replace(before, source=origin.source or before.source, licence=origin.licence or before.licence)
         if notes != before:
             write_origin(folder, notes)
-        say(f"{name}: already prepared in {folder}")
+        say(f"{name}: already prepared in {shown(folder)}")
         return folder
     if before.folder != origin.folder:
         advice = "use another --name" if renamable else f"delete {folder} and run the same command again"
         raise UserError(f"{name!r} in {data_dir} was prepared from {before.folder or before.source}; {advice}")
-    say(f"{name}: has changed since it was prepared in {folder}; preparing it again")
+    say(f"{name}: has changed since it was prepared in {shown(folder)}; preparing it again")
     return None
 
 

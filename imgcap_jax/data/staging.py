@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from imgcap_jax import remote
 from imgcap_jax.data.builders.layout import SKIPPED_FILE, check_ours, write_checksums
 from imgcap_jax.files import check_creatable, lock_file
 
@@ -119,9 +120,10 @@ def write(
             folder.rename(place / "replaced")
         built.rename(folder)
     counts = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())
-    say(f"{name}: {counts} images in {folder}")
+    say(f"{name}: {counts} images in {remote.shown(folder)}")
     if builder.skipped:
-        say(f"{name}: {len(builder.skipped)} images or captions skipped or noted, listed in {folder / SKIPPED_FILE}")
+        listed = remote.shown(folder / SKIPPED_FILE)
+        say(f"{name}: {len(builder.skipped)} images or captions skipped or noted, listed in {listed}")
     for note in builder.notes:
         say(f"{name}: note: {note}")
     return folder
