@@ -96,7 +96,8 @@ class MetricsLog:
     def validation(self, step: int) -> dict[str, float] | None:
         """The line of the validation at a step, without kind and step; None if it was not logged."""
         for line in self._path.read_text(encoding="utf-8").split("\n"):
-            if _step(line) == step and (found := json.loads(line)).get("kind") == "validation":
+            found = _record(line)
+            if found["step"] == step and found.get("kind") == "validation":
                 return {name: value for name, value in found.items() if name not in ("kind", "step")}
         return None
 
@@ -115,7 +116,12 @@ def _continued(path: Path, last: Mapping[str | None, int]) -> TextIO:
     with reading(path, "move it away"):
         if path.exists():
             text = path.read_text(encoding="utf-8", errors="replace")
-            kept = [line for line in text.split("\n") if _step(line) <= last.get(_kind(line), -math.inf)]
+
+            def is_kept(record: Mapping[str, Any]) -> bool:
+                kind = record.get("kind")
+                return bool(record["step"] <= last.get(kind if isinstance(kind, str) else None, -math.inf))
+
+            kept = [line for line in text.split("\n") if is_kept(_record(line))]
             write_text(path, "".join(line + "\n" for line in kept))
         return appending(path)
 
@@ -137,14 +143,10 @@ def _plain(text: str) -> str:
     return re.sub(r"[\\`*_{}\[\]#]", r"\\\g<0>", html.escape(printable(text), quote=False))
 
 
-def _step(line: str) -> float:
+def _record(line: str) -> dict[str, Any]:
+    """The values of a line. Of an incomplete line, which a killed run leaves, only an infinite step."""
     try:
-        return int(json.loads(line)["step"])
+        record = json.loads(line)
+        return {**record, "step": int(record["step"])}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return math.inf  # an incomplete line of a killed run
-
-
-def _kind(line: str) -> str | None:
-    """The kind of a line that has a step."""
-    kind = json.loads(line).get("kind") if _step(line) < math.inf else None
-    return kind if isinstance(kind, str) else None
+        return {"step": math.inf}

@@ -107,3 +107,25 @@ def test_lines_of_a_validation_that_is_repeated_are_dropped(tmp_path: Path) -> N
     lines = [(line["step"], line["kind"]) for line in read(tmp_path / "metrics.jsonl")]
     assert lines == [(2, "train"), (2, "validation"), (4, "train")]
     assert [line["step"] for line in read(tmp_path / "samples.jsonl")] == [2]
+
+
+def test_each_line_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        '{"step": 1, "kind": "train"}',
+        '{"step": 2, "kind": "validation", "a": 3}',
+        '{"step": 9',
+        '{"step": "x"}',
+        "[]",
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    parsed: list[str] = []
+    loads = json.loads
+    monkeypatch.setattr("imgcap_jax.training.log.json.loads", lambda text: (parsed.append(text), loads(text))[1])
+    log = MetricsLog(tmp_path, 2, steps_per_epoch=4)
+    assert parsed == lines
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]
+    parsed.clear()
+    assert log.validation(2) == {"a": 3}
+    assert parsed == lines[:2]
+    assert log.validation(1) is None
+    log.close()
