@@ -145,7 +145,26 @@ class Linear(nnx.Linear):
     def __call__(self, x: Array, out_sharding: Any = None) -> Array:
         """x [...,I] -> [...,O]."""
         y = with_constants(_product_in(jnp.dtype(self.dtype or jnp.float32)), x, self.kernel[...])
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.bias is None else _add_bias(y, self.bias[...])
+
+
+class Projection(nnx.Linear):
+    """``nnx.Linear`` with a bias whose gradient is summed in float32. For products that no scan repeats."""
+
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        """inputs [...,I] -> [...,O]."""
+        x, kernel = self.promote_dtype((inputs, self.kernel[...]), dtype=self.dtype)
+        y = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision)
+        return y if self.bias is None else _add_bias(y, self.bias[...])
+
+
+def _add_bias(y: Array, bias: Array) -> Array:
+    """y [...,O] plus a bias float32 [O], in the type of y.
+
+    They are added in float32, because the gradient of the bias is a sum over all rows in the type of the addition, and
+    a bfloat16 sum of thousands of rows is wrong in the second digit.
+    """
+    return (y.astype(bias.dtype) + bias).astype(y.dtype)
 
 
 class Embed(nnx.Embed):
@@ -215,7 +234,7 @@ class AdditiveAttention(nnx.Module):
     def __init__(
         self, region_size: int, query_size: int, attention_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        self.key = nnx.Linear(region_size, attention_size, dtype=dtype, rngs=rngs)
+        self.key = Projection(region_size, attention_size, dtype=dtype, rngs=rngs)
         self.query = Linear(query_size, attention_size, use_bias=False, dtype=dtype, rngs=rngs)
         self.score = nnx.Linear(attention_size, 1, use_bias=False, dtype=dtype, rngs=rngs)
 

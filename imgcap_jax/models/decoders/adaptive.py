@@ -10,7 +10,16 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from imgcap_jax.models.decoders.contract import CommonSettings, Decoder, StepOutput
-from imgcap_jax.models.layers import AdditiveAttention, Embed, Linear, LSTMCell, WordLogits, dropout, masked_mean
+from imgcap_jax.models.layers import (
+    AdditiveAttention,
+    Embed,
+    Linear,
+    LSTMCell,
+    Projection,
+    WordLogits,
+    dropout,
+    masked_mean,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +71,8 @@ class AdaptiveDecoder(Decoder):
         self.rate, self.variational = config.dropout, config.variational_dropout
         self.hidden_size = hidden = config.hidden_size
         inputs = 2 * config.embedding_size
-        self.project = nnx.Linear(region_size, hidden, dtype=dtype, rngs=rngs)
-        self.project_mean = nnx.Linear(region_size, config.embedding_size, dtype=dtype, rngs=rngs)
+        self.project = Projection(region_size, hidden, dtype=dtype, rngs=rngs)
+        self.project_mean = Projection(region_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.embedding = Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.lstm = LSTMCell(inputs, hidden, dtype=dtype, rngs=rngs)
         self.sentinel_gate = Linear(inputs + hidden, hidden, dtype=dtype, rngs=rngs)

@@ -15,6 +15,7 @@ from imgcap_jax.models.layers import (
     Embed,
     Linear,
     LSTMCell,
+    Projection,
     WordLogits,
     dropout,
     masked_mean,
@@ -75,7 +76,7 @@ class RefiningLayer(nnx.Module):
 
     def __init__(self, size: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.heads = heads
-        self.projections = nnx.Linear(size, 3 * size, dtype=dtype, rngs=rngs)
+        self.projections = Projection(size, 3 * size, dtype=dtype, rngs=rngs)
         self.attended = Attended(size, dtype=dtype, rngs=rngs)
         self.norm = nnx.LayerNorm(size, dtype=dtype, rngs=rngs)
 
@@ -129,14 +130,14 @@ class AttentionOnAttentionDecoder(Decoder):
         self.rate, self.variational = config.dropout, config.variational_dropout
         self.hidden_size = hidden = config.hidden_size
         self.heads = config.heads
-        self.project = nnx.Linear(region_size, hidden, dtype=dtype, rngs=rngs)
+        self.project = Projection(region_size, hidden, dtype=dtype, rngs=rngs)
         self.refining = nnx.List(
             [RefiningLayer(hidden, config.heads, dtype=dtype, rngs=rngs) for _ in range(config.refining)]
         )
         self.embedding = Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.lstm = LSTMCell(config.embedding_size + hidden, hidden, dtype=dtype, rngs=rngs)
         self.query = Linear(hidden, hidden, dtype=dtype, rngs=rngs)
-        self.keys_values = nnx.Linear(hidden, 2 * hidden, dtype=dtype, rngs=rngs)
+        self.keys_values = Projection(hidden, 2 * hidden, dtype=dtype, rngs=rngs)
         self.attended = Attended(hidden, dtype=dtype, rngs=rngs)
         self.words = WordLogits(hidden, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs)
 

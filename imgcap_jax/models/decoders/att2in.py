@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from imgcap_jax.models.decoders.contract import CommonSettings, Decoder, StepOutput
-from imgcap_jax.models.layers import AdditiveAttention, Embed, Linear, WordLogits, dropout
+from imgcap_jax.models.layers import AdditiveAttention, Embed, Linear, Projection, WordLogits, dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Att2inDecoder(Decoder):
         self.rate, self.variational = config.dropout, config.variational_dropout
         self.hidden_size = hidden = config.hidden_size
         size = config.region_size or region_size
-        self.project = None if config.region_size is None else nnx.Linear(region_size, size, dtype=dtype, rngs=rngs)
+        self.project = None if config.region_size is None else Projection(region_size, size, dtype=dtype, rngs=rngs)
         self.embedding = Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.attention = AdditiveAttention(size, hidden, config.attention_size, dtype=dtype, rngs=rngs)
         # One product computes the gates i, f, o and both parts of the maxout. The bias of the forget gate starts at 1.

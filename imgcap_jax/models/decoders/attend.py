@@ -10,7 +10,16 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from imgcap_jax.models.decoders.contract import CommonSettings, Decoder, StepOutput, spread
-from imgcap_jax.models.layers import AdditiveAttention, Embed, Linear, LSTMCell, WordLogits, dropout, masked_mean
+from imgcap_jax.models.layers import (
+    AdditiveAttention,
+    Embed,
+    Linear,
+    LSTMCell,
+    Projection,
+    WordLogits,
+    dropout,
+    masked_mean,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +71,13 @@ class ShowAttendTellDecoder(Decoder):
     ) -> None:
         self.rate, self.variational = config.dropout, config.variational_dropout
         hidden, size = config.hidden_size, config.region_size or region_size
-        self.project = None if config.region_size is None else nnx.Linear(region_size, size, dtype=dtype, rngs=rngs)
-        self.first = nnx.Linear(size, 2 * hidden, dtype=dtype, rngs=rngs)
+        self.project = None if config.region_size is None else Projection(region_size, size, dtype=dtype, rngs=rngs)
+        self.first = Projection(size, 2 * hidden, dtype=dtype, rngs=rngs)
         self.embedding = Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.attention = AdditiveAttention(size, hidden, config.attention_size, dtype=dtype, rngs=rngs)
         self.gate = Linear(hidden, 1, dtype=dtype, rngs=rngs) if config.gate else None
         self.lstm = LSTMCell(config.embedding_size + size, hidden, dtype=dtype, rngs=rngs)
-        self.deep_output = nnx.Linear(hidden + size, config.embedding_size, dtype=dtype, rngs=rngs)
+        self.deep_output = Projection(hidden + size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.words = WordLogits(
             config.embedding_size, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs
         )

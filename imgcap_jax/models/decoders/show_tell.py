@@ -8,7 +8,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from imgcap_jax.models.decoders.contract import CommonSettings, Decoder, StepOutput, spread
-from imgcap_jax.models.layers import Embed, LSTMCell, WordLogits, dropout, masked_mean
+from imgcap_jax.models.layers import Embed, LSTMCell, Projection, WordLogits, dropout, masked_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class ShowTellDecoder(Decoder):
         rngs: nnx.Rngs,
     ) -> None:
         self.rate, self.variational = config.dropout, config.variational_dropout
-        self.image = nnx.Linear(region_size, config.embedding_size, dtype=dtype, rngs=rngs)
+        self.image = Projection(region_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.embedding = Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.lstm = LSTMCell(config.embedding_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.words = WordLogits(config.hidden_size, vocabulary_size, tied=config.tied_embedding, dtype=dtype, rngs=rngs)

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.decoders.contract import CommonSettings, Decoder, StepOutput
-from imgcap_jax.models.layers import WordLogits, dropout, multi_head_attention
+from imgcap_jax.models.layers import Projection, WordLogits, dropout, multi_head_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +62,15 @@ class TransformerLayer(nnx.Module):
         size, inner = config.hidden_size, config.feedforward_size
         self.heads, self.rate = config.heads, config.dropout
         self.self_norm = nnx.LayerNorm(size, dtype=dtype, rngs=rngs)
-        self.self_projections = nnx.Linear(size, 3 * size, dtype=dtype, rngs=rngs)
-        self.self_out = nnx.Linear(size, size, dtype=dtype, rngs=rngs)
+        self.self_projections = Projection(size, 3 * size, dtype=dtype, rngs=rngs)
+        self.self_out = Projection(size, size, dtype=dtype, rngs=rngs)
         self.cross_norm = nnx.LayerNorm(size, dtype=dtype, rngs=rngs)
-        self.cross_query = nnx.Linear(size, size, dtype=dtype, rngs=rngs)
-        self.cross_keys_values = nnx.Linear(size, 2 * size, dtype=dtype, rngs=rngs)
-        self.cross_out = nnx.Linear(size, size, dtype=dtype, rngs=rngs)
+        self.cross_query = Projection(size, size, dtype=dtype, rngs=rngs)
+        self.cross_keys_values = Projection(size, 2 * size, dtype=dtype, rngs=rngs)
+        self.cross_out = Projection(size, size, dtype=dtype, rngs=rngs)
         self.forward_norm = nnx.LayerNorm(size, dtype=dtype, rngs=rngs)
-        self.forward_in = nnx.Linear(size, inner, dtype=dtype, rngs=rngs)
-        self.forward_out = nnx.Linear(inner, size, dtype=dtype, rngs=rngs)
+        self.forward_in = Projection(size, inner, dtype=dtype, rngs=rngs)
+        self.forward_out = Projection(inner, size, dtype=dtype, rngs=rngs)
 
     def keys_values(self, regions: Array) -> tuple[Array, Array]:
         """Keys and values [B,N,H] of the regions [B,N,H] for cross-attention, computed once per image."""
@@ -147,7 +147,7 @@ class TransformerDecoder(Decoder):
         self.rate, self.variational = config.dropout, False
         self.max_length = config.max_length
         self.dtype = dtype
-        self.project = nnx.Linear(region_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.project = Projection(region_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.project_norm = nnx.LayerNorm(config.hidden_size, dtype=dtype, rngs=rngs)
         self.embedding = nnx.Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([TransformerLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.layers)])

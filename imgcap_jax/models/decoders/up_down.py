@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from imgcap_jax.models.decoders.contract import CommonSettings, Decoder, StepOutput
-from imgcap_jax.models.layers import AdditiveAttention, Embed, LSTMCell, WordLogits, dropout, masked_mean
+from imgcap_jax.models.layers import AdditiveAttention, Embed, LSTMCell, Projection, WordLogits, dropout, masked_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class UpDownDecoder(Decoder):
         self.rate, self.variational = config.dropout, config.variational_dropout
         self.hidden_size = hidden = config.hidden_size
         size = config.region_size or region_size
-        self.project = None if config.region_size is None else nnx.Linear(region_size, size, dtype=dtype, rngs=rngs)
+        self.project = None if config.region_size is None else Projection(region_size, size, dtype=dtype, rngs=rngs)
         self.embedding = Embed(vocabulary_size, config.embedding_size, dtype=dtype, rngs=rngs)
         # The part of the first LSTM's matrix that multiplies the mean region. It is separate because its product is the
         # same at all steps.
