@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,11 +33,16 @@ GCLOUD = {
     "tpu-vm ssh": {"--zone", "--project", "--worker", "--command"},
 }
 
-# Prints its arguments into $CALLS. The state is in $STATE; creating makes it ACTIVE.
+# Prints its arguments into $CALLS. The state is in $STATE; creating makes it ACTIVE. The calls whose numbers are in $FAILING
+# fail. It warns whenever it describes, as gcloud does for an old version.
 FAKE_GCLOUD = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
+case " ${FAILING:-} " in *" $(wc -l < "$CALLS" | tr -d ' ') "*) echo UNAVAILABLE >&2; exit 1 ;; esac
 case "$*" in
-  *" describe "*) [ -s "$STATE" ] || { echo "NOT_FOUND: none" >&2; exit 1; }; cat "$STATE" ;;
+  *" describe "*)
+    [ -s "$STATE" ] || { echo "NOT_FOUND: none" >&2; exit 1; }
+    echo "WARNING: update gcloud" >&2
+    cat "$STATE" ;;
   *" create "*) echo ACTIVE > "$STATE" ;;
   *" delete "*) : > "$STATE" ;;
   *"host.sh status"*) cat "$HOSTS" ;;
@@ -74,8 +80,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_scripts_are_valid(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
     assert os.access(script, os.X_OK)
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", script], check=True)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    subprocess.run(["shellcheck", script], check=True)
 
 
 def commands(output: str) -> list[list[str]]:
@@ -157,16 +167,72 @@ def test_errors_of_gcloud_do_not_look_like_a_missing_tpu(run: Run, tmp_path: Pat
     assert "PERMISSION_DENIED" in ended.stderr
 
 
-def test_keeping_ends_with_the_training(run: Run, tmp_path: Path) -> None:
+@pytest.fixture
+def cloud(run: Run, tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str], list[str]]]:
+    """Runs an action of tpu.sh with a TPU in a state, and with what its hosts say. Returns the calls of gcloud too."""
     program(tmp_path / "bin" / "gcloud", FAKE_GCLOUD)
-    for hosts, code, said in (("ended 0", 0, "training has finished"), ("ended 2", 2, "training has ended 2")):
+
+    def act(
+        *arguments: str, state: str = "ACTIVE", hosts: str = "training", **variables: str
+    ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
         files = {name: tmp_path / name for name in ("CALLS", "STATE", "HOSTS")}
-        files["STATE"].write_text("ACTIVE")
-        files["HOSTS"].write_text(hosts)
-        variables = {name: str(path) for name, path in files.items()}
-        ended = run(TPU, "keep", "coco", ZONE="z", PAUSE="0", **variables)
-        assert ended.returncode == code
-        assert said in ended.stdout + ended.stderr
+        for name, text in (("CALLS", ""), ("STATE", state), ("HOSTS", hosts)):
+            files[name].write_text(text)
+        paths = {name: str(path) for name, path in files.items()}
+        ended = run(TPU, *arguments, ZONE="z", PAUSE="0", **paths, **variables)
+        return ended, files["CALLS"].read_text().splitlines()
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("hosts", "code", "said"),
+    [
+        ("ended 0", 0, "training has finished"),
+        ("ended 2", 2, "training has ended 2"),
+        ("ended 139", 2, "training has ended 139, 3 failures in a row"),
+        ("ended 134", 2, "training has ended 134, 3 failures in a row"),
+    ],
+)
+def test_keeping_ends_with_the_training(cloud: Any, hosts: str, code: int, said: str) -> None:
+    ended, calls = cloud("keep", "coco", hosts=hosts, TRIES="3")
+    assert ended.returncode == code
+    assert said in ended.stdout + ended.stderr
+    # After a crash, training is launched again.
+    assert sum("launch" in call for call in calls) == (3 if hosts in ("ended 139", "ended 134") else 1)
+
+
+def test_keeping_tries_again_after_failures_of_gcloud(cloud: Any) -> None:
+    # describe, status, stop, launch, status: the second and the third call fail.
+    ended, calls = cloud("keep", "coco", hosts="ended 0", FAILING="2 4")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("is tried again") == 2
+    assert [word for call in calls for word in ("describe", "status", "stop", "launch") if f" {word}" in call or
+            f"host.sh {word}" in call] == [
+        "describe", "status", "describe", "status", "describe", "status", "stop", "launch", "status",
+    ]  # fmt: skip
+    ended, _ = cloud("keep", "coco", hosts="ended 0", FAILING=" ".join(map(str, range(99))), TRIES="4")
+    assert ended.returncode == 2
+    assert "4 failures in a row" in ended.stderr
+
+
+def test_creating_fails_if_the_state_is_not_known(cloud: Any) -> None:
+    ended, calls = cloud("create", state="", FAILING="2")
+    assert ended.returncode == 2
+    assert "UNAVAILABLE" in ended.stderr
+    assert "is ACTIVE" not in ended.stdout
+    assert len(calls) == 2
+    ended, _ = cloud("create", state="")
+    assert ended.returncode == 0
+    assert "imgcap is ACTIVE" in ended.stdout  # and the warning is no part of the state
+
+
+def test_many_hosts_are_all_asked_before_one_that_ended_counts(cloud: Any) -> None:
+    """The output of a first host that ended is longer than a pipe holds."""
+    hosts = "ended 137\n" + "training\n" * 20_000
+    ended, calls = cloud("resume", "coco", hosts=hosts)
+    assert ended.returncode == 0
+    assert "host.sh launch" in calls[-1]
 
 
 def test_a_host_starts_training_once_and_stops_it_with_sigterm(run: Run, tmp_path: Path) -> None:

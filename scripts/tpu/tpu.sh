@@ -14,6 +14,8 @@
 #   TPU_NAME  name (imgcap)            TPU_TYPE  accelerator type (v5litepod-8)     ZONE     zone (required)
 #   RUNTIME   software version (chosen by the type)   SPOT=1  can be preempted, cheaper     PROJECT  default: gcloud's
 #   DATA      folder of datasets, such as gs://BUCKET/datasets (default: on each host)
+#   PAUSE     seconds between two looks at the TPU (30; keep: 120)
+#   TRIES     keep ends after this number of failures in a row (30)
 # A slice of several hosts needs a run on storage that all of them reach, because training resumes there:
 #   ZONE=us-west4-a SPOT=1 TPU_TYPE=v5litepod-16 scripts/tpu/tpu.sh launch coco --run gs://BUCKET/runs/coco
 set -euo pipefail
@@ -54,10 +56,17 @@ runtime() {
 
 # The state of the request: WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, ...; MISSING if there is none.
 state() {
-  local found
-  if found="$(gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format='value(state.state)' 2>&1)"; then
+  local found errors
+  errors="$(mktemp)"
+  if found="$(gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format='value(state.state)' 2>"$errors")"; then
+    cat "$errors" >&2 # warnings
+    rm -f "$errors"
     echo "$found"
-  elif [[ "$found" == *NOT_FOUND* || "$found" == *"not found"* ]]; then
+    return
+  fi
+  found="$(cat "$errors")"
+  rm -f "$errors"
+  if [[ "$found" == *NOT_FOUND* || "$found" == *"not found"* ]]; then
     echo MISSING
   else
     fail "$found"
@@ -74,7 +83,8 @@ create() {
     return
   fi
   local now
-  while now="$(state)" && [ "$now" != ACTIVE ]; do
+  now="$(state)"
+  while [ "$now" != ACTIVE ]; do
     case "$now" in
       FAILED | SUSPENDED | MISSING)
         fail "the request is $now; gcloud compute tpus queued-resources describe $name ${place[*]} says why"
@@ -82,6 +92,7 @@ create() {
     esac
     echo "tpu: $name is $now"
     sleep "${PAUSE:-30}"
+    now="$(state)"
   done
   echo "tpu: $name is ACTIVE"
 }
@@ -119,15 +130,16 @@ resume() {
     launch "$@"
     return
   fi
-  local now
+  local now hosts
   now="$(state)"
   while [ "$now" = SUSPENDING ]; do
-    sleep 30
+    sleep "${PAUSE:-30}"
     now="$(state)"
   done
   case "$now" in
     ACTIVE)
-      if ! on all "imgcap_jax/scripts/tpu/host.sh status" | grep -q ended; then
+      hosts="$(on all "imgcap_jax/scripts/tpu/host.sh status")"
+      if [[ "$hosts" != *ended* ]]; then
         echo "tpu: all hosts of $name are training"
         return
       fi
@@ -148,20 +160,32 @@ resume() {
   launch "$@"
 }
 
-# 143, 137 and 130: killed by a signal, as when the TPU is taken away.
+# 143, 137 and 130: killed by a signal, as when the TPU is taken away; 134 and 139: aborted or crashed, as when another
+# host has gone. gcloud can fail for a while, and while a TPU is taken away everything fails: resume is tried again.
 keep() {
   if [ -n "$dry" ]; then
     resume "$@"
     return
   fi
-  local now
+  local now failures=0
   while true; do
-    resume "$@"
+    if ! scripts/tpu/tpu.sh resume "$@"; then # another process, because a condition turns off "set -e"
+      failures=$((failures + 1))
+      [ "$failures" -lt "${TRIES:-30}" ] || fail "$failures failures in a row"
+      echo "tpu: resume has failed, and is tried again" >&2
+      sleep "${PAUSE:-120}"
+      continue
+    fi
     sleep "${PAUSE:-120}"
     now="$(on 0 "imgcap_jax/scripts/tpu/host.sh status" || true)"
     case "$now" in
       "ended 0") break ;;
-      "ended 143" | "ended 137" | "ended 130" | "ended " | ended | training | "") ;;
+      training) failures=0 ;;
+      "ended 134" | "ended 139")
+        failures=$((failures + 1))
+        [ "$failures" -lt "${TRIES:-30}" ] || fail "training has $now, $failures failures in a row"
+        ;;
+      "ended 143" | "ended 137" | "ended 130" | "ended " | ended | "") ;;
       *) fail "training has $now; scripts/tpu/tpu.sh watch shows why" ;;
     esac
   done
