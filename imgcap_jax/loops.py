@@ -11,7 +11,13 @@ from typing import Literal, get_args
 import jax
 
 Loop = Literal[
-    "caption_steps", "caption_steps_of_half", "word_chunks", "three_quarter_chunk", "quarter_chunk", "search"
+    "training_steps",
+    "caption_steps",
+    "caption_steps_of_half",
+    "word_chunks",
+    "three_quarter_chunk",
+    "quarter_chunk",
+    "search",
 ]
 
 

@@ -33,8 +33,8 @@ GCLOUD = {
     "tpu-vm ssh": {"--zone", "--project", "--worker", "--command"},
 }
 
-# Prints its arguments into $CALLS. The state is in $STATE; creating makes it ACTIVE. The calls whose numbers are in $FAILING
-# fail. It warns whenever it describes, as gcloud does for an old version.
+# Prints its arguments into $CALLS. The state is in $STATE; creating makes it ACTIVE. The calls whose numbers are in
+# $FAILING fail. It warns whenever it describes, as gcloud does for an old version.
 FAKE_GCLOUD = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
 case " ${FAILING:-} " in *" $(wc -l < "$CALLS" | tr -d ' ') "*) echo UNAVAILABLE >&2; exit 1 ;; esac

@@ -7,8 +7,10 @@ it runs: as XLA states it, as its condition says, or, if its length depends on t
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from imgcap_jax.plan.hlo_text import Computation, Instruction, Module, Shape, parse
 
@@ -48,11 +50,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind: how often they run and the bytes that one device contributes, all together."""
+    """Collectives of one kind.
+
+    Attributes:
+        kind: of ``COLLECTIVES``.
+        count: how often they run.
+        bytes: what one device contributes, all together.
+        group: the first group of devices that take part; empty: all devices.
+    """
 
     kind: str
     count: int
     bytes: float
+    group: tuple[int, ...] = ()
 
 
 @dataclass
@@ -87,11 +97,12 @@ class Analysis:
         return sum(one.cycles for one in self.work)
 
     def by_collective(self) -> dict[str, Collective]:
-        """The collectives of each kind, added up."""
+        """The collectives of each kind and size of group, added up: "all-reduce", "all-reduce among 2"."""
         found: dict[str, Collective] = {}
         for one in self.collectives:
-            before = found.get(one.kind, Collective(one.kind, 0, 0.0))
-            found[one.kind] = replace(before, count=before.count + one.count, bytes=before.bytes + one.bytes)
+            name = f"{one.kind} among {len(one.group)}" if one.group else one.kind
+            before = found.get(name, replace(one, count=0, bytes=0.0))
+            found[name] = replace(before, count=before.count + one.count, bytes=before.bytes + one.bytes)
         return found
 
 
@@ -111,6 +122,7 @@ def analyse(text: str, trips: Trips = lambda name: None) -> Analysis:
 def _walk(module: Module, computation: Computation, count: int, trips: Trips, into: Analysis) -> None:
     if not count:
         return
+    fused: set[str] = set()
     for one in computation.instructions.values():
         kind = one.opcode.removesuffix("-start")
         if one.opcode == "while":
@@ -128,9 +140,10 @@ def _walk(module: Module, computation: Computation, count: int, trips: Trips, in
         elif one.opcode in _FREE or one.opcode.endswith(("-done", "-update")):
             continue
         else:
-            if kind in COLLECTIVES:
-                sent = sum(shape.bytes for shape in _operand_shapes(computation, one))
-                into.collectives.append(Collective(kind, count, float(count * sent)))
+            if one.opcode == "fusion":
+                _fused_collectives(module, one, count, fused, into)
+            elif kind in COLLECTIVES:
+                into.collectives.append(_collective(computation, one, count))
             if one.opcode in _TO_HOST or (one.opcode == "custom-call" and "callback" in one.attributes):
                 into.host.append(one.op_name or one.name)
             flops, passes = _arithmetic(module, computation, one)
@@ -142,6 +155,48 @@ def _walk(module: Module, computation: Computation, count: int, trips: Trips, in
                         one.name, one.opcode, one.op_name, count, count * flops, passes, count * traffic, count * cycles
                     )
                 )
+
+
+def _collective(computation: Computation, one: Instruction, count: int) -> Collective:
+    sent = sum(shape.bytes for shape in _operand_shapes(computation, one))
+    return Collective(one.opcode.removesuffix("-start"), count, float(count * sent), _group(one))
+
+
+def _group(one: Instruction) -> tuple[int, ...]:
+    """The first group of devices of a collective; empty if there is only one, of all devices."""
+    listed = one.attribute(r"replica_groups=\{(\{[0-9,{} ]*\})\}")
+    if listed is not None:
+        groups = [[int(number) for number in group.split(",")] for group in re.findall(r"\{([0-9, ]+)\}", listed)]
+        return tuple(groups[0]) if len(groups) > 1 else ()
+    # The numbers of the devices, reshaped to [dims], transposed, and reshaped to [groups, devices of a group].
+    found = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", one.attributes)
+    if found is None or int(found[1]) == 1:
+        return ()
+    dims = [int(size) for size in found[3].split(",")]
+    axes = [int(axis) for axis in found[4].split(",")] if found[4] else None
+    numbers = np.arange(math.prod(dims)).reshape(dims).transpose(axes).reshape(-1)
+    return tuple(numbers[: int(found[2])].tolist())
+
+
+def _fused_collectives(module: Module, fusion: Instruction, count: int, fused: set[str], into: Analysis) -> None:
+    """Collectives within a fusion (TPU). Parts of an asynchronous one, which have one channel, count once.
+
+    Args:
+        module: the program.
+        fusion: the fusion.
+        count: how often it is executed.
+        fused: the channels of this computation that were counted.
+        into: where the collectives go.
+    """
+    inside = module.computations[fusion.called["calls"][0]]
+    for one in inside.instructions.values():
+        if one.opcode == "fusion":
+            _fused_collectives(module, one, count, fused, into)
+        elif one.opcode.removesuffix("-start") in COLLECTIVES:
+            channel = one.attribute(r"channel_id=(\d+)") or f"{inside.name} {one.name}"
+            if channel not in fused:
+                fused.add(channel)
+                into.collectives.append(_collective(inside, one, count))
 
 
 def _walk_largest(module: Module, one: Instruction, count: int, trips: Trips, into: Analysis) -> None:
@@ -164,7 +219,10 @@ def _walk_largest(module: Module, one: Instruction, count: int, trips: Trips, in
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often a ``while`` runs, as XLA states it or as its condition ``i < constant`` says; None: not known."""
+    """How often a ``while`` runs, as XLA states it or as its condition ``i < constant`` says; None: not known.
+
+    XLA also writes ``constant > i``, and ``<=`` and ``>=``.
+    """
     stated = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
     if stated is not None:
         return int(stated)
@@ -191,10 +249,15 @@ def _compared(module: Module, condition: Computation) -> tuple[int, int] | None:
             for parameter, operand in zip(inside.parameters, root.operands, strict=False)
         }
         root = inside.root
-    if root.opcode != "compare" or root.attribute(r"direction=(\w+)") != "LT":
+    direction = root.attribute(r"direction=(\w+)")
+    if root.opcode != "compare" or direction not in ("LT", "LE", "GT", "GE"):
         return None
     left, right = (bound.get(name) or inside.instructions.get(name) for name in root.operands)
+    if direction in ("GT", "GE"):
+        left, right = right, left
     limit = _constant(right)
+    if limit is not None and direction in ("LE", "GE"):
+        limit += 1
     if left is None or limit is None or left.opcode != "get-tuple-element":
         return None
     return int(left.attribute(r"index=(\d+)") or 0), limit
@@ -343,6 +406,9 @@ def traffic_of(module: Module, computation: Computation, one: Instruction) -> fl
         case "scatter":
             updates = sum(main[1:])
             return min(updates + main[-1], written + updates) if main[0] else updates
+        case "slice-start":  # the result is (the operand, the slice, a flag)
+            part = one.result[1]
+            return (part.padded_bytes if main[0] else 0) + part.main_bytes
         case "copy-start":
             return main[0] + one.result[0].main_bytes
         case "broadcast" | "iota":
@@ -384,8 +450,3 @@ def _written(inside: Computation, value: Instruction, size: int) -> float:
         update = inside.instructions[value.operands[1]]
         return sum(shape.padded_bytes for shape in update.result)
     return size
-
-
-def largest(analysis: Analysis, number: int, by: Callable[[Work], float]) -> Iterator[Work]:
-    """The instructions with the most work of a kind."""
-    yield from sorted(analysis.work, key=by, reverse=True)[:number]

@@ -42,8 +42,10 @@ class Planned:
             "flops_of_xla": self.program.flops,
             "main_memory_bytes": self.analysis.bytes,
             "collectives": {
-                kind: {"count": one.count, "bytes": one.bytes} for kind, one in self.analysis.by_collective().items()
+                name: {"count": one.count, "bytes": one.bytes} for name, one in self.analysis.by_collective().items()
             },
+            "feed": None if self.program.feed is None else asdict(self.program.feed),
+            "fed_bytes": self.program.fed_bytes,
             "host_calls": self.analysis.host,
             "loops_counted_once": sorted(set(self.analysis.unknown_loops)),
             "seconds": {
@@ -130,7 +132,7 @@ def make_plan(
         UserError: the experiment's parts do not go together, or no program can be compiled.
     """
     with working("building the programs", say=say):
-        known = Programs(experiment, sizes, topology.devices, words=words)
+        known = Programs(experiment, sizes, topology.devices, memory=topology.chip.memory, words=words)
     planned: dict[str, Planned] = {}
     rejected: dict[str, str] = {}
     found: Program | None
@@ -175,16 +177,21 @@ def make_plan(
 def _planned(program: Program, topology: Topology) -> Planned:
     analysis = analyse(program.text, program.trips)
     chip = topology.chip
-    time = estimate(analysis, chip, topology.shape, len(topology.devices), program.batch_bytes)
+    time = estimate(analysis, chip, topology.slice, len(topology.devices), program.fed_bytes)
     return Planned(program, analysis, time, program.memory.total <= chip.memory)
+
+
+# The messages of libtpu 0.0.42 and 0.0.52.
+_USED = re.compile(r"Used (?P<needed>[\d.]+\w?) of (?P<there>[\d.]+\w?) (?P<memory>\w+)")
+_NEEDED = re.compile(r"\((?P<needed>[\d.]+\w?)\) exceeds available (?P<memory>\w+) \((?P<there>[\d.]+\w?)\)")
 
 
 def _why(error: Exception) -> str:
     """The compiler's reason in one line."""
     text = " ".join(str(error).split())
-    used = re.search(r"Used ([\d.]+\w?) of ([\d.]+\w?) (\w+)", text)
-    if used:
-        return f"it does not fit: {used[1]} of {used[2]} {used[3]}"
+    found = _USED.search(text) or _NEEDED.search(text)
+    if found:
+        return f"it does not fit: {found['needed']} of {found['there']} {found['memory']}"
     return text[:300]
 
 

@@ -4,6 +4,7 @@ The devices can be those of a topology that is not present (``jax.experimental.t
 no array is placed on them.
 """
 
+import math
 import sys
 import tempfile
 import time
@@ -20,13 +21,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from imgcap_jax.data.regions import has_ready_regions
+from imgcap_jax.data.regions import RegionFiles, has_ready_regions
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.loops import Loop, loop_name
 from imgcap_jax.models.encoders.contract import build_encoder
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.plan.chips import HOST_BANDWIDTH
 from imgcap_jax.plan.datasets import WORDS, Sizes
+from imgcap_jax.plan.feed import AbstractParallel, ArrayShape, FeedPlan, PlannedRows, device_loop, shape_of
 from imgcap_jax.precision import at_precision, compute_dtype, matmul_precision
 from imgcap_jax.run.evaluation import batch_size
 from imgcap_jax.run.extraction import BATCH as ENCODER_BATCH
@@ -36,7 +38,6 @@ from imgcap_jax.run.generation import caption_function, check_decoding
 from imgcap_jax.training.losses import passes_of_loops
 from imgcap_jax.training.objective import StepSetup
 from imgcap_jax.training.optimizer import steps_of
-from imgcap_jax.training.parallel import DataParallel
 from imgcap_jax.training.step import average_decay, first_state, step_stream
 
 
@@ -50,9 +51,10 @@ class Program:
         text: the HLO of one device after optimisation.
         memory: bytes of one device, see ``Memory``.
         flops: XLA's own count for one device, in which the body of a loop counts once.
-        batch_bytes: bytes of the batch that one device receives per call.
+        fed_bytes: bytes that one device receives from the host per call, or per step of a loop over steps.
         loops: how often the loops whose length depends on the data are assumed to run.
         seconds: the time to compile.
+        feed: what gives a training step its batches; None for other programs.
     """
 
     name: str
@@ -60,9 +62,10 @@ class Program:
     text: str
     memory: "Memory"
     flops: float
-    batch_bytes: int
+    fed_bytes: int
     loops: Mapping[Loop, int]
     seconds: float
+    feed: FeedPlan | None = None
 
     def trips(self, op_name: str) -> int | None:
         """How often a loop of this name runs; None: it has no name of ``imgcap_jax.loops``."""
@@ -89,22 +92,17 @@ class Memory:
         return self.arguments + self.results - self.aliased + self.temporaries
 
 
-class _Abstract(DataParallel):
-    """Data parallelism over devices that need not be present: what would be put on them keeps its shape only."""
-
-    def replicate(self, tree: Any) -> Any:
-        return super().replicate(jax.tree.map(_shape, tree))
-
-
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
-
-
 class Programs:
     """The programs of an experiment on some devices."""
 
     def __init__(
-        self, experiment: Experiment, sizes: Sizes, devices: Sequence[jax.Device], *, words: float = WORDS
+        self,
+        experiment: Experiment,
+        sizes: Sizes,
+        devices: Sequence[jax.Device],
+        *,
+        memory: float,
+        words: float = WORDS,
     ) -> None:
         """Builds shapes; nothing is compiled yet.
 
@@ -112,6 +110,7 @@ class Programs:
             experiment: what is planned.
             sizes: of its data.
             devices: what it is compiled for.
+            memory: bytes of memory of each of them.
             words: mean words per caption, without eos.
 
         Raises:
@@ -124,7 +123,8 @@ class Programs:
         self.sizes = sizes
         self.stored = uses_store(experiment)
         self._words = words
-        self._parallel = _Abstract("shard_map", devices)
+        self._memory = memory
+        self._parallel = AbstractParallel("shard_map", devices)
         self._run = Run(Path(), experiment, sizes.vocabulary)
         check_decoding(experiment.decoding, sizes.vocabulary, experiment.decoder)
         self._graph, self._params, self._frozen = split_trained(self._model())
@@ -132,7 +132,7 @@ class Programs:
     def _model(self) -> Any:
         model = self._run.model(with_encoder=not self.stored, restored=True)
         graph, state = nnx.split(model)
-        return nnx.merge(graph, jax.tree.map(_shape, state))
+        return nnx.merge(graph, jax.tree.map(shape_of, state))
 
     @property
     def devices(self) -> int:
@@ -179,23 +179,31 @@ class Programs:
             )
             constants = experiment.objective.constants(setup)
         step = at_precision(experiment.objective.make_step(setup), self._dtype)
-        data = experiment.data
-        rows: dict[str, tuple[tuple[int, ...], Any]] = {
+        constants = self._parallel.replicate(constants)
+        data, inputs = experiment.data, self._inputs()
+        loops = self._training_loops(images, sampled=references is not None)
+        feed = FeedPlan(None, 0, self.devices)
+        if self.stored:
+            planned = PlannedRows(
+                data, inputs, batch=images, images=sizes.stored, captions=sizes.captions, references=references
+            )
+            feed = planned.feed(data.feed, self._parallel, self._memory - _bytes((state, constants)))
+            if feed.shards is not None:
+                loop, arguments, sent = device_loop(step, planned, self._parallel, feed.shards, state, constants)
+                return self._compiled("training step", images, loops, loop, *arguments, fed_bytes=sent, feed=feed)
+        rows: dict[str, ArrayShape] = {
             "tokens": ((data.captions_per_image, data.max_words + 2), np.int32),
             "weight": ((), np.float32),
             "row": ((), np.int32),
-            **self._inputs(),
+            **inputs,
         }
         if references is not None:
             rows["references"] = ((references.most, references.tokens.shape[1]), np.int32)
             rows["reference_count"] = ((), np.float32)
             if references.norms is not None:
                 rows["reference_norms"] = ((references.most, references.norms.shape[1]), np.float32)
-        batch = self._batch(rows, images)
-        constants = self._parallel.replicate(constants)
-        loops = self._training_loops(images, sampled=references is not None)
-        compiled = self._parallel.compile(step)
-        return self._compiled("training step", images, loops, compiled, state, constants, batch)
+        batch, compiled = self._batch(rows, images), self._parallel.compile(step)
+        return self._compiled("training step", images, loops, compiled, state, constants, batch, feed=feed)
 
     def _training_loops(self, images: int, *, sampled: bool) -> dict[Loop, int]:
         """How often the loops of a training step run: all steps, but only the words that captions have."""
@@ -205,7 +213,7 @@ class Programs:
         rows = images // self.devices // optimizer.accumulate * captions
         words = min(round(rows * (self._words + 1)), rows * steps)
         chunks = passes_of_loops(rows * steps, words)
-        return {"caption_steps": steps, "caption_steps_of_half": 0, "search": steps, **chunks}
+        return {"training_steps": 1, "caption_steps": steps, "caption_steps_of_half": 0, "search": steps, **chunks}
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -258,7 +266,7 @@ class Programs:
 
         return nnx.eval_shape(build)
 
-    def _inputs(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+    def _inputs(self) -> dict[str, ArrayShape]:
         """What a row of a batch contains of its image: name -> (shape, dtype)."""
         experiment = self.experiment
         settings: Any = experiment.encoder
@@ -266,18 +274,28 @@ class Programs:
             return {"image": ((experiment.data.image_size,) * 2 + (3,), np.uint8)}
         if has_ready_regions(settings):
             count = getattr(settings, "max_regions", 36)
-            return {"regions": ((count, settings.region_size), np.float32), "region_mask": ((count,), np.bool_)}
+            # Files are kept in a feature store, regions of your own as they are read.
+            dtype = experiment.data.feature_dtype if isinstance(settings, RegionFiles) else np.float32
+            return {"regions": ((count, settings.region_size), jnp.dtype(dtype)), "region_mask": ((count,), np.bool_)}
         encoder = self._encoder()
         return {"regions": ((encoder.region_count, encoder.region_size), jnp.dtype(experiment.data.feature_dtype))}
 
-    def _batch(self, rows: Mapping[str, tuple[tuple[int, ...], Any]], size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def _batch(self, rows: Mapping[str, ArrayShape], size: int) -> dict[str, jax.ShapeDtypeStruct]:
         return self._parallel.shapes_of_rows(
             {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in rows.items()}
         )
 
     def _compiled(
-        self, name: str, images: int, loops: Mapping[Loop, int], function: Callable[..., Any], *arguments: Any
+        self,
+        name: str,
+        images: int,
+        loops: Mapping[Loop, int],
+        function: Callable[..., Any],
+        *arguments: Any,
+        fed_bytes: int | None = None,
+        feed: FeedPlan | None = None,
     ) -> Program:
+        """Compiles a function. ``fed_bytes``: None: the host sends the last argument, split over the devices."""
         start = time.perf_counter()
         compiled: Any = function.lower(*arguments).compile()  # type: ignore[attr-defined]
         seconds = time.perf_counter() - start
@@ -288,15 +306,20 @@ class Programs:
             found.alias_size_in_bytes,
             found.temp_size_in_bytes,
         )
-        batch = jax.tree.leaves(arguments[-1])
-        batch_bytes = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in batch) // self.devices
+        if fed_bytes is None:
+            fed_bytes = _bytes(arguments[-1]) // self.devices
         analysis = compiled.cost_analysis() or {}
         flops = float(analysis.get("flops", 0.0))
         try:
             text = compiled.as_text()
         except jax.errors.JaxRuntimeError as error:
             raise UnreadableError(memory) from error
-        return Program(name, images, text, memory, flops, batch_bytes, loops, seconds)
+        return Program(name, images, text, memory, flops, fed_bytes, loops, seconds, feed)
+
+
+def _bytes(tree: Any) -> int:
+    """The bytes of the arrays of a tree, of which only the shapes need be known."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 class UnreadableError(Exception):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from imgcap_jax.accelerators import WITHOUT_TPU
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import reason
-from imgcap_jax.plan.chips import CHIPS, Chip, measured_chip
+from imgcap_jax.plan.chips import CHIPS, Chip, Slice, measured_chip
 
 LOCAL = "local"
 INSTALL = 'pip install "jax[tpu]"'
@@ -25,12 +25,12 @@ _ENVIRONMENT = {**WITHOUT_TPU, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices, the figures of one of them, and the shape of the slice; () if it is no slice."""
+    """Devices, the figures of one of them, and where they are; None if they are no slice."""
 
     name: str
     devices: Sequence[Any]
     chip: Chip
-    shape: tuple[int, ...]
+    slice: Slice | None
     compiler: str
 
     @property
@@ -52,7 +52,7 @@ def open_topology(name: str, dtype: Any = jnp.bfloat16) -> Topology:
     if name == LOCAL:
         local = jax.devices()
         chip = measured_chip(local[0], dtype, len(local))
-        return Topology(name, local, chip, (), f"jax {jax.__version__}")
+        return Topology(name, local, chip, None, f"jax {jax.__version__}")
     if not re.fullmatch(r"\w+:\d+(x\d+)*", name):
         raise UserError(f"--topology {name!r} is malformed; use local, or a slice such as v5e:4x4 or v5p:2x2x1")
     if importlib.util.find_spec("libtpu") is None:
@@ -78,4 +78,6 @@ def open_topology(name: str, dtype: Any = jnp.bfloat16) -> Topology:
     if kind not in CHIPS:
         raise UserError(f"--topology {name}: the figures of {kind} are not known; use one of {', '.join(CHIPS)}")
     chip = CHIPS[kind].per_device(max(1, len(devices) // chips))
-    return Topology(name, devices, chip, shape, f"jax {jax.__version__}, libtpu {version('libtpu')}")
+    of_tpu: Sequence[Any] = devices
+    places = tuple(tuple(device.coords[: len(shape)]) for device in of_tpu)
+    return Topology(name, devices, chip, Slice(shape, places), f"jax {jax.__version__}, libtpu {version('libtpu')}")

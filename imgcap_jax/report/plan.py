@@ -1,8 +1,9 @@
 """The text of a plan."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 from imgcap_jax.errors import counted
+from imgcap_jax.plan.feed import FeedPlan
 from imgcap_jax.plan.hlo import Collective
 from imgcap_jax.plan.plan import Plan, Planned
 from imgcap_jax.plan.roofline import HOST, LINKS, MATRIX, MEMORY
@@ -25,10 +26,13 @@ def lines(plan: Plan, name: str) -> list[str]:
         *_table(list(plan.programs.values()), unit),
         *(f"{program}: {why}" for program, why in plan.rejected.items()),
         "",
+        *(line for one in plan.programs.values() if one.program.feed for line in feed_lines(one.program.feed, unit)),
         *_training(plan, unit),
     ]
     for one in plan.programs.values():
         title = one.program.name
+        if one.time.parts[LINKS] is None:
+            found.append(f"{title}: the speed of the links is not known; collectives are not part of the times")
         found += [f"{title}: it calls the host ({call})" for call in one.analysis.host]
         unknown = len(one.analysis.unknown_loops)
         if unknown:
@@ -50,21 +54,36 @@ def _table(programs: Sequence[Planned], unit: str) -> list[str]:
     row("fits", ["yes" if one.fits else "no" for one in programs])
     row("GFLOP of products", [f"{one.analysis.flops / 1e9:,.1f}" for one in programs])
     row("main-memory traffic, GB", [f"{one.analysis.bytes / 1e9:.3f}" for one in programs])
-    row("collectives", [_collectives(one.analysis.by_collective().values()) for one in programs])
+    row("collectives", [_collectives(one.analysis.by_collective()) for one in programs])
     for part in (MATRIX, MEMORY, LINKS, HOST):
-        row(f"{part}, ms", [f"{1e3 * one.time.parts[part]:.3f}" for one in programs])
+        row(f"{part}, ms", [_milliseconds(one.time.parts[part]) for one in programs])
     row("lower bound of time, ms", [f"{1e3 * one.time.roofline:.3f}" for one in programs])
     row("bound by", [one.time.bound for one in programs])
     if any(one.time.cycles is not None for one in programs):
-        cells = ["" if one.time.cycles is None else f"{1e3 * one.time.cycles:.3f}" for one in programs]
-        row("compiler's estimate of time, ms", cells)
+        row("compiler's estimate of time, ms", [_milliseconds(one.time.cycles) for one in programs])
     row(f"images/s, all {unit}s", [f"{one.images_per_second:,.0f}" for one in programs])
     row("seconds to compile", [f"{one.program.seconds:.0f}" for one in programs])
     return aligned(rows, left=(0,))
 
 
-def _collectives(found: Iterable[Collective]) -> str:
-    return "; ".join(f"{one.count} {one.kind}, {one.bytes / 1e6:.1f} MB" for one in found) or "none"
+def _milliseconds(seconds: float | None) -> str:
+    return "not known" if seconds is None else f"{1e3 * seconds:.3f}"
+
+
+def _collectives(found: Mapping[str, Collective]) -> str:
+    return "; ".join(f"{one.count} {name}, {one.bytes / 1e6:.1f} MB" for name, one in found.items()) or "none"
+
+
+def feed_lines(feed: FeedPlan, unit: str) -> list[str]:
+    """The lines that say where batches come from."""
+    if not feed.bytes:
+        return []
+    size = f"Features of all training images: {feed.bytes / 1e9:.2f} GB"
+    if feed.shards is None:
+        return [f"{size}, on the host, which sends each batch" + (f" ({feed.note})" if feed.note else "")]
+    if feed.shards == 1:
+        return [f"{size}, in the memory of each {unit}"]
+    return [f"{size}, split over groups of {feed.shards} {unit}s: {feed.resident / 1e9:.2f} GB in the memory of each"]
 
 
 def _time(hours: float) -> str:

@@ -386,18 +386,19 @@ def device_shards(rows: TrainingRows, parallel: DataParallel | MemberParallel, s
         show: receives a note if the features do not fit into the memory of the devices.
     """
     wanted = rows.config.feed
-    if rows.stores is None or not _wants_device(wanted, parallel):
+    if rows.stores is None or not wants_device(wanted, parallel.devices[0].platform):
         return None
     regions = PackedRegions(rows.stores)
     size = 4 * regions.rows * regions.words
     shards = _shards(size, parallel)
     if shards is None:
-        show(_too_large(size, parallel))
+        show(too_large(size, parallel.data_devices, _free_memory(parallel)))
     return shards
 
 
-def _wants_device(feed: str, parallel: DataParallel | MemberParallel) -> bool:
-    return feed == "device" or (feed == "auto" and parallel.devices[0].platform != "cpu")
+def wants_device(feed: str, platform: str) -> bool:
+    """Whether ``data.feed`` asks for features in the memory of devices of this platform."""
+    return feed == "device" or (feed == "auto" and platform != "cpu")
 
 
 def images_of_devices(
@@ -417,7 +418,8 @@ def images_of_devices(
         batches, and needs all images.
     """
     rows = views * sum(counts)
-    shards = _shards(rows * row_bytes, parallel) if _wants_device(feed, parallel) else None
+    wanted = wants_device(feed, parallel.devices[0].platform)
+    shards = _shards(rows * row_bytes, parallel) if wanted else None
     if shards is None:
         return None
     size = -(-rows // shards)
@@ -436,11 +438,22 @@ def images_of_devices(
 
 
 def _shards(size: int, parallel: DataParallel | MemberParallel) -> int | None:
-    """The smallest number of devices that have room for features of this size in bytes; None: all have too little."""
-    count, room = parallel.data_devices, _SHARE * _free_memory(parallel)
-    fitting = [shards for shards in range(1, count + 1) if count % shards == 0 and size / shards <= room]
-    (shards,) = parallel.agree(fitting[0] if fitting else count + 1)
+    """``fewest_shards`` of features of this size, the same on all processes."""
+    count = parallel.data_devices
+    (shards,) = parallel.agree(fewest_shards(size, count, _free_memory(parallel)) or count + 1)
     return None if shards > count else shards
+
+
+def fewest_shards(size: int, devices: int, free: float) -> int | None:
+    """The smallest number of devices that have room for features of this size; None: all have too little.
+
+    Args:
+        size: of the features, in bytes.
+        devices: the number of devices.
+        free: the free memory of each, in bytes.
+    """
+    numbers = (shards for shards in range(1, devices + 1) if devices % shards == 0)
+    return next((shards for shards in numbers if size / shards <= _SHARE * free), None)
 
 
 def _free_memory(parallel: DataParallel | MemberParallel) -> float:
@@ -454,10 +467,9 @@ def _free_memory(parallel: DataParallel | MemberParallel) -> float:
     return psutil.virtual_memory().available / len(local)  # devices of the CPU, which share the memory of the host
 
 
-def _too_large(size: int, parallel: DataParallel | MemberParallel) -> str:
-    """The note for features that do not fit."""
-    count, free = parallel.data_devices, _free_memory(parallel)
-    each = f"{size / count / 1e9:,.1f} GB on each of {count} devices" if count > 1 else f"{size / 1e9:,.1f} GB"
+def too_large(size: int, devices: int, free: float) -> str:
+    """The note for features that do not fit. See ``fewest_shards`` for the arguments."""
+    each = f"{size / devices / 1e9:,.1f} GB on each of {devices} devices" if devices > 1 else f"{size / 1e9:,.1f} GB"
     return (
         f"note: the features take {each}, more than {_SHARE:.0%} of the {free / 1e9:,.1f} GB that are free there: the "
         f"host sends each batch (data.feed host)"

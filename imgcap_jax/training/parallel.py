@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import reason, write_text
+from imgcap_jax.loops import named_loop
 from imgcap_jax.models.members import POPULATION
 
 AXIS = "devices"
@@ -313,7 +314,8 @@ def _loop(step: Step, read: Callable[[Any, Any, Any], Any], longest: int) -> Cal
 
         shapes = jax.eval_shape(one_step, state, 0)[1]
         metrics = jax.tree.map(lambda leaf: jnp.zeros((longest, *leaf.shape), leaf.dtype), shapes)
-        result: tuple[Any, Any] = jax.lax.fori_loop(0, count, add, (state, metrics))
+        with named_loop("training_steps"):
+            result: tuple[Any, Any] = jax.lax.fori_loop(0, count, add, (state, metrics))
         return result
 
     return loop

@@ -86,7 +86,24 @@ def test_loops_multiply() -> None:
 def test_the_condition_of_a_loop_is_read_if_xla_states_no_length() -> None:
     text = compiled(lambda a, b: scanned(a, b, 7), A, B).as_text()
     assert '"known_trip_count":{"n":"7"}' in text
-    assert analyse(text.replace('"known_trip_count":{"n":"7"}', '"other":{"n":"9"}')).flops == 7 * ONE
+    text = text.replace('"known_trip_count":{"n":"7"}', '"other":{"n":"9"}')
+    assert analyse(text).flops == 7 * ONE
+
+
+@pytest.mark.parametrize(
+    ("condition", "trips"),
+    [
+        ("compare(%i, %n), direction=LT", 6),
+        ("compare(%n, %i), direction=GT", 6),
+        ("compare(%i, %n), direction=LE", 7),
+        ("compare(%n, %i), direction=GE", 7),
+        ("compare(%n, %i), direction=LT", 1),  # not known, counted once
+    ],
+)
+def test_conditions_are_read_in_both_orders(condition: str, trips: int) -> None:
+    assert TPU.count("compare(%i, %n), direction=LT") == 1
+    (product,) = (one for one in analyse(TPU.replace("compare(%i, %n), direction=LT", condition)).work if one.flops)
+    assert product.count == trips
 
 
 def until_large(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -215,3 +232,66 @@ def test_a_program_of_the_tpu_compiler() -> None:
     (product,) = (one for one in found.work if one.flops)
     assert (product.count, product.passes, product.cycles) == (6, 6, 3000)
     assert product.flops == 6 * 2 * 128**3
+
+
+SHAPE = "f32[128]{0:T(128)}"
+FUSED = """HloModule step
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+%start (p: f32[128]) -> (f32[128], f32[128]) {
+  %p = @ parameter(0)
+  ROOT %r = (@, @) all-reduce-start(%p), channel_id=7, replica_groups=GROUPS, to_apply=%sum
+}
+%between (p: f32[128], q: f32[128]) -> f32[128] {
+  %p = @ parameter(0)
+  %q = @ parameter(1)
+  %r = @ all-reduce(%p), channel_id=7, replica_groups=GROUPS, to_apply=%sum
+  ROOT %s = @ add(%r, %q)
+}
+%other (p: f32[128]) -> f32[64] {
+  %p = @ parameter(0)
+  ROOT %r = f32[64]{0:T(128)} reduce-scatter(%p), channel_id=8, replica_groups={{0,2},{1,3}}, to_apply=%sum
+}
+ENTRY %main (x: f32[128]) -> f32[64] {
+  %x = @ parameter(0)
+  %f = (@, @) fusion(%x), kind=kCustom, calls=%start
+  %g = @ get-tuple-element(%f), index=0
+  %h = @ fusion(%g, %x), kind=kCustom, calls=%between
+  ROOT %i = f32[64]{0:T(128)} fusion(%h), kind=kCustom, calls=%other
+}
+""".replace("@", SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("groups", "name", "group"),
+    [
+        ("{{0,1,2,3}}", "all-reduce", ()),
+        ("{}", "all-reduce", ()),
+        ("[1,4]<=[4]", "all-reduce", ()),
+        ("{{0,1},{2,3}}", "all-reduce among 2", (0, 1)),
+        ("[2,2]<=[4]", "all-reduce among 2", (0, 1)),
+        ("[2,2]<=[2,2]T(1,0)", "all-reduce among 2", (0, 2)),
+    ],
+)
+def test_collectives_within_fusions_count_once(groups: str, name: str, group: tuple[int, ...]) -> None:
+    found = analyse(FUSED.replace("GROUPS", groups)).by_collective()
+    assert list(found) == [name, "reduce-scatter among 2"]
+    assert (found[name].count, found[name].bytes, found[name].group) == (1, 512, group)
+    scattered = found["reduce-scatter among 2"]
+    assert (scattered.count, scattered.bytes, scattered.group) == (1, 512, (0, 2))
+
+
+SLICED = """HloModule step
+ENTRY %main (x: f32[1280,512]) -> f32[320,512] {
+  %x = f32[1280,512]{1,0:T(8,128)} parameter(0)
+  %s = ((f32[1280,512]{1,0:T(8,128)}), f32[320,512]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:320]}
+  ROOT %d = f32[320,512]{1,0:T(8,128)S(1)} slice-done(%s)
+}
+"""
+
+
+def test_a_slice_that_is_fetched_ahead_moves_only_its_part() -> None:
+    assert analyse(SLICED).bytes == 320 * 512 * 4

@@ -2,16 +2,22 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from imgcap_jax.cli.main import main
-from imgcap_jax.plan.chips import CHIPS, usable_links
+from imgcap_jax.data.pipeline import CaptionData
+from imgcap_jax.plan.chips import CHIPS, Slice
+from imgcap_jax.plan.feed import FeedPlan, PlannedRows
 from imgcap_jax.plan.hlo import Analysis, Collective, Work
 from imgcap_jax.plan.roofline import HOST, LINKS, MATRIX, MEMORY, estimate
+from imgcap_jax.report.plan import feed_lines
+from imgcap_jax.training.parallel import DataParallel
 
 EXPERIMENT = """
 from imgcap_jax.data.pipeline import CaptionData
@@ -68,9 +74,18 @@ def test_plan_of_this_machine(experiment: Path, tmp_path: Path, capsys: pytest.C
     assert search["collectives"].get("all-reduce", {"bytes": 0})["bytes"] < 1e3
     # The gradients of all parameters are summed over the devices once.
     assert step["collectives"]["all-reduce"]["bytes"] >= 4 * 2 * 300 * 8
-    # XLA counts the steps of a caption once; its count includes elementwise operations.
-    assert step["flops"] > 0
-    assert 0 < step["seconds"]["roofline"] == max(step["seconds"]["roofline"], step["seconds"][MATRIX])
+    # Per device 4 images with 2 captions of 5 tokens. Their product with the vocabulary is computed, and differentiated
+    # by both factors.
+    assert step["flops"] >= 3 * 2 * (4 * 2 * 5) * 8 * 300
+    seconds, chip = step["seconds"], plan["chip"]
+    assert seconds[MATRIX] == pytest.approx(step["flops"] / chip["flops"])
+    assert seconds[MEMORY] == pytest.approx(step["main_memory_bytes"] / chip["bandwidth"])
+    assert seconds["estimate"] == seconds["roofline"] >= max(seconds[MATRIX], seconds[MEMORY])
+    # The links between devices of this machine are not known, and no time is made up.
+    assert seconds[LINKS] is None
+    assert "interconnect, ms" in text
+    assert "not known" in text
+    assert "training step: the speed of the links is not known; collectives are not part of the times" in text
     # The encoder has parameters, so its features are not stored.
     assert "encoder" not in plan["programs"]
 
@@ -96,6 +111,7 @@ def test_prepared_datasets_are_read(
 ) -> None:
     from imgcap_jax.cli.experiments import find
     from imgcap_jax.cli.options import override
+    from imgcap_jax.data.vocabulary import SPECIAL
     from imgcap_jax.plan.datasets import sizes_of
 
     settings = override(find(str(experiment)), ["--data.dataset", "scenes", "--data.data-dir", str(tiny_data)])
@@ -104,6 +120,17 @@ def test_prepared_datasets_are_read(
     assert len(sizes.vocabulary) > 10
     assert sizes.assumptions == ()
     assert sizes.references(settings) is None
+    source = sizes.sources[0]
+    assert sizes.stored == len(source)
+    assert sizes.captions == sum(len(source.captions(i)) for i in range(len(source)))
+    # A given number replaces that number only.
+    more = sizes_of(settings, 5000, None)
+    assert (more.images, more.vocabulary.words) == (5000, sizes.vocabulary.words)
+    assert more.assumptions == ("5,000 training images (given)", f"{len(sizes.vocabulary)} words (scenes, prepared)")
+    larger = sizes_of(settings, None, 500)
+    assert (larger.images, len(larger.vocabulary)) == (sizes.images, 500)
+    fewer = override(settings, ["--data.min-count", "200"])
+    assert sizes_of(fewer, 5000, None).vocabulary.words == (*SPECIAL, "a")
 
 
 @pytest.mark.parametrize(
@@ -119,6 +146,11 @@ def test_prepared_datasets_are_read(
         ),
         (["FILE", "--words", "-1"], "--words is -1.0; it must be above 0"),
         (["FILE", "--decoder.hiden-size", "3"], "did you mean --decoder.hidden-size"),
+        (["FILE", "--data.data-dir", "nowhere"], "is not prepared in nowhere"),
+        (
+            ["FILE", "--data.min-count", "3"],
+            "data.min_count is 3, but the known number of words of coco_captions is for 5",
+        ),
         (["FILE", "--data.batch-size", "6"], "data.batch_size is 6, which cannot be divided among 4 devices"),
     ],
 )
@@ -164,7 +196,7 @@ def test_the_roofline_adds_the_longer_of_arithmetic_and_traffic_per_instruction(
     chip = CHIPS["TPU v5 lite"]
     second = chip.flops, chip.bandwidth
     analysis = Analysis([work(2 * second[0], 0.5 * second[1]), work(0.0, 3 * second[1])])
-    found = estimate(analysis, chip, (2, 2), 4, 0.0)
+    found = estimate(analysis, chip, FOUR, 4, 0.0)
     assert found.roofline == pytest.approx(5)
     assert (found.parts[MATRIX], found.parts[MEMORY], found.bound) == (
         pytest.approx(2),
@@ -173,23 +205,132 @@ def test_the_roofline_adds_the_longer_of_arithmetic_and_traffic_per_instruction(
     )
     assert found.cycles is None
     # A float32 product in highest precision takes six passes.
-    found = estimate(Analysis([work(second[0], 0.0, passes=6, cycles=9 * chip.clock)]), chip, (2, 2), 4, 0.0)
+    found = estimate(Analysis([work(second[0], 0.0, passes=6, cycles=9 * chip.clock)]), chip, FOUR, 4, 0.0)
     assert found.parts[MATRIX] == pytest.approx(6)
     assert found.cycles == pytest.approx(9)
     assert found.seconds == pytest.approx(9)
-    found = estimate(Analysis(), chip, (2, 2), 4, 30e9)
+    found = estimate(Analysis(), chip, FOUR, 4, 30e9)
     assert (found.roofline, found.bound) == (pytest.approx(3), HOST)
+
+
+def slice_of(*shape: int) -> Slice:
+    """A slice whose devices are numbered along the first axis first."""
+    return Slice(shape, tuple(place[::-1] for place in np.ndindex(shape[::-1])))
+
+
+FOUR = slice_of(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "links"),
+    [
+        # An axis without wrap-around has one link per chip and direction, because its ends have no second one.
+        ("TPU v5 lite", (1, 1), 0),
+        ("TPU v5 lite", (2, 2), 2),
+        ("TPU v5 lite", (4, 4), 2),
+        ("TPU v5 lite", (8, 16), 3),
+        ("TPU v5 lite", (16, 16), 4),
+        ("TPU v6 lite", (4, 8), 2),
+        ("TPU v6 lite", (16, 16), 4),
+        ("TPU v4", (2, 2, 1), 2),
+        ("TPU v4", (2, 4, 4), 3),
+        ("TPU v4", (4, 4, 4), 6),
+        ("TPU v5", (4, 4, 8), 6),
+        ("TPU7x", (2, 2, 2), 3),
+    ],
+)
+def test_axes_with_wrap_around_have_two_links(kind: str, shape: tuple[int, ...], links: int) -> None:
+    assert slice_of(*shape).links(CHIPS[kind]) == links
+
+
+def test_the_links_of_16x16_chips_are_those_of_the_published_all_reduce() -> None:
+    """Google states an all-reduce bandwidth of 51.2 TB/s for the 256 chips of v5e, and of 102.4 TB/s for v6e."""
+    for kind, bandwidth in (("TPU v5 lite", 51.2e12), ("TPU v6 lite", 102.4e12)):
+        assert slice_of(16, 16).links(CHIPS[kind]) * CHIPS[kind].link * 256 == pytest.approx(bandwidth)
 
 
 def test_collectives_use_the_links_of_the_slice() -> None:
     chip = CHIPS["TPU v5 lite"]
-    assert [usable_links(shape) for shape in ((1, 1), (2, 2), (4, 4), (16, 16), (2, 2, 1), ())] == [0, 2, 4, 4, 2, 0]
     summed = Analysis([], [Collective("all-reduce", 1, 100e9)])
     # 2 x 3/4 of 100 GB over two links of 50 GB/s
-    assert estimate(summed, chip, (2, 2), 4, 0.0).parts[LINKS] == pytest.approx(1.5)
-    assert estimate(summed, chip, (1, 1), 1, 0.0).parts[LINKS] == 0
+    assert estimate(summed, chip, FOUR, 4, 0.0).parts[LINKS] == pytest.approx(1.5)
+    assert estimate(summed, chip, slice_of(1, 1), 1, 0.0).parts[LINKS] == 0
     gathered = Analysis([], [Collective("all-gather", 1, 100e9)])
-    assert estimate(gathered, chip, (2, 2), 4, 0.0).parts[LINKS] == pytest.approx(3)
+    assert estimate(gathered, chip, FOUR, 4, 0.0).parts[LINKS] == pytest.approx(3)
+
+
+def test_groups_of_devices_use_the_links_between_them() -> None:
+    chip = CHIPS["TPU v5 lite"]
+    scattered = Analysis([], [Collective("reduce-scatter", 1, 100e9, group=(0, 1))])
+    # 1/2 of 100 GB over one link of 50 GB/s
+    assert estimate(scattered, chip, FOUR, 4, 0.0).parts[LINKS] == pytest.approx(1)
+    assert estimate(scattered, chip, slice_of(16, 16), 256, 0.0).parts[LINKS] == pytest.approx(1)
+    row = Analysis([], [Collective("reduce-scatter", 1, 160e9, group=tuple(range(16)))])
+    assert estimate(row, chip, slice_of(16, 16), 256, 0.0).parts[LINKS] == pytest.approx(1.5)  # a ring
+    assert estimate(row, chip, slice_of(16, 8), 128, 0.0).parts[LINKS] == pytest.approx(1.5)
+
+
+def test_links_that_are_not_known_take_no_made_up_time() -> None:
+    chip = replace(CHIPS["TPU v5 lite"], link=0.0)
+    summed = Analysis([work(chip.flops, 0.0)], [Collective("all-reduce", 1, 100e9)])
+    for unknown in (estimate(summed, chip, FOUR, 4, 0.0), estimate(summed, CHIPS["TPU v5 lite"], None, 4, 0.0)):
+        assert unknown.parts[LINKS] is None
+        assert (unknown.roofline, unknown.bound) == (pytest.approx(1), MATRIX)
+    assert estimate(summed, chip, None, 1, 0.0).parts[LINKS] == 0  # one device has nothing to send
+    assert estimate(Analysis(), chip, None, 4, 0.0).parts[LINKS] == 0
+
+
+def test_features_in_the_memory_of_the_devices_are_counted(experiment: Path) -> None:
+    from imgcap_jax.cli.experiments import find
+    from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
+    from imgcap_jax.plan.datasets import sizes_of
+    from imgcap_jax.plan.hlo import analyse
+    from imgcap_jax.plan.programs import Program, Programs
+
+    small = find(str(experiment))
+    stored = replace(small, encoder=EfficientNetLite(variant=0), data=replace(small.data, image_size=32))
+    size = 1000 * 1280 * 2  # one region of 1280 numbers of 16 bits per image
+
+    def step(feed: Any, memory: float) -> Program:
+        settings = replace(stored, data=replace(stored.data, feed=feed))
+        return Programs(settings, sizes_of(settings, 1000, 300), jax.devices(), memory=memory).training_step()
+
+    # 60 % of the memory that the state leaves has room for half of the features.
+    host, split = step("host", 1e9), step("device", size)
+    assert host.feed == FeedPlan(None, size, 4)
+    assert split.feed == FeedPlan(2, size, 4)
+    captions, numbers = 5000 * (6 + 2) * 4, 256 * 8 * (3 + 2) * 4
+    more = split.memory.arguments - host.memory.arguments
+    assert size / 2 + captions <= more + host.fed_bytes <= size / 2 + captions + numbers + 1e4
+    assert split.fed_bytes == 8 * (3 + 2) * 4 < host.fed_bytes
+    sent, drawn = analyse(host.text, host.trips), analyse(split.text, split.trips)
+    assert set(sent.by_collective()) == {"all-reduce"}
+    assert set(drawn.by_collective()) == {"reduce-scatter among 2", "all-reduce"}
+    # Each device contributes its part of the rows of two devices.
+    assert drawn.by_collective()["reduce-scatter among 2"].bytes == 2 * 2 * 1280 * 2
+    # The arithmetic is that of one step.
+    assert drawn.unknown_loops == []
+    assert drawn.flops == pytest.approx(sent.flops, rel=0.01)
+
+
+def test_the_feed_is_that_of_training() -> None:
+    data = CaptionData(views=2)
+    rows = PlannedRows(
+        data, {"regions": ((49, 1280), np.float16)}, batch=8, images=1000, captions=5000, references=None
+    )
+    size, free = 2 * 1000 * 49 * 1280 * 2, 2e8
+    parallel = DataParallel("shard_map", jax.devices()[:4])
+    assert rows.feed("auto", parallel, free) == FeedPlan(None, size, 4)  # on a CPU
+    assert rows.feed("device", parallel, 1e9) == FeedPlan(1, size, 4)
+    assert rows.feed("device", parallel, free) == FeedPlan(4, size, 4)
+    too_large = rows.feed("device", parallel, 1e7)
+    assert too_large.shards is None
+    (line,) = feed_lines(too_large, "chip")
+    assert line.startswith("Features of all training images: 0.25 GB, on the host, which sends each batch (note: ")
+    assert "take 0.1 GB on each of 4 devices, more than 60% of the 0.0 GB that are free there" in line
+    assert feed_lines(FeedPlan(2, size, 4), "chip") == [
+        "Features of all training images: 0.25 GB, split over groups of 2 chips: 0.13 GB in the memory of each"
+    ]
 
 
 def test_a_core_has_its_share_of_a_chip() -> None:
@@ -204,7 +345,7 @@ def test_programs_do_not_touch_the_devices(experiment: Path, monkeypatch: pytest
     from imgcap_jax.plan.datasets import sizes_of
     from imgcap_jax.plan.programs import Programs
 
-    programs = Programs(find(str(experiment)), sizes_of(find(str(experiment)), 64, 100), jax.devices()[:2])
+    programs = Programs(find(str(experiment)), sizes_of(find(str(experiment)), 64, 100), jax.devices()[:2], memory=1e9)
     placed: list[Any] = []
     monkeypatch.setattr(jax, "device_put", lambda leaf, *rest, **options: placed.append(rest) or leaf)
     step = programs.training_step()

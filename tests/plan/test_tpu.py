@@ -43,7 +43,7 @@ def slice_of_four() -> Topology:
 
 def programs(topology: Topology, **changes: Any) -> Programs:
     experiment = replace(EXPERIMENT, **changes)
-    return Programs(experiment, sizes_of(experiment, 200, VOCABULARY), topology.devices)
+    return Programs(experiment, sizes_of(experiment, 200, VOCABULARY), topology.devices, memory=topology.chip.memory)
 
 
 def analysed(program: Program) -> Analysis:
