@@ -113,5 +113,5 @@ def _is_one_of(words: Array, ids: tuple[int, ...]) -> Array:
     def by_comparison(words: Array) -> Array:
         return (words[..., None] == np.array(ids, np.int32)).any(-1)
 
-    # A TPU compares a word with all ids in less time than it looks one up.
+    # On TPU, comparisons take the place of a gather, for which the compiler (``imgcap plan``) has no estimate of time.
     return jax.lax.platform_dependent(words, tpu=by_comparison, default=by_table)

@@ -57,7 +57,11 @@ def _halves(bits: Array) -> Array:
 
 
 def _low_halves_first(bits: Array) -> Array:
-    """All low halves, then all high halves. TPUs interleave the numbers of a row slowly."""
+    """All low halves, then all high halves: uint16 [B,2n].
+
+    Interleaving them takes more cycles on TPU, by the estimate of its compiler: 17.1 instead of 14.3 million per step
+    of ``imgcap plan coco --topology v5e:2x2 --data.feed host``.
+    """
     return jnp.concatenate([bits & 0xFFFF, bits >> 16], axis=1).astype(jnp.uint16)
 
 
@@ -95,7 +99,8 @@ def draw_words(logits: Array, uniform: Array) -> tuple[Array, Array]:
         flat = blocks.reshape(-1, *blocks.shape[-2:])  # [n,V/block,block]
         return flat[jnp.arange(len(flat)), block.reshape(-1)].reshape(words.shape)
 
-    # A TPU reads one row of a table as fast as one number. The words after the last one are not used.
+    # On TPU, a gather of one row of 128 words in place of 128 gathered numbers. The compiler (``imgcap plan``) has no
+    # estimate of the time of gathers. The words after the last one are not used.
     inside = jax.lax.platform_dependent(logits, blocks, tpu=by_block, default=by_words)
     probs = jnp.where(words < size, jnp.exp(inside - top), 0.0)
     reached = _reached(probs) + before[..., None]

@@ -15,6 +15,7 @@ from imgcap_jax.experiment import Experiment, Training
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.plan.datasets import sizes_of
+from imgcap_jax.plan.feed import FeedPlan
 from imgcap_jax.plan.hlo import Analysis, analyse
 from imgcap_jax.plan.hlo_text import parse
 from imgcap_jax.plan.programs import Program, Programs
@@ -27,6 +28,7 @@ pytestmark = [
 ]
 
 VOCABULARY = 1000
+FEATURES = 2 * 2 * 1280 * 2  # bytes of the regions of a photo of 64 pixels
 EXPERIMENT = Experiment(
     data=CaptionData(dataset="coco_captions", image_size=64, batch_size=64, captions_per_image=5, max_words=12),
     encoder=EfficientNetLite(variant=0),
@@ -41,9 +43,10 @@ def slice_of_four() -> Topology:
     return open_topology("v5e:2x2")
 
 
-def programs(topology: Topology, **changes: Any) -> Programs:
+def programs(topology: Topology, images: int = 200, memory: float | None = None, **changes: Any) -> Programs:
     experiment = replace(EXPERIMENT, **changes)
-    return Programs(experiment, sizes_of(experiment, 200, VOCABULARY), topology.devices, memory=topology.chip.memory)
+    sizes = sizes_of(experiment, images, VOCABULARY)
+    return Programs(experiment, sizes, topology.devices, memory=memory or topology.chip.memory)
 
 
 def analysed(program: Program) -> Analysis:
@@ -63,10 +66,33 @@ def test_a_training_step_has_one_all_reduce_and_no_callback(objective: str, slic
     parameters = 4 * 2 * VOCABULARY * 128  # at least the two matrices of the vocabulary
     assert parameters < summed.bytes < 4 * parameters
     assert found.flops > program.flops > 0  # XLA counts the steps of a caption once
+    # Per device 16 images with 5 captions of 10.4 words and eos, whose product with the vocabulary is computed, and
+    # differentiated by both factors.
+    assert found.flops > 3 * 2 * (16 * 5 * 11.4) * 128 * VOCABULARY
+    # The features of all images are in the memory of each chip.
+    assert program.feed == FeedPlan(1, 200 * FEATURES, 4)
+    assert program.memory.arguments > 200 * FEATURES
     assert found.cycles > 0
     assert 0 < program.memory.total < 1e9
     # Dropout does not interleave 16-bit halves.
     assert "u16" not in "".join(one.result[0].dtype for one in _all(program) if one.opcode == "bitcast-convert")
+
+
+def test_features_of_which_each_chip_has_a_part_are_drawn_within_groups(slice_of_four: Topology) -> None:
+    images = 20_000
+    program = programs(slice_of_four, images, memory=0.3e9).training_step()
+    assert program.feed == FeedPlan(2, images * FEATURES, 4)
+    found = analysed(program)
+    assert found.unknown_loops == []
+    summed = {name.partition(" among ")[2]: one for name, one in found.by_collective().items()}
+    assert set(summed) == {"", "2"}
+    assert (summed[""].kind, summed[""].count, summed["2"].count) == ("all-reduce", 1, 1)
+    assert summed["2"].bytes == 2 * 16 * FEATURES  # the rows of two devices
+    # The half of the features is an argument, and no step copies it.
+    half = images * FEATURES / 2
+    assert half < program.memory.arguments < 1.5 * half
+    assert program.memory.temporaries < half / 2
+    assert found.bytes < half
 
 
 def test_a_search_has_no_collective(slice_of_four: Topology) -> None:
