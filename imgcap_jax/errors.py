@@ -1,4 +1,4 @@
-"""The exception for mistakes of the user, and text for its message."""
+"""The exceptions for mistakes of the user and for SIGTERM, and text for messages."""
 
 import math
 import unicodedata
@@ -9,6 +9,15 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+def raise_error(error: UserError) -> None:
+    """Raises an error."""
+    raise error
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which Slurm, Docker and Google Cloud send to stop a job."""
 
 
 def printable(text: str) -> str:

@@ -1,5 +1,6 @@
 """Trains runs that differ in their seed or in numbers of their settings as one program."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -131,8 +132,9 @@ def _train(
     parallel.check_batch_size(experiment.data.batch_size, experiment.optimizer.accumulate)
     sessions: list[Session] = []
 
-    def drain() -> BaseException | None:
-        return next(filter(None, [session.checkpoints.drain() for session in sessions]), None)
+    def drain(seconds: float) -> BaseException | None:
+        ends = time.monotonic() + seconds
+        return next(filter(None, [session.drain(ends - time.monotonic()) for session in sessions]), None)
 
     stop = StopRequest(show, drain=drain)
     say = _Lines(show)
@@ -231,11 +233,12 @@ def _loop(
                 sessions[number].validate_now(state_of(number))
                 if sessions[number].validate.interrupted:
                     return sessions[number].validate.interrupted
-            sessions[number].checkpoints.check()
-        overdue = any(sessions[number].overdue for number in trained)
+        overdue = any(sessions[number].overdue or sessions[number].failed for number in trained)
         if stop.signal or overdue:
             for number in trained:
                 sessions[number].save(state_of(number))
+            for number in trained:
+                sessions[number].check()
         if stop.signal:
             return stop.signal
         if overdue or any(sessions[number].validates for number in trained):

@@ -1,8 +1,8 @@
 """Folders in a bucket (``gs://bucket/runs/x``): each has a working copy on this machine.
 
-Everything else reads and writes the working copy, a folder below the cache folder. ``run.mirror`` keeps that of a run
-and its bucket alike. ``pull_tree`` and ``push_tree`` do so for datasets and feature stores, which never change once
-complete. Transfers go through fsspec, on which ``etils.epath`` builds too.
+Everything else reads and writes the working copy, a folder below the cache folder. ``run.mirror`` synchronises that of
+a run with its bucket, and says why paths in buckets are not used everywhere. ``pull_tree`` and ``push_tree``
+synchronise datasets and feature stores, which never change once complete. Transfers go through fsspec.
 """
 
 import fcntl
@@ -16,9 +16,12 @@ from typing import NamedTuple
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import (
+    DIGESTS,
     cache_folder,
     disk_full,
+    file_digest,
     local_path,
+    read_digests,
     reason,
     replacing,
 )
@@ -26,6 +29,7 @@ from imgcap_jax.terminal import working
 
 _SCHEMES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # the package that reads each
 _TRANSFERS = 8  # at the same time
+_ATTEMPTS = 3  # to read a folder that changes meanwhile
 _MEGABYTE = 1_000_000
 
 
@@ -53,6 +57,11 @@ def shown(folder: Path) -> str:
     return url_of(folder) or str(folder)
 
 
+def removal(folder: Path) -> str:
+    """How a user removes a run that is in the way, for a message."""
+    return "move the folder away" if url_of(folder) is None else "delete it in the bucket"
+
+
 def _copies() -> Path:
     return cache_folder("remote").absolute()
 
@@ -62,6 +71,10 @@ class File(NamedTuple):
 
     size: int
     time: int = 0
+
+
+class Vanished(Exception):
+    """A file of a bucket that was deleted after it was listed. (A FileNotFoundError would be one of this machine.)"""
 
 
 class Bucket:
@@ -86,7 +99,7 @@ class Bucket:
             raise
         except Exception as error:  # of many types, by the network, the credentials or the file system
             if isinstance(error, FileNotFoundError) and doing == "read":
-                raise  # deleted since it was listed
+                raise Vanished(name) from error
             if disk_full(error):
                 raise
             url = f"{self.url}/{name}" if name else self.url
@@ -111,7 +124,7 @@ class Bucket:
         }
 
     def read(self, name: str) -> bytes:
-        """The content of a file. Raises FileNotFoundError if it was deleted."""
+        """The content of a file. Raises Vanished if it was deleted."""
         with self._explaining("read", name):
             content: bytes = self._fs.cat_file(f"{self._root}/{name}")
             return content
@@ -122,7 +135,7 @@ class Bucket:
             self._fs.pipe_file(f"{self._root}/{name}", content)
 
     def get(self, name: str, path: Path) -> None:
-        """Copies a file to this machine. Raises FileNotFoundError if it was deleted."""
+        """Copies a file to this machine. Raises Vanished if it was deleted."""
         with replacing(path) as temporary, self._explaining("read", name):
             self._fs.get_file(f"{self._root}/{name}", str(temporary))
 
@@ -175,6 +188,16 @@ def pulling_alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def until_settled(url: str, read: Callable[[], None]) -> None:
+    """Reads a folder of a bucket, and again if a file vanishes meanwhile. Raises UserError if that happens often."""
+    for _ in range(_ATTEMPTS):
+        try:
+            return read()
+        except Vanished:
+            continue
+    raise UserError(f"{url} changes while it is read; try again")
+
+
 def pull_tree(folder: Path, last: str) -> None:
     """Completes the working copy of a folder of files that never change. Does nothing for an ordinary folder.
 
@@ -186,44 +209,94 @@ def pull_tree(folder: Path, last: str) -> None:
         UserError: the bucket cannot be reached, or the disk is full.
     """
     url = url_of(folder)
-    if url is None:
+    if url is not None:
+        with pulling_alone(folder):
+            until_settled(url, lambda: _pull_tree(Bucket(url), folder, last))
+
+
+def _pull_tree(bucket: Bucket, folder: Path, last: str) -> None:
+    theirs = bucket.files()
+    marks = [name for name in theirs if Path(name).name == last]
+    if not marks:
         return
-    with pulling_alone(folder):
-        bucket = Bucket(url)
-        theirs = bucket.files()
-        if not any(Path(name).name == last for name in theirs):
-            return
+    digests = [name for name in theirs if Path(name).name == DIGESTS]
+    if _are_same(bucket, folder, [*marks, *digests]):
         names = [name for name, file in theirs.items() if not _has(folder / name, file.size)]
-        size = sum(theirs[name].size for name in names)
-        with working(f"reading {url}", -(-size // _MEGABYTE), "MB") as work:
-            done = 0
+    else:
+        # The files here can be parts of an interrupted copy, an unfinished feature store or another dataset.
+        for name in marks:
+            (folder / name).unlink(missing_ok=True)
+        each(lambda name: bucket.get(name, folder / name), digests)
+        of_files = {
+            f"{parent}/{name}".removeprefix("./"): digest
+            for parent in {str(Path(name).parent) for name in digests}
+            for name, digest in (read_digests(folder / parent) or {}).items()
+        }
 
-            def get(name: str) -> None:
-                nonlocal done
-                bucket.get(name, folder / name)
-                done += theirs[name].size
-                work.update(done // _MEGABYTE)
+        def is_intact(name: str) -> bool:
+            path = folder / name
+            return name in of_files and _has(path, theirs[name].size) and file_digest(path) == of_files[name]
 
-            each(get, [name for name in names if Path(name).name != last])
-            each(get, [name for name in names if Path(name).name == last])
+        names = [name for name in theirs if name not in digests and not is_intact(name)]
+    size = sum(theirs[name].size for name in names)
+    with working(f"reading {bucket.url}", -(-size // _MEGABYTE), "MB") as work:
+        done = 0
+
+        def get(name: str) -> None:
+            nonlocal done
+            bucket.get(name, folder / name)
+            done += theirs[name].size
+            work.update(done // _MEGABYTE)
+
+        each(get, [name for name in names if name not in marks])
+        each(get, [name for name in names if name in marks])
 
 
-def push_tree(folder: Path, last: str) -> None:
-    """Pushes a complete folder of files that never change, unless the bucket has it. See ``pull_tree``."""
+def push_tree(folder: Path, last: str, without: Sequence[str] = ()) -> None:
+    """Pushes a complete folder of files that never change, unless the bucket has it. See ``pull_tree``.
+
+    Files of the same size are taken to be the same only if the bucket has the same ``last`` and the same digests.
+
+    Args:
+        folder: the working copy.
+        last: the name of the file that is written last.
+        without: names in the folder that are not pushed.
+
+    Raises:
+        UserError: the bucket cannot be reached.
+    """
     url = url_of(folder)
     if url is None:
         return
     bucket = Bucket(url)
-    theirs, ours = bucket.files(), files_in(folder)
-    names = [name for name, file in ours.items() if name not in theirs or theirs[name].size != file.size]
+    theirs = bucket.files()
+    ours = {name: file for name, file in files_in(folder).items() if Path(name).parts[0] not in without}
+    marks = [name for name in ours if Path(name).name == last]
+    if _are_same(bucket, folder, [name for name in ours if Path(name).name in (last, DIGESTS)]):
+        names = [name for name, file in ours.items() if name not in theirs or theirs[name].size != file.size]
+    else:
+        names = list(ours)
+        for name in marks:
+            bucket.remove(name)  # nobody reads a mixture of two folders
     with working(f"writing {url}", len(names), "files") as work:
 
         def put(name: str) -> None:
             bucket.put(folder / name, name)
             work.advance()
 
-        each(put, [name for name in names if Path(name).name != last])
-        each(put, [name for name in names if Path(name).name == last])
+        each(put, [name for name in names if name not in marks])
+        each(put, [name for name in names if name in marks])
+
+
+def _are_same(bucket: Bucket, folder: Path, names: Sequence[str]) -> bool:
+    """Whether these files have the same content in the bucket and here."""
+
+    def is_same(name: str) -> bool:
+        with suppress(Vanished, OSError):
+            return (folder / name).read_bytes() == bucket.read(name)
+        return False
+
+    return all(is_same(name) for name in names)
 
 
 def _has(path: Path, size: int) -> bool:

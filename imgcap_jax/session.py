@@ -1,6 +1,7 @@
 """A run that is opened for training: its data, model, objective, checkpoints and log. ``train.py`` has the loop."""
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -176,8 +177,8 @@ class Session:
         """
         training = experiment.training
         # The run: its folder and vocabulary.
-        run = _open_run(experiment, folder, data, init_from)
-        parallel.wait()  # the first process may have written the folder
+        with parallel.failing_together():  # the first process writes the folder
+            run = _open_run(experiment, folder, data, init_from)
         check_decoding(experiment.decoding, run.vocabulary, experiment.decoder)
         check_objective(experiment.objective, run.vocabulary)
         check_length(experiment.decoder, experiment.data.max_words + 1, "data.max_words")
@@ -195,7 +196,7 @@ class Session:
         # The model (encoder and decoder, see run/folder.py), on all devices. The state of a resumed run has no values
         # yet.
         checkpoints = Checkpoints(folder, writing=is_first_process())
-        resumed = checkpoints.recover(show, parallel.broadcast) is not None
+        resumed = checkpoints.recover(show, parallel.broadcast, parallel.failing_together) is not None
         _check_processes(run, checkpoints.step, parallel)
         started = ""
         with working("loading the model" if resumed else "initialising the model", shown=is_first_process()):
@@ -214,7 +215,8 @@ class Session:
         frozen = parallel.replicate(frozen)
         progress = None
         if resumed:
-            state, progress = checkpoints.restore(state)
+            with parallel.failing_together():
+                state, progress = checkpoints.restore(state)
 
         # What the objective makes its step from, and the batches that the step needs.
         references = experiment.objective.references(data.sources, run.vocabulary)
@@ -264,7 +266,8 @@ class Session:
                 show(describe_mixture(data.mixture))
             # From here on, a folder without newest checkpoint has lost it (see find_run).
             checkpoints.save(state, progress)
-            checkpoints.wait()
+            with parallel.failing_together():
+                checkpoints.wait()
         # Step 0 has no metrics except those of the start's validation.
         log = MetricsLog(
             folder,
@@ -273,6 +276,7 @@ class Session:
             seconds=progress.seconds,
             validation_due=progress.validation_due,
             writing=is_first_process(),
+            fail=checkpoints.fail,
         )
         self.validate = Validation(
             evaluator
@@ -362,21 +366,32 @@ class Session:
 
     @property
     def overdue(self) -> bool:
-        """Whether to save now: ``training.checkpoint_minutes`` have passed, or the bucket can't be reached."""
-        failed = self._mirror is not None and self._mirror.failed
-        return failed or self.checkpoints.idle_seconds >= 60 * self.experiment.training.checkpoint_minutes
+        """Whether to save now, because ``training.checkpoint_minutes`` have passed."""
+        return self.checkpoints.idle_seconds >= 60 * self.experiment.training.checkpoint_minutes
 
-    def save(self, state: TrainState) -> None:
-        """Saves the state.
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed, or the bucket can't be reached. Training then saves, calls ``check``, and ends."""
+        return self.checkpoints.failed or (self._mirror is not None and self._mirror.failed)
 
-        Raises:
-            UserError: the loss is not finite, an earlier save failed, or the bucket can't be reached. In the last case,
-                the state is saved on this machine.
-        """
-        self.meter.flush()
-        self.checkpoints.save(state, replace(self.progress, seconds=self.log.seconds))
+    def check(self) -> None:
+        """Raises UserError if ``failed``. If the bucket can't be reached, the state is saved on this machine."""
+        self.checkpoints.check()
         if self._mirror is not None:
             self._mirror.check()
+
+    def save(self, state: TrainState) -> None:
+        """Saves the state. Raises UserError if the loss is not finite."""
+        self.meter.flush()
+        self.checkpoints.save(state, replace(self.progress, seconds=self.log.seconds))
+
+    def drain(self, seconds: float) -> BaseException | None:
+        """Waits until everything is on disk, and at most this time until it is in the bucket. See ``StopRequest``."""
+        ends = time.monotonic() + seconds
+        error = self.checkpoints.drain()
+        if error is None and self._mirror is not None:
+            error = self._mirror.drain(ends - time.monotonic())
+        return error
 
     def validate_now(self, state: TrainState) -> None:
         """Saves and validates the state. If ``validate.interrupted`` is set then, a resumed session repeats it."""

@@ -1,6 +1,6 @@
 """Trains an experiment. The file reads from top to bottom. It is the one to fork for an idea with its own loop."""
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,14 +66,20 @@ def train(
         check_name(path)
     together = DataParallel(experiment.training.parallel)
     if not is_first_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        together.wait()  # until the first process has pushed what an interruption left
-        pull(folder, everything=True)
+        with together.failing_together():  # until the first process has pushed what an interruption left
+            folder.mkdir(parents=True, exist_ok=True)
+        with together.failing_together():
+            pull(folder, to_train=True)
         return _train(experiment, folder, cache, init_from, smoke, lambda line: None, None)
-    with owning(folder, "training"), Mirror(folder) as mirror, nothing_left_if_refused(folder):
-        if smoke:  # resuming a finished smoke run would check nothing
-            empty_smoke(folder)
-        together.wait()
+    with ExitStack() as stack:
+        with together.failing_together():
+            stack.enter_context(owning(folder, "training"))
+            mirror = stack.enter_context(Mirror(folder))
+            stack.enter_context(nothing_left_if_refused(folder))
+            if smoke:  # resuming a finished smoke run would check nothing
+                empty_smoke(folder)
+        with together.failing_together():
+            pass  # the other processes pull
         return _train(experiment, folder, cache, init_from, smoke, show, mirror)
 
 
@@ -94,7 +100,7 @@ def _train(
         show,
         agree=parallel.agree,
         processes=jax.process_count(),
-        drain=lambda: session.checkpoints.drain(),
+        drain=lambda seconds: session.drain(seconds),
         again=f"the same command {'starts again' if smoke else 'resumes'}",
     )
     # The data, the model, its state, the checkpoints and the log.
@@ -131,17 +137,20 @@ def _train(
                 session.validate_now(state)
                 if interrupted := session.validate.interrupted:
                     break
-            session.checkpoints.check()
-            overdue = int(session.overdue)
-            # Several processes must agree on when to save. They wait for each other, so they do not do it at each step.
-            step_number = session.progress.step
+            # Several processes must agree on when to save, and end together if the first one cannot write. They wait
+            # for each other, so they do not do it at each step.
+            step_number, overdue, failed = session.progress.step, 0, 0
             if jax.process_count() == 1 or validates or ran.steps > 1 or step_number % training.log_steps == 0:
-                interrupted, overdue = parallel.agree(stop.signal or 0, overdue)
-            else:
-                overdue = 0
-            if interrupted or overdue:
+                wishes = stop.signal or 0, int(session.overdue), int(session.failed)
+                interrupted, overdue, failed = parallel.agree(*wishes)
+            if interrupted or overdue or failed:
                 session.save(state)
                 session.meter.restart(session.progress)
+            if failed:
+                with parallel.failing_together():
+                    session.check()
+        with parallel.failing_together():
+            session.checkpoints.wait()
         if session.finished and not interrupted:
             session.validate.advise()
         if smoke and not interrupted:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from imgcap_jax.errors import Terminated
 from imgcap_jax.files import reason
 from imgcap_jax.signal_thread import SignalThread
 
@@ -21,19 +22,15 @@ _AGAIN_SECONDS = 0.05
 _LOST = re.compile(r"Gloo .* failed|NCCL|Socket closed|Connection (closed|reset)|heartbeat|UNAVAILABLE", re.IGNORECASE)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which Slurm and Docker send to stop a job."""
-
-
 @contextmanager
-def sigterm_interrupts(line: str, *, alone: bool) -> Iterator[None]:
+def sigterm_interrupts(line: str, *, may_exit: bool) -> Iterator[None]:
     """While entered, SIGTERM raises Terminated, unless the program has its own handler. The training loop has one.
 
     If Python cannot react, as during the compilation of an encoder, a thread ends the process soon after.
 
     Args:
         line: what the thread prints.
-        alone: whether the thread can end the process.
+        may_exit: whether the thread may end the process.
     """
     reacted = False
 
@@ -54,7 +51,7 @@ def sigterm_interrupts(line: str, *, alone: bool) -> Iterator[None]:
     signal.signal(signal.SIGTERM, interrupt)
     try:
         with _never_ignored():
-            if alone:
+            if may_exit:
                 with SignalThread((signal.SIGTERM,), lambda number: None, end):
                     yield
             else:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from imgcap_jax.accelerators import WITHOUT_TPU
-from imgcap_jax.cli.interruption import Terminated, lost_process, sigterm_interrupts
+from imgcap_jax.cli.interruption import lost_process, sigterm_interrupts
 from imgcap_jax.cli.parser import build_parser
-from imgcap_jax.errors import UserError, check_range, counted, printable
+from imgcap_jax.errors import Terminated, UserError, check_range, counted, printable
 
 _COMPILED_BYTES = 500_000_000  # of compiled programs; a training run needs about 1 MB on a CPU
 _LOOKED = "looked"  # a file whose time is that of the last look at their sizes
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if rest and options.command not in ("train", "features", "plan"):
             raise _unknown_argument(rest[0], options.parser, options.command)
-        with sigterm_interrupts(_interrupted(options), alone=options.alone), _memory_errors(options):
+        with sigterm_interrupts(_interrupted(options), may_exit=options.alone), _memory_errors(options):
             code: int = _COMMANDS[options.command](options)
     except BrokenPipeError:
         return 141

@@ -28,6 +28,7 @@ import numpy.typing as npt
 from imgcap_jax.array_files import read_header
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import appending, disk_full, file_digest, json_digest, read_json, reading, replacing
+from imgcap_jax.remote import url_of
 
 Dtype = Literal["float16", "bfloat16"]
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -38,6 +39,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 _STORED = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 REGIONS = "regions.npy"
 MANIFEST, _LOCK, _BLOCKS = "manifest.json", "lock", "blocks"
+WORKING_FILES = (_LOCK, _BLOCKS)  # are of no use elsewhere
 _DIGEST_BYTES = 8
 ENCODER = "the encoder's features", "its weights"
 _BYTES_PER_ROW = {"digests": _DIGEST_BYTES, "counts": 4}  # of the file `<name>.bin`; the manifest has its digest
@@ -292,7 +294,9 @@ def explaining(folder: Path) -> Iterator[None]:
 
 
 def _advice(folder: Path) -> str:
-    return f"delete the folder {folder} to compute the features again"
+    url = url_of(folder)
+    both = f"{folder} and {url}" if url else folder  # or else the same features come back from the bucket
+    return f"delete the folder {both} to compute the features again"
 
 
 def damaged(path: Path, reason: str) -> UserError:

@@ -23,6 +23,7 @@ from imgcap_jax.data.feature_files import (
     DTYPES,
     ENCODER,
     MANIFEST,
+    WORKING_FILES,
     Dtype,
     FeatureWriter,
     check_is_of,
@@ -327,7 +328,7 @@ def _built(
             with writer.open(_BLOCK_BATCHES * rows.batch):
                 _fill(writer, rows, images, progress)
                 writer.finish()
-            push_tree(folder, MANIFEST)
+            push_tree(folder, MANIFEST, WORKING_FILES)
     store = FeatureStore(folder)
     check_is_of(folder, store.manifest, {"shape": list(shape), "dtype": dtype, "fingerprint": fingerprint})
     return store if images is None else PartOfStore(store, images, int(identity["images"]))

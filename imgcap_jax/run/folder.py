@@ -32,7 +32,7 @@ from imgcap_jax.models.decoders.contract import Decoder
 from imgcap_jax.models.encoders.contract import build_encoder, weights_digest, with_weights
 from imgcap_jax.models.model import CaptionModel, without_values
 from imgcap_jax.precision import compute_dtype
-from imgcap_jax.remote import place, shown, url_of
+from imgcap_jax.remote import place, removal, shown, url_of
 from imgcap_jax.run.extraction import encoder_dtype, uses_store
 from imgcap_jax.run.mirror import pull
 from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
@@ -143,7 +143,7 @@ class Run:
         if before is None:
             return []
         return [
-            f"{path} has changed since {self.folder} was started, which used {self.folder / CODE / name}"
+            f"{path} has changed since {shown(self.folder)} was started, which used {shown(self.folder / CODE / name)}"
             for name, path in source_files(classes(self.experiment)).items()
             if before.get(name, "") != file_digest(path)
         ]
@@ -154,8 +154,9 @@ class Run:
         ``init_from`` can be None for a run that has one: its parameters are in the checkpoints.
         """
         if init_from is not None and (self.init_from is None or self.init_from.resolve() != init_from.resolve()):
+            start = "fresh weights" if self.init_from is None else shown(self.init_from)
             raise UserError(
-                f"{self.folder} started from {self.init_from or 'fresh weights'}, not from {init_from}; "
+                f"{shown(self.folder)} started from {start}, not from {shown(init_from)}; "
                 f"choose another --run, or leave out --init-from to resume it"
             )
         before = self.experiment
@@ -167,16 +168,16 @@ class Run:
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UserError(
-                f"{self.folder} contains another experiment ({changed[0]}{more}); choose another --run, "
-                f"or delete the folder to start over; to continue from it: --run NEW --init-from {self.folder}"
+                f"{shown(self.folder)} contains another experiment ({changed[0]}{more}); choose another --run, or "
+                f"{removal(self.folder)} to start over; to continue from it: --run NEW --init-from {shown(self.folder)}"
             )
 
     def check_weights(self) -> None:
         """Raises UserError unless the encoder's weights file is there and is the one that the run was trained with."""
         if self.weights is not None and self.weights != weights_digest(self.experiment.encoder):
             raise UserError(
-                f"the weights file of the encoder has changed since {self.folder} was trained, which changes its "
-                f"captions; give the original file with --weights"
+                f"the weights file of the encoder has changed since {shown(self.folder)} was trained, which changes "
+                f"its captions; give the original file with --weights"
             )
 
     def model(self, *, with_encoder: bool, restored: bool = False, platform: str | None = None) -> CaptionModel:
@@ -195,7 +196,7 @@ class Run:
         experiment = self.experiment
         settings: Any = experiment.encoder
         if with_encoder and has_ready_regions(settings):
-            raise UserError(f"{self.folder} was trained on ready-made regions, so it has no encoder for photos")
+            raise UserError(f"{shown(self.folder)} was trained on ready-made regions, so it has no encoder for photos")
         dtype = compute_dtype(experiment.training.dtype, platform)
 
         def build_own_encoder(rngs: nnx.Rngs) -> nnx.Module:
@@ -307,7 +308,8 @@ def use_weights(runs: Sequence[Run], files: Sequence[Path]) -> list[Run]:
     """
     found = list(runs)
     for file in files:
-        used, error = False, f"{file} is not the weights file that {runs[0].folder} was trained with; give that one"
+        trained = shown(runs[0].folder)
+        used, error = False, f"{file} is not the weights file that {trained} was trained with; give that one"
         for number, run in enumerate(found):
             try:
                 encoder = with_weights(run.experiment.encoder, file)
@@ -327,14 +329,14 @@ def check_ensemble(runs: Sequence[Run]) -> None:
     for run in runs[1:]:
         if run.vocabulary.tokenizer != runs[0].vocabulary.tokenizer:
             raise UserError(
-                f"{run.folder} and {runs[0].folder} have different tokenizers "
+                f"{shown(run.folder)} and {shown(runs[0].folder)} have different tokenizers "
                 f"({run.vocabulary.tokenizer.label}, {runs[0].vocabulary.tokenizer.label}); train the runs of an "
                 f"ensemble with the same data.tokenizer"
             )
         if run.vocabulary.words != runs[0].vocabulary.words:
             raise UserError(
-                f"{run.folder} and {runs[0].folder} have different vocabularies, so their probabilities cannot be "
-                f"averaged; train the runs of an ensemble on the same captions with the same min_count"
+                f"{shown(run.folder)} and {shown(runs[0].folder)} have different vocabularies, so their probabilities "
+                f"cannot be averaged; train the runs of an ensemble on the same captions with the same min_count"
             )
 
 
@@ -360,13 +362,13 @@ def find_run(folder: Path) -> "Run | None":
         lost = [name for name, there in ((EXPERIMENT, experiment), (VOCABULARY, vocabulary)) if not there]
         if lost:
             raise UserError(
-                f"{folder} has checkpoints but no {' and no '.join(lost)}; restore it from a backup or from a run of "
-                f"the same experiment, or choose another --run"
+                f"{shown(folder)} has checkpoints but no {' and no '.join(lost)}; restore it from a backup or from a "
+                f"run of the same experiment, or choose another --run"
             )
         if newest is None:
             raise UserError(
-                f"{folder} has lost its newest checkpoint (checkpoints/newest), so it cannot be resumed; it still has "
-                f"its best parameters: choose another --run and --init-from {folder}"
+                f"{shown(folder)} has lost its newest checkpoint (checkpoints/newest), so it cannot be resumed; it "
+                f"still has its best parameters: choose another --run and --init-from {shown(folder)}"
             )
         return Run.load(folder)
     # Training writes the experiment first, and a checkpoint before metrics. Without an experiment, files are those of
@@ -374,8 +376,8 @@ def find_run(folder: Path) -> "Run | None":
     foreign = [name for name in _WRITTEN if os.path.lexists(folder / name)]
     if METRICS in foreign or (foreign and not experiment):
         raise UserError(
-            f"{folder} contains {foreign[0]}, but no checkpoint to resume from; choose another --run, or move the "
-            f"folder away"
+            f"{shown(folder)} contains {foreign[0]}, but no checkpoint to resume from; choose another --run, or "
+            f"{removal(folder)}"
         )
     if vocabulary:
         return Run.load(folder)  # killed before its first checkpoint
@@ -391,7 +393,9 @@ def _refuse_foreign(folder: Path) -> None:
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     for path in paths:
         if not path.name.startswith(".") and path.suffix not in (".log", ".txt", ".out", ".err"):
-            raise UserError(f"{folder} is not a run, but contains {path.name}; choose a new or empty folder as --run")
+            raise UserError(
+                f"{shown(folder)} is not a run, but contains {path.name}; choose a new or empty folder as --run"
+            )
 
 
 def empty_smoke(folder: Path) -> None:

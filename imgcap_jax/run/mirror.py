@@ -1,30 +1,58 @@
-"""Keeps a run in a bucket and its working copy alike (see ``remote``)."""
+"""Synchronises a run in a bucket with its working copy (see ``remote``).
+
+Runs are copied, instead of using paths in buckets (``etils.epath``) everywhere. Orbax's atomic renames, appended logs,
+locks and digests then work as on any disk, there is one code path, and training does not wait for the network.
+``epath`` also has no recursive listing with sizes, which synchronising needs.
+
+What always holds:
+- A checkpoint counts, here and there, once it has its digests, which are copied last and deleted first.
+- A checkpoint is copied after the metrics of its steps, and a newest one after the best one that it refers to.
+- A name in both copies identifies the run. A run that was never pushed is never moved or replaced.
+- A working copy that is ahead of the bucket is not changed, except for damaged checkpoints that the bucket has.
+- Nothing is deleted here except checkpoints that the bucket has replaced. The copy of a run is moved aside if the
+  bucket has another run, or, by training only, if the bucket has none.
+- The bucket is changed only by training, and by ``push``.
+"""
 
 import json
 import re
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from imgcap_jax.errors import UserError
-from imgcap_jax.files import DIGESTS, OWNER, lock_file, read_digests, read_json, reading, write_text
-from imgcap_jax.remote import Bucket, File, each, files_in, pulling_alone, url_of
+from imgcap_jax.errors import UserError, printable
+from imgcap_jax.files import (
+    DIGESTS,
+    OWNER,
+    damages,
+    disk_errors,
+    lock_file,
+    read_digests,
+    read_json,
+    reading,
+    write_text,
+)
+from imgcap_jax.remote import Bucket, File, Vanished, each, files_in, pulling_alone, until_settled, url_of
 from imgcap_jax.terminal import working
+from imgcap_jax.training.checkpoints import CHECKPOINTS, DAMAGED
 
 _IDENTITY = ".remote"  # the run's random name, in both copies: a run that was deleted and started again is another one
 _NEWEST = "checkpoints/newest/"
 _CHECKPOINT = re.compile(r"(checkpoints/(\w+)/(\d+))/.+")
 _POLL_SECONDS = 2.0
-_ATTEMPTS = 3  # to push, before training stops; to pull a run that changes meanwhile
+_ATTEMPTS = 3  # to push, before training stops
 _RETRY_SECONDS = 10.0
+_ERROR_SECONDS = 20.0  # to push what is on disk after an error of the program
 
 
 def _is_temporary(name: str) -> bool:
-    """Whether a file is not a part of a run: a lock, or one that is being written."""
-    return any(part.startswith(".") or ".orbax-checkpoint-tmp" in part for part in name.split("/"))
+    """Whether a file is not pushed: a lock, one that is being written, or one of a damaged checkpoint."""
+    hidden = any(part.startswith(".") or ".orbax-checkpoint-tmp" in part for part in name.split("/"))
+    return hidden or name.startswith(f"{CHECKPOINTS}/{DAMAGED}/")
 
 
 def _local_files(folder: Path) -> dict[str, File]:
@@ -61,7 +89,7 @@ def _newest(checkpoints: Mapping[str, Sequence[str]]) -> tuple[int, int]:
     return (int(complete[-1].removeprefix(_NEWEST)), len(checkpoints[complete[-1]])) if complete else (-1, 0)
 
 
-def pull(folder: Path, *, everything: bool = False) -> None:
+def pull(folder: Path, *, to_train: bool = False) -> None:
     """Brings the working copy of a run up to date. Does nothing for an ordinary folder.
 
     A copy that is ahead of the bucket is left as it is: training was interrupted before it was pushed. So is one in
@@ -69,10 +97,12 @@ def pull(folder: Path, *, everything: bool = False) -> None:
 
     Args:
         folder: the working copy.
-        everything: also pull what only training reads: the newest checkpoints.
+        to_train: whether the run is trained. The newest checkpoints are then pulled too, and the copy of a run that is
+            no longer in the bucket is moved aside.
 
     Raises:
-        UserError: the bucket cannot be reached, or the copy belongs to another run and was never pushed.
+        UserError: the bucket cannot be reached, it has lost the run, or the copy belongs to another run and was never
+            pushed.
     """
     url = url_of(folder)
     if url is None:
@@ -83,20 +113,15 @@ def pull(folder: Path, *, everything: bool = False) -> None:
             if lock is None:
                 return
             lock.close()
-        _pull(Bucket(url), folder, everything)
+        _pull(Bucket(url), folder, to_train)
 
 
-def _pull(bucket: Bucket, folder: Path, everything: bool) -> None:
+def _pull(bucket: Bucket, folder: Path, to_train: bool) -> None:
     """``pull`` without locks. If the run changes meanwhile, because it is trained elsewhere, it starts again."""
-    for _ in range(_ATTEMPTS):
-        try:
-            return _pull_once(bucket, folder, everything)
-        except FileNotFoundError:
-            continue
-    raise UserError(f"{bucket.url} changes while it is read; try again")
+    until_settled(bucket.url, lambda: _pull_once(bucket, folder, to_train))
 
 
-def _pull_once(bucket: Bucket, folder: Path, everything: bool) -> None:
+def _pull_once(bucket: Bucket, folder: Path, to_train: bool) -> None:
     theirs, ours = bucket.files(), _local_files(folder)
     name, pushed = _read_identity(folder)
     others, checkpoints = _by_checkpoint([name for name in theirs if not _is_temporary(name)])
@@ -104,23 +129,27 @@ def _pull_once(bucket: Bucket, folder: Path, everything: bool) -> None:
     _, our_checkpoints = _by_checkpoint(ours)
     their_name = bucket.read(_IDENTITY).decode(errors="replace") if _IDENTITY in theirs else ""
     if not complete:  # no run, or one whose first checkpoint was not pushed completely
-        if pushed and name != their_name:  # it was deleted in the bucket
-            _delete(folder, ours)
-            (folder / _IDENTITY).unlink()
+        if pushed and name != their_name:
+            if to_train:
+                _move_aside(bucket, folder)
+            elif ours:
+                raise UserError(f"{bucket.url} has lost its run; to use what this machine has of it, copy {folder}")
         return
     if name != their_name and ours and not pushed:
         raise UserError(f"{folder} has a run that is not the one in {bucket.url}; move one of them away")
-    if name != their_name:
-        _delete(folder, ours)
+    if name != their_name and pushed:
+        _move_aside(bucket, folder)
         our_checkpoints = {}
-    if _newest(our_checkpoints) > _newest(checkpoints):
-        return
-    _write_identity(folder, their_name, pushed=True)
-    wanted = [one for one in complete if everything or one.split("/")[1] == "best"]
+    wanted = [one for one in complete if to_train or one.split("/")[1] == "best"]
+    is_ahead = _newest(our_checkpoints) > _newest(checkpoints)
+    if is_ahead:
+        others, wanted = [], [one for one in wanted if one in our_checkpoints and _is_damaged(folder / one)]
+    else:
+        _write_identity(folder, their_name, pushed=True)
     missing = [one for one in wanted if not _same(bucket, folder, one)]
     kinds = {one.split("/")[1] for one in wanted}
     for one, names in our_checkpoints.items():
-        if one in missing or (one not in wanted and one.split("/")[1] in kinds):
+        if one in missing or (one not in wanted and one.split("/")[1] in kinds and not is_ahead):
             _delete(folder, names[::-1])  # the digests first
     files = [*others, *(name for one in missing for name in checkpoints[one])]
     with working(f"reading {bucket.url}", len(files), "files") as work:
@@ -134,6 +163,20 @@ def _pull_once(bucket: Bucket, folder: Path, everything: bool) -> None:
         for one in missing:
             each(get, checkpoints[one][:-1])
             get(checkpoints[one][-1])
+
+
+def _move_aside(bucket: Bucket, folder: Path) -> None:
+    """Moves the copy of a run that is no longer in the bucket into another folder, except for its lock."""
+    number = 1
+    while (aside := folder.parent / f"{folder.name}.old{number}").exists():
+        number += 1
+    with disk_errors(str(aside)):
+        aside.mkdir()
+        for path in folder.iterdir():
+            if path.name != OWNER:
+                path.rename(aside / path.name)
+    line = f"{bucket.url} no longer has the run that this machine has a copy of; the copy is kept in {aside}"
+    print(f"imgcap: note: {printable(line)}", file=sys.stderr)
 
 
 def _read_identity(folder: Path) -> tuple[str | None, bool]:
@@ -151,12 +194,22 @@ def _write_identity(folder: Path, name: str, *, pushed: bool) -> None:
 
 
 def _same(bucket: Bucket, folder: Path, checkpoint: str) -> bool:
-    """Whether the working copy has a checkpoint completely."""
+    """Whether the working copy has a checkpoint of the bucket, complete and undamaged."""
     digests = f"{checkpoint}/{DIGESTS}"
-    return (folder / digests).is_file() and (folder / digests).read_bytes() == bucket.read(digests)
+    with suppress(Vanished, OSError):
+        there = bucket.read(digests)
+        return (folder / digests).read_bytes() == there and not _is_damaged(folder / checkpoint)
+    return False
 
 
-def _delete(folder: Path, names: Mapping[str, Any] | Sequence[str]) -> None:
+def _is_damaged(checkpoint: Path) -> bool:
+    """Whether the files of a checkpoint differ from its digests, or cannot be read."""
+    with suppress(OSError):
+        return bool(damages(checkpoint))
+    return True
+
+
+def _delete(folder: Path, names: Sequence[str]) -> None:
     for name in names:
         (folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # not empty
@@ -201,7 +254,7 @@ class Mirror:
             return
         self._bucket = Bucket(self._url)
         with pulling_alone(folder):
-            _pull(self._bucket, folder, everything=True)
+            _pull(self._bucket, folder, to_train=True)
         there = [name for name in self._bucket.files() if not _is_temporary(name)]
         local = _local_files(folder)
         _, checkpoints = _by_checkpoint(there)
@@ -210,6 +263,9 @@ class Mirror:
             found = _CHECKPOINT.fullmatch(name)
             known = found is not None and found[1] in same
             self._pushed[name] = local[name] if known and name in local else File(-1)
+        for one in _complete(_by_checkpoint(local)[1]):
+            if one not in same and _is_damaged(folder / one):  # it is not pushed as long as its digests are these
+                self._pushed[f"{one}/{DIGESTS}"] = local[f"{one}/{DIGESTS}"]
         self._name = _read_identity(folder)[0] or secrets.token_hex(8)
         self._bucket.write(_IDENTITY, self._name.encode())  # fails before training if the bucket can't be written
         self._push()
@@ -235,18 +291,47 @@ class Mirror:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._url is None:
             return
-        self._ended.set()
-        if kind is not None and not issubclass(kind, UserError):
-            return  # interrupted twice, or an error of the program
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._ended.set()  # interrupted twice
+            return
         with working(f"writing {self._url}"):
-            self._thread.join()
-            try:
-                if not self.failed:
-                    self._push(everything=True)
-            except UserError as error:
-                self._failure = error
+            if kind is None or issubclass(kind, UserError):
+                self._finish()
+            else:  # an error of the program, or the end of another process
+                self.drain(_ERROR_SECONDS)
         if kind is None:
             self.check()
+
+    def drain(self, seconds: float) -> UserError | None:
+        """Pushes what is on disk, in any thread, for at most this time. Nothing is pushed afterwards.
+
+        If the time is too short, a note says so. Returns the error if the bucket can't be reached.
+        """
+        if self._url is None:
+            return None
+        worker = threading.Thread(target=self._finish, daemon=True)
+        worker.start()
+        worker.join(max(0.0, seconds))
+        if worker.is_alive():
+            line = f"{self._url} lacks the newest checkpoint; it is in {self._folder}, and this machine uploads it"
+            print(f"imgcap: note: {printable(line)} when training resumes", file=sys.stderr, flush=True)
+            return None
+        try:
+            self.check()
+        except UserError as error:
+            return error
+        return None
+
+    def _finish(self) -> None:
+        """Ends the thread, and pushes everything."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        try:
+            if not self.failed:
+                self._push(everything=True)
+        except UserError as error:
+            self._failure = error
 
     def _run(self) -> None:
         failures = 0

@@ -6,60 +6,64 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class BackgroundJobs:
-    """A thread for jobs. After a job has failed, later jobs are not run.
-
-    The error of a job is raised, once, by the next call of ``check`` or ``wait``.
-    """
+    """A thread for jobs. After a job has failed, later jobs are not run."""
 
     def __init__(self, name: str) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._pending: list[tuple[str, Future[None]]] = []
-        self._failed = False
+        self._last: dict[str, Future[None]] = {}  # of each kind
+        self._error: BaseException | None = None  # of the job that failed
+        self._raised = False  # whether it was raised
         self._ended = time.monotonic()
 
     def start(self, kind: str, job: Callable[[], None]) -> None:
-        """Starts a job when the ones before it have ended. First waits for the last one of the same kind.
-
-        Raises:
-            Exception: an earlier job failed.
-        """
-        self.wait(kind)
+        """Starts a job when the ones before it have ended. First waits for the last one of the same kind."""
 
         def run() -> None:
-            if self._failed:
+            if self._error is not None:
                 return
             try:
                 job()
-            except BaseException:
-                self._failed = True
-                raise
+            except BaseException as error:
+                self.fail(error)
             finally:
                 self._ended = time.monotonic()
 
-        self._pending.append((kind, self._thread.submit(run)))
+        self.drain(kind)
+        self._last[kind] = self._thread.submit(run)
 
     @property
     def idle_seconds(self) -> float:
         """Seconds since the last job ended, or since the start; 0 while a job runs or waits."""
-        if any(not job.done() for _, job in self._pending):
+        if any(not job.done() for job in self._last.values()):
             return 0.0
         return time.monotonic() - self._ended
 
+    @property
+    def failed(self) -> bool:
+        """Whether a job has failed."""
+        return self._error is not None
+
+    def fail(self, error: BaseException) -> None:
+        """Treats an error from elsewhere as that of a job: later jobs are not run."""
+        self._error = self._error or error
+
     def check(self) -> None:
-        """Returns at once. Raises the error of a job that has failed."""
-        while self._pending and self._pending[0][1].done():
-            self._pending.pop(0)[1].result()
+        """Raises the error of the job that has failed, once. Returns at once."""
+        if self._error is not None and not self._raised:
+            self._raised = True
+            raise self._error
 
-    def wait(self, kind: str | None = None) -> None:
-        """Waits for all jobs, or until the last one of a kind has ended. Raises the error of a job that has failed."""
+    def wait(self) -> None:
+        """Waits for all jobs. Raises as ``check`` does."""
+        self.drain()
         self.check()
-        while (kind is None and self._pending) or kind in [one for one, _ in self._pending]:
-            self._pending.pop(0)[1].result()
 
-    def drain(self) -> BaseException | None:
-        """Waits for all jobs, in any thread; returns the first error, and raises none."""
-        jobs = [job for _, job in list(self._pending)]
-        return next((error for error in [job.exception() for job in jobs] if error is not None), None)
+    def drain(self, kind: str | None = None) -> BaseException | None:
+        """Waits, in any thread, for all jobs or those of a kind. Returns the error of a failed job, and raises none."""
+        for one, job in list(self._last.items()):
+            if kind in (None, one):
+                job.result()
+        return self._error
 
     def close(self) -> None:
         """Ends the thread after the jobs that were started."""

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ import numpy as np
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import add_digests, damages, disk_errors, read_digests, reason, write_digests, write_text
+from imgcap_jax.remote import shown, url_of
 from imgcap_jax.terminal import Say
 from imgcap_jax.training.background import BackgroundJobs
 from imgcap_jax.training.orbax_files import Writer, quiet_orbax, read_arrays, read_progress, snapshot
 
 CHECKPOINTS = "checkpoints"  # folder in a run's folder
+DAMAGED = "damaged"  # folder in it, of damaged checkpoints that were moved aside
 _PATTERN = re.compile(r"[\[\]*?\\]")  # characters that make a path a pattern
 _KEPT = 2  # checkpoints: if the newest is damaged, the one before it remains
 _NO_DIGESTS = "its digests are missing"  # it is incomplete, or was written by an older version
@@ -59,7 +61,7 @@ class Checkpoints:
     penalty.
 
     Saving copies the state into host memory. A thread then writes it, while training goes on. Orbax writes into a
-    temporary folder and renames it; the digests of its files, which follow, complete a checkpoint. If the process is
+    temporary folder and renames it. The digests of its files, which follow, complete a checkpoint. If the process is
     killed, the checkpoint before remains: the two latest of ``newest`` and of ``best`` are kept. One thread writes both
     kinds in order, so that ``newest`` never refers to best parameters that are not on disk. (Orbax's own asynchronous
     saves promise no order between two folders, and write no digests.)
@@ -70,8 +72,9 @@ class Checkpoints:
     def __init__(self, run: Path, *, writing: bool = False) -> None:
         """Opens the checkpoints of a run.
 
-        ``writing`` is for the process that trains the run, if there are several the first one. Another writing process
-        could disturb a save. Without it, nothing is saved.
+        Args:
+            run: the run's folder.
+            writing: whether this process saves. Only one process may: the first one of those that train the run.
         """
         self.folder = run.absolute() / CHECKPOINTS
         self._writing = writing
@@ -96,15 +99,21 @@ class Checkpoints:
         """Seconds since the last save was on disk; 0 while one is being written, or if this process writes none."""
         return self._jobs.idle_seconds if self._writing else 0.0
 
-    def recover(self, say: Say, share: Callable[[int], int] = lambda number: number) -> int | None:
+    def recover(
+        self,
+        say: Say,
+        share: Callable[[int], int] = lambda number: number,
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> int | None:
         """Finds the checkpoint to resume from: the newest one, or if it is damaged or incomplete, the one before it.
 
-        The writing process deletes later ones, whose steps are repeated, so that they end as in a run that was not
-        interrupted.
+        The writing process deletes incomplete ones and moves damaged ones aside. Their steps are repeated, so that the
+        run ends as one that was not interrupted.
 
         Args:
             say: receives a warning if a checkpoint is not used.
             share: returns to all processes the number that the first one passes.
+            together: a context that raises the error of one process on all of them.
 
         Returns:
             Its step, the same on all processes; None: there is none.
@@ -112,7 +121,8 @@ class Checkpoints:
         Raises:
             UserError: no checkpoint is intact, or the best one is damaged.
         """
-        step = self._recover(say) if self._writing else None
+        with together():
+            step = self._recover(say) if self._writing else None
         step = share(-1 if step is None else step)
         self._saved["newest"] = None if step < 0 else step
         self._saved["best"] = latest_step(self.folder / "best")
@@ -134,13 +144,29 @@ class Checkpoints:
                 raise self._damaged("newest", newest, problems[newest])
             step, problems = newest, {}  # checkpoints of older versions can lack digests
         for later, what in problems.items():
-            say(f"note: the checkpoint {folder / str(later)} is damaged ({what}); continuing from step {step}")
-            shutil.rmtree(folder / str(later))
+            kept = self._remove("newest", later, what)
+            name = shown(folder / str(later))
+            say(f"note: the checkpoint {name} is damaged ({what}{kept}); continuing from step {step}")
         self._forget_later_best(self._progress(step))
         best = latest_step(self.folder / "best")
         if best is not None:
             self._check("best", best)  # which could remain the best one until the end
         return step
+
+    def _remove(self, kind: str, step: int, what: str) -> str:
+        """Deletes an incomplete checkpoint, or moves a damaged one aside. Returns what to add to its problem."""
+        folder = self.folder / kind / str(step)
+        with disk_errors(str(folder)):
+            if what == _NO_DIGESTS:  # a save that was killed
+                shutil.rmtree(folder)
+                return ""
+            self._intact.discard((kind, step))
+            (self.folder / DAMAGED).mkdir(exist_ok=True)
+            number = 1
+            while (aside := self.folder / DAMAGED / f"{kind}_{step}_{number}").exists():
+                number += 1
+            folder.rename(aside)
+        return f"; it is kept in {aside}"
 
     def _forget_later_best(self, progress: Progress) -> None:
         """Deletes best parameters of validations that are repeated."""
@@ -153,20 +179,17 @@ class Checkpoints:
     def save(self, state: Any, progress: Progress) -> None:
         """Copies the training state, and begins to write it. Waits for the save before, if it is not on disk yet.
 
-        Raises:
-            UserError: an earlier save failed, because the disk is full or failing. Earlier checkpoints are kept.
+        After a failed save nothing is written, and ``check`` raises the error. Earlier checkpoints are kept.
         """
-        self.check()
         if progress.step == self.step:
             return
         self._saved["newest"] = progress.step
         if self._writing:
-            self._jobs.wait("newest")  # before another copy takes memory
+            self._jobs.drain("newest")  # before another copy takes memory
             self._write("newest", progress.step, snapshot(state), json.dumps(asdict(progress)))
 
     def save_validated(self, progress: Progress) -> None:
-        """Adds the result of a validation to the checkpoint of its step. Raises as ``save`` does."""
-        self.check()
+        """Adds the result of a validation to the checkpoint of its step. See ``save``."""
         if self._writing:
             folder = self.folder / "newest" / str(progress.step)
             text = json.dumps(asdict(replace(progress, validation_due=False))) + "\n"
@@ -179,19 +202,27 @@ class Checkpoints:
             self._jobs.start("validated", write)
 
     def save_best(self, step: int, params: Any) -> None:
-        """Saves these parameters as the best, in place of those of later steps. Raises as ``save`` does."""
-        self.check()
+        """Saves these parameters as the best, in place of those of later steps. See ``save``."""
         self._saved["best"] = step
         if self._writing:
-            self._jobs.wait("best")
+            self._jobs.drain("best")
             self._write("best", step, snapshot(params))
 
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed."""
+        return self._jobs.failed
+
+    def fail(self, error: UserError) -> None:
+        """After an error of other files of the run, nothing is saved, and ``check`` raises it."""
+        self._jobs.fail(error)
+
     def check(self) -> None:
-        """Raises UserError if a save has failed since the last call. Returns at once."""
+        """Raises UserError if a save has failed, because the disk is full or failing. Returns at once."""
         self._jobs.check()
 
     def wait(self) -> None:
-        """Waits until everything is on disk. Raises as ``save`` does."""
+        """Waits until everything is on disk. Raises as ``check`` does."""
         self._jobs.wait()
 
     def drain(self) -> BaseException | None:
@@ -199,13 +230,12 @@ class Checkpoints:
         return self._jobs.drain()
 
     def keep_start(self, params: Any) -> None:
-        """Saves the initial parameters; returns when they are on disk.
+        """Saves the initial parameters, before the first checkpoint.
 
         Those of a run that was killed before its first checkpoint are replaced.
         """
         if self._writing:
             self._write("start", 0, snapshot(params))
-            self.wait()
 
     def restore_start(self, template: Any) -> Any:
         """The parameters that ``keep_start`` saved, placed as ``template`` is.
@@ -215,7 +245,7 @@ class Checkpoints:
         """
         if latest_step(self.folder / "start") is None:
             raise UserError(
-                f"{self.folder / 'start'} (the parameters that training started from) is missing; "
+                f"{shown(self.folder / 'start')} (the parameters that training started from) is missing; "
                 f"train again in another --run"
             )
         return self._read("start", 0, template)
@@ -248,13 +278,13 @@ class Checkpoints:
         step = self.best_step if step is None else step
         if step is None:
             raise UserError(
-                f"{self.folder.parent} has no best parameters, because no validation is finished or {self.folder} has "
-                f"lost them; give its training command again"
+                f"{shown(self.folder.parent)} has no best parameters, because no validation is finished or "
+                f"{shown(self.folder)} has lost them; give its training command again"
             )
         return self._read("best", step, template)
 
     def close(self) -> None:
-        """Waits until everything is on disk, and stops the threads. Raises as ``save`` does."""
+        """Waits until everything is on disk, and stops the threads. Raises as ``check`` does."""
         try:
             self.wait()
         finally:
@@ -330,7 +360,7 @@ class Checkpoints:
         folder = self.folder / kind / str(step)
         if read_digests(folder) is None:
             return _NO_DIGESTS
-        what = next(iter(damages(folder)), "")
+        what = _problem(folder)
         if not what:
             self._intact.add((kind, step))
         return what
@@ -339,19 +369,20 @@ class Checkpoints:
         """The error for a damaged checkpoint, with what can be used instead."""
         folder = self.folder / kind
         others = [other for other in _steps(folder) if other != step]
-        intact = [other for other in others if read_digests(folder / str(other)) and not damages(folder / str(other))]
+        intact = [other for other in others if read_digests(folder / str(other)) and not _problem(folder / str(other))]
+        away = "move the damaged folder away" if url_of(folder) is None else f"delete it in the bucket and in {folder}"
         if intact:
-            advice = f"{folder / str(intact[-1])} is intact: move the damaged folder away to continue from that one"
+            advice = f"{shown(folder / str(intact[-1]))} is intact: {away} to continue from that one"
         elif kind == "newest" and self.best_step is not None:
             advice = (
-                f"restore it from a backup, or train again in another --run with --init-from {self.folder.parent}, "
-                f"which starts from its best parameters"
+                f"restore it from a backup, or train again in another --run with --init-from "
+                f"{shown(self.folder.parent)}, which starts from its best parameters"
             )
         elif kind == "best" and self.step is not None:
-            advice = "move it away and give the training command again, which puts the newest parameters in its place"
+            advice = f"{away} and give the training command again, which puts the newest parameters in its place"
         else:
             advice = "restore it from a backup, or train again in another --run"
-        return UserError(f"the checkpoint {folder / str(step)} is damaged ({what}); {advice}")
+        return UserError(f"the checkpoint {shown(folder / str(step))} is damaged ({what}); {advice}")
 
     @contextmanager
     def _explaining(self, kind: str, step: int) -> Iterator[None]:
@@ -366,12 +397,22 @@ class Checkpoints:
                 # Written without digests: damaged files and other shapes look alike.
                 cause = "its files are damaged, or it was written by another experiment or version"
             elif isinstance(error, OSError) and error.errno is not None:
-                raise UserError(f"the checkpoint {folder} can't be read ({reason(error)})") from error
+                raise UserError(f"the checkpoint {shown(folder)} can't be read ({reason(error)})") from error
             else:
                 cause = "it was written by another experiment or version"
             raise UserError(
-                f"the checkpoint {folder} does not fit this experiment ({reason(error)}); {cause}: choose another --run"
+                f"the checkpoint {shown(folder)} does not fit this experiment ({reason(error)}); {cause}: choose "
+                f"another --run"
             ) from error
+
+
+def _problem(folder: Path) -> str:
+    """What is wrong with a folder that has digests; "" if nothing. Files that cannot be read are damaged."""
+    try:
+        return next(iter(damages(folder)), "")
+    except OSError as error:
+        name = Path(error.filename).name if error.filename else "a file"
+        return f"{name} can't be read: {reason(error)}"
 
 
 def latest_step(folder: Path) -> int | None:

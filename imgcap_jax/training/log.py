@@ -5,12 +5,13 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from imgcap_jax.errors import printable
+from imgcap_jax.errors import UserError, printable, raise_error
 from imgcap_jax.files import appending, disk_errors, reading, write_text
 
 METRICS = "metrics.jsonl"
@@ -44,6 +45,7 @@ class MetricsLog:
         seconds: float = 0.0,
         validation_due: bool = False,
         writing: bool = True,
+        fail: Callable[[UserError], None] = raise_error,
     ) -> None:
         """Opens the files and starts the clock.
 
@@ -54,9 +56,10 @@ class MetricsLog:
             seconds: the seconds of training before this process started.
             validation_due: whether lines of a validation of this step are dropped too.
             writing: whether anything is written. Only the first process writes.
+            fail: receives the error if ``write`` or ``write_samples`` fails, because the disk is full.
         """
         self._epoch, self._began = steps_per_epoch, time.monotonic() - seconds
-        self._writing = writing
+        self._writing, self._fail = writing, fail
         self._path = folder / METRICS
         if not writing:
             return
@@ -73,25 +76,34 @@ class MetricsLog:
         return time.monotonic() - self._began
 
     def write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one line; kind is "train" or "validation". Raises UserError if the disk is full."""
+        """Writes one line; kind is "train" or "validation"."""
         if not self._writing:
             return
         metrics = {"epoch": round(step / self._epoch, 4), "seconds": round(self.seconds, 2), **metrics}
         # JSON has no NaN; null means that the number was not finite.
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        _append(self._metrics, {"kind": kind, "step": step, **values})
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # TensorBoard warns otherwise
-        with disk_errors(self._events.logdir):
-            for name, value in finite.items():
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+        with self._failing():
+            _append(self._metrics, {"kind": kind, "step": step, **values})
+            with disk_errors(self._events.logdir):
+                for name, value in finite.items():
+                    self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Writes captions of validation images. Raises UserError if the disk is full."""
+        """Writes captions of validation images."""
         if not self._writing:
             return
-        _append(self._samples, {"step": step, "samples": [asdict(sample) for sample in samples]})
-        with disk_errors(self._events.logdir):
-            self._events.add_text("validation/captions", "\n\n".join(map(_markdown, samples)), step)
+        with self._failing():
+            _append(self._samples, {"step": step, "samples": [asdict(sample) for sample in samples]})
+            with disk_errors(self._events.logdir):
+                self._events.add_text("validation/captions", "\n\n".join(map(_markdown, samples)), step)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            self._fail(error)
 
     def validation(self, step: int) -> dict[str, float] | None:
         """The line of the validation at a step, without kind and step; None if it was not logged."""

@@ -20,7 +20,7 @@ def snapshot(tree: Any) -> dict[str, np.ndarray]:
     """A copy of a tree in host memory: leaf by path, so that no file depends on Flax's tree classes.
 
     Leaves are replicated, or all of their parts are on devices of this process. Returns when everything is copied, so
-    that a training step can then have the buffers.
+    that a training step can then donate the buffers.
     """
     leaves = {
         name: leaf.addressable_data(0) if isinstance(leaf, Array) and leaf.is_fully_replicated else leaf

@@ -2,8 +2,8 @@
 
 import hashlib
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from imgcap_jax.models.members import POPULATION
 
 AXIS = "devices"
 _MEMBERS = "members"
+_ERROR_BYTES = 2000  # of an error that is raised on all processes
 Step = Callable[[Any, Any, Mapping[str, Array]], tuple[Any, Any]]
 Loop = Callable[[Any, Any, Any, Any, Any, np.int32], tuple[Any, Any]]
 Mode = Literal["auto", "pmap", "shard_map"]
@@ -198,6 +199,31 @@ class DataParallel:
         digest = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:4], "big") >> 1
         largest, smallest = self.agree(digest, -digest)
         return largest == -smallest
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """A context that all processes leave together. A UserError of one of them is raised on all of them.
+
+        Nothing within it may wait for another process.
+        """
+        failure: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            if jax.process_count() == 1:
+                raise
+            failure = error
+        if jax.process_count() > 1:
+            self._raise_on_all(failure)
+
+    def _raise_on_all(self, failure: UserError | None) -> None:
+        """Raises the error of the first process that has one on all processes. Waits for all processes."""
+        text = np.zeros(_ERROR_BYTES, np.uint8)
+        own = b"" if failure is None else str(failure).encode(errors="backslashreplace")[:_ERROR_BYTES]
+        text[: len(own)] = np.frombuffer(own, np.uint8)
+        for of_process in multihost_utils.process_allgather(text):
+            if of_process.any():
+                raise UserError(of_process.tobytes().rstrip(b"\0").decode(errors="replace")) from failure
 
     def share(self, folder: Path) -> bool:
         """Whether a folder is the same one on the hosts of all processes, and can be written. It is made if missing."""

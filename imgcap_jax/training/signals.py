@@ -3,18 +3,20 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from imgcap_jax.errors import printable
+from imgcap_jax.errors import Terminated, printable
 from imgcap_jax.signal_thread import SignalThread
 from imgcap_jax.terminal import Say
 
 PATIENCE_SECONDS = 5.0
 """How long work that can be repeated may delay the end; a Google Cloud machine stops 30 seconds after SIGTERM."""
 _PATIENCE_OF_SEVERAL = 15.0  # with several processes, which first try to stop together
+_GRACE_SECONDS = 27.0  # after the signal, for what is saved to reach the disk and the bucket
 
 
 class Stopped(Exception):
@@ -26,8 +28,8 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """A context manager in which SIGINT and SIGTERM only set ``signal``, and say so. A second Ctrl-C stops training
-    without another checkpoint.
+    """A context manager in which SIGINT and SIGTERM only set ``signal``, and say so. Ctrl-C after one of them stops
+    training without another checkpoint. SIGTERM decides the exit code if both are received.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class StopRequest:
         *,
         agree: Callable[[int], tuple[int, ...]] = lambda number: (number,),
         processes: int = 1,
-        drain: Callable[[], BaseException | None] = lambda: None,
+        drain: Callable[[float], BaseException | None] = lambda seconds: None,
         again: str = "the same command resumes",
     ) -> None:
         """Nothing is changed before it is entered.
@@ -45,13 +47,15 @@ class StopRequest:
             say: receives the lines for the user.
             agree: returns the largest number of all processes.
             processes: their number.
-            drain: waits until everything is on disk; returns the error if that failed.
+            drain: called in another thread. Waits until everything is on disk, and at most this number of seconds until
+                it is in the bucket. Returns the error if that failed.
             again: how to continue.
         """
         self.signal: int | None = None
         self._say, self._agree, self._drain, self._again = say, agree, drain, again
         self._patience = PATIENCE_SECONDS if processes == 1 else _PATIENCE_OF_SEVERAL
         self._repeatable = False
+        self._deciding = threading.Lock()  # held while the process ends, so that repeatable work is not left meanwhile
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -70,13 +74,15 @@ class StopRequest:
     def repeatable(self) -> Iterator[None]:
         """For work that a resumed run repeats without loss, because the state of this step is saved.
 
-        If it does not end soon after a signal, as a compilation, the process ends once all checkpoints are on disk.
+        If it does not end soon after a signal, as a compilation, the process ends once all checkpoints are on disk and
+        in the bucket.
         """
         self._repeatable = True
         try:
             yield
         finally:
-            self._repeatable = False
+            with self._deciding:
+                self._repeatable = False
 
     def check(self) -> None:
         """Raises Stopped if a process has received a signal. All processes must call it equally often."""
@@ -85,8 +91,8 @@ class StopRequest:
             raise Stopped(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal == signal.SIGINT == number:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT and self.signal is not None:
+            raise Terminated if self.signal == signal.SIGTERM else KeyboardInterrupt
         self.signal = number
 
     def _announce(self, number: int) -> None:
@@ -97,13 +103,16 @@ class StopRequest:
         self._say(f"stopping after this step, with a checkpoint{again}")
 
     def _end_if_repeatable(self, number: int, seconds: float) -> None:
-        if not self._repeatable or seconds < self._patience:
+        if seconds < self._patience:
             return
-        error = self._drain()
-        if error is None:
-            self._say(f"stopped; {self._again}")
-        else:
-            print(f"imgcap: {printable(str(error))}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(128 + number if error is None else 2)
+        with self._deciding:
+            if not self._repeatable:
+                return
+            error = self._drain(_GRACE_SECONDS - seconds)
+            if error is None:
+                self._say(f"stopped; {self._again}")
+            else:
+                print(f"imgcap: {printable(str(error))}", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(128 + max(number, self.signal or 0) if error is None else 2)

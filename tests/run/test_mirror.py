@@ -22,7 +22,9 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.files import cache_folder, owning, write_digests
 from imgcap_jax.remote import place, pull_tree, push_tree, shown, url_of
 from imgcap_jax.run import mirror
+from imgcap_jax.run.folder import find_run
 from imgcap_jax.run.mirror import Mirror, pull, push
+from imgcap_jax.training.checkpoints import Checkpoints, Progress
 
 TESTS = Path(__file__).parent.parent
 URL = "gs://bucket/runs/x"
@@ -141,7 +143,7 @@ def test_checkpoints_are_pushed_digests_last_and_pulled_when_complete(
     assert not (bucket / "checkpoints/newest/3/unknown").exists()
 
     use_machine(tmp_path, monkeypatch, "a")  # whose copy has another checkpoint of step 3
-    pull(folder, everything=True)
+    pull(folder, to_train=True)
     assert (folder / "checkpoints/newest/3/state/data").read_text() == "again"
 
 
@@ -162,10 +164,9 @@ def test_copy_that_is_ahead_of_the_bucket_is_kept_and_pushed(
     assert steps(bucket, "newest") == [5]
     assert (bucket / "metrics.jsonl").read_text() == "5\n"
 
-    # A run that was deleted in the bucket starts again; one that was never pushed is never deleted.
+    # A run that was never pushed is never moved.
     shutil.rmtree(bucket)
-    pull(folder)
-    assert not steps(folder, "newest")
+    shutil.rmtree(folder)
     checkpoint(folder, "newest", 0)
     pull(folder)
     assert steps(folder, "newest") == [0]
@@ -176,6 +177,165 @@ def test_copy_that_is_ahead_of_the_bucket_is_kept_and_pushed(
     with pytest.raises(UserError, match=f"has a run that is not the one in {URL}; move one of them away"):
         pull(folder)
     assert steps(folder, "newest") == [0]
+
+
+def test_run_that_the_bucket_has_lost_stays_on_this_machine(
+    buckets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, bucket = place(URL), tmp_path / "gs" / "bucket" / "runs" / "x"
+    with Mirror(folder):
+        checkpoint(folder, "newest", 1)
+    shutil.rmtree(bucket)
+    before = contents(folder)
+    with pytest.raises(UserError, match=f"{URL} has lost its run; to use what this machine has of it, copy {folder}"):
+        pull(folder)
+    assert contents(folder) == before
+    with owning(folder, "training"), Mirror(folder):  # starts again
+        assert not steps(folder, "newest")
+        aside = folder.parent / "x.old1"
+        assert contents(aside) == before
+        checkpoint(folder, "newest", 2)
+    note = f"imgcap: note: {URL} no longer has the run that this machine has a copy of; the copy is kept in {aside}\n"
+    assert capsys.readouterr().err == note
+
+    shutil.rmtree(bucket)
+    use_machine(tmp_path, monkeypatch, "b")
+    with Mirror(place(URL)):
+        checkpoint(place(URL), "newest", 7)
+        checkpoint(place(URL), "best", 7)
+    use_machine(tmp_path, monkeypatch, "a")
+    pull(folder)  # to evaluate what is in the bucket
+    assert (steps(folder, "best"), steps(folder.parent / "x.old2", "newest")) == ([7], [2])
+
+
+def test_damaged_copy_of_a_checkpoint_is_replaced_and_never_pushed(
+    buckets: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, bucket = place(URL), tmp_path / "gs" / "bucket" / "runs" / "x"
+    with Mirror(folder):
+        checkpoint(folder, "best", 1)
+        checkpoint(folder, "newest", 1)
+    write(folder, "checkpoints/best/1/state/data", "damaged")
+    pull(folder)
+    assert (folder / "checkpoints/best/1/state/data").read_text() == "best 1"
+
+    # Also of a run that is ahead. What only this machine has is left to training.
+    checkpoint(folder, "newest", 2)
+    for name in ("newest/1", "best/1", "newest/2"):
+        write(folder, f"checkpoints/{name}/state/data", "damaged")
+    with Mirror(folder):
+        assert (folder / "checkpoints/newest/1/state/data").read_text() == "newest 1"
+        assert (folder / "checkpoints/best/1/state/data").read_text() == "best 1"
+        assert (folder / "checkpoints/newest/2/state/data").read_text() == "damaged"
+        said: list[str] = []
+        checkpoints = Checkpoints(folder, writing=True)
+        monkey = pytest.MonkeyPatch()
+        monkey.setattr(checkpoints, "_progress", lambda step: Progress(step, {}, best_step=1))
+        assert checkpoints.recover(said.append) == 1
+        monkey.undo()
+    assert said[0].startswith(f"note: the checkpoint {URL}/checkpoints/newest/2 is damaged")
+    assert steps(bucket, "newest") == [1]
+    assert not [name for name in contents(bucket) if "damaged" in name or "newest/2/" in name]
+    with Mirror(folder):
+        checkpoint(folder, "newest", 2)
+    assert (bucket / "checkpoints/newest/2/state/data").read_text() == "newest 2"
+
+
+def test_messages_name_the_bucket(buckets: Any, tmp_path: Path) -> None:
+    folder = place(URL)
+    for step in (1, 2):
+        checkpoint(folder, "best", step)
+    write(folder, "checkpoints/best/2/state/data", "damaged")
+    with pytest.raises(UserError) as refused:
+        Checkpoints(folder).restore_best({})
+    assert str(refused.value) == (
+        f"the checkpoint {URL}/checkpoints/best/2 is damaged (state/data has changed); {URL}/checkpoints/best/1 is "
+        f"intact: delete it in the bucket and in {folder}/checkpoints/best to continue from that one"
+    )
+    write(folder, "experiment.json", "{}")
+    with pytest.raises(UserError, match=f"{URL} has checkpoints but no vocabulary.json"):
+        find_run(folder)
+
+
+def test_file_that_vanishes_while_it_is_read(buckets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no error of this machine's disk."""
+    bucket = tmp_path / "gs" / "bucket"
+    monkeypatch.setattr(buckets, "vanishing", {"data", "records"})
+    checkpoint(bucket / "runs" / "x", "best", 1)
+    write(bucket / "runs" / "x", "checkpoints/newest/1/SHA256SUMS", "# 0 files\n")
+    with pytest.raises(UserError, match=f"{URL} changes while it is read; try again"):
+        pull(place(URL))
+    write(bucket, "data/records", "x")
+    write(bucket, "data/info.json", "x")
+    with pytest.raises(UserError, match="gs://bucket/data changes while it is read; try again"):
+        pull_tree(place("gs://bucket/data"), "info.json")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that are parts of a run."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+ENDED = """
+import sys; sys.path.insert(0, sys.argv[1])
+import buckets; buckets.install()
+import hashlib, pathlib
+from imgcap_jax.files import write_digests
+from imgcap_jax.remote import place
+from imgcap_jax.run import mirror
+from imgcap_jax.training import signals
+
+mirror._POLL_SECONDS = 3600.0
+signals.PATIENCE_SECONDS = 0.2
+signals._GRACE_SECONDS = float(sys.argv[2])
+folder = place("gs://bucket/runs/x")
+with mirror.Mirror(folder) as pushing, signals.StopRequest(print, drain=pushing.drain) as stop, stop.repeatable():
+    newest = folder / "checkpoints" / "newest" / "1"
+    newest.mkdir(parents=True)
+    (newest / "data").write_text("state")
+    write_digests(newest)
+    print("started", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # as a compilation, no signal interrupts it
+"""
+
+
+@pytest.mark.parametrize("latency", [0.0, 3.0])
+def test_signal_ends_what_can_be_repeated_after_the_bucket_has_everything(
+    latency: float, buckets: Any, tmp_path: Path
+) -> None:
+    """If there is no time for that, it is said."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDED, str(TESTS), "3.0" if latency else "20"],
+        env={**os.environ, "FAKE_BUCKETS_LATENCY": str(latency)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    process.terminate()
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert output.endswith("stopped; the same command resumes\n")
+    has_it = steps(tmp_path / "gs/bucket/runs/x", "newest") == [1]
+    lacks = f"note: {URL} lacks the newest checkpoint; it is in {place(URL)}, and this machine uploads it when training"
+    assert (has_it, lacks in errors) == ((False, True) if latency else (True, False)), errors
+    assert steps(place(URL), "newest") == [1]
+
+
+def test_error_of_the_program_does_not_keep_what_is_on_disk_from_the_bucket(buckets: Any, tmp_path: Path) -> None:
+    """As the end of another process."""
+
+    def fail(error: type[BaseException]) -> None:
+        with Mirror(place(URL)):
+            checkpoint(place(URL), "newest", 1 if error is RuntimeError else 2)
+            raise error
+
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error):
+            fail(error)
+        assert steps(tmp_path / "gs/bucket/runs/x", "newest") == [1]
 
 
 def test_checkpoint_that_is_validated_later_stays_complete(buckets: Any, tmp_path: Path) -> None:
@@ -195,7 +355,7 @@ def test_checkpoint_that_is_validated_later_stays_complete(buckets: Any, tmp_pat
     # A copy that was killed before the result of its validation was pushed is ahead.
     write(folder, "checkpoints/newest/1/more.json", "{}")
     write_digests(folder / "checkpoints/newest/1")
-    pull(folder, everything=True)
+    pull(folder, to_train=True)
     assert (folder / "checkpoints/newest/1/more.json").exists()
 
 
@@ -271,10 +431,37 @@ def test_folder_of_files_that_never_change(buckets: Any, tmp_path: Path, monkeyp
     write(other, "1.0.0/records", "ma")  # an interrupted copy
     pull_tree(other, "info.json")
     assert (other / "1.0.0/records").read_text() == "many"
+    use_machine(tmp_path, monkeypatch, "a")
+    for name, text in {"records": "new!", "lock": "", "blocks/1.done": ""}.items():  # of the same size
+        write(folder, f"1.0.0/{name}", text)
+    write(folder, "1.0.0/info.json", "[]")
+    push_tree(folder / "1.0.0", "info.json", ("lock", "blocks"))
+    assert contents(tmp_path / "gs/bucket/data/scenes/1.0.0") == {"records": b"new!", "info.json": b"[]"}
+    assert buckets.removed == ["bucket/data/scenes/1.0.0/info.json"]  # nobody reads a mixture
+    write(folder, "1.0.0/info.json", "{}")
+    write(folder, "1.0.0/records", "0000")  # of an unfinished feature store
+    pull_tree(folder, "info.json")
+    assert (folder / "1.0.0/records").read_text() == "new!"
     (tmp_path / "gs/bucket/data/scenes/1.0.0/info.json").unlink()
     use_machine(tmp_path, monkeypatch, "c")
     pull_tree(place("gs://bucket/data/scenes"), "info.json")
     assert not place("gs://bucket/data/scenes").exists()  # it is not complete
+
+
+def test_interrupted_copy_of_a_dataset_continues(buckets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files with digests that are already here are not read again."""
+    bucket, folder = tmp_path / "gs/bucket/data", place("gs://bucket/data")
+    for name in ("1.0.0/a", "1.0.0/b", "1.0.0/info.json"):
+        write(bucket, name, name)
+    write_digests(bucket / "1.0.0", ["a", "b"])
+    write(folder, "1.0.0/a", "1.0.0/a")
+    write(folder, "1.0.0/b", "damaged")
+    read: list[str] = []
+    get = buckets.get_file
+    monkeypatch.setattr(buckets, "get_file", lambda self, name, path: (read.append(name), get(self, name, path)))
+    pull_tree(folder, "info.json")
+    assert contents(folder) == contents(bucket)
+    assert [name.removeprefix("bucket/data/1.0.0/") for name in read] == ["SHA256SUMS", "b", "info.json"]
 
 
 def test_features_in_a_bucket_are_computed_once(
@@ -291,6 +478,7 @@ def test_features_in_a_bucket_are_computed_once(
     regions = ReadyRegions(RegionFiles(tmp_path / "files", region_size=2, max_regions=3), source)
     FeatureStore.of_regions(regions, root=place("gs://bucket/cache"), progress=False)
     assert Path(buckets.written[-1]).name == "manifest.json"
+    assert not [name for name in buckets.written if name.endswith("/lock") or "/blocks/" in name]
     use_machine(tmp_path, monkeypatch, "b")
     monkeypatch.setattr(ReadyRegions, "read", lambda *_: pytest.fail("computed again"))
     store = FeatureStore.of_regions(regions, root=place("gs://bucket/cache"), progress=False)
@@ -420,13 +608,14 @@ def test_run_that_is_killed_while_it_pushes_resumes_on_this_and_on_another_machi
         assert expected.keys() == got.keys()
         for name, leaf in expected.items():
             np.testing.assert_array_equal(got[name], leaf, err_msg=name)
-        lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (trained, bucket)]
-        times = ("seconds", "images_per_second", "captions_per_second", "input_wait")
-        whole, resumed = (
-            [{k: v for k, v in json.loads(line).items() if k not in times} for line in one] for one in lines
-        )
-        assert [line["step"] for line in resumed] == [line["step"] for line in whole]
-        assert [line.get("CIDEr-D") for line in resumed] == [line.get("CIDEr-D") for line in whole]
+        assert metrics(bucket) == metrics(trained)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without the times."""
+    times = ("seconds", "captions_per_second", "images_per_second")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in times} for line in lines]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.files import file_digest
 from imgcap_jax.training.checkpoints import Checkpoints, Progress, restore_best
 from imgcap_jax.training.orbax_files import Writer, read_arrays
 from imgcap_jax.training.parallel import DataParallel
@@ -139,6 +141,8 @@ def test_damaged_newest_checkpoint_is_replaced_by_the_one_before(how: str, saved
         [line] = said
         assert line.startswith(f"note: the checkpoint {newest / '3'} is damaged (")
         assert line.endswith("); continuing from step 2")
+        aside = folder / "checkpoints" / "damaged" / "newest_3_1"
+        assert aside.is_dir() == (f"; it is kept in {aside})" in line) == ("its digests are missing" not in line)
         state, progress = checkpoints.restore(STATE)
         np.testing.assert_array_equal(state["w"], np.arange(300.0) + 2)
         assert progress == Progress(2, {"batches": 2}, best_step=2)
@@ -188,6 +192,51 @@ def test_only_checkpoint_is_damaged(tmp_path: Path) -> None:
         checkpoints.recover(print)
     checkpoints.close()
     assert steps(tmp_path / "checkpoints" / "newest") == [1]
+
+
+def test_checkpoint_that_cannot_be_read_is_damaged(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    unreadable = folder / "checkpoints" / "newest" / "3"
+
+    def read(path: Path, *arguments: Any) -> str:
+        if unreadable in path.parents:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return file_digest(path, *arguments)
+
+    monkeypatch.setattr("imgcap_jax.files.file_digest", read)
+    content = {name: (unreadable / name).read_bytes() for name in files(unreadable)}
+    said: list[str] = []
+    checkpoints = Checkpoints(folder, writing=True)
+    assert checkpoints.recover(said.append) == 2
+    checkpoints.close()
+    assert "can't be read: Input/output error; it is kept in" in said[0]
+    aside = folder / "checkpoints" / "damaged" / "newest_3_1"
+    assert {name: (aside / name).read_bytes() for name in files(aside)} == content
+    assert steps(folder / "checkpoints" / "newest") == [2]
+
+
+def test_error_while_recovering_is_raised_within_what_all_processes_leave_together(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    for step in ("2", "3"):
+        next((tmp_path / "checkpoints" / "newest" / step / "state" / "d").iterdir()).write_bytes(b"x")
+    met: list[str] = []
+
+    @contextmanager
+    def together() -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            met.append(str(error))
+            raise
+
+    checkpoints = Checkpoints(tmp_path, writing=True)
+    with pytest.raises(UserError, match="newest/3 is damaged"):
+        checkpoints.recover(print, lambda number: pytest.fail("the other processes would not be here"), together)
+    assert len(met) == 1
+    checkpoints.close()
 
 
 def test_checkpoint_without_digests_is_read(saved: Path, tmp_path: Path) -> None:

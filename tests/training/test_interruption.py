@@ -107,7 +107,8 @@ def test_damaged_newest_checkpoint_costs_steps_and_nothing_else(
     said: list[str] = []
     assert run(tiny, folder, said.append).step == 10
     assert [line for line in said if line.startswith("note: ")] == [
-        f"note: the checkpoint {checkpoint} is damaged (state/manifest.ocdbt has changed); continuing from step 9"
+        f"note: the checkpoint {checkpoint} is damaged (state/manifest.ocdbt has changed; it is kept in "
+        f"{folder / 'checkpoints' / 'damaged' / 'newest_10_1'}); continuing from step 9"
     ]
     assert_same(folder, trained)
 

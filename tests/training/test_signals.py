@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from imgcap_jax.errors import Terminated
 from imgcap_jax.training.signals import Stopped, StopRequest
 
 
@@ -44,6 +45,19 @@ def test_sigterm_is_answered_too() -> None:
     assert said == ["stopping after this step, with a checkpoint"]
 
 
+def test_ctrl_c_after_sigterm_stops_with_the_exit_code_of_sigterm() -> None:
+    with StopRequest(print) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # schedulers repeat it
+        with pytest.raises(Terminated):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGTERM
+    with StopRequest(print) as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+
+
 def test_signal_ends_a_validation_in_all_processes() -> None:
     others = [0]
     with StopRequest(print, agree=lambda number: (max(number, *others),)) as stop:
@@ -58,7 +72,8 @@ BLOCKED = """
 import hashlib, time
 from imgcap_jax.training import signals
 
-def drain():
+def drain(seconds):
+    assert 20 < seconds < 27
     time.sleep(0.5)
     print("written", flush=True)
 
@@ -81,5 +96,34 @@ def test_signal_ends_what_can_be_repeated_after_the_checkpoints(number: int) -> 
     assert output.splitlines() == [
         "stopping; everything up to this step is saved",
         "written",
+        "stopped; the same command resumes",
+    ]
+
+
+LEAVING = """
+import signal, threading, time
+from imgcap_jax.training import signals
+
+draining = threading.Event()
+
+def drain(seconds):
+    draining.set()
+    time.sleep(1)
+
+signals.PATIENCE_SECONDS = 0.1
+stop = signals.StopRequest(print, drain=drain)
+with stop:
+    with stop.repeatable():
+        signal.raise_signal(signal.SIGTERM)
+        draining.wait()
+    print("the next step")  # its results would be lost
+"""
+
+
+def test_repeatable_work_is_not_left_while_the_process_ends() -> None:
+    ended = subprocess.run([sys.executable, "-c", LEAVING], text=True, capture_output=True, timeout=60)
+    assert ended.returncode == 143
+    assert ended.stdout.splitlines() == [
+        "stopping; everything up to this step is saved",
         "stopped; the same command resumes",
     ]
