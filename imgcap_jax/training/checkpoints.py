@@ -140,8 +140,9 @@ class Checkpoints:
                 break
             problems[step] = what
         else:
-            if read_digests(folder / str(newest)) is not None:
-                raise self._damaged("newest", newest, problems[newest])
+            damaged = next((step for step, what in problems.items() if what != _NO_DIGESTS), None)
+            if damaged is not None:
+                raise self._damaged("newest", damaged, problems[damaged])
             step, problems = newest, {}  # checkpoints of older versions can lack digests
         for later, what in problems.items():
             kept = self._remove("newest", later, what)

@@ -237,6 +237,12 @@ def test_error_while_recovering_is_raised_within_what_all_processes_leave_togeth
         checkpoints.recover(print, lambda number: pytest.fail("the other processes would not be here"), together)
     assert len(met) == 1
     checkpoints.close()
+    # An incomplete one is not taken for that of an older version.
+    (tmp_path / "checkpoints" / "newest" / "3" / "SHA256SUMS").unlink()
+    again = Checkpoints(tmp_path, writing=True)
+    with pytest.raises(UserError, match="newest/2 is damaged"):
+        again.recover(print)
+    again.close()
 
 
 def test_checkpoint_without_digests_is_read(saved: Path, tmp_path: Path) -> None:

@@ -160,3 +160,56 @@ def test_two_processes_draw_the_same_samples_as_one(tiny_data: Path, tiny_file: 
     expected, got = state(tmp_path / "one"), state(tmp_path / "two")
     for name, leaf in expected.items():
         np.testing.assert_allclose(got[name], leaf, atol=1e-5, err_msg=name)
+
+
+FULL = """
+import errno, os, sys
+from imgcap_jax.cli.main import main
+from imgcap_jax.training import checkpoints
+
+write = checkpoints.write_digests
+
+def fail(folder):
+    if int(folder.name) >= 3:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write(folder)
+
+checkpoints.write_digests = fail
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_error_of_the_first_process_ends_all_of_them_with_the_same_line(
+    tiny_data: Path, tiny_file: Path, tmp_path: Path
+) -> None:
+    """Its disk is full in training, and then its checkpoints are damaged."""
+    run = tmp_path / "run"
+
+    def lines() -> list[str]:
+        port = free_port()
+        processes = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-c", FULL, "train", str(tiny_file), "--run", str(run)),
+                    *("--distributed", f"127.0.0.1:{port},2,{index}"),
+                ],
+                env={**os.environ, "TFDS_DATA_DIR": str(tiny_data), "XLA_FLAGS": ""},
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for index in (0, 1)
+        ]
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+        assert [process.returncode for process in processes] == [2, 2], "\n".join(errors)
+        return [next(line for line in error.splitlines() if line.startswith("imgcap: ")) for error in errors]
+
+    first, second = lines()
+    assert first == second
+    assert f"saving a checkpoint to {run / 'checkpoints'} (earlier checkpoints are intact): the disk is full" in first
+    for path in (run / "checkpoints" / "newest").glob("[0-9]*/state/d/*"):
+        path.write_bytes(b"x")
+    first, second = lines()
+    assert first == second
+    assert "is damaged" in first
