@@ -166,7 +166,7 @@ def main() -> None:
     elif rows:
         print(f"\n{table(rows)}")
     if failed:
-        sys.exit(f"benchmark.py: no result, or out of time: {', '.join(failed)}")
+        sys.exit(f"benchmark.py: without a result: {', '.join(failed)}")
 
 
 def _measured(options: argparse.Namespace) -> list[Row]:
@@ -193,17 +193,19 @@ def _each(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
     start, rows, failed = time.monotonic(), [], []
     for dtype in options.dtype:
         for name in options.what:
-            left = None if options.seconds is None else options.seconds - (time.monotonic() - start)
-            print(f"\n== {name}, {dtype} ({time.monotonic() - start:.0f} s)", flush=True)
+            gone = time.monotonic() - start
+            left = None if options.seconds is None else max(0.0, options.seconds - gone)
+            print(f"\n== {name}, {dtype} ({gone:.0f} s)", flush=True)
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "rows.json"
                 command = [sys.executable, __file__, name, "--dtype", dtype, "--json", str(file), *passed]
                 try:
                     subprocess.run(command, check=True, timeout=left)
                     rows += [Row(**fields) for fields in json.loads(file.read_text())]
-                except (subprocess.SubprocessError, OSError, ValueError) as error:
-                    print(f"benchmark.py: {name}, {dtype}: {error}", file=sys.stderr)
-                    failed.append(f"{name} ({dtype})")
+                except subprocess.TimeoutExpired:
+                    failed.append(f"{name} ({dtype}, out of time)")
+                except subprocess.CalledProcessError as error:
+                    failed.append(f"{name} ({dtype}, exit code {error.returncode})")
     return rows, failed
 
 

@@ -37,7 +37,7 @@ left=$((limit - SECONDS > 20 ? limit - SECONDS - 10 : 10)) # the table needs a m
 part scripts/benchmark.py train decode scst input population checkpoint --dtype bfloat16 --seconds "$left" "${sizes[@]}"
 if [ "${JAX_PLATFORMS:-}" != cpu ]; then
   left=$((limit - SECONDS > 20 ? limit - SECONDS - 10 : 10))
-  part scripts/benchmark.py train decode scst --dtype float32 --seconds "$left" "${sizes[@]}"
+  part scripts/benchmark.py train --dtype float32 --seconds "$left" "${sizes[@]}"
 fi
 echo
 echo "finished in $SECONDS s"

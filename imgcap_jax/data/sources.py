@@ -93,6 +93,11 @@ class CaptionSource:
         stored = _stored_splits(folder)
         parts = ["train", "restval"] if split == "train" and "restval" in stored else [split]
         _check_features(folder / "features.json")
+        if not hasattr(tfds, "builder_from_directory"):  # TFDS prints why, and goes on
+            raise UserError(
+                "TensorFlow Datasets is not installed with all its requirements: "
+                "pip install --force-reinstall tensorflow-datasets"
+            )
         with reading(folder, PREPARE_AGAIN):
             builder = tfds.builder_from_directory(folder)
             try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import tensorflow_datasets as tfds
 
 from imgcap_jax.cli.main import main
 from imgcap_jax.data.builders import layout
@@ -54,6 +55,13 @@ def test_captions_and_ids_agree_with_the_examples(data_dir: Path) -> None:
     for outside in (-1, len(source)):
         with pytest.raises(IndexError):
             source[outside]
+
+
+def test_incomplete_tfds_is_no_damage_of_the_dataset(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TFDS swallows the ImportError of a requirement. Its attributes are missing then."""
+    monkeypatch.delattr(tfds, "builder_from_directory")
+    with pytest.raises(UserError, match="TensorFlow Datasets is not installed with all its requirements: pip"):
+        open_source("scenes", "train", data_dir)
 
 
 def opened(data_dir: Path) -> list[tuple[CaptionExample, tuple[str, ...]]]:
