@@ -108,7 +108,11 @@ class StopRequest:
         with self._deciding:
             if not self._repeatable:
                 return
-            error = self._drain(_GRACE_SECONDS - seconds)
+            error: BaseException | None
+            try:
+                error = self._drain(_GRACE_SECONDS - seconds)
+            except BaseException as failure:  # the process must end all the same
+                error = failure
             if error is None:
                 self._say(f"stopped; {self._again}")
             else:

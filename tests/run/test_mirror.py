@@ -315,7 +315,10 @@ def test_signal_ends_what_can_be_repeated_after_the_bucket_has_everything(
     assert process.stdout is not None
     assert process.stdout.readline() == "started\n"
     process.terminate()
-    output, errors = process.communicate(timeout=60)
+    try:
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 143
     assert output.endswith("stopped; the same command resumes\n")
     has_it = steps(tmp_path / "gs/bucket/runs/x", "newest") == [1]

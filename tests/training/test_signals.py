@@ -91,13 +91,36 @@ def test_signal_ends_what_can_be_repeated_after_the_checkpoints(number: int) -> 
     assert process.stdout is not None
     assert process.stdout.readline() == "started\n"
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 128 + number
     assert output.splitlines() == [
         "stopping; everything up to this step is saved",
         "written",
         "stopped; the same command resumes",
     ]
+
+
+FAILING = """
+import signal, time
+from imgcap_jax.training import signals
+
+def drain(seconds):
+    raise RuntimeError("broken")
+
+signals.PATIENCE_SECONDS = 0.1
+stop = signals.StopRequest(print, drain=drain)
+with stop, stop.repeatable():
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+def test_process_ends_even_if_waiting_for_the_checkpoints_fails() -> None:
+    ended = subprocess.run([sys.executable, "-c", FAILING], text=True, capture_output=True, timeout=50)
+    assert (ended.returncode, ended.stderr) == (2, "imgcap: broken\n")
 
 
 LEAVING = """
