@@ -231,12 +231,13 @@ class Checkpoints:
         return self._jobs.drain()
 
     def keep_start(self, params: Any) -> None:
-        """Saves the initial parameters, before the first checkpoint.
+        """Saves the initial parameters, and waits until they are on disk. If that fails, ``check`` raises the error.
 
         Those of a run that was killed before its first checkpoint are replaced.
         """
         if self._writing:
             self._write("start", 0, snapshot(params))
+            self._jobs.drain("start")
 
     def restore_start(self, template: Any) -> Any:
         """The parameters that ``keep_start`` saved, placed as ``template`` is.
