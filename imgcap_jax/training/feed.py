@@ -3,6 +3,7 @@
 Both feeds draw the same batches (``data/order.py``) and save the same positions, so that a run can change its feed.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -34,6 +35,10 @@ _LONGEST = 256  # steps per call of the device feed
 _SECONDS = 5.0
 """The longest time of a call, so that a run stops soon after a signal. Cloud machines are taken away after 30 s."""
 _SHARE = 0.6  # of a device's free memory, for features; the rest is for the training step
+_WIDEST = 2**15
+"""Words of a row of a table. The compiler for TPU (libtpu 0.0.52) copies a whole table with wider rows, or with rows
+that are not whole tiles, before it reads some of them: ``imgcap plan coco_up_down --topology v5e:2x2`` took 22.1 GB."""
+_TILE = 128  # words of a tile of a TPU
 _READ = 1024  # rows of features read at a time
 
 
@@ -119,12 +124,13 @@ def device_part(batch: Batch) -> Batch:
 class PackedRegions:
     """The regions of all images and views as rows of 32-bit words, which devices can add without rounding.
 
-    A row contains the regions [N,D], as they are stored, and the mask [N] if there is one. Rows are ordered by image
-    and view.
+    A row contains the regions [N,D], as they are stored, and the mask [N] if there is one. Rows are filled up to
+    whole tiles of a TPU, and wide ones are divided into pieces. Rows are ordered by image and view.
 
     Attributes:
         rows: the number of rows, all images x views.
         words: the number of words per row, W.
+        shape: the shape of a row: (W,) or (pieces, words of each).
     """
 
     def __init__(self, stores: Sequence[RegionSource]) -> None:
@@ -135,7 +141,13 @@ class PackedRegions:
         regions, mask = stores[0].read(_first_image(stores[0]), 0)
         self._shape, self._dtype, self._masked = regions.shape, regions.dtype, mask is not None
         self._region_words = -(-regions.nbytes // 4)
-        self.words = self._region_words + (-(-len(regions) // 4) if self._masked else 0)
+        words = self._region_words + (-(-len(regions) // 4) if self._masked else 0)
+        pieces = 1
+        while words > pieces * _WIDEST:
+            pieces *= 2  # tiles of TPUs have 1, 2, 4 or 8 rows
+        width = words if words <= _TILE else -(-words // (pieces * _TILE)) * _TILE
+        self.shape = (width,) if pieces == 1 else (pieces, width)
+        self.words = math.prod(self.shape)
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.uint32]:
         """The rows from start to stop as [stop - start,W]; zeros after the last row."""
@@ -252,10 +264,10 @@ class DeviceFeed:
         self._rows_per_shard = size = -(-self._regions.rows // shards)
 
         def read(shard: int) -> npt.NDArray[np.uint32]:
-            return self._regions.read(shard * size, (shard + 1) * size)
+            return self._regions.read(shard * size, (shard + 1) * size).reshape(size, *self._regions.shape)
 
         with working("putting the features on the devices", shown=is_first_process(), say=show):
-            self._table = parallel.put_tables(read, (size, self._regions.words), shards)
+            self._table = parallel.put_tables(read, (size, *self._regions.shape), shards)
         self._text: dict[str, Any] = {"captions": shared.captions.tokens}
         if shared.references is not None:
             self._text |= {"references": shared.references.tokens, "first": shared.references.first.astype(np.int32)}
@@ -290,12 +302,13 @@ class DeviceFeed:
         """The packed rows of this device's part of a batch, from the numbers of the rows of all devices."""
         shards, devices = self.shards, self._parallel.data_devices
         if shards == 1:
-            return table[lax.dynamic_slice_in_dim(wanted, device * count, count)]
+            return table[lax.dynamic_slice_in_dim(wanted, device * count, count)].reshape(count, -1)
         in_group = device % shards
         wanted = lax.dynamic_slice_in_dim(wanted, (device - in_group) * count, shards * count)
         local = wanted - in_group * self._rows_per_shard
         here = (local >= 0) & (local < self._rows_per_shard)
-        words = jnp.where(here[:, None], table[jnp.where(here, local, 0)], 0)
+        rows = table[jnp.where(here, local, 0)].reshape(len(local), -1)
+        words = jnp.where(here[:, None], rows, 0)
         groups = np.arange(devices).reshape(-1, shards).tolist() if shards < devices else None
         return lax.psum_scatter(words, AXIS, axis_index_groups=groups, tiled=True)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from imgcap_jax.data.pipeline import CaptionData
@@ -17,11 +18,12 @@ from imgcap_jax.experiment import Experiment, Training
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.plan.datasets import sizes_of
-from imgcap_jax.plan.feed import FeedPlan
+from imgcap_jax.plan.feed import AbstractParallel, FeedPlan, PlannedRows, device_loop
 from imgcap_jax.plan.hlo import Analysis, analyse
 from imgcap_jax.plan.hlo_text import parse
 from imgcap_jax.plan.programs import Program, Programs
 from imgcap_jax.plan.topology import Topology, open_topology
+from imgcap_jax.training.parallel import AXIS
 from imgcap_jax.training.self_critical import SelfCritical
 
 pytestmark = [
@@ -106,6 +108,25 @@ def test_features_of_which_each_chip_has_a_part_are_drawn_within_groups(slice_of
     assert half < program.memory.arguments < 1.5 * half
     assert program.memory.temporaries < half / 2
     assert found.bytes < half
+
+
+@pytest.mark.parametrize(("regions", "region_size"), [(49, 1280), (36, 2048), (100, 2048)])
+def test_rows_are_read_without_a_copy_of_the_table(regions: int, region_size: int, slice_of_four: Topology) -> None:
+    """The compiler copies tables with rows of more than 2**15 words."""
+    parallel = AbstractParallel("shard_map", slice_of_four.devices)
+    inputs = {"regions": ((regions, region_size), np.float16), "region_mask": ((regions,), np.bool_)}
+    rows = PlannedRows(EXPERIMENT.data, inputs, batch=64, images=40_000, captions=200_000, references=None)
+
+    def step(state: Any, constants: Any, batch: Any) -> tuple[Any, Any]:
+        return state + jax.lax.psum(batch["regions"].astype("float32").sum(), AXIS), {"loss": state}
+
+    state = parallel.replicate(np.float32(0))
+    for shards in (1, 2):
+        loop, arguments, _ = device_loop(step, rows, parallel, shards, state, ())
+        memory = loop.lower(*arguments).compile().memory_analysis()  # type: ignore[attr-defined]
+        table = 40_000 * regions * region_size * 2 / shards
+        assert table < memory.argument_size_in_bytes < 1.1 * table
+        assert memory.temp_size_in_bytes < 0.1 * table
 
 
 def test_a_search_has_no_collective(slice_of_four: Topology) -> None:

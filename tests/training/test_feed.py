@@ -121,6 +121,22 @@ def test_devices_read_the_batches_of_the_host(mode: Any, devices: int, shards: i
     assert len({batch["tokens"].tobytes() for batch in sent}) == 9
 
 
+def test_wide_rows_are_divided_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TPU reads them without a copy of the table (tests/plan/test_tpu.py)."""
+    assert PackedRegions([Regions(5, 2, np.float16)]).shape == (9,)
+    monkeypatch.setattr(feed, "_TILE", 4)
+    assert PackedRegions([Regions(5, 2, np.float16)]).shape == (12,)
+    monkeypatch.setattr(feed, "_WIDEST", 4)
+    monkeypatch.setattr(feed, "_TILE", 2)
+    packed = PackedRegions([Regions(5, 2, np.float16)])
+    assert (packed.shape, packed.words) == ((4, 4), 16)
+    parallel = DataParallel("shard_map", jax.devices()[:4])
+    sent, drawn = (collected(of, parallel, 3) for of in (host(parallel), device(parallel, shards=2, longest=3)))
+    for expected, found in zip(sent, drawn, strict=True):
+        for name, leaf in expected.items():
+            np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_members_of_a_population_read_the_batches_of_their_own_orders(count: int) -> None:
     rows = [batches(seed=seed).rows for seed in range(count)]
