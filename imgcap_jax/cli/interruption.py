@@ -85,6 +85,10 @@ def _never_ignored() -> Iterator[None]:
 def lost_process(error: BaseException) -> str:
     """A line about an error of JAX because another process has ended or cannot be reached; "" for another error."""
     jax = sys.modules.get("jax")
-    if jax is None or not isinstance(error, jax.errors.JaxRuntimeError) or not _LOST.search(str(error)):
+    if jax is None or not _LOST.search(str(error)):
+        return ""
+    # Calling a compiled function for the first time raises the error as a ValueError, which begins with XLA's status.
+    of_xla = isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", str(error))
+    if not (of_xla or isinstance(error, jax.errors.JaxRuntimeError)):
         return ""
     return f"another process has ended, or can't be reached ({reason(error)})"

@@ -323,7 +323,7 @@ def _ending_together(options: argparse.Namespace) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, RuntimeError) as error:
+    except (UserError, RuntimeError, ValueError) as error:
         lost = lost_process(error)
         if not options.distributed or not (lost or isinstance(error, UserError)):
             raise

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from imgcap_jax.cli.interruption import lost_process
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.metrics.scoring import Scores
 from imgcap_jax.run.evaluation import SplitEvaluator
@@ -136,3 +137,12 @@ def test_run_is_resumed_on_other_devices(
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-5) if name != "kind" else None
+
+
+def test_error_of_a_lost_process_is_one_line_whatever_its_type() -> None:
+    # Of a compiled function that is called again, and for the first time.
+    text = "UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:15266"
+    for error in (jax.errors.JaxRuntimeError(text), ValueError(text)):
+        assert lost_process(error).startswith("another process has ended, or can't be reached (UNKNOWN: Gloo")
+    for error in (ValueError("NCCL is no word"), ValueError("UNKNOWN: x"), RuntimeError(text)):
+        assert lost_process(error) == ""
