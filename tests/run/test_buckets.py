@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from imgcap_jax.cli.main import main
+from imgcap_jax.data import sources
 from imgcap_jax.data.features import FeatureStore, PartOfStore
 from imgcap_jax.data.prepare import prepare
 from imgcap_jax.data.regions import ReadyRegions, RegionFiles
@@ -58,7 +60,9 @@ def test_dataset_is_prepared_in_a_bucket(
     assert open_source("scenes", "train", Path("gs://bucket/data"))[4].captions
 
 
-def test_interrupted_upload_of_a_dataset_is_completed(buckets: Any, tmp_path: Path) -> None:
+def test_interrupted_upload_of_a_dataset_is_completed_and_a_new_one_is_read(
+    buckets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny = SceneSplits(train=5, val=2, test=2, test_compositional=2, image_size=32)
     data = tmp_path / "gs" / "bucket" / "data" / "scenes" / "1.0.0"
     buckets.failures = 100
@@ -68,6 +72,12 @@ def test_interrupted_upload_of_a_dataset_is_completed(buckets: Any, tmp_path: Pa
     buckets.failures = 0
     prepare("scenes", data_dir=Path("gs://bucket/data"), scenes=tiny, progress=False)
     assert (data / "dataset_info.json").is_file()
+    # Another machine replaces the dataset.
+    monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path / "b"))
+    prepare("scenes", data_dir=Path("gs://bucket/data"), scenes=replace(tiny, train=6), progress=False)
+    monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path / "a"))
+    sources._pull.cache_clear()  # as in another process
+    assert len(open_source("scenes", "train", Path("gs://bucket/data"))) == 6
 
 
 def test_whole_store_in_a_bucket_is_used_for_a_part(
