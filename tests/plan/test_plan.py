@@ -188,6 +188,26 @@ def test_a_program_that_jax_cannot_read_is_reported(
     assert error.rstrip().endswith('pip install "jax[tpu]"')
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Used 20.58G of 15.75G hbm. Exceeded hbm capacity by 4.83G.",
+        "Ran out of memory on hbm, the memory required for HLO temporaries (20.58G) exceeds available hbm (15.75G).",
+    ],
+)
+def test_a_program_that_is_too_large_is_reported_with_numbers(
+    message: str, experiment: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the words of libtpu 0.0.42 and 0.0.52."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    assert main(["plan", str(experiment), "--images", "64", "--vocabulary", "100", "--programs", "search"]) == 2
+    assert capsys.readouterr().err.rstrip().endswith("local: it does not fit: 20.58G of 15.75G hbm")
+
+
 def work(flops: float, traffic: float, passes: int = 1, cycles: float = 0.0) -> Work:
     return Work("name", "fusion", "", 1, flops, passes, traffic, cycles)
 
