@@ -27,8 +27,9 @@ Several benchmarks run one after another, each in a process of its own, once per
 
     python scripts/benchmark.py train decode scst input population checkpoint --dtype float32 bfloat16
 
-"model GFLOP" counts the model's matrix products, and "of matmul rate" divides their rate by that of plain products of
-2048 x 2048 matrices in the same rounds. The first call includes compilation.
+"model GFLOP" counts the model's matrix products. "of matmul rate" divides their rate by that of plain products in the
+same rounds, of 2048 x 2048 matrices on a CPU and 8192 x 8192 elsewhere. "first call" (the first round of `input` and
+`population`) includes compilation.
 
 The rounds of all candidates are interleaved and medians are reported, because timings on most machines are noisy. The
 first lines say how fast the machine multiplies matrices, because machines of the same name differ by a factor of two or
@@ -53,6 +54,8 @@ import benchmark_feeds
 import benchmark_scores
 import benchmark_self_critical
 from measuring import PACKAGE, Row, print_machine, print_memory, table
+
+from imgcap_jax.accelerators import quiet_libtpu
 
 COMPARED = ("train", "decode", "scst", "checkpoint")
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
@@ -172,6 +175,7 @@ def main() -> None:
 def _measured(options: argparse.Namespace) -> list[Row]:
     """Runs one benchmark in this process."""
     ((name,), (dtype,)) = options.what, options.dtype
+    quiet_libtpu()
     print_machine()
     rows = BENCHMARKS[name](argparse.Namespace(**{**vars(options), "what": name, "dtype": dtype}))
     memory = print_memory()

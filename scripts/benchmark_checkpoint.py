@@ -4,6 +4,7 @@ import argparse
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,7 @@ def checkpoint(options: argparse.Namespace) -> list[Row]:
         found, _ = of_each_checkout(options, build)
         product, _ = matmul(options.dtype, count=2)
         product()
-        alone = statistics.median(_seconds(product) for _ in range(options.rounds))
+        alone = statistics.median(_seconds(product) for _ in range(5 * options.rounds))
         pauses: dict[tuple[str, str], list[float]] = {key: [] for key in found}
         totals: dict[tuple[str, str], list[float]] = {key: [] for key in found}
         slowed: dict[tuple[str, str], list[float]] = {key: [] for key in found}
@@ -68,7 +69,7 @@ def checkpoint(options: argparse.Namespace) -> list[Row]:
                 save.settle()
                 totals[key].append(time.perf_counter() - start)
                 save()
-                slowed[key].append(_seconds(product) / alone)
+                slowed[key].append(_seconds_during(product, save.settle) / alone)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     for (side, row), of in pauses.items():
@@ -85,6 +86,17 @@ def checkpoint(options: argparse.Namespace) -> list[Row]:
         for (side, row), of in measured.items()
         if side == PACKAGE
     ]
+
+
+def _seconds_during(thing: Thing, wait: Thing) -> float:
+    """Calls one thing again and again while another waits; returns the mean seconds of a call."""
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    count, start = 0, time.perf_counter()
+    while waiting.is_alive() or not count:
+        thing()
+        count += 1
+    return (time.perf_counter() - start) / count
 
 
 def _seconds(thing: Thing) -> float:

@@ -225,7 +225,7 @@ class _EndAfter:
 def _searches(
     options: argparse.Namespace,
     s: Mapping[str, int],
-    regions: np.ndarray,
+    regions: Array,
     words: Mapping[str, np.ndarray],
 ) -> dict[str, Thing]:
     """Searches of imgcap_jax, greedy and with beam 5, for each kind of lengths."""
@@ -257,16 +257,16 @@ def decode(options: argparse.Namespace) -> list[Row]:
     allowed, or a drawn number per image. A batch ends with its longest caption.
     """
     s = decoder_sizes(options, batch=64)
-    regions = regions_of(s).astype(np.float32)
+    regions = jax.device_put(regions_of(s).astype(np.float32))
     words = {lengths: word_counts((s["B"],), lengths) for lengths in chosen_lengths(options)}
     things, first = of_each_checkout(options, lambda: _searches(options, s, regions, words))
     if (module := torch_module(options)) is not None:
         decoder = torch_decoder(module, options, s).eval()
-        pixels = module.tensor(regions)
+        pixels = module.tensor(np.array(regions))
         for lengths, counts in words.items():
             for name, beam in BEAMS.items():
                 search = partial(module.decode, decoder, pixels, beam, WORDS, module.tensor(counts))
-                things["PyTorch", f"{name}, {lengths}"] = module.timed(search, options.dtype)
+                things["PyTorch", f"{name}, {lengths}"] = module.timed(search, options.dtype, fetched=True)
     found, plain = times_and_rate(things, options)
     rows = []
     print(f"{options.decoder}, batch {s['B']}, N={s['N']}, V={s['V']}, at most {WORDS} words")

@@ -264,8 +264,7 @@ def self_critical_benchmark(options: argparse.Namespace) -> list[Row]:
         print(lengths_text(lengths, counts))
         of_decoder = products(options.decoder, s)
         read = int((counts + 1).clip(max=WORDS).sum())
-        # The samples are drawn without gradients, then read again with them.
-        flops = of_decoder.search(s["B"], read) + of_decoder.training(s["B"], read)
+        flops = of_decoder.training(s["B"], read)  # the samples are drawn by the same products
         whole = found[PACKAGE, f"{WHOLE}, {lengths}"].wall
         for name in (WHOLE, FREE):
             row = f"{name}, {lengths}"

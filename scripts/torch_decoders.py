@@ -29,13 +29,21 @@ def tensor(values: Any) -> Tensor:
     return torch.from_numpy(values).to(torch.get_default_device())
 
 
-def timed(function: Callable[[], Any], dtype: str) -> Callable[[], None]:
-    """The function, under automatic mixed precision for bfloat16, until the device has finished."""
+def timed(function: Callable[[], Any], dtype: str, *, fetched: bool = False) -> Callable[[], None]:
+    """The function, under automatic mixed precision for bfloat16, until the device has finished.
+
+    Args:
+        function: what is timed.
+        dtype: of the matrix products.
+        fetched: whether the time includes the copy of its result, a tensor, to the host.
+    """
     device = torch.get_default_device().type
 
     def run() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-            function()
+            result = function()
+        if fetched:
+            result.cpu()
         if device == "cuda":
             torch.cuda.synchronize()
 

@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import importlib.util
 import io
 import os
 import re
@@ -16,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from imgcap_jax.accelerators import WITHOUT_TPU
+from imgcap_jax.accelerators import quiet_libtpu
 from imgcap_jax.cli.interruption import lost_process, sigterm_interrupts
 from imgcap_jax.cli.parser import build_parser
 from imgcap_jax.errors import Terminated, UserError, check_range, counted, printable
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # as the standard error: lines appear at once, no character fails
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged metadata in images
-    _quiet_libtpu()
+    quiet_libtpu()
     given = list(sys.argv[1:] if arguments is None else arguments)
     decoding: list[str] = []
     if given[:1] in (["evaluate"], ["caption"]) and any(argument.startswith("--decode.") for argument in given):
@@ -73,14 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _interrupted(options: argparse.Namespace) -> str:
     return f"imgcap: {'; '.join(['interrupted', *_continuation(options)])}"
-
-
-def _quiet_libtpu() -> None:
-    """Keeps libtpu, which ``imgcap plan`` needs, from complaining on a machine without TPU whenever JAX starts."""
-    has_tpu = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    if not has_tpu and importlib.util.find_spec("libtpu") is not None:
-        for name, value in WITHOUT_TPU.items():
-            os.environ.setdefault(name, value)
 
 
 @contextmanager
