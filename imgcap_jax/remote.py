@@ -8,11 +8,11 @@ synchronise datasets and feature stores, which never change once complete. Trans
 import fcntl
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import (
@@ -31,6 +31,7 @@ _SCHEMES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # the package that read
 _TRANSFERS = 8  # at the same time
 _ATTEMPTS = 3  # to read a folder that changes meanwhile
 _MEGABYTE = 1_000_000
+_Result = TypeVar("_Result")
 
 
 def place(text: str) -> Path:
@@ -160,10 +161,38 @@ class Bucket:
 
 
 def each(function: Callable[[str], None], names: Sequence[str]) -> None:
-    """Calls a function for each name, several at a time. The first error is raised."""
-    if names:
-        with ThreadPoolExecutor(_TRANSFERS) as pool:
-            list(pool.map(function, names))
+    """Calls a function for each name, several at a time. The first error is raised.
+
+    Its threads do not keep the process alive, as those of ``concurrent.futures`` do.
+    """
+    waiting, taking = list(reversed(names)), threading.Lock()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        while True:
+            with taking:
+                if not waiting:
+                    return
+                name = waiting.pop()
+            try:
+                function(name)
+            except BaseException as error:
+                errors.append(error)
+                waiting.clear()
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(_TRANSFERS, len(names)))]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:  # Ctrl-C
+        waiting.clear()
+        for thread in threads:
+            thread.join()
+        raise
+    if errors:
+        raise errors[0]
 
 
 def files_in(folder: Path) -> dict[str, File]:
@@ -188,7 +217,7 @@ def pulling_alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def until_settled(url: str, read: Callable[[], None]) -> None:
+def until_settled(url: str, read: Callable[[], _Result]) -> _Result:
     """Reads a folder of a bucket, and again if a file vanishes meanwhile. Raises UserError if that happens often."""
     for _ in range(_ATTEMPTS):
         try:

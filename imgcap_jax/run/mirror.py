@@ -11,7 +11,7 @@ What always holds:
 - A working copy that is ahead of the bucket is not changed, except for damaged checkpoints that the bucket has.
 - Nothing is deleted here except checkpoints that the bucket has replaced. The copy of a run is moved aside if the
   bucket has another run, or, by training only, if the bucket has none.
-- The bucket is changed only by training, and by ``push``.
+- The bucket is changed only by training, and by ``push``. Training deletes no file that only others have put there.
 """
 
 import json
@@ -34,6 +34,7 @@ from imgcap_jax.files import (
     read_digests,
     read_json,
     reading,
+    reason,
     write_text,
 )
 from imgcap_jax.remote import Bucket, File, Vanished, each, files_in, pulling_alone, until_settled, url_of
@@ -43,6 +44,8 @@ from imgcap_jax.training.checkpoints import CHECKPOINTS, DAMAGED
 _IDENTITY = ".remote"  # the run's random name, in both copies: a run that was deleted and started again is another one
 _NEWEST = "checkpoints/newest/"
 _CHECKPOINT = re.compile(r"(checkpoints/(\w+)/(\d+))/.+")
+# Written and pushed by an evaluation, on any machine.
+_RESULT = re.compile(r"(captions|n_best|references|scores|sweep)_[^/]*\.json")
 _POLL_SECONDS = 2.0
 _ATTEMPTS = 3  # to push, before training stops
 _RETRY_SECONDS = 10.0
@@ -116,12 +119,15 @@ def pull(folder: Path, *, to_train: bool = False) -> None:
         _pull(Bucket(url), folder, to_train)
 
 
-def _pull(bucket: Bucket, folder: Path, to_train: bool) -> None:
-    """``pull`` without locks. If the run changes meanwhile, because it is trained elsewhere, it starts again."""
-    until_settled(bucket.url, lambda: _pull_once(bucket, folder, to_train))
+def _pull(bucket: Bucket, folder: Path, to_train: bool) -> list[str]:
+    """``pull`` without locks. If the run changes meanwhile, because it is trained elsewhere, it starts again.
+
+    Returns the files outside of checkpoints that were copied.
+    """
+    return until_settled(bucket.url, lambda: _pull_once(bucket, folder, to_train))
 
 
-def _pull_once(bucket: Bucket, folder: Path, to_train: bool) -> None:
+def _pull_once(bucket: Bucket, folder: Path, to_train: bool) -> list[str]:
     theirs, ours = bucket.files(), _local_files(folder)
     name, pushed = _read_identity(folder)
     others, checkpoints = _by_checkpoint([name for name in theirs if not _is_temporary(name)])
@@ -134,7 +140,7 @@ def _pull_once(bucket: Bucket, folder: Path, to_train: bool) -> None:
                 _move_aside(bucket, folder)
             elif ours:
                 raise UserError(f"{bucket.url} has lost its run; to use what this machine has of it, copy {folder}")
-        return
+        return []
     if name != their_name and ours and not pushed:
         raise UserError(f"{folder} has a run that is not the one in {bucket.url}; move one of them away")
     if name != their_name and pushed:
@@ -143,7 +149,9 @@ def _pull_once(bucket: Bucket, folder: Path, to_train: bool) -> None:
     wanted = [one for one in complete if to_train or one.split("/")[1] == "best"]
     is_ahead = _newest(our_checkpoints) > _newest(checkpoints)
     if is_ahead:
-        others, wanted = [], [one for one in wanted if one in our_checkpoints and _is_damaged(folder / one)]
+        # The bucket can have later results, of another machine.
+        others = [name for name in others if name not in ours or _RESULT.fullmatch(name)]
+        wanted = [one for one in wanted if one in our_checkpoints and _is_damaged(folder / one)]
     else:
         _write_identity(folder, their_name, pushed=True)
     missing = [one for one in wanted if not _same(bucket, folder, one)]
@@ -163,6 +171,7 @@ def _pull_once(bucket: Bucket, folder: Path, to_train: bool) -> None:
         for one in missing:
             each(get, checkpoints[one][:-1])
             get(checkpoints[one][-1])
+    return others
 
 
 def _move_aside(bucket: Bucket, folder: Path) -> None:
@@ -247,22 +256,30 @@ class Mirror:
         """
         self._folder, self._url = folder, url_of(folder)
         self._failure: UserError | None = None
-        self._pushed: dict[str, File] = {}  # what the bucket has, as it was here
+        # What the bucket has, as it was here, except for files that only others have put there.
+        self._pushed: dict[str, File] = {}
         self._ended = threading.Event()
+        self._given_up = threading.Event()  # nothing is pushed any more
+        self._complete = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         if self._url is None:
             return
         self._bucket = Bucket(self._url)
         with pulling_alone(folder):
-            _pull(self._bucket, folder, to_train=True)
+            pulled = _pull(self._bucket, folder, to_train=True)
         there = [name for name in self._bucket.files() if not _is_temporary(name)]
         local = _local_files(folder)
         _, checkpoints = _by_checkpoint(there)
-        same = {one for one in _complete(checkpoints) if _same(self._bucket, folder, one)}
+        complete = _complete(checkpoints)
+        same = {one for one in complete if _same(self._bucket, folder, one)}
         for name in there:
             found = _CHECKPOINT.fullmatch(name)
-            known = found is not None and found[1] in same
-            self._pushed[name] = local[name] if known and name in local else File(-1)
+            known = found[1] in same if found is not None else name in pulled
+            if known and name in local:
+                self._pushed[name] = local[name]
+            # What is left of a run whose first push was interrupted is deleted too.
+            elif name.startswith(f"{CHECKPOINTS}/") or not (complete or _RESULT.fullmatch(name)):
+                self._pushed[name] = File(-1)
         for one in _complete(_by_checkpoint(local)[1]):
             if one not in same and _is_damaged(folder / one):  # it is not pushed as long as its digests are these
                 self._pushed[f"{one}/{DIGESTS}"] = local[f"{one}/{DIGESTS}"]
@@ -281,7 +298,7 @@ class Mirror:
             raise UserError(
                 f"{self._failure}; the run is in {self._folder}, and the same command on this machine resumes and "
                 f"uploads it"
-            )
+            ) from self._failure
 
     def __enter__(self) -> "Mirror":
         if self._url is not None:
@@ -293,6 +310,7 @@ class Mirror:
             return
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             self._ended.set()  # interrupted twice
+            self._given_up.set()
             return
         with working(f"writing {self._url}"):
             if kind is None or issubclass(kind, UserError):
@@ -303,9 +321,9 @@ class Mirror:
             self.check()
 
     def drain(self, seconds: float) -> UserError | None:
-        """Pushes what is on disk, in any thread, for at most this time. Nothing is pushed afterwards.
+        """Pushes what is on disk, in any thread, for at most this time. No file is begun afterwards.
 
-        If the time is too short, a note says so. Returns the error if the bucket can't be reached.
+        If the time is too short, a note says so. Returns the error if pushing fails.
         """
         if self._url is None:
             return None
@@ -313,9 +331,12 @@ class Mirror:
         worker.start()
         worker.join(max(0.0, seconds))
         if worker.is_alive():
+            self._given_up.set()
             line = f"{self._url} lacks the newest checkpoint; it is in {self._folder}, and this machine uploads it"
             print(f"imgcap: note: {printable(line)} when training resumes", file=sys.stderr, flush=True)
             return None
+        if not self._complete and self._failure is None:
+            self._failure = UserError(f"{self._url} lacks the newest checkpoint, because its upload has ended")
         try:
             self.check()
         except UserError as error:
@@ -330,8 +351,9 @@ class Mirror:
         try:
             if not self.failed:
                 self._push(everything=True)
-        except UserError as error:
-            self._failure = error
+                self._complete = True
+        except Exception as error:  # of the bucket, or of the disk
+            self._failure = self._explained(error)
 
     def _run(self) -> None:
         failures = 0
@@ -339,11 +361,19 @@ class Mirror:
             try:
                 self._push()
                 failures = 0
-            except UserError as error:
+            except Exception as error:
                 failures += 1
                 if failures == _ATTEMPTS:
-                    self._failure = error
+                    self._failure = self._explained(error)
                     return
+
+    def _explained(self, error: Exception) -> UserError:
+        if isinstance(error, UserError):
+            return error
+        place = error.filename if isinstance(error, OSError) and error.filename else self._folder
+        explained = UserError(f"{place} can't be pushed to {self._url} ({reason(error)})")
+        explained.__cause__ = error
+        return explained
 
     def _push(self, *, everything: bool = False) -> None:
         """Pushes what has changed, if there is a new checkpoint or ``everything`` is wanted."""
@@ -363,6 +393,7 @@ class Mirror:
 
         def put(name: str) -> None:
             if self._pushed.get(name) != local[name]:
+                self._check_time()
                 self._bucket.put(self._folder / name, name)
                 self._pushed[name] = local[name]
 
@@ -392,9 +423,16 @@ class Mirror:
             self._remove(digests)
         each(put, files)
         if (self._folder / digests).read_bytes() == text:
+            self._check_time()
             self._bucket.write(digests, text)
             self._pushed[digests] = local[digests]
 
+    def _check_time(self) -> None:
+        """Raises UserError if no more files are to be pushed."""
+        if self._given_up.is_set():
+            raise UserError(f"{self._url} lacks the newest checkpoint, because its upload took too long")
+
     def _remove(self, name: str) -> None:
+        self._check_time()
         self._bucket.remove(name)
         del self._pushed[name]

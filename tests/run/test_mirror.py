@@ -1,5 +1,6 @@
 """Runs, datasets and features in buckets, with a folder in the place of gs:// (tests/buckets.py)."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ import pytest
 from imgcap_jax.cli.main import main
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import cache_folder, owning, write_digests
-from imgcap_jax.remote import place, pull_tree, push_tree, shown, url_of
+from imgcap_jax.remote import each, place, pull_tree, push_tree, shown, url_of
 from imgcap_jax.run import mirror
 from imgcap_jax.run.folder import find_run
 from imgcap_jax.run.mirror import Mirror, pull, push
@@ -177,6 +179,105 @@ def test_copy_that_is_ahead_of_the_bucket_is_kept_and_pushed(
     with pytest.raises(UserError, match=f"has a run that is not the one in {URL}; move one of them away"):
         pull(folder)
     assert steps(folder, "newest") == [0]
+
+
+def test_results_of_another_machine_stay_in_the_bucket(
+    buckets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if training resumes from a copy that is ahead of the bucket."""
+    folder, bucket = place(URL), tmp_path / "gs" / "bucket" / "runs" / "x"
+    with Mirror(folder):
+        checkpoint(folder, "best", 1)
+        checkpoint(folder, "newest", 1)
+        write(folder, "metrics.jsonl", "1\n")
+    write(folder, "scores_val.json", "old")
+    push(folder, ["scores_val.json"])
+    checkpoint(folder, "newest", 2)  # killed before it was pushed
+    write(folder, "metrics.jsonl", "2\n")
+
+    def evaluate(name: str) -> None:
+        use_machine(tmp_path, monkeypatch, "b")
+        pull(place(URL))
+        write(place(URL), name, "of b")
+        push(place(URL), [name])
+        use_machine(tmp_path, monkeypatch, "a")
+
+    for name in ("captions_test.json", "scores_val.json"):
+        evaluate(name)
+    with Mirror(folder):
+        evaluate("scores_test.json")
+        checkpoint(folder, "newest", 3)
+        wait_until(lambda: 3 in steps(bucket, "newest"))
+        (folder / "captions_test.json").unlink()
+    found = contents(bucket)
+    assert found["metrics.jsonl"] == b"2\n"
+    assert found["scores_val.json"] == found["scores_test.json"] == b"of b"
+    assert "captions_test.json" not in found  # it was here, and was deleted here
+    with Mirror(folder):
+        checkpoint(folder, "newest", 4)
+    assert contents(bucket)["scores_test.json"] == b"of b"
+    assert (folder / "scores_test.json").read_text() == "of b"
+
+
+def test_rest_of_a_run_whose_first_push_was_interrupted_is_deleted(buckets: Any, tmp_path: Path) -> None:
+    folder, bucket = place(URL), tmp_path / "gs" / "bucket" / "runs" / "x"
+    write(bucket, "init_from.json", "{}")
+    write(bucket, "checkpoints/best/1/state/data", "half")
+    with Mirror(folder):
+        checkpoint(folder, "newest", 1)
+    assert [name for name in contents(bucket) if not name.startswith("checkpoints/newest/1/")] == [".remote"]
+
+
+def test_failing_disk_ends_training(buckets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = place(URL)
+    message = f"{folder}/checkpoints can't be pushed to {URL} \\(Input/output error\\); the run is in {folder}"
+
+    def broken(checkpoint: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder / "checkpoints"))
+
+    def train() -> None:
+        with Mirror(folder) as pushing:
+            checkpoint(folder, "newest", 1)
+            wait_until(lambda: pushing.failed)
+            assert str(pushing.drain(5)).startswith(f"{folder}/checkpoints can't be pushed")
+
+    monkeypatch.setattr(mirror, "read_digests", broken)
+    with pytest.raises(UserError, match=message):
+        train()
+    monkeypatch.setattr(mirror, "_POLL_SECONDS", 3600)
+    other = Mirror(place("gs://bucket/runs/y"))
+    checkpoint(place("gs://bucket/runs/y"), "newest", 1)
+    assert "Input/output error" in str(other.drain(5))
+
+
+def test_upload_that_lost_its_thread_is_an_error(buckets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushing = Mirror(place(URL))
+    monkeypatch.setattr(pushing, "_finish", lambda: None)
+    assert f"{URL} lacks the newest checkpoint" in str(pushing.drain(5))
+
+
+def test_no_file_is_begun_after_the_time_to_push(
+    buckets: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mirror, "_POLL_SECONDS", 3600)
+    pushing = Mirror(place(URL))
+    for number in range(50):
+        write(place(URL), f"checkpoints/newest/1/state/{number}", "")
+    write_digests(place(URL) / "checkpoints" / "newest" / "1")
+    monkeypatch.setattr(buckets, "latency", 0.2)
+    assert pushing.drain(0.3) is None
+    assert "lacks the newest checkpoint" in capsys.readouterr().err
+    wait_until(lambda: pushing.failed)
+    assert len(buckets.written) < 20
+    assert not any(name.endswith("SHA256SUMS") for name in buckets.written)
+
+
+def test_transfers_do_not_keep_the_process_alive() -> None:
+    daemons: list[bool] = []
+    each(lambda name: daemons.append(threading.current_thread().daemon), [str(number) for number in range(20)])
+    assert daemons == [True] * 20
+    with pytest.raises(ZeroDivisionError):
+        each(lambda name: print(1 / int(name)), ["2", "0", "1"])
 
 
 def test_run_that_the_bucket_has_lost_stays_on_this_machine(
