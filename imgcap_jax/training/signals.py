@@ -55,6 +55,7 @@ class StopRequest:
         self._say, self._agree, self._drain, self._again = say, agree, drain, again
         self._patience = PATIENCE_SECONDS if processes == 1 else _PATIENCE_OF_SEVERAL
         self._repeatable = False
+        self._at_once = False  # Ctrl-C after another signal
         self._deciding = threading.Lock()  # held while the process ends, so that repeatable work is not left meanwhile
         self._before: dict[int, Any] = {}
 
@@ -68,7 +69,7 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._thread.__exit__()
+        self._thread.end(wait=not self._at_once)  # it can wait for the bucket
 
     @contextmanager
     def repeatable(self) -> Iterator[None]:
@@ -81,8 +82,9 @@ class StopRequest:
         try:
             yield
         finally:
-            with self._deciding:
-                self._repeatable = False
+            if not self._at_once:
+                with self._deciding:  # which Ctrl-C can interrupt too
+                    self._repeatable = False
 
     def check(self) -> None:
         """Raises Stopped if a process has received a signal. All processes must call it equally often."""
@@ -92,6 +94,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal is not None:
+            self._at_once = True  # from here on, the other thread does not end the process
             raise Terminated if self.signal == signal.SIGTERM else KeyboardInterrupt
         self.signal = number
 
@@ -106,17 +109,21 @@ class StopRequest:
         if seconds < self._patience:
             return
         with self._deciding:
-            if not self._repeatable:
+            if self._at_once or not self._repeatable:
                 return
             error: BaseException | None
             try:
                 error = self._drain(_GRACE_SECONDS - seconds)
             except BaseException as failure:  # the process must end all the same
                 error = failure
+            if self._at_once:
+                return
             if error is None:
                 self._say(f"stopped; {self._again}")
             else:
                 print(f"imgcap: {printable(str(error))}", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(128 + max(number, self.signal or 0) if error is None else 2)
+            # Python has not seen signals since it was blocked.
+            terminated = signal.SIGTERM in self._thread.all_received()
+            os._exit(128 + (signal.SIGTERM if terminated else number) if error is None else 2)

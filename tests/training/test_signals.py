@@ -103,6 +103,49 @@ def test_signal_ends_what_can_be_repeated_after_the_checkpoints(number: int) -> 
     ]
 
 
+def test_sigterm_decides_the_exit_code_while_python_is_blocked() -> None:
+    code = BLOCKED.replace("time.sleep(0.5)", "time.sleep(1.5)")
+    for pause in (0.1, 1.0):  # before and while the checkpoints are written
+        process = subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(pause)
+        process.terminate()
+        try:
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == 128 + signal.SIGTERM
+
+
+INSISTING = """
+import os, signal, sys, threading, time
+from imgcap_jax.training import signals
+
+draining = threading.Event()
+
+def drain(seconds):
+    draining.set()
+    time.sleep(600)
+
+signals.PATIENCE_SECONDS = 0.1
+stop = signals.StopRequest(print, drain=drain)
+try:
+    with stop, stop.repeatable():
+        signal.raise_signal(signal.SIGINT)
+        draining.wait()
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_ctrl_c_ends_the_wait_for_the_checkpoints() -> None:
+    ended = subprocess.run([sys.executable, "-c", INSISTING], text=True, capture_output=True, timeout=50)
+    assert (ended.returncode, ended.stdout) == (130, "stopping; everything up to this step is saved\n")
+
+
 FAILING = """
 import signal, time
 from imgcap_jax.training import signals
