@@ -10,7 +10,7 @@ import numpy as np
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
-from imgcap_jax.files import check_name, owning
+from imgcap_jax.files import check_name, disk_errors, owning
 from imgcap_jax.precision import at_precision, compute_dtype
 from imgcap_jax.remote import place
 from imgcap_jax.report import smoke as smoke_report
@@ -66,7 +66,8 @@ def train(
         check_name(path)
     together = DataParallel(experiment.training.parallel)
     if not is_first_process():
-        with together.failing_together():  # until the first process has pushed what an interruption left
+        # Until the first process has pushed what an interruption left.
+        with together.failing_together(), disk_errors(str(folder)):
             folder.mkdir(parents=True, exist_ok=True)
         with together.failing_together():
             pull(folder, to_train=True)
@@ -120,7 +121,7 @@ def _train(
     step = at_precision(experiment.objective.make_step(session.setup), compute_dtype(training.dtype))
     total, done = session.total_steps, session.progress.step
     # Within StopRequest, Ctrl-C and SIGTERM set stop.signal, and the loop ends after the present call of the feed, or a
-    # validation after the present batch. A second Ctrl-C raises KeyboardInterrupt.
+    # validation after the present batch. Ctrl-C after Ctrl-C raises KeyboardInterrupt, and after SIGTERM Terminated.
     with (
         stop,
         closing(session),

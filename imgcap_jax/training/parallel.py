@@ -58,6 +58,14 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
+def _told(error: Exception) -> str:
+    """An error of this process, for the others; never empty."""
+    if isinstance(error, UserError):
+        return str(error) or type(error).__name__
+    place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    return f"process {jax.process_index()} has failed ({place}{reason(error)})"
+
+
 class DataParallel:
     """Data parallelism over all devices of all processes.
 
@@ -182,7 +190,12 @@ class DataParallel:
 
     def broadcast(self, number: int) -> int:
         """The number that process 0 passes, on all processes."""
-        return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+        return self.broadcast_all([number])[0]
+
+    def broadcast_all(self, numbers: Sequence[int]) -> list[int]:
+        """The numbers that process 0 passes, on all processes. All of them pass equally many."""
+        shared: list[int] = multihost_utils.broadcast_one_to_all(np.array(numbers, np.int32)).tolist()
+        return shared
 
     def agree(self, *wishes: int) -> tuple[int, ...]:
         """The elementwise maximum over all processes, so that all of them make the same decision.
@@ -202,26 +215,30 @@ class DataParallel:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """A context that all processes leave together. A UserError of one of them is raised on all of them.
+        """A context that all processes leave together. An error of one of them ends it on all of them.
 
-        Nothing within it may wait for another process.
+        A UserError is raised on all processes. Another error is raised where it occurred, and a UserError elsewhere.
+        Nothing within the context may wait for another process.
         """
-        failure: UserError | None = None
+        failure: Exception | None = None
         try:
             yield
-        except UserError as error:
+        except Exception as error:
             if jax.process_count() == 1:
                 raise
             failure = error
         if jax.process_count() > 1:
             self._raise_on_all(failure)
 
-    def _raise_on_all(self, failure: UserError | None) -> None:
+    def _raise_on_all(self, failure: Exception | None) -> None:
         """Raises the error of the first process that has one on all processes. Waits for all processes."""
         text = np.zeros(_ERROR_BYTES, np.uint8)
-        own = b"" if failure is None else str(failure).encode(errors="backslashreplace")[:_ERROR_BYTES]
+        own = b"" if failure is None else _told(failure).encode(errors="backslashreplace")[:_ERROR_BYTES]
         text[: len(own)] = np.frombuffer(own, np.uint8)
-        for of_process in multihost_utils.process_allgather(text):
+        gathered = multihost_utils.process_allgather(text)
+        if failure is not None and not isinstance(failure, UserError):
+            raise failure  # with its traceback
+        for of_process in gathered:
             if of_process.any():
                 raise UserError(of_process.tobytes().rstrip(b"\0").decode(errors="replace")) from failure
 

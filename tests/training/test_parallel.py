@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.decoders.attend import ShowAttendTell
@@ -177,3 +178,31 @@ def test_scheduled_sampling_does_not_depend_on_the_number_of_devices(batches: li
     assert not np.allclose(losses, forced_losses, rtol=1e-4)
     never = replace(OBJECTIVE, sampling=0.5, sampling_start_epochs=100.0)
     np.testing.assert_allclose(run(batches[:3], "pmap", 1, objective=never)[1], forced_losses, rtol=1e-5)
+
+
+def test_any_error_of_a_process_ends_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[np.ndarray] = []
+
+    def gather(text: np.ndarray) -> np.ndarray:
+        """Of process 0, here, and of process 1: what process 0 told before."""
+        told.append(text)
+        return np.stack([text, told[0]])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    parallel = DataParallel(devices=jax.devices()[:1])
+    for error, text in (
+        (OSError(5, "Input/output error", "a/b"), r"^process 0 has failed \(a/b: Input/output error\)$"),
+        (MemoryError(), r"^process 0 has failed \(MemoryError\)$"),
+        (UserError("no"), "^no$"),
+        (UserError(""), "^UserError$"),
+    ):
+        told.clear()
+        with pytest.raises(type(error)) as raised, parallel.failing_together():
+            raise error
+        assert raised.value is error or isinstance(error, UserError)
+        with pytest.raises(UserError, match=text), parallel.failing_together():
+            pass  # as process 1
+    told[:] = [np.zeros_like(told[0])]
+    with parallel.failing_together():
+        pass
