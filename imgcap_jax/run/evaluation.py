@@ -414,7 +414,7 @@ def sweep(
     name = dataset or parse_mixture(first.data.dataset)[0][0]
     source = open_source(name, split, first.data.data_dir)
     parallel = DataParallel(first.training.parallel)
-    chosen = _chosen_steps(runs, source, [list(decodings), floor, examples], parallel)
+    chosen = chosen_steps(runs, source, [list(decodings), floor, examples], parallel)
     needed = sorted({*evaluated_images(len(source), parallel), *_spread(len(source), examples)})
     members, params, frozen, steps = [], [], [], []
     for run, wanted in zip(runs, chosen, strict=True):
@@ -472,7 +472,7 @@ def sweep(
         yield evaluation
 
 
-def _chosen_steps(
+def chosen_steps(
     runs: Sequence[Run], source: CaptionSource, settings: Sequence[Any], parallel: DataParallel
 ) -> list[int | None]:
     """The step of the parameters of each run: that of the best ones that the first process finds. None: it finds none.
@@ -492,19 +492,22 @@ def _chosen_steps(
     steps: list[int | None] = [latest_step(folder) for folder in folders]
     if jax.process_count() == 1:
         return steps
-    shared = [parallel.broadcast(-1 if step is None else step) for step in steps]
+    differ = UserError(
+        "the processes evaluate different runs, data or settings; use the same command and the same files on all of "
+        "them"
+    )
+    models = [(signature(run.experiment), run.vocabulary.words) for run in runs]
+    data = source.name, source.split, source.fingerprint, source.image_ids()
+    if not parallel.same((len(runs), models, data, settings)):
+        raise differ
+    shared = parallel.broadcast_all([-1 if step is None else step for step in steps])
     chosen = [None if step < 0 else step for step in shared]
     there = [
         best is not None if step is None else (folder / str(step)).is_dir()
         for folder, best, step in zip(folders, steps, chosen, strict=True)
     ]
-    models = [(signature(run.experiment), run.vocabulary.words) for run in runs]
-    data = source.name, source.split, source.fingerprint, source.image_ids()
-    if not parallel.same((there, chosen, models, data, settings)):
-        raise UserError(
-            "the processes evaluate different runs, data or settings; use the same command and the same files on all "
-            "of them"
-        )
+    if not parallel.same(there):
+        raise differ
     return chosen
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,8 +17,9 @@ import pytest
 from imgcap_jax.data.pipeline import images_of_rows
 from imgcap_jax.data.sources import open_source
 from imgcap_jax.decoding.settings import Decoding
+from imgcap_jax.errors import UserError
 from imgcap_jax.models.model import split_trained
-from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator, batch_size, evaluated_images
+from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator, batch_size, chosen_steps, evaluated_images
 from imgcap_jax.run.folder import Run
 from imgcap_jax.training.checkpoints import latest_step, restore_best
 from imgcap_jax.training.parallel import DataParallel
@@ -196,3 +198,31 @@ def test_two_processes_share_the_images_and_find_the_same(
         assert [*found["captions"].values()] == [*expected.captions.values()]
         assert found["mean_steps"] == expected.mean_steps
         assert [len(one) for one in found["hypotheses"].values()] == [len(o) for o in expected.hypotheses.values()]
+
+
+def test_processes_with_different_numbers_of_runs_agree_on_that_before_anything_else(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.load(trained)
+    source = open_source("scenes", "test", run.experiment.data.data_dir)
+    compared: list[str] = []
+
+    def same(value: object, answer: bool) -> bool:
+        compared.append(repr(value))
+        return answer
+
+    def fake(*answers: bool) -> Any:
+        following = iter(answers)
+        return SimpleNamespace(same=lambda value: same(value, next(following)), broadcast_all=list)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for runs in ([run], [run, run]):
+        other = fake(False)
+        other.broadcast_all = lambda numbers: pytest.fail("the processes could wait for each other")
+        with pytest.raises(UserError, match="the processes evaluate different runs, data or settings"):
+            chosen_steps(runs, source, [], other)
+    assert compared[0] != compared[1]
+    step = latest_step(trained / "checkpoints" / "best")
+    assert chosen_steps([run, run], source, [], fake(True, True)) == [step, step]
+    with pytest.raises(UserError, match="the processes evaluate different"):
+        chosen_steps([run, run], source, [], fake(True, False))
