@@ -6,7 +6,9 @@ computed. A build that was killed continues where it stopped.
 
 import hashlib
 import json
+import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +41,7 @@ from imgcap_jax.data.image_files import ImageError, Pixels
 from imgcap_jax.data.images import Augmentation, Resize, augment, decode, names_side
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import json_digest
-from imgcap_jax.remote import pull_tree, push_tree
+from imgcap_jax.remote import files_in, pull_tree, push_tree
 from imgcap_jax.terminal import working
 
 if TYPE_CHECKING:
@@ -314,7 +316,8 @@ def _built(
         of_part = {**identity, "part": json_digest(list(images))}
         part = json_digest(of_part)
         # A part that is here needs no bucket.
-        if is_finished(whole) or (not is_finished(root / part[:16]) and _is_ready(whole)):
+        size = math.prod(shape) * DTYPES[dtype].itemsize
+        if is_finished(whole) or (not is_finished(root / part[:16]) and _fits(whole, size) and _is_ready(whole)):
             images = None
         else:
             identity, fingerprint, shape = of_part, part, (len(images), *shape[1:])
@@ -332,6 +335,13 @@ def _built(
     store = FeatureStore(folder)
     check_is_of(folder, store.manifest, {"shape": list(shape), "dtype": dtype, "fingerprint": fingerprint})
     return store if images is None else PartOfStore(store, images, int(identity["images"]))
+
+
+def _fits(folder: Path, size: int) -> bool:
+    """Whether a store of this size leaves half of the free space to datasets and checkpoints."""
+    there = sum(file.size for file in files_in(folder).values())  # of an interrupted copy
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return 2 * (size - there) <= shutil.disk_usage(place).free
 
 
 def _is_ready(folder: Path) -> bool:

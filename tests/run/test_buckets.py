@@ -4,6 +4,7 @@ import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -94,6 +95,13 @@ def test_whole_store_in_a_bucket_is_used_for_a_part(
 
     assert isinstance(store([2, 5]), PartOfStore)  # the bucket has nothing yet
     store()
+    monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path / "small"))
+    size = len(source) * 3 * 2 * 2
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2 * size - 1))
+    part = store([3, 4])
+    assert isinstance(part, PartOfStore)
+    assert part.read(4, 0)[0][0, 0] == 4
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2 * size))
     monkeypatch.setattr(ReadyRegions, "read", lambda *_: pytest.fail("computed again"))
     monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path / "b"))
     whole = store([3, 4])
