@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, counted
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.plan.datasets import Sizes
 from imgcap_jax.plan.hlo import Analysis, analyse
@@ -61,6 +61,21 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class Filling:
+    """The batch size with which the training step would fill the memory of a device.
+
+    Attributes:
+        images: images per device, extrapolated; None: it could not be estimated.
+        basis: the images per device of the programs from which it is extrapolated.
+        why: why it could not be estimated; otherwise "".
+    """
+
+    images: int | None
+    basis: tuple[int, ...]
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """The plan of an experiment.
 
@@ -69,8 +84,7 @@ class Plan:
         programs: the programs, the training step first.
         rejected: program -> why it cannot be compiled, such as too little memory.
         steps: training steps of the whole experiment. epochs: its epochs.
-        filling: the number of images per device with which the training step would fill the memory, and the numbers
-            from which it is extrapolated; None: it could not be estimated.
+        filling: the batch size that would fill a device; None: the training step is not part of the plan.
         assumptions: one line each.
     """
 
@@ -79,7 +93,7 @@ class Plan:
     rejected: Mapping[str, str]
     steps: int
     epochs: float
-    filling: tuple[int, tuple[int, int]] | None
+    filling: Filling | None
     assumptions: tuple[str, ...]
 
     @property
@@ -101,7 +115,8 @@ class Plan:
             "programs": {name: one.results() for name, one in self.programs.items()},
             "rejected": dict(self.rejected),
             "training": {"steps": self.steps, "epochs": self.epochs, "hours": self.hours},
-            "images_per_device_that_fill_memory": None if self.filling is None else self.filling[0],
+            "images_per_device_that_fill_memory": None if self.filling is None else self.filling.images,
+            "filling_not_estimated": None if self.filling is None else self.filling.why or None,
         }
 
 
@@ -195,22 +210,29 @@ def _why(error: Exception) -> str:
     return text[:300]
 
 
-def _filling(programs: Programs, program: Program, topology: Topology) -> tuple[int, tuple[int, int]] | None:
+def _filling(programs: Programs, program: Program, topology: Topology) -> Filling:
     """Extrapolates the memory of the training step linearly from two batch sizes."""
     devices, accumulate = programs.devices, programs.experiment.optimizer.accumulate
     first = program.images
-    other = 2 * first
-    try:
-        memory = programs.training_step(other).memory
-    except jax.errors.JaxRuntimeError:
-        other = first // 2
-        if other % (devices * accumulate) or not other:
-            return None
-        memory = programs.training_step(other).memory
-    per_image = (memory.total - program.memory.total) / (other - first) * devices
-    fixed = program.memory.total - per_image * first / devices
-    if per_image <= 0:
-        return None
-    most = int((topology.chip.memory - fixed) / per_image)
-    step = 8 * accumulate if most >= 8 * accumulate else accumulate
-    return max(0, most // step * step), (first // devices, other // devices)
+    refused: list[str] = []
+    for other in (2 * first, first // 2):
+        if not other or other % (devices * accumulate):
+            refused.append(f"a batch of {counted(other, 'image')} cannot be divided")
+            continue
+        try:
+            memory = programs.training_step(other).memory
+        except UnreadableError as error:
+            memory = error.memory
+        except jax.errors.JaxRuntimeError as error:
+            refused.append(f"a batch of {counted(other, 'image')} cannot be compiled: {_why(error)}")
+            continue
+        basis = first // devices, other // devices
+        per_image = (memory.total - program.memory.total) / (other - first) * devices
+        if per_image <= 0:
+            sizes = f"{program.memory.total / 1e9:.3f} and {memory.total / 1e9:.3f} GB"
+            return Filling(None, basis, f"{basis[0]} and {basis[1]} images take {sizes}, which is no growth")
+        fixed = program.memory.total - per_image * basis[0]
+        most = int((topology.chip.memory - fixed) / per_image)
+        step = 8 * accumulate if most >= 8 * accumulate else accumulate
+        return Filling(max(0, most // step * step), basis)
+    return Filling(None, (first // devices,), "; ".join(refused))

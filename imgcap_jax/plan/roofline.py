@@ -62,16 +62,18 @@ def collective_seconds(
 
     Each device sends its share over all links of its group, both directions at once. In a group of n, an all-reduce
     sends 2 (n - 1) / n of its bytes, an all-gather n - 1 times its bytes, the others (n - 1) / n. Latency is not
-    counted.
+    counted, and neither are groups of devices of the same chip, which use no links.
     """
     total = 0.0
     for one in collectives:
         size = len(one.group) or devices
         if size < 2:
             continue
-        speed = chip.link * (0 if slice is None else slice.links(chip, one.group))
-        if not speed:
+        links = None if slice is None else slice.links(chip, one.group)
+        if links == 0:
+            continue
+        if not links or not chip.link:
             return None
         share = (size - 1) / size if one.kind != "all-gather" else size - 1
-        total += one.bytes * share * (2 if one.kind == "all-reduce" else 1) / speed
+        total += one.bytes * share * (2 if one.kind == "all-reduce" else 1) / (links * chip.link)
     return total

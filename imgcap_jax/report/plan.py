@@ -101,10 +101,13 @@ def _training(plan: Plan, unit: str) -> list[str]:
         f"Training: {plan.epochs:g} epochs, {counted(plan.steps, 'step')}, about {_time(hours)}, without validations "
         "and features"
     ]
-    if plan.filling is not None:
-        images, (first, second) = plan.filling
+    filling = plan.filling
+    if filling is not None and filling.images is None:
+        found.append(f"The batch that would fill the memory of a {unit} is not estimated: {filling.why}")
+    elif filling is not None and filling.images is not None:
+        first, second = filling.basis
         found.append(
-            f"A batch of about {counted(images, 'image')} per {unit} would fill its memory (extrapolated from {first} "
-            f"and {second})"
+            f"A batch of about {counted(filling.images, 'image')} per {unit} would fill its memory (extrapolated from "
+            f"{first} and {second})"
         )
     return found

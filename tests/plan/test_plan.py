@@ -208,6 +208,52 @@ def test_a_program_that_is_too_large_is_reported_with_numbers(
     assert capsys.readouterr().err.rstrip().endswith("local: it does not fit: 20.58G of 15.75G hbm")
 
 
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        ("8", "a batch of 16 images cannot be compiled: it does not fit: 9G of 8G hbm; a batch of 4 images cannot be "),
+        ("4", "it does not fit: 9G of 8G hbm; a batch of 2 images cannot be divided"),
+    ],
+)
+def test_a_batch_size_that_cannot_be_estimated_has_a_reason(
+    batch: str,
+    reason: str,
+    experiment: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from imgcap_jax.plan.programs import Program, Programs
+
+    compile_step = Programs.training_step
+
+    def only_the_first(self: Programs, images: int | None = None) -> Program:
+        if images is not None:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 9G of 8G hbm.")
+        return compile_step(self)
+
+    monkeypatch.setattr(Programs, "training_step", only_the_first)
+    found = tmp_path / "plan.json"
+    sizes = ["--images", "64", "--vocabulary", "100", "--data.batch-size", batch, "--json", str(found)]
+    assert main(["plan", str(experiment), "--programs", "training", *sizes]) == 0
+    assert "fill the memory of a device is not estimated: " in (text := capsys.readouterr().out)
+    assert reason in text
+    plan = json.loads(found.read_text())
+    assert plan["images_per_device_that_fill_memory"] is None
+    assert reason in plan["filling_not_estimated"]
+
+
+def test_memory_that_does_not_grow_with_the_batch_is_reported(
+    experiment: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from imgcap_jax.plan.programs import Memory
+
+    monkeypatch.setattr(Memory, "total", property(lambda self: 10**9))
+    sizes = ["--images", "64", "--vocabulary", "100"]
+    assert main(["plan", str(experiment), "--programs", "training", *sizes]) == 0
+    assert "not estimated: 2 and 4 images take 1.000 and 1.000 GB, which is no growth" in capsys.readouterr().out
+
+
 def work(flops: float, traffic: float, passes: int = 1, cycles: float = 0.0) -> Work:
     return Work("name", "fusion", "", 1, flops, passes, traffic, cycles)
 
@@ -288,6 +334,18 @@ def test_groups_of_devices_use_the_links_between_them() -> None:
     row = Analysis([], [Collective("reduce-scatter", 1, 160e9, group=tuple(range(16)))])
     assert estimate(row, chip, slice_of(16, 16), 256, 0.0).parts[LINKS] == pytest.approx(1.5)  # a ring
     assert estimate(row, chip, slice_of(16, 8), 128, 0.0).parts[LINKS] == pytest.approx(1.5)
+
+
+def test_groups_within_a_chip_use_no_links() -> None:
+    """A chip of TPU7x is two devices. The sum of the gradients keeps its time next to a group of these two."""
+    chip = CHIPS["TPU7x"].per_device(2)
+    places = tuple(place for place in slice_of(2, 2, 1).coordinates for _ in range(2))
+    scattered = Collective("reduce-scatter", 1, 100e9, group=(0, 1))
+    summed = Collective("all-reduce", 1, 100e9)
+    # 2 x 7/8 of 100 GB over the half of two links of 100 GB/s
+    found = estimate(Analysis([], [scattered, summed]), chip, Slice((2, 2, 1), places), 8, 0.0)
+    assert found.parts[LINKS] == pytest.approx(1.75)
+    assert estimate(Analysis([], [summed]), chip, Slice((1, 1, 1), places[:2]), 2, 0.0).parts[LINKS] == 0
 
 
 def test_links_that_are_not_known_take_no_made_up_time() -> None:
