@@ -33,8 +33,10 @@ GCLOUD = {
     "tpu-vm ssh": {"--zone", "--project", "--worker", "--command"},
 }
 
-# Prints its arguments into $CALLS. The state is in $STATE; creating makes it ACTIVE. The calls whose numbers are in
-# $FAILING fail. It warns whenever it describes, as gcloud does for an old version.
+# Prints its arguments into $CALLS. The state is the first line of $STATE; describing removes the line if there is
+# another one, and creating makes the state ACTIVE. The calls whose numbers are in $FAILING fail. It warns whenever it
+# describes, as gcloud does for an old version. $HOSTS has what the hosts say, or $HOST is a folder in which the
+# commands run.
 FAKE_GCLOUD = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
 case " ${FAILING:-} " in *" $(wc -l < "$CALLS" | tr -d ' ') "*) echo UNAVAILABLE >&2; exit 1 ;; esac
@@ -42,11 +44,41 @@ case "$*" in
   *" describe "*)
     [ -s "$STATE" ] || { echo "NOT_FOUND: none" >&2; exit 1; }
     echo "WARNING: update gcloud" >&2
-    cat "$STATE" ;;
+    head -n 1 "$STATE"
+    sed -i.old '1{$!d;}' "$STATE" ;;
   *" create "*) echo ACTIVE > "$STATE" ;;
   *" delete "*) : > "$STATE" ;;
-  *"host.sh status"*) cat "$HOSTS" ;;
+  *" scp "*) [ -z "${HOST:-}" ] || cp "$5" "$HOST/${6#*:}" ;;
+  *" --command="*)
+    if [ -n "${HOST:-}" ]; then
+      cd "$HOST" && HOME="$HOST" exec bash -c "$(printf %s "${!#}" | sed 's/^--command=//')"
+    elif [[ "$*" == *"--worker=0"*"host.sh status"* ]]; then
+      head -n 1 "$HOSTS"
+    elif [[ "$*" == *"host.sh status"* ]]; then
+      cat "$HOSTS"
+    fi ;;
 esac
+"""
+
+# In place of the two outputs of $HOSTS: a look at all hosts, of which $LOOKS has the number, and one at the first host.
+LOOKS = """{
+  echo >> "$LOOKS"; n="$(wc -l < "$LOOKS" | tr -d ' ')"
+  case " $CRASHES " in *" $n "*) echo ended 137 ;; *) [ "$n" -lt 36 ] && echo training || echo ended 0 ;; esac
+}"""
+LAST = """{ [ "$(wc -l < "$LOOKS")" -lt 36 ] && echo ended 137 || echo ended 0; }"""
+
+# Makes an imgcap in .venv that trains by ending with the next code of the file "codes", and with 0 afterwards.
+FAKE_UV = """#!/usr/bin/env bash
+echo "$*" >> "$HOME/uv.calls"
+[ "$1" = pip ] || exit 0
+mkdir -p .venv/bin
+cat > .venv/bin/imgcap <<'END'
+#!/usr/bin/env bash
+code="$(head -n 1 ~/codes)"
+sed -i.old 1d ~/codes
+exit "${code:-0}"
+END
+chmod +x .venv/bin/imgcap
 """
 
 
@@ -59,7 +91,8 @@ def program(path: Path, text: str) -> None:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a script with only the given variables of ours, and the programs of the folder bin first in PATH."""
-    for name in ("ZONE", "PROJECT", "SPOT", "DATA", "TPU_NAME", "TPU_TYPE", "RUNTIME", "SLURM_JOB_ID", "VENV"):
+    tpu = ("ZONE", "PROJECT", "SPOT", "DATA", "TPU_NAME", "TPU_TYPE", "RUNTIME", "COMMIT", "PAUSE", "TRIES")
+    for name in (*tpu, "SLURM_JOB_ID", "VENV"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "bin").mkdir()
 
@@ -140,6 +173,12 @@ def test_mistakes_are_one_line(run: Run) -> None:
     [
         ("ACTIVE", "training\ntraining\n", ["describe", "status"]),
         ("ACTIVE", "training\nended 137\n", ["describe", "status", "stop", "launch"]),
+        (
+            "ACCEPTED\nCREATING\nWAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE",
+            "ended\n",
+            ["describe"] * 5 + ["status", "stop", "launch"],
+        ),
+        ("SUSPENDING\nSUSPENDED", "", ["describe"] * 2 + ["delete", "create", "describe", "scp", "install", "launch"]),
         ("SUSPENDED", "", ["describe", "delete", "create", "describe", "scp", "install", "launch"]),
         ("", "", ["describe", "create", "describe", "scp", "install", "launch"]),
     ],
@@ -150,7 +189,7 @@ def test_resuming(run: Run, tmp_path: Path, state: str, hosts: str, expected: li
     files["STATE"].write_text(state)
     files["HOSTS"].write_text(hosts)
     variables = {name: str(path) for name, path in files.items()}
-    ended = run(TPU, "resume", "coco", "--run", "gs://b/r", ZONE="z", **variables)
+    ended = run(TPU, "resume", "coco", "--run", "gs://b/r", ZONE="z", PAUSE="0", **variables)
     assert ended.returncode == 0, ended.stderr
     calls = files["CALLS"].read_text().splitlines()
     assert len(calls) == len(expected), calls
@@ -192,6 +231,8 @@ def cloud(run: Run, tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedP
         ("ended 2", 2, "training has ended 2"),
         ("ended 139", 2, "training has ended 139, 3 failures in a row"),
         ("ended 134", 2, "training has ended 134, 3 failures in a row"),
+        ("ended 137", 2, "training has ended 137, 3 failures in a row"),
+        ("training\nended 137", 2, "training has ended on a host, 3 failures in a row"),
     ],
 )
 def test_keeping_ends_with_the_training(cloud: Any, hosts: str, code: int, said: str) -> None:
@@ -199,29 +240,85 @@ def test_keeping_ends_with_the_training(cloud: Any, hosts: str, code: int, said:
     assert ended.returncode == code
     assert said in ended.stdout + ended.stderr
     # After a crash, training is launched again.
-    assert sum("launch" in call for call in calls) == (3 if hosts in ("ended 139", "ended 134") else 1)
+    assert sum("launch" in call for call in calls) == (3 if "3 failures" in said else 1)
 
 
 def test_keeping_tries_again_after_failures_of_gcloud(cloud: Any) -> None:
-    # describe, status, stop, launch, status: the second and the third call fail.
+    # describe, status, stop, launch, status of all and of the first: the second and the fourth call fail.
     ended, calls = cloud("keep", "coco", hosts="ended 0", FAILING="2 4")
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("is tried again") == 2
     assert [word for call in calls for word in ("describe", "status", "stop", "launch") if f" {word}" in call or
             f"host.sh {word}" in call] == [
-        "describe", "status", "describe", "status", "describe", "status", "stop", "launch", "status",
+        "describe", "status", "describe", "status", "describe", "status", "stop", "launch", "status", "status",
     ]  # fmt: skip
     ended, _ = cloud("keep", "coco", hosts="ended 0", FAILING=" ".join(map(str, range(99))), TRIES="4")
     assert ended.returncode == 2
     assert "4 failures in a row" in ended.stderr
 
 
+def test_keeping_waits_on_in_the_queue_if_gcloud_fails(cloud: Any) -> None:
+    queued = "WAITING_FOR_RESOURCES\n" * 4 + "ACTIVE"
+    ended, calls = cloud("keep", "coco", state=queued, hosts="ended 0", FAILING="2 3 5", TRIES="3")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("UNAVAILABLE") == 3
+    assert "is tried again" not in ended.stderr  # it is one resume
+    assert [" describe" in call for call in calls] == [True] * 8 + [False] * 5
+    ended, calls = cloud("keep", "coco", state=queued, hosts="ended 0", FAILING="2 3", TRIES="2")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("resume has failed") == 1
+
+
+@pytest.mark.parametrize(("crashes", "code"), [("2 6", 2), pytest.param("2 34", 0, marks=pytest.mark.slow)])
+def test_crashes_count_unless_training_goes_on_for_a_while(cloud: Any, tmp_path: Path, crashes: str, code: int) -> None:
+    """Training has crashed at each of the looks in $CRASHES. Every other look is keep's, and the rest are resume's."""
+    program(tmp_path / "bin" / "gcloud", FAKE_GCLOUD.replace('cat "$HOSTS"', LOOKS).replace('head -n 1 "$HOSTS"', LAST))
+    ended, _ = cloud("keep", "coco", CRASHES=crashes, LOOKS=str(tmp_path / "looks"), TRIES="2")
+    assert ended.returncode == code, ended.stdout + ended.stderr
+
+
+def installs(host: Path) -> list[str]:
+    calls = (host / "uv.calls").read_text().splitlines()
+    return [call for call in calls if call.startswith("pip install")]
+
+
+def test_keeping_installs_a_tpu_on_which_that_has_failed(cloud: Any, tmp_path: Path) -> None:
+    """Calls of gcloud: describe, create, describe, scp. The scp fails, because the hosts do not answer yet."""
+    host, temporary = tmp_path / "host", tmp_path / "temporary"
+    program(host / ".local" / "bin" / "uv", FAKE_UV)
+    temporary.mkdir()
+    (host / "codes").write_text("137\n")
+    places = {"HOST": str(host), "TMPDIR": str(temporary)}
+    ended, calls = cloud("keep", "coco", state="", FAILING="4", **places)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("is tried again") == 1
+    assert sum(" scp " in call for call in calls) == 2
+    assert sum("host.sh launch coco" in call for call in calls) == 2  # the first one ended with 137
+    assert len(installs(host)) == 1
+    assert not list(temporary.iterdir())
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, text=True)
+    assert (host / "imgcap_jax" / "installed").read_text() == commit
+    # A host with another commit gets this one before the launch.
+    (host / "imgcap_jax" / "installed").write_text("0" * 40)
+    ended, calls = cloud("resume", "coco", **places)
+    assert ended.returncode == 0, ended.stderr
+    assert len(installs(host)) == 2
+    assert calls[-1].endswith("host.sh launch coco")
+    assert (host / "imgcap_jax" / "installed").read_text() == commit
+    # If the installation fails, the host does not count as installed.
+    program(host / ".local" / "bin" / "uv", "#!/usr/bin/env bash\nexit 1\n")
+    ended, _ = cloud("setup", **places)
+    assert ended.returncode != 0
+    assert not (host / "imgcap_jax" / "installed").exists()
+    assert not list(temporary.iterdir())
+
+
 def test_creating_fails_if_the_state_is_not_known(cloud: Any) -> None:
-    ended, calls = cloud("create", state="", FAILING="2")
+    ended, calls = cloud("create", state="", FAILING="2 3", TRIES="2")
     assert ended.returncode == 2
     assert "UNAVAILABLE" in ended.stderr
     assert "is ACTIVE" not in ended.stdout
-    assert len(calls) == 2
+    assert len(calls) == 3
     ended, _ = cloud("create", state="")
     assert ended.returncode == 0
     assert "imgcap is ACTIVE" in ended.stdout  # and the warning is no part of the state

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What tpu.sh runs on each host of a TPU, in the copy of the clone.
-#   scripts/tpu/host.sh install                        makes .venv with JAX for TPU
+#   scripts/tpu/host.sh install COMMIT                 makes .venv with JAX for TPU, and then the file "installed"
 #   scripts/tpu/host.sh launch EXPERIMENT [OPTIONS]    starts training in the background; its output goes to train.log
 #   scripts/tpu/host.sh status                         "training", or "ended" and the exit code
 #   scripts/tpu/host.sh stop                           SIGTERM, and SIGKILL after a minute
@@ -13,10 +13,11 @@ training() {
 
 # The hosts have Python 3.10; uv brings a newer one.
 install() {
-  local uv="$HOME/.local/bin/uv"
+  local uv="$HOME/.local/bin/uv" commit="$1"
   [ -x "$uv" ] || curl -LsSf https://astral.sh/uv/install.sh | sh
   [ -x .venv/bin/python ] || "$uv" venv --python 3.12 .venv
   "$uv" pip install --python .venv/bin/python -c constraints.txt "jax[tpu]" gcsfs -e .
+  echo "$commit" >installed
 }
 
 launch() {
