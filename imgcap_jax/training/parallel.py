@@ -58,7 +58,7 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def _told(error: Exception) -> str:
+def _described(error: Exception) -> str:
     """An error of this process, for the others; never empty."""
     if isinstance(error, UserError):
         return str(error) or type(error).__name__
@@ -233,7 +233,7 @@ class DataParallel:
     def _raise_on_all(self, failure: Exception | None) -> None:
         """Raises the error of the first process that has one on all processes. Waits for all processes."""
         text = np.zeros(_ERROR_BYTES, np.uint8)
-        own = b"" if failure is None else _told(failure).encode(errors="backslashreplace")[:_ERROR_BYTES]
+        own = b"" if failure is None else _described(failure).encode(errors="backslashreplace")[:_ERROR_BYTES]
         text[: len(own)] = np.frombuffer(own, np.uint8)
         gathered = multihost_utils.process_allgather(text)
         if failure is not None and not isinstance(failure, UserError):
