@@ -58,7 +58,7 @@ class Work:
             return self._parts
         seconds = time.monotonic() - self._began
         if self.total is None:
-            return [duration(seconds)]
+            return [f"{duration(seconds)} so far"]
         rate = (self.done - self._first) / seconds if seconds > 0 else 0.0
         count = f"{self.done:,}/{self.total:,} {self._unit}"
         if not rate:

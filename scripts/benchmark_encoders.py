@@ -101,7 +101,7 @@ def encoder(options: argparse.Namespace) -> list[Row]:
     extract = jax.jit(at_precision(lambda state, images: nnx.merge(graph, state)(images), options.dtype))
     held = jax.device_put(images)
     things["imgcap_jax"] = lambda: jax.block_until_ready(extract(state, held))
-    first = {"imgcap_jax": first_call(things["imgcap_jax"])}
+    first = {"imgcap_jax": first_call(things["imgcap_jax"], "imgcap_jax")}
     if module is not None and features is not None:
         things["PyTorch"] = module.timed(features, options.dtype)
         theirs, ours = features().float().cpu().numpy(), np.asarray(things["imgcap_jax"](), np.float32)

@@ -139,7 +139,7 @@ def input_benchmark(options: argparse.Namespace) -> list[Row]:
 
     compiled = {}
     for name in feeds:
-        compiled[name] = first_call(partial(run, name))
+        compiled[name] = first_call(partial(run, name), name)
         run(name)
     calls.update(dict.fromkeys(feeds, 0))
     feeds["host"].waited = 0.0
@@ -215,7 +215,7 @@ def population(options: argparse.Namespace) -> list[Row]:
     things: dict[str, Any] = {"together": partial(run, "together", feed, of_all), "one by one": one_by_one}
     compiled = {}
     for name, thing in things.items():
-        compiled[name] = first_call(thing)
+        compiled[name] = first_call(thing, name)
     plain, flops = matmul(options.dtype)
     found = medians({**things, "plain": plain}, options.rounds)
     print(

@@ -61,7 +61,7 @@ def of_each_checkout(
     def called(side: str) -> dict[tuple[str, str], Thing]:
         things = {(side, row): thing for row, thing in build().items()}
         for (_, row), thing in things.items():
-            first[side, row] = first_call(thing)
+            first[side, row] = first_call(thing, f"{side}, {row}")
             print(f"first call, with compilation: {first[side, row]:.1f} s ({side}, {row})", flush=True)
         return things
 

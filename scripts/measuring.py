@@ -106,8 +106,9 @@ def at_precision(function: Callable[..., Any], dtype: str) -> Callable[..., Any]
     return traced
 
 
-def first_call(thing: Thing) -> float:
+def first_call(thing: Thing, name: str) -> float:
     """Calls a candidate, which compiles it; returns the seconds."""
+    print(f"compiling: {name} ...", flush=True)
     start = time.perf_counter()
     thing()
     return time.perf_counter() - start

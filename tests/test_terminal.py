@@ -133,9 +133,9 @@ def test_pipe_gets_plain_lines_from_time_to_time(monkeypatch: pytest.MonkeyPatch
         line = "decoding: 1,400/5,000 images  40 images/s  1:30 left"
         wait_for(said, line, times=3)  # also without progress, as with a disk that does not answer
         with working("compiling", say=said.append, announced=True):
-            wait_for(said, "compiling: 0:00")
+            wait_for(said, "compiling: 0:00 so far")
             before = said.count(line)
-            wait_for(said, "compiling: 0:00", times=3)
+            wait_for(said, "compiling: 0:00 so far", times=3)
             assert said.count(line) == before  # the innermost work has the only display
         wait_for(said, line, times=before + 1)
         work.advance(3_600)
@@ -148,7 +148,7 @@ def test_pipe_gets_plain_lines_from_time_to_time(monkeypatch: pytest.MonkeyPatch
 def test_lines_go_to_the_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     error = ""
     with working("compiling"):
-        while "compiling: 0:00\n" not in error:
+        while "compiling: 0:00 so far\n" not in error:
             time.sleep(0.005)
             error += capsys.readouterr().err
     capsys.readouterr()
