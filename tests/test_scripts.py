@@ -16,6 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TPU, SLURM = REPOSITORY / "scripts/tpu/tpu.sh", REPOSITORY / "scripts/slurm/train.sh"
 SCRIPTS = sorted((REPOSITORY / "scripts").rglob("*.sh"))
 Run = Callable[..., subprocess.CompletedProcess[str]]
+LAUNCH = ["coco", "--run", "gs://b/r"]
 
 # The options of gcloud's reference (cloud.google.com/sdk/gcloud/reference/compute/tpus), in so far as they are used.
 GCLOUD = {
@@ -92,7 +93,8 @@ def program(path: Path, text: str) -> None:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a script with only the given variables of ours, and the programs of the folder bin first in PATH."""
     tpu = ("ZONE", "PROJECT", "SPOT", "DATA", "TPU_NAME", "TPU_TYPE", "RUNTIME", "COMMIT", "PAUSE", "TRIES")
-    for name in (*tpu, "SLURM_JOB_ID", "VENV"):
+    slurm = ("SLURM_JOB_ID", "VENV", "NODES", "GPUS", "CPUS", "HOURS", "PARTITION", "ACCOUNT")
+    for name in (*tpu, *slurm):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "bin").mkdir()
 
@@ -153,7 +155,13 @@ def test_dry_runs_print_commands_that_gcloud_knows(run: Run, action: str) -> Non
 
 
 def test_a_dry_run_of_create_asks_for_the_software_of_the_type(run: Run) -> None:
-    for kind, version in (("v6e-16", "v2-alpha-tpuv6e"), ("v5p-8", "v2-alpha-tpuv5"), ("v4-8", "tpu-ubuntu2204-base")):
+    for kind, version in (
+        ("tpu7x-8", "v2-alpha-tpu7-ubuntu2404"),
+        ("v6e-16", "v2-alpha-tpuv6e"),
+        ("v5p-8", "v2-alpha-tpuv5"),
+        ("v5litepod-8", "v2-alpha-tpuv5-lite"),
+        ("v4-8", "tpu-ubuntu2204-base"),
+    ):
         output = run(TPU, "--dry-run", "create", ZONE="z", TPU_TYPE=kind).stdout
         assert f"--accelerator-type={kind} --runtime-version={version}" in output
         assert "--spot" not in output
@@ -166,6 +174,95 @@ def test_mistakes_are_one_line(run: Run) -> None:
         ended = run(script)
         assert ended.returncode == 2
         assert "--dry-run" in ended.stdout
+
+
+def lines_of(ended: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a mistake prints: nothing but one line, and exit code 2."""
+    assert (ended.returncode, ended.stdout) == (2, "")
+    return ended.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["create"],
+        ["delete"],
+        ["stop"],
+        ["watch"],
+        ["setup"],
+        *([action, *LAUNCH] for action in ("launch", "resume", "keep")),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_dry_run_and_help_are_found_anywhere(cloud: Any, arguments: list[str]) -> None:
+    """In every place of the arguments, no program is called."""
+    expected, _ = cloud("--dry-run", *arguments)
+    assert expected.returncode == 0, expected.stderr
+    for place in {1, len(arguments)}:
+        ended, calls = cloud(*arguments[:place], "--dry-run", *arguments[place:])
+        assert (ended.returncode, calls) == (0, [])
+        # setup makes an archive with a name of its own
+        assert len(commands(ended.stdout)) == len(commands(expected.stdout))
+        assert "host.sh launch coco --dry-run" not in ended.stdout.replace("\\", "")
+        for option in ("--help", "-h"):
+            ended, calls = cloud(*arguments[:place], option, *arguments[place:])
+            assert (ended.returncode, calls) == (0, [])
+            assert ended.stdout.startswith("Trains on a Cloud TPU VM")
+
+
+@pytest.mark.parametrize("action", ["create", "setup", "watch", "stop", "delete"])
+def test_actions_without_arguments_refuse_them(cloud: Any, action: str) -> None:
+    ended, calls = cloud(action, "--dry_run")
+    assert lines_of(ended) == [f"tpu: {action} takes no arguments: --dry_run"]
+    assert not calls
+
+
+def test_training_that_is_taken_away_needs_a_run_in_a_bucket(cloud: Any) -> None:
+    """So does a slice of several hosts."""
+    for action in ("keep", "resume"):
+        for run in ([], ["--run", "runs/coco"], ["--run", "gs://"], ["--run=gs://b/r", "--run", "runs/coco"]):
+            ended, calls = cloud(action, "coco", *run)
+            assert lines_of(ended) == [
+                f"tpu: {action} needs --run gs://BUCKET/FOLDER: the disks of the hosts go with the TPU"
+            ]
+            assert not calls
+    for kind, several in (("v5litepod-8", False), ("v4-8", False), ("v6e-16", True), ("v5p-32", True)):
+        ended, calls = cloud("launch", "coco", TPU_TYPE=kind)
+        if several:
+            assert "has several hosts, which need a common run" in lines_of(ended)[0]
+        assert len(calls) == (0 if several else 1)
+        ended, calls = cloud("launch", "coco", "--run=gs://b/r", TPU_TYPE=kind)
+        assert (ended.returncode, len(calls)) == (0, 1)
+        assert ended.stdout == "next: scripts/tpu/tpu.sh watch\n"
+
+
+def test_unknown_types_are_refused_before_gcloud_is_called(cloud: Any) -> None:
+    """A TPU can be deleted whatever the type is. A new one needs RUNTIME."""
+    for action in (["create"], ["launch", *LAUNCH], ["keep", *LAUNCH]):
+        ended, calls = cloud(*action, TPU_TYPE="v5e-8")
+        assert lines_of(ended) == ["tpu: TPU_TYPE=v5e-8: v5litepod-8 is its name"]
+        assert not calls
+        for kind in ("v6e", "v6e-", "v5-8", "v5litepod-4x4", "v9-8"):
+            ended, calls = cloud(*action, TPU_TYPE=kind)
+            assert f"tpu: TPU_TYPE={kind} is not known; use v2-N, v3-N, v4-N, v5litepod-N" in lines_of(ended)[0]
+            assert not calls
+    assert cloud("--dry-run", "create", TPU_TYPE="v9-8", RUNTIME="new")[0].returncode == 0
+    ended, calls = cloud("delete", TPU_TYPE="v5e-8")
+    assert (ended.returncode, len(calls)) == (0, 1)
+
+
+def test_experiments_that_the_hosts_would_not_have_are_refused(cloud: Any) -> None:
+    for options in ([], ["--dry-run"]):
+        for action in ("launch", "resume", "keep"):
+            for name in ("cocoa", "__init__", "experiments/coco", "--run", "", "coco coco_scst"):
+                ended, calls = cloud(action, name, "--run", "gs://b/r", *options)
+                assert f"no experiment '{name}' in commit" in lines_of(ended)[0]
+                assert "one of coco, coco_scst, coco_up_down, flickr8k" in lines_of(ended)[0]
+                assert not calls
+        ended, calls = cloud("launch", "mine.py", *options)
+        assert "mine.py is not in commit" in lines_of(ended)[0]
+        ended, _ = cloud("launch", "experiments/coco.py", *options)
+        assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -201,7 +298,7 @@ def test_resuming(run: Run, tmp_path: Path, state: str, hosts: str, expected: li
 
 def test_errors_of_gcloud_do_not_look_like_a_missing_tpu(run: Run, tmp_path: Path) -> None:
     program(tmp_path / "bin" / "gcloud", "#!/usr/bin/env bash\necho 'PERMISSION_DENIED' >&2; exit 1\n")
-    ended = run(TPU, "resume", "coco", ZONE="z")
+    ended = run(TPU, "resume", *LAUNCH, ZONE="z")
     assert ended.returncode != 0
     assert "PERMISSION_DENIED" in ended.stderr
 
@@ -236,7 +333,7 @@ def cloud(run: Run, tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedP
     ],
 )
 def test_keeping_ends_with_the_training(cloud: Any, hosts: str, code: int, said: str) -> None:
-    ended, calls = cloud("keep", "coco", hosts=hosts, TRIES="3")
+    ended, calls = cloud("keep", *LAUNCH, hosts=hosts, TRIES="3")
     assert ended.returncode == code
     assert said in ended.stdout + ended.stderr
     # After a crash, training is launched again.
@@ -245,26 +342,26 @@ def test_keeping_ends_with_the_training(cloud: Any, hosts: str, code: int, said:
 
 def test_keeping_tries_again_after_failures_of_gcloud(cloud: Any) -> None:
     # describe, status, stop, launch, status of all and of the first: the second and the fourth call fail.
-    ended, calls = cloud("keep", "coco", hosts="ended 0", FAILING="2 4")
+    ended, calls = cloud("keep", *LAUNCH, hosts="ended 0", FAILING="2 4")
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("is tried again") == 2
     assert [word for call in calls for word in ("describe", "status", "stop", "launch") if f" {word}" in call or
             f"host.sh {word}" in call] == [
         "describe", "status", "describe", "status", "describe", "status", "stop", "launch", "status", "status",
     ]  # fmt: skip
-    ended, _ = cloud("keep", "coco", hosts="ended 0", FAILING=" ".join(map(str, range(99))), TRIES="4")
+    ended, _ = cloud("keep", *LAUNCH, hosts="ended 0", FAILING=" ".join(map(str, range(99))), TRIES="4")
     assert ended.returncode == 2
     assert "4 failures in a row" in ended.stderr
 
 
 def test_keeping_waits_on_in_the_queue_if_gcloud_fails(cloud: Any) -> None:
     queued = "WAITING_FOR_RESOURCES\n" * 4 + "ACTIVE"
-    ended, calls = cloud("keep", "coco", state=queued, hosts="ended 0", FAILING="2 3 5", TRIES="3")
+    ended, calls = cloud("keep", *LAUNCH, state=queued, hosts="ended 0", FAILING="2 3 5", TRIES="3")
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("UNAVAILABLE") == 3
     assert "is tried again" not in ended.stderr  # it is one resume
     assert [" describe" in call for call in calls] == [True] * 8 + [False] * 5
-    ended, calls = cloud("keep", "coco", state=queued, hosts="ended 0", FAILING="2 3", TRIES="2")
+    ended, calls = cloud("keep", *LAUNCH, state=queued, hosts="ended 0", FAILING="2 3", TRIES="2")
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("resume has failed") == 1
 
@@ -273,7 +370,7 @@ def test_keeping_waits_on_in_the_queue_if_gcloud_fails(cloud: Any) -> None:
 def test_crashes_count_unless_training_goes_on_for_a_while(cloud: Any, tmp_path: Path, crashes: str, code: int) -> None:
     """Training has crashed at each of the looks in $CRASHES. Every other look is keep's, and the rest are resume's."""
     program(tmp_path / "bin" / "gcloud", FAKE_GCLOUD.replace('cat "$HOSTS"', LOOKS).replace('head -n 1 "$HOSTS"', LAST))
-    ended, _ = cloud("keep", "coco", CRASHES=crashes, LOOKS=str(tmp_path / "looks"), TRIES="2")
+    ended, _ = cloud("keep", *LAUNCH, CRASHES=crashes, LOOKS=str(tmp_path / "looks"), TRIES="2")
     assert ended.returncode == code, ended.stdout + ended.stderr
 
 
@@ -289,7 +386,7 @@ def test_keeping_installs_a_tpu_on_which_that_has_failed(cloud: Any, tmp_path: P
     temporary.mkdir()
     (host / "codes").write_text("137\n")
     places = {"HOST": str(host), "TMPDIR": str(temporary)}
-    ended, calls = cloud("keep", "coco", state="", FAILING="4", **places)
+    ended, calls = cloud("keep", *LAUNCH, state="", FAILING="4", **places)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("is tried again") == 1
     assert sum(" scp " in call for call in calls) == 2
@@ -300,10 +397,10 @@ def test_keeping_installs_a_tpu_on_which_that_has_failed(cloud: Any, tmp_path: P
     assert (host / "imgcap_jax" / "installed").read_text() == commit
     # A host with another commit gets this one before the launch.
     (host / "imgcap_jax" / "installed").write_text("0" * 40)
-    ended, calls = cloud("resume", "coco", **places)
+    ended, calls = cloud("resume", *LAUNCH, **places)
     assert ended.returncode == 0, ended.stderr
     assert len(installs(host)) == 2
-    assert calls[-1].endswith("host.sh launch coco")
+    assert calls[-1].endswith("host.sh launch coco --run gs://b/r")
     assert (host / "imgcap_jax" / "installed").read_text() == commit
     # If the installation fails, the host does not count as installed.
     program(host / ".local" / "bin" / "uv", "#!/usr/bin/env bash\nexit 1\n")
@@ -327,7 +424,7 @@ def test_creating_fails_if_the_state_is_not_known(cloud: Any) -> None:
 def test_many_hosts_are_all_asked_before_one_that_ended_counts(cloud: Any) -> None:
     """The output of a first host that ended is longer than a pipe holds."""
     hosts = "ended 137\n" + "training\n" * 20_000
-    ended, calls = cloud("resume", "coco", hosts=hosts)
+    ended, calls = cloud("resume", *LAUNCH, hosts=hosts)
     assert ended.returncode == 0
     assert "host.sh launch" in calls[-1]
 

@@ -8,25 +8,30 @@
 #   scripts/tpu/tpu.sh resume EXPERIMENT [OPTIONS]  create, setup and launch, in so far as they are needed
 #   scripts/tpu/tpu.sh keep EXPERIMENT [OPTIONS]    resume, every two minutes until training has finished
 #   scripts/tpu/tpu.sh delete                       deletes the TPU; runs in gs:// remain
-# --dry-run as the first argument prints the commands and runs none.
+# --dry-run, anywhere, prints the commands and runs none. --help prints this.
 #
 # The settings are variables:
 #   TPU_NAME  name (imgcap)            TPU_TYPE  accelerator type (v5litepod-8)     ZONE     zone (required)
 #   RUNTIME   software version (chosen by the type)   SPOT=1  can be preempted, cheaper     PROJECT  default: gcloud's
 #   DATA      folder of datasets, such as gs://BUCKET/datasets (default: on each host)
-#   COMMIT    what setup installs (HEAD; keep: HEAD when it starts)
+#   COMMIT    what setup installs (HEAD; keep: HEAD when it starts); EXPERIMENT is a name or file of this commit
 #   PAUSE     seconds between two looks at the TPU (30; keep: 120)
 #   TRIES     keep, and waiting for the TPU, end after this number of failures in a row (30)
-# A slice of several hosts needs a run on storage that all of them reach, because training resumes there:
+# resume and keep need a run in gs://, because the disks of the hosts go with the TPU. A slice of several hosts needs one
+# that all of them reach:
 #   ZONE=us-west4-a SPOT=1 TPU_TYPE=v5litepod-16 scripts/tpu/tpu.sh launch coco --run gs://BUCKET/runs/coco
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-dry=
-if [ "${1:-}" = --dry-run ]; then
-  dry=1
+dry='' help=''
+for argument in "$@"; do # each goes to the end, except for these
   shift
-fi
+  case "$argument" in
+    --dry-run) dry=1 ;;
+    -h | --help) help=1 ;;
+    *) set -- "$@" "$argument" ;;
+  esac
+done
 action="${1:-}"
 [ $# = 0 ] || shift
 name="${TPU_NAME:-imgcap}" type="${TPU_TYPE:-v5litepod-8}"
@@ -46,12 +51,52 @@ run() {
   fi
 }
 
+# The software version of the type; fails if it has none.
 runtime() {
-  case "$type" in
-    v6e-*) echo v2-alpha-tpuv6e ;;
-    v5p-*) echo v2-alpha-tpuv5 ;;
-    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
-    *) echo tpu-ubuntu2204-base ;;
+  case "${type%-*}" in
+    tpu7x) echo v2-alpha-tpu7-ubuntu2404 ;;
+    v6e) echo v2-alpha-tpuv6e ;;
+    v5p) echo v2-alpha-tpuv5 ;;
+    v5litepod) echo v2-alpha-tpuv5-lite ;;
+    v2 | v3 | v4) echo tpu-ubuntu2204-base ;;
+    *) return 1 ;;
+  esac
+}
+
+check_type() {
+  [[ "$type" != v5e-* ]] || fail "TPU_TYPE=$type: v5litepod-${type#v5e-} is its name"
+  if ! [[ "$type" =~ ^[a-z0-9]+-[1-9][0-9]*$ ]] || { [ -z "${RUNTIME:-}" ] && ! runtime >/dev/null; }; then
+    fail "TPU_TYPE=$type is not known; use v2-N, v3-N, v4-N, v5litepod-N, v5p-N, v6e-N or tpu7x-N, or set RUNTIME too"
+  fi
+}
+
+# Hosts have 4 or 8 chips. N of v5litepod-N and v6e-N are chips, of which one host has up to 8; of the others it is cores,
+# of which one host has 8.
+several_hosts() {
+  [ "${type##*-}" -gt 8 ]
+}
+
+# Checks the arguments of launch, keep and resume. The hosts have only experiments of the commit.
+check_training() {
+  local experiment="${1:-}" names run='' before='' word commit
+  [ $# -gt 0 ] || fail "$action needs an experiment, such as: $action coco --run gs://BUCKET/runs/coco"
+  commit="$(commit)"
+  names="$(git ls-tree --name-only "$commit" experiments/ | sed -n 's|^experiments/\([^_].*\)\.py$|\1|p')"
+  if [[ "$experiment" == *.py ]]; then
+    git cat-file -e "$commit:$experiment" 2>/dev/null ||
+      fail "$experiment is not in commit ${commit::9}; give its path from the root of the clone, and commit it"
+  elif [[ $'\n'"$names"$'\n' != *$'\n'"$experiment"$'\n'* ]]; then
+    fail "no experiment '$experiment' in commit ${commit::9}; give a .py file of it, or one of ${names//$'\n'/, }"
+  fi
+  for word in "$@"; do
+    [ "$before" != --run ] || run="$word"
+    [[ "$word" != --run=* ]] || run="${word#--run=}"
+    before="$word"
+  done
+  [[ "$run" != gs://?* ]] || return 0
+  case "$action" in
+    keep | resume) fail "$action needs --run gs://BUCKET/FOLDER: the disks of the hosts go with the TPU" ;;
+    *) ! several_hosts || fail "$type has several hosts, which need a common run: --run gs://BUCKET/FOLDER" ;;
   esac
 }
 
@@ -144,14 +189,13 @@ halt() {
 
 launch() {
   local words
-  [ $# -gt 0 ] || fail "launch needs an experiment, such as: launch coco --run gs://BUCKET/runs/coco"
   words="$(printf ' %q' launch "$@")"
   [ -z "${DATA:-}" ] || words="$words$(printf ' --data.data-dir %q' "$DATA")"
   on all "imgcap_jax/scripts/tpu/host.sh$words"
+  [ -n "$dry" ] || echo "next: scripts/tpu/tpu.sh watch"
 }
 
 resume() {
-  [ $# -gt 0 ] || fail "resume needs the arguments of launch"
   local now hosts commit
   commit="$(commit)"
   if [ -n "$dry" ]; then
@@ -249,13 +293,25 @@ delete() {
   run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
 }
 
+usage() {
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/tpu/tpu.sh
+}
+
+if [ -n "$help" ]; then
+  usage
+  exit
+fi
 case "$action" in
-  create | setup | launch | watch | stop | resume | keep | delete) ;;
+  create | setup | watch | stop | delete) [ $# = 0 ] || fail "$action takes no arguments: $*" ;;
+  launch | resume | keep) ;;
   *)
-    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "scripts/tpu/tpu.sh"
+    usage
+    [ -z "$action" ] || fail "there is no action $action"
     exit 2
     ;;
 esac
+case "$action" in create | launch | resume | keep) check_type ;; esac
+case "$action" in launch | resume | keep) check_training "$@" ;; esac
 [ -n "${ZONE:-}" ] || fail "set ZONE, such as ZONE=us-west4-a"
 [ -n "$dry" ] || command -v gcloud >/dev/null || fail "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
 place=(--zone="$ZONE")
