@@ -457,6 +457,33 @@ def test_slurm_submits_itself(run: Run) -> None:
     assert "--signal=B:USR1@120" in submitted
     assert submitted[-3:] == ["coco", "--run", "my runs/coco"]
     assert started == ["srun", ".venv/bin/imgcap", "train", "coco", "--run", "my runs/coco", "--distributed"]
+    assert run(SLURM, "coco", "--run", "my runs/coco", "--dry-run", NODES="2", GPUS="8", PARTITION="gpu").stdout == (
+        ended.stdout
+    )
+    assert run(SLURM, "coco", "--dry-run", SLURM_JOB_ID="7").stdout.startswith("sbatch ")
+
+
+def test_slurm_submits_nothing_by_mistake(run: Run, tmp_path: Path) -> None:
+    program(tmp_path / "bin" / "sbatch", f"#!/usr/bin/env bash\necho >> {tmp_path}/submitted\n")
+    for arguments in (["--help"], ["coco", "-h"], ["coco", "--data.batch-size", "8", "--help"]):
+        ended = run(SLURM, *arguments)
+        assert ended.returncode == 0
+        assert ended.stdout.startswith("Trains on the GPUs")
+    for name in ("NODES", "GPUS", "CPUS", "HOURS"):
+        for value in ("1.5", "0", "-1", "two", "12:00"):
+            ended = run(SLURM, "coco", **{name: value})
+            assert lines_of(ended) == [f"train.sh: {name}={value} must be a whole number above 0"]
+    assert "--run is no experiment" in lines_of(run(SLURM, "--run", "r"))[0]
+    assert not (tmp_path / "submitted").exists()
+    assert run(SLURM, "coco", NODES="2", HOURS="12").returncode == 0
+    assert (tmp_path / "submitted").exists()
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is not None, reason="needs a machine without Slurm")
+def test_slurm_says_that_sbatch_is_missing(run: Run) -> None:
+    assert lines_of(run(SLURM, "coco")) == [
+        "train.sh: sbatch is not installed; submit on a login node of the Slurm cluster"
+    ]
 
 
 def test_slurm_queues_the_job_again_at_the_time_limit_only(run: Run, tmp_path: Path) -> None:
