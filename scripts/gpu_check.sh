@@ -2,23 +2,46 @@
 # For whoever has a GPU (or TPU): correctness against the CPU, and all benchmarks, within ten minutes.
 #   scripts/gpu_check.sh                    needs a Python with jax, flax and optax; nothing is installed or downloaded
 #   scripts/gpu_check.sh --platform cpu     the CPU against itself at tiny sizes, which checks this script
-# PYTHON chooses the interpreter, SECONDS_LIMIT another time limit than 600. The output is the report; please keep all of it.
+# PYTHON chooses the interpreter (.venv/bin/python if it exists, otherwise python3), SECONDS_LIMIT another time limit than
+# 600. The output is the report; please keep all of it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python="${PYTHON:-python3}"
+case " $* " in
+  *" --help "* | *" -h "*)
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/gpu_check.sh
+    exit
+    ;;
+esac
+fail() {
+  echo "gpu_check: $1" >&2
+  exit 2
+}
+[ $# = 0 ] || { [ $# = 2 ] && [ "$1" = --platform ]; } || fail "unknown arguments: $*; use none, or --platform cpu"
+python="${PYTHON:-}"
+[ -n "$python" ] || { [ -x .venv/bin/python ] && python=.venv/bin/python; } || python=python3
 limit="${SECONDS_LIMIT:-600}"
 export PYTHONPATH="$PWD:$PWD/scripts${PYTHONPATH:+:$PYTHONPATH}" TF_CPP_MIN_LOG_LEVEL=2
 
 sizes=(--rounds 3)
-if [ "${1:-}" = --platform ] && [ "${2:-}" = cpu ]; then
-  export JAX_PLATFORMS=cpu
+[ "${2:-}" != cpu ] || export JAX_PLATFORMS=cpu
+errors="$(mktemp)"
+trap 'rm -f "$errors"' EXIT
+start='
+import sys
+try:
+    import jax, flax, optax
+    print(jax.default_backend())
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}".splitlines()[0])'
+if ! backend="$("$python" -c "$start" 2>"$errors")"; then
+  reason="$(tail -n 1 "$errors")"
+  fail "$python cannot import JAX or start it${reason:+ ($reason)}; set PYTHON to one with jax, flax and optax"
+fi
+cat "$errors" >&2 # warnings
+if [ "${2:-}" = cpu ]; then
   sizes=(--rounds 1 --batch 2 --captions 2 --regions 3 --vocabulary 200 --lengths captions --steps 2 --members 2)
-elif ! backend="$("$python" -c 'import jax; print(jax.default_backend())')"; then
-  echo "gpu_check: $python cannot import JAX or start it; set PYTHON to an interpreter with jax, flax and optax" >&2
-  exit 2
 elif [ "$backend" = cpu ]; then
-  echo "gpu_check: JAX sees only the CPU; install JAX for the GPU, or use --platform cpu" >&2
-  exit 2
+  fail "JAX sees only the CPU; install JAX for the GPU, or use --platform cpu"
 else
   unset JAX_PLATFORMS # the CPU must be there too, to compare with
 fi

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -175,6 +176,49 @@ def test_gpu_check_needs_a_gpu(tmp_path: Path, python: str, message: str) -> Non
     ended = _gpu_check(tmp_path, python)
     assert ended.returncode == 2
     assert message in ended.stderr.splitlines()[-1]
+
+
+def _without_python(*arguments: str, folder: Path = REPOSITORY, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"} | variables
+    command = [folder / "scripts" / "gpu_check.sh", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_gpu_check_prints_its_help_and_refuses_other_arguments() -> None:
+    for option in ("--help", "-h"):
+        ended = _without_python(option, PYTHON="/nowhere")
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert ended.stdout.startswith("For whoever has a GPU")
+    ended = _without_python("cpu", PYTHON="/nowhere")
+    assert ended.returncode == 2
+    assert ended.stderr == "gpu_check: unknown arguments: cpu; use none, or --platform cpu\n"
+
+
+def test_gpu_check_uses_the_virtual_environment_if_there_is_one(tmp_path: Path) -> None:
+    """Otherwise python3."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(SCRIPTS / "gpu_check.sh", tmp_path / "scripts")
+    for name in (".venv/bin/python", "bin/python3"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(f"#!/bin/sh\necho 'ImportError: {name}' >&2; exit 1\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    assert "(ImportError: .venv/bin/python)" in _without_python(folder=tmp_path, PATH=path).stderr
+    shutil.rmtree(tmp_path / ".venv")
+    assert "(ImportError: bin/python3)" in _without_python(folder=tmp_path, PATH=path).stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--platform", "cpu"]])
+def test_gpu_check_says_in_one_line_that_jax_is_missing(tmp_path: Path, arguments: list[str]) -> None:
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')  # without installed packages
+    interpreter.chmod(0o755)
+    ended = _without_python(*arguments, PYTHON=str(interpreter))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == (
+        f"gpu_check: {interpreter} cannot import JAX or start it (ModuleNotFoundError: No module named 'jax'); "
+        "set PYTHON to one with jax, flax and optax\n"
+    )
 
 
 def test_several_benchmarks_end_with_one_table(
