@@ -21,7 +21,7 @@ from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.precision import at_precision, compute_dtype
 from imgcap_jax.remote import place
-from imgcap_jax.run.extraction import uses_store
+from imgcap_jax.run.extraction import uses_store, why_not_stored
 from imgcap_jax.run.folder import nothing_left_if_refused
 from imgcap_jax.run.mirror import Mirror
 from imgcap_jax.session import Session, check_feed, compiling, open_data
@@ -301,7 +301,7 @@ def _program(
     all_shared = (False, dict.fromkeys(values, False), False, shared)
     compile_step = partial(compiling, show, stop)
     feed: Feed
-    if device_shards(rows[0], together, show) is None:
+    if device_shards(rows[0], together, show, why_not_stored(experiment)[0]) is None:
         batches = [session.batches for session in sessions]
         for of in batches:
             of.set_state(of.rows.position(first))

@@ -25,7 +25,7 @@ from imgcap_jax.models.model import parameter_count, split_trained
 from imgcap_jax.precision import compute_dtype
 from imgcap_jax.remote import shown, url_of
 from imgcap_jax.run.evaluation import Member, SplitEvaluator, evaluated_images
-from imgcap_jax.run.extraction import Extraction, uses_store
+from imgcap_jax.run.extraction import Extraction, uses_store, why_not_stored
 from imgcap_jax.run.folder import Run, find_run
 from imgcap_jax.run.generation import check_decoding
 from imgcap_jax.run.mirror import Mirror
@@ -96,11 +96,9 @@ def open_data(experiment: Experiment, smoke: bool) -> Data:
 
 def check_feed(experiment: Experiment) -> None:
     """Raises UserError if ``data.feed`` is "device", but the experiment has no stored features."""
-    if experiment.data.feed == "device" and not uses_store(experiment):
-        raise UserError(
-            "data.feed is device, but the encoder computes new features in each step; set it to host, or freeze the "
-            "encoder and set data.views above 1"
-        )
+    why, remedy = why_not_stored(experiment)
+    if experiment.data.feed == "device" and why:
+        raise UserError(f"data.feed is device, but {why}; set it to host, or {remedy}")
 
 
 def with_features(data: Data, experiment: Experiment, cache: Path, parallel: DataParallel) -> Data:

@@ -14,6 +14,7 @@ from imgcap_jax.files import check_name, disk_errors, owning
 from imgcap_jax.precision import at_precision, compute_dtype
 from imgcap_jax.remote import place
 from imgcap_jax.report import smoke as smoke_report
+from imgcap_jax.run.extraction import why_not_stored
 from imgcap_jax.run.folder import empty_smoke, nothing_left_if_refused
 from imgcap_jax.run.mirror import Mirror, pull
 from imgcap_jax.session import Session, check_feed, compiling, open_data
@@ -125,7 +126,15 @@ def _train(
     with (
         stop,
         closing(session),
-        open_feed(step, session.batches, parallel, show, partial(compiling, show, stop), session.data.shards) as feed,
+        open_feed(
+            step,
+            session.batches,
+            parallel,
+            show,
+            partial(compiling, show, stop),
+            session.data.shards,
+            why_not_stored(experiment)[0],
+        ) as feed,
         working("", total, "steps", done=done, shown=is_first_process(), say=show) as work,
     ):
         session.start(work, judged=not smoke)

@@ -69,9 +69,10 @@ class CaptionData:
     feature_dtype: Dtype = "float16"
     """Type of the stored features of a frozen encoder. bfloat16 is for features beyond 65,504, the largest float16."""
     feed: Literal["auto", "host", "device"] = "auto"
-    """What gives the devices their batches if the encoder is frozen. host: the host sends each batch. device: all
-    features stay in the memory of the devices, which read their batches there, many steps per call. auto: device on TPU
-    and GPU, host on CPU. If the features do not fit, the host sends the batches. They are the same either way."""
+    """What gives the devices their batches if the encoder is frozen, and views is above 1 or augmentation is off. host:
+    the host sends each batch. device: all features stay in the memory of the devices, which read their batches there,
+    many steps per call. auto: device on TPU and GPU, host on CPU. If the features do not fit, the host sends the
+    batches. They are the same either way."""
     threads: int = 2
     """Threads that decode images and look up features ahead of time (per worker process, if there are any)."""
     workers: int = 0

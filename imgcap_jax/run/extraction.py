@@ -32,6 +32,18 @@ def uses_store(experiment: Experiment) -> bool:
     return has_ready_regions(settings) or (settings.frozen and (data.views > 1 or not data.augmentation.changes_images))
 
 
+def why_not_stored(experiment: Experiment) -> tuple[str, str]:
+    """Why the encoder computes regions in each step, and what would change that; ("", "") if they are stored."""
+    if uses_store(experiment):
+        return "", ""
+    data, trained = experiment.data, not experiment.encoder.frozen
+    drawn = data.views == 1 and data.augmentation.changes_images
+    causes = [(trained, "the encoder is trained", "use a frozen one")]
+    causes.append((drawn, "data.augmentation changes each image in each epoch", "set data.views above 1"))
+    found = [(why, remedy) for missing, why, remedy in causes if missing]
+    return " and ".join(why for why, _ in found), " and ".join(remedy for _, remedy in found)
+
+
 def encoder_dtype(experiment: Experiment, platform: str | None = None) -> Literal["float32", "bfloat16"]:
     """The type of the encoder's products. Features that are stored have the same type on every platform.
 

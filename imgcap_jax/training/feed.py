@@ -268,6 +268,7 @@ class DeviceFeed:
 
         with working("putting the features on the devices", shown=is_first_process(), say=show):
             self._table = parallel.put_tables(read, (size, *self._regions.shape), shards)
+        show(_in_memory(4 * size * self._regions.words, len(parallel.devices), shards))
         self._text: dict[str, Any] = {"captions": shared.captions.tokens}
         if shared.references is not None:
             self._text |= {"references": shared.references.tokens, "first": shared.references.first.astype(np.int32)}
@@ -369,6 +370,7 @@ def open_feed(
     show: Say,
     compiling: Compiling = nullcontext,
     shards: int | None = None,
+    not_stored: str = "",
 ) -> Feed:
     """The feed that ``data.feed`` asks for.
 
@@ -376,13 +378,14 @@ def open_feed(
         step: not compiled.
         batches: the batches of the host, at the position of the first batch.
         parallel: the devices.
-        show: receives a note if the features do not fit into the memory of the devices.
+        show: receives a line about where the batches come from.
         compiling: entered while the step is compiled.
         shards: see ``images_of_devices``, if it has decided which features this process has.
+        not_stored: why there are no stored features.
     """
     rows = batches.rows
     first = rows.batches_before(batches.get_state())
-    shards = shards or device_shards(rows, parallel, show)
+    shards = shards or device_shards(rows, parallel, show, not_stored)
     if shards is None:
         put = lambda batch: parallel.put(device_part(batch))  # noqa: E731
         return HostFeed(parallel.compile(step), batches, put, compiling, first=first)
@@ -390,16 +393,21 @@ def open_feed(
     return DeviceFeed(compile_loop, [rows], parallel, show, compiling, first=first, shards=shards)
 
 
-def device_shards(rows: TrainingRows, parallel: DataParallel | MemberParallel, show: Say) -> int | None:
+def device_shards(
+    rows: TrainingRows, parallel: DataParallel | MemberParallel, show: Say, not_stored: str = ""
+) -> int | None:
     """The number of devices that have all features together; None: the host sends the batches.
 
     Args:
         rows: with the setting ``data.feed``.
         parallel: the devices.
-        show: receives a note if the features do not fit into the memory of the devices.
+        show: receives a line if the host sends batches to accelerators, with the reason unless it was asked for.
+        not_stored: why there are no stored features.
     """
-    wanted = rows.config.feed
-    if rows.stores is None or not wants_device(wanted, parallel.devices[0].platform):
+    wanted, platform = rows.config.feed, parallel.devices[0].platform
+    if rows.stores is None or not wants_device(wanted, platform):
+        if platform != "cpu":
+            show(f"batches from the host{f', because {not_stored}' if wants_device(wanted, platform) else ''}")
         return None
     regions = PackedRegions(rows.stores)
     size = 4 * regions.rows * regions.words
@@ -478,6 +486,13 @@ def _free_memory(parallel: DataParallel | MemberParallel) -> float:
     import psutil
 
     return psutil.virtual_memory().available / len(local)  # devices of the CPU, which share the memory of the host
+
+
+def _in_memory(size: int, devices: int, shards: int) -> str:
+    """The line for features in the memory of devices, of which each has ``size`` bytes."""
+    place = "1 device" if devices == 1 else f"each of {devices} devices"
+    split = f", split over {shards}" if shards > 1 else ""
+    return f"batches from device memory ({size / 1e9:.3g} GB on {place}{split})"
 
 
 def too_large(size: int, devices: int, free: float) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,10 +13,12 @@ import pytest
 from jax import lax
 
 from imgcap_jax.data.caption_table import CaptionTable
+from imgcap_jax.data.images import Augmentation
 from imgcap_jax.data.pipeline import CaptionData, train_batches
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
+from imgcap_jax.session import check_feed
 from imgcap_jax.train import train
 from imgcap_jax.training import feed
 from imgcap_jax.training.feed import DeviceFeed, HostFeed, PackedRegions, device_part, open_feed
@@ -232,11 +235,41 @@ def test_features_are_split_over_as_few_devices_as_have_room(monkeypatch: pytest
         with found:
             assert isinstance(found, HostFeed if shards is None else DeviceFeed)
             assert getattr(found, "shards", None) == shards
+    assert said[0] == f"batches from device memory ({size / 1e9:.3g} GB on each of 4 devices)"
+    assert said[1].endswith("GB on each of 4 devices, split over 2)")
     assert said[-1].startswith("note: the features take 0.0 GB on each of 4 devices, more than 60% of the 0.0 GB")
 
 
 def test_device_feed_needs_stored_features(tiny: Experiment, tmp_path: Path) -> None:
     experiment = replace(tiny, data=replace(tiny.data, feed="device"))
-    with pytest.raises(UserError, match=r"data\.feed is device, but the encoder computes new features"):
+    with pytest.raises(UserError, match=r"but the encoder is trained; set it to host, or use a frozen one$"):
         train(experiment, tmp_path / "run", cache=tmp_path / "cache", show=lambda line: None)
     assert not (tmp_path / "run").exists()
+
+
+def test_only_what_is_missing_for_stored_features_is_named(tiny: Experiment) -> None:
+    data = CaptionData(feed="device", augmentation=Augmentation(flip=True))
+    trained = SimpleNamespace(frozen=False)
+    for encoder, views, message in (
+        (SimpleNamespace(frozen=True), 1, "but data.augmentation changes each image in each epoch; set it to host, or "),
+        (trained, 2, "but the encoder is trained; set it to host, or use a frozen one"),
+        (trained, 1, "or use a frozen one and set data.views above 1"),
+    ):
+        experiment: Any = SimpleNamespace(data=replace(data, views=views), encoder=encoder)
+        with pytest.raises(UserError) as error:
+            check_feed(experiment)
+        assert message in str(error.value)
+    check_feed(tiny)  # data.feed is auto
+
+
+@pytest.mark.parametrize(
+    ("wanted", "line"),
+    [("auto", "batches from the host, because the encoder is trained"), ("host", "batches from the host")],
+)
+def test_accelerators_say_why_the_host_sends_batches(wanted: Any, line: str) -> None:
+    rows: Any = SimpleNamespace(config=SimpleNamespace(feed=wanted), stores=None)
+    for platform, expected in (("cpu", []), ("tpu", [line])):
+        parallel: Any = SimpleNamespace(devices=[SimpleNamespace(platform=platform)])
+        said: list[str] = []
+        assert feed.device_shards(rows, parallel, said.append, "the encoder is trained") is None
+        assert said == expected
