@@ -30,7 +30,7 @@ _EXTRAS: dict[str, tuple[str, str, str]] = {
     "meteor": ("pycocoevalcap", "METEOR", "pip install pycocoevalcap"),
     "tensorboard": ("tensorboard", "curves of training", "pip install tensorboard"),
     "torch": ("torch", "comparisons with PyTorch", "pip install torch"),
-    "tpu-plan": ("libtpu", "imgcap plan for TPU", 'pip install "jax[tpu]"'),
+    "tpu-plan": ("libtpu", "imgcap plan for TPU", 'pip install -c constraints.txt "jax[tpu]"'),
     "gcs": ("gcsfs", "runs and datasets in gs:// folders", "pip install gcsfs"),
 }
 """Extra -> (its module, what it is for, how to install it)."""

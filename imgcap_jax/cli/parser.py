@@ -179,15 +179,16 @@ def _add_plan(commands: Commands) -> None:
         add_help=False,
         help="memory, collectives and time of an experiment on a TPU slice or on this machine, without running it",
         description="Compile the training step, the validation search and the encoder of an experiment for a TPU slice "
-        'that need not be present (pip install "jax[tpu]"), or for this machine, and print what they need '
-        "and an estimate of their time. Nothing is run. Every field of the experiment can be set by an option, as for "
-        "imgcap train.",
+        'that need not be present (pip install -c constraints.txt "jax[tpu]"), or for this machine, and print what '
+        "they need and an estimate of their time. Nothing is run. Every field of the experiment can be set by an option, "
+        "as for imgcap train.",
     )
     plan.add_argument("experiment", nargs="?", help="a Python file, or a name such as coco")
     plan.add_argument(
         "--topology",
         default="local",
-        help="a TPU generation and the shape of a slice (v5e:4x4, v6e:2x2, v5p:2x2x1), or local (default)",
+        help="a TPU generation and the shape of a slice (v5e:4x4, v6e:2x2, v5p:2x2x1), a type of Google Cloud "
+        "(v5litepod-16), or local (default)",
     )
     plan.add_argument(
         "--images", type=int, metavar="N", help="training images (default: those of the dataset, prepared or published)"

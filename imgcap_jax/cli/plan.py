@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from imgcap_jax.cli.experiments import find
@@ -26,6 +27,14 @@ def _without_cache() -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", before)
 
 
+def _announcement(programs: Sequence[str]) -> str:
+    """What is compiled, and how to compile less."""
+    if len(programs) == 1:
+        return "1 program to compile, which can take minutes"
+    first = programs[0]
+    return f"{len(programs)} programs to compile, each can take minutes; --programs {first} compiles one"
+
+
 def plan(options: argparse.Namespace) -> int:
     """Runs the command."""
     if options.help:
@@ -45,7 +54,7 @@ def plan(options: argparse.Namespace) -> int:
     load_all_code(options.code)
     experiment = override(find(options.experiment), options.rest)
     from imgcap_jax.plan.datasets import sizes_of
-    from imgcap_jax.plan.plan import PROGRAMS, make_plan
+    from imgcap_jax.plan.plan import PROGRAMS, make_plan, to_compile
     from imgcap_jax.plan.topology import open_topology
     from imgcap_jax.precision import compute_dtype
     from imgcap_jax.report.plan import lines
@@ -56,8 +65,10 @@ def plan(options: argparse.Namespace) -> int:
             raise UserError(f"--programs has {name!r}; it must be a comma-separated list of {', '.join(PROGRAMS)}")
     topology = open_topology(options.topology, compute_dtype(experiment.training.dtype))
     sizes = sizes_of(experiment, options.images, options.vocabulary)
+    compiled = to_compile(experiment, programs)
+    print(_announcement(compiled), file=sys.stderr, flush=True)
     with _without_cache():
-        made = make_plan(experiment, sizes, topology, words=options.words, programs=programs)
+        made = make_plan(experiment, sizes, topology, words=options.words, programs=compiled)
     print("\n".join(lines(made, options.experiment)))
     if options.json is not None:
         write_text(options.json, json.dumps(made.results(), indent=2) + "\n")

@@ -11,7 +11,7 @@ from imgcap_jax.errors import UserError, counted
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.plan.datasets import Sizes
 from imgcap_jax.plan.hlo import Analysis, analyse
-from imgcap_jax.plan.programs import Program, Programs, UnreadableError
+from imgcap_jax.plan.programs import Program, Programs, UnreadableError, has_encoder
 from imgcap_jax.plan.roofline import Estimate, estimate
 from imgcap_jax.plan.topology import INSTALL, Topology
 from imgcap_jax.terminal import Say, working
@@ -124,6 +124,18 @@ PROGRAMS = {"training": "training step", "search": "validation search", "encoder
 """The programs of a plan: the name of each on the command line, and its title."""
 
 
+def to_compile(experiment: Experiment, programs: Collection[str]) -> list[str]:
+    """Those of ``programs`` that the experiment has, in the order in which they are compiled.
+
+    Raises:
+        UserError: it has none of them.
+    """
+    found = [name for name in PROGRAMS if name in programs and (name != "encoder" or has_encoder(experiment))]
+    if not found:
+        raise UserError("--programs encoder: no features are stored, so the encoder is no program of its own")
+    return found
+
+
 def make_plan(
     experiment: Experiment,
     sizes: Sizes,
@@ -156,7 +168,7 @@ def make_plan(
         "search": known.search,
         "encoder": known.encoder,
     }
-    for key in (key for key in PROGRAMS if key in programs):
+    for key in to_compile(experiment, programs):
         name, compile_program = PROGRAMS[key], compilers[key]
         with working(f"compiling the {name}", say=say):
             try:

@@ -240,8 +240,7 @@ class Programs:
 
     def encoder(self) -> Program | None:
         """The encoder that computes stored features; None if the training step contains it or there is none."""
-        settings: Any = self.experiment.encoder
-        if not self.stored or has_ready_regions(settings):
+        if not has_encoder(self.experiment):
             return None
         graph, state = nnx.split(self._encoder())
 
@@ -315,6 +314,11 @@ class Programs:
         except jax.errors.JaxRuntimeError as error:
             raise UnreadableError(memory) from error
         return Program(name, images, text, memory, flops, fed_bytes, loops, seconds, feed)
+
+
+def has_encoder(experiment: Experiment) -> bool:
+    """Whether an encoder computes stored features; otherwise the training step contains it or there is none."""
+    return uses_store(experiment) and not has_ready_regions(experiment.encoder)
 
 
 def _bytes(tree: Any) -> int:

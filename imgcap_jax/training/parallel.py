@@ -1,6 +1,7 @@
 """Data parallelism: runs a per-device step on all devices, with ``jax.pmap`` or ``jax.shard_map``."""
 
 import hashlib
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -37,20 +38,34 @@ def join_processes(where: str) -> None:
     Raises:
         UserError: ``where`` is malformed, or the processes cannot connect to each other.
     """
-    match where.split(","):
-        case ["auto"]:
-            options: dict[str, Any] = {}
-        case [address, count, index] if count.isdigit() and index.isdigit() and int(index) < int(count):
-            options = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
-        case _:
-            raise UserError(
-                f"--distributed {where!r} is malformed; use HOST:PORT,COUNT,INDEX, for example 10.0.0.1:8476,4,0, "
-                f"or no value"
-            )
+    options = {} if where == "auto" else _place_of_process(where)
+    given = "--distributed" if where == "auto" else f"--distributed {where}"
     try:
         jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"--distributed {where}: {reason(error)}; use HOST:PORT,COUNT,INDEX on each host") from error
+        if where == "auto" and re.search("(should|must) be defined", str(error)):
+            raise UserError(
+                "--distributed: no cluster was recognised (Cloud TPU, Slurm, Open MPI, Kubernetes); use --distributed "
+                "HOST:PORT,COUNT,INDEX"
+            ) from None
+        raise UserError(f"{given}: {reason(error)}; use HOST:PORT,COUNT,INDEX on each host") from error
+
+
+def _place_of_process(where: str) -> dict[str, Any]:
+    """The arguments of JAX for HOST:PORT,COUNT,INDEX. Raises UserError if it is malformed."""
+    found = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", where, re.ASCII)
+    if found is None:
+        raise UserError(
+            f"--distributed {where!r} is malformed; use HOST:PORT,COUNT,INDEX, for example 10.0.0.1:8476,4,0, or no "
+            f"value"
+        )
+    count, index = int(found[2]), int(found[3])
+    if count < 1:
+        raise UserError(f"--distributed {where}: COUNT is {count}; it must be at least 1")
+    if index >= count:
+        allowed = {1: "0", 2: "0 or 1"}.get(count, f"0 to {count - 1}")
+        raise UserError(f"--distributed {where}: INDEX is {index}; with COUNT {count} it must be {allowed}")
+    return {"coordinator_address": found[1], "num_processes": count, "process_id": index}
 
 
 def is_first_process() -> bool:

@@ -55,7 +55,8 @@ def test_plan_of_this_machine(experiment: Path, tmp_path: Path, capsys: pytest.C
     found = tmp_path / "plan.json"
     command = ["plan", str(experiment), "--vocabulary", "300", "--words", "4", "--json", str(found)]
     assert main([*command, "--data.batch-size", "16"]) == 0
-    text = capsys.readouterr().out
+    text, errors = capsys.readouterr()
+    assert errors.startswith("2 programs to compile, each can take minutes; --programs training compiles one\n")
     assert "on local: 4 devices" in text
     assert "not run: all times are estimates" in text
     assert "113,287 training images (train + restval of Karpathy" in text
@@ -139,6 +140,14 @@ def test_prepared_datasets_are_read(
         ([], "no experiment; give a Python file"),
         (["FILE", "--data.dataset", "mine"], "mine is not prepared, and its sizes are not known"),
         (["FILE", "--topology", "v5e"], "--topology 'v5e' is malformed; use local, or a slice such as v5e:4x4"),
+        (
+            ["FILE", "--topology", "v9z:2x2"],
+            "--topology v9z:2x2: v9z is not known; use a slice of v4, v5e, v5p, v6e, tpu7x",
+        ),
+        (["FILE", "--topology", "v2-8"], "--topology v2-8: v2 is not known; use a slice of v4, v5e, v5p, v6e, tpu7x"),
+        (["FILE", "--topology", "v5p:2x2"], "--topology v5p:2x2: slices of v5p have 3 axes, such as v5p:2x2x1"),
+        (["FILE", "--topology", "v5litepod-7"], "--topology v5litepod-7: known types are v5litepod-1, v5litepod-4, v5"),
+        (["FILE", "--programs", "encoder"], "--programs encoder: no features are stored"),
         (["FILE", "--images", "0"], "--images is 0; it must be at least 1"),
         (
             ["FILE", "--programs", "search,x"],
@@ -155,8 +164,13 @@ def test_prepared_datasets_are_read(
     ],
 )
 def test_mistakes_are_reported_in_one_line(
-    options: list[str], message: str, experiment: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    message: str,
+    experiment: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    _without_libtpu(monkeypatch)
     assert main(["plan", *(str(experiment) if option == "FILE" else option for option in options)]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -166,10 +180,23 @@ def test_mistakes_are_reported_in_one_line(
 def test_the_tpu_compiler_is_named_if_it_is_missing(
     experiment: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    _without_libtpu(monkeypatch)
+    for given, name in {
+        "v5e:2x2": "v5e:2x2",
+        "v5litepod-8": "v5e:2x4",
+        "v6e-256": "v6e:16x16",
+        "v4-8": "v4:2x2x1",
+        "v5p-32": "v5p:2x2x4",
+    }.items():
+        assert main(["plan", str(experiment), "--topology", given]) == 2
+        error = capsys.readouterr().err
+        assert f"--topology {name} needs the TPU compiler" in error
+        assert 'pip install -c constraints.txt "jax[tpu]"' in error
+
+
+def _without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
     before = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else before(name))
-    assert main(["plan", str(experiment), "--topology", "v5e:2x2"]) == 2
-    assert 'pip install "jax[tpu]"' in capsys.readouterr().err
 
 
 def test_a_program_that_jax_cannot_read_is_reported(
@@ -185,7 +212,7 @@ def test_a_program_that_jax_cannot_read_is_reported(
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "GB in all, but JAX cannot read the program" in error
-    assert error.rstrip().endswith('pip install "jax[tpu]"')
+    assert error.rstrip().endswith('pip install -c constraints.txt "jax[tpu]"')
 
 
 @pytest.mark.parametrize(

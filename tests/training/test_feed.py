@@ -251,7 +251,11 @@ def test_only_what_is_missing_for_stored_features_is_named(tiny: Experiment) -> 
     data = CaptionData(feed="device", augmentation=Augmentation(flip=True))
     trained = SimpleNamespace(frozen=False)
     for encoder, views, message in (
-        (SimpleNamespace(frozen=True), 1, "but data.augmentation changes each image in each epoch; set it to host, or "),
+        (
+            SimpleNamespace(frozen=True),
+            1,
+            "but data.augmentation changes each image in each epoch; set it to host, or ",
+        ),
         (trained, 2, "but the encoder is trained; set it to host, or use a frozen one"),
         (trained, 1, "or use a frozen one and set data.views above 1"),
     ):
