@@ -299,7 +299,7 @@ def _program(
     first = min(session.progress.step for session in sessions if not session.finished)
     rows = [session.batches.rows for session in sessions]
     all_shared = (False, dict.fromkeys(values, False), False, shared)
-    compile_step = partial(compiling, show, stop)
+    compile_step = partial(compiling, show, stop, first)
     feed: Feed
     if device_shards(rows[0], together, show, why_not_stored(experiment)[0]) is None:
         batches = [session.batches for session in sessions]

@@ -459,7 +459,8 @@ def _check_processes(run: Run, step: int | None, parallel: DataParallel) -> None
 
 
 @contextmanager
-def compiling(show: Say, stop: StopRequest) -> Iterator[None]:
-    """Shows that the step is compiled. A signal can end the process meanwhile."""
-    with stop.repeatable(), working("compiling the training step", shown=is_first_process(), say=show, announced=True):
+def compiling(show: Say, stop: StopRequest, done: int) -> Iterator[None]:
+    """Shows that the step is compiled. A signal can end the process meanwhile. done: the number of steps done."""
+    title = "compiling the training step"
+    with stop.repeatable(done), working(title, shown=is_first_process(), say=show, announced=True):
         yield

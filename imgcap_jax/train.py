@@ -131,7 +131,7 @@ def _train(
             session.batches,
             parallel,
             show,
-            partial(compiling, show, stop),
+            partial(compiling, show, stop, done),
             session.data.shards,
             why_not_stored(experiment)[0],
         ) as feed,

@@ -273,7 +273,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _train_population(options: argparse.Namespace, experiment: Any, folder: Path) -> int:
     from imgcap_jax.cli.next_commands import after_training
-    from imgcap_jax.cli.populations import variants
+    from imgcap_jax.cli.populations import results, variants
     from imgcap_jax.population import train_population
     from imgcap_jax.remote import shown
     from imgcap_jax.run.folder import is_run
@@ -285,7 +285,7 @@ def _train_population(options: argparse.Namespace, experiment: Any, folder: Path
         raise UserError(
             f"{shown(folder)} is a run; the members of a population are runs in a folder: choose another --run"
         )
-    members = variants(experiment, options.population)
+    members = variants(experiment, options.population, options.rest)
     with _memory_errors(options):
         outcomes = train_population(
             members, folder, cache=_features_cache(options, folder), init_from=options.init_from
@@ -296,11 +296,7 @@ def _train_population(options: argparse.Namespace, experiment: Any, folder: Path
         print("; ".join([f"stopped at step {step}", *_continuation(options)]))
         return 128 + interrupted
     best = max(members, key=lambda member: outcomes[member.name].best or 0.0)
-    width = max(len(member.name) for member in members)
-    for member in members:
-        outcome = outcomes[member.name]
-        score = f"{100 * (outcome.best or 0):.1f}{'  (highest)' if member is best else ''}"
-        print(f"{member.name:{width}}  {outcome.step} steps, best validation CIDEr-D {score}")
+    print("\n".join(results(members, outcomes)))
     next_commands = after_training(best.experiment, folder / best.name, code=options.code, cache=options.cache)
     print(f"next: {next_commands[0]}")
     return 0

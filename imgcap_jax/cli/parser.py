@@ -180,8 +180,8 @@ def _add_plan(commands: Commands) -> None:
         help="memory, collectives and time of an experiment on a TPU slice or on this machine, without running it",
         description="Compile the training step, the validation search and the encoder of an experiment for a TPU slice "
         'that need not be present (pip install -c constraints.txt "jax[tpu]"), or for this machine, and print what '
-        "they need and an estimate of their time. Nothing is run. Every field of the experiment can be set by an option, "
-        "as for imgcap train.",
+        "they need and an estimate of their time. Nothing is run. Every field of the experiment can be set by an "
+        "option, as for imgcap train.",
     )
     plan.add_argument("experiment", nargs="?", help="a Python file, or a name such as coco")
     plan.add_argument(

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -66,7 +65,7 @@ def plan(options: argparse.Namespace) -> int:
     topology = open_topology(options.topology, compute_dtype(experiment.training.dtype))
     sizes = sizes_of(experiment, options.images, options.vocabulary)
     compiled = to_compile(experiment, programs)
-    print(_announcement(compiled), file=sys.stderr, flush=True)
+    print(_announcement(compiled), flush=True)
     with _without_cache():
         made = make_plan(experiment, sizes, topology, words=options.words, programs=compiled)
     print("\n".join(lines(made, options.experiment)))

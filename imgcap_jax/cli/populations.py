@@ -3,25 +3,33 @@
 import itertools
 import math
 import re
+import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from imgcap_jax.cli.options import option_names, override, unknown_option
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
-from imgcap_jax.population import Variant
+from imgcap_jax.population import SEED, Variant
+from imgcap_jax.train import Outcome
 
 _MOST = 1000  # members
 
 
-def variants(experiment: Experiment, text: str) -> list[Variant]:
+def variants(experiment: Experiment, text: str, given: Sequence[str] = ()) -> list[Variant]:
     """The members that a text such as "training.seed=0..7" stands for.
 
     Several fields, separated by blanks, make all combinations.
 
+    Args:
+        experiment: what all members have in common.
+        text: the value of ``--population``.
+        given: the options that have set fields of ``experiment``.
+
     Raises:
-        UserError: the text is malformed, a field does not exist, or a value is wrong.
+        UserError: the text is malformed, a field does not exist or is set by an option too, or a value is wrong.
     """
+    set_by_options = {argument.partition("=")[0].replace("_", "-") for argument in given}
     values: dict[str, list[str]] = {}
     for assignment in text.split():
         field, given, listed = assignment.partition("=")
@@ -33,6 +41,10 @@ def variants(experiment: Experiment, text: str) -> list[Variant]:
             )
         if option not in option_names(experiment):
             raise unknown_option(option, option_names(experiment))
+        if option in set_by_options:
+            raise UserError(
+                f"--population gives the values of {field}, so {option} has no effect; leave out one of them"
+            )
         if option in values:
             raise UserError(f"--population: {field} is given twice")
         values[option] = list(_listed(assignment, listed))
@@ -55,6 +67,8 @@ def _listed(assignment: str, listed: str) -> Iterator[str]:
         if last - first >= _MOST:
             raise UserError(f"--population {assignment} has more than {_MOST} members; give fewer values")
         yield from map(str, range(first, last + 1))
+    elif ".." in listed:
+        raise UserError(f"--population {assignment}: {listed!r} is no range of whole numbers; use FIRST..LAST, as 0..7")
     else:
         yield from listed.split(",")
 
@@ -71,3 +85,19 @@ def _variant(experiment: Experiment, values: dict[str, str]) -> Variant:
         found[field] = part
     name = ",".join(f"{field.split('.')[-1]}={value}" for field, value in found.items())
     return Variant(name, changed, found)  # type: ignore[arg-type]  # other types than numbers are refused later
+
+
+def results(members: Sequence[Variant], outcomes: Mapping[str, Outcome]) -> list[str]:
+    """One line per member, and the mean of their scores if only their seeds differ. outcomes: by name of the member."""
+    best = {member.name: outcomes[member.name].best for member in members}
+    known = [100 * score for score in best.values() if score is not None]
+    width = max(map(len, best))
+    lines = []
+    for name, score in best.items():
+        line = f"{name:{width}}  {outcomes[name].step} steps, best validation CIDEr-D {100 * (score or 0):.1f}"
+        highest = score is not None and 100 * score == max(known) and known.count(max(known)) == 1
+        lines.append(f"{line}  (highest)" if highest else line)
+    if len(known) == len(members) and all({*member.values} == {SEED} for member in members):
+        mean, deviation = statistics.mean(known), statistics.stdev(known)
+        lines.append(f"mean {mean:.1f}, standard deviation {deviation:.1f} over {len(known)} seeds")
+    return lines

@@ -113,9 +113,7 @@ def _slice_of_type(name: str, generation: str, count: int) -> str:
         example = _CUBIC[0] if cubic else _FLAT[1]
         prefix = name.rpartition("-")[0]
         known = ", ".join(f"{prefix}-{number}" for number in shapes)
-        raise UserError(
-            f"--topology {name}: known types are {known}; or give a slice, such as {generation}:{example}"
-        )
+        raise UserError(f"--topology {name}: known types are {known}; or give a slice, such as {generation}:{example}")
     return f"{generation}:{shapes[count]}"
 
 

@@ -62,7 +62,7 @@ class Validation:
         """
         evaluator, params = self.evaluator, state.best_guess
         try:
-            with self.stop.repeatable():
+            with self.stop.repeatable(progress.step):
                 captioned = evaluator.caption([params], [self.frozen], self.search)
                 degeneration, warnings = evaluator.degeneration(captioned)
                 scored = evaluator.score(captioned.captions)

@@ -55,6 +55,7 @@ class StopRequest:
         self._say, self._agree, self._drain, self._again = say, agree, drain, again
         self._patience = PATIENCE_SECONDS if processes == 1 else _PATIENCE_OF_SEVERAL
         self._repeatable = False
+        self._step: int | None = None  # whose state is saved, during repeatable work
         self._at_once = False  # Ctrl-C after another signal
         self._deciding = threading.Lock()  # held while the process ends, so that repeatable work is not left meanwhile
         self._before: dict[int, Any] = {}
@@ -72,12 +73,16 @@ class StopRequest:
         self._thread.end(wait=not self._at_once)  # it can wait for the bucket
 
     @contextmanager
-    def repeatable(self) -> Iterator[None]:
+    def repeatable(self, step: int | None = None) -> Iterator[None]:
         """For work that a resumed run repeats without loss, because the state of this step is saved.
 
         If it does not end soon after a signal, as a compilation, the process ends once all checkpoints are on disk and
         in the bucket.
+
+        Args:
+            step: the number of the step, for the user; None: not known.
         """
+        self._step = step
         self._repeatable = True
         try:
             yield
@@ -100,7 +105,8 @@ class StopRequest:
 
     def _announce(self, number: int) -> None:
         if self._repeatable:
-            self._say("stopping; everything up to this step is saved")
+            step = "this step" if self._step is None else f"step {self._step}"
+            self._say(f"stopping; everything up to {step} is saved")
             return
         again = "; Ctrl-C again stops without one" if number == signal.SIGINT else ""
         self._say(f"stopping after this step, with a checkpoint{again}")
@@ -119,7 +125,8 @@ class StopRequest:
             if self._at_once:
                 return
             if error is None:
-                self._say(f"stopped; {self._again}")
+                at = "" if self._step is None else f" at step {self._step}"
+                self._say(f"stopped{at}; {self._again}")
             else:
                 print(f"imgcap: {printable(str(error))}", file=sys.stderr)
             sys.stdout.flush()

@@ -55,8 +55,8 @@ def test_plan_of_this_machine(experiment: Path, tmp_path: Path, capsys: pytest.C
     found = tmp_path / "plan.json"
     command = ["plan", str(experiment), "--vocabulary", "300", "--words", "4", "--json", str(found)]
     assert main([*command, "--data.batch-size", "16"]) == 0
-    text, errors = capsys.readouterr()
-    assert errors.startswith("2 programs to compile, each can take minutes; --programs training compiles one\n")
+    text = capsys.readouterr().out
+    assert text.startswith("2 programs to compile, each can take minutes; --programs training compiles one\n")
     assert "on local: 4 devices" in text
     assert "not run: all times are estimates" in text
     assert "113,287 training images (train + restval of Karpathy" in text

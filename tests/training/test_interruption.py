@@ -77,7 +77,7 @@ def test_validation_stops_between_batches_and_is_repeated(
         assert newest(folder).validation_due
         assert latest_step(folder / "checkpoints" / "best") is None
         assert [line for line in lines(folder) if line["kind"] == "validation"] == []
-    assert said.count("stopping; everything up to this step is saved") == 2
+    assert said.count("stopping; everything up to step 5 is saved") == 2
     monkeypatch.undo()
     assert run(tiny, folder).step == 10
     assert not newest(folder).validation_due

@@ -1,5 +1,8 @@
 """Several devices, microbatches, ``pmap`` and ``shard_map``, compared with one device and with a plain loss."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +20,7 @@ from imgcap_jax.models.model import CaptionModel, split_trained
 from imgcap_jax.special_tokens import BOS, PAD
 from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step
 from imgcap_jax.training.optimizer import Optimizer
-from imgcap_jax.training.parallel import DataParallel
+from imgcap_jax.training.parallel import DataParallel, join_processes
 from imgcap_jax.training.step import first_state
 
 B, M, T, V, SIDE, STEPS = 8, 2, 9, 12, 16, 10
@@ -206,3 +209,35 @@ def test_any_error_of_a_process_ends_all_processes(monkeypatch: pytest.MonkeyPat
     told[:] = [np.zeros_like(told[0])]
     with parallel.failing_together():
         pass
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("localhost:9988,2,2", "--distributed localhost:9988,2,2: INDEX is 2; with COUNT 2 it must be 0 or 1"),
+        ("localhost:9988,4,7", "--distributed localhost:9988,4,7: INDEX is 7; with COUNT 4 it must be 0 to 3"),
+        ("localhost:9988,0,0", "--distributed localhost:9988,0,0: COUNT is 0; it must be at least 1"),
+        ("localhost,2,0", "--distributed 'localhost,2,0' is malformed; use HOST:PORT,COUNT,INDEX, for example 10.0"),
+    ],
+)
+def test_wrong_places_of_processes_are_explained(where: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        join_processes(where)
+    assert str(error.value).startswith(message)
+
+
+def test_a_missing_cluster_is_one_line() -> None:
+    clusters = ("SLURM", "OMPI", "KUBERNETES", "JAX", "TPU", "CLOUD", "MEGASCALE")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(clusters)}
+    ended = subprocess.run(
+        [sys.executable, "-m", "imgcap_jax.cli.main", "train", "scenes_demo", "--distributed"],
+        env={**environment, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.stderr == (
+        "imgcap: --distributed: no cluster was recognised (Cloud TPU, Slurm, Open MPI, Kubernetes); use --distributed "
+        "HOST:PORT,COUNT,INDEX\n"
+    )
+    assert ended.returncode == 2

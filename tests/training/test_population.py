@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from imgcap_jax.cli.main import main
-from imgcap_jax.cli.populations import variants
+from imgcap_jax.cli.populations import results, variants
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.models.decoders.show_tell import ShowTell
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.population import train_population
 from imgcap_jax.run.folder import Run
-from imgcap_jax.train import train
+from imgcap_jax.train import Outcome, train
 from imgcap_jax.training.checkpoints import Checkpoints, restore_best
 from imgcap_jax.training.population import merged, with_values
 from imgcap_jax.training.self_critical import SelfCritical
@@ -132,6 +132,7 @@ def test_a_self_critical_population_varies_temperature_and_kl(experiment: Experi
         ("training.seed", "malformed"),
         ("training.seed=5..2", "the first value is larger"),
         ("training.seed=1", "has one member"),
+        ("training.seed=0..x", "'0..x' is no range of whole numbers"),
         ("training.seed=1,1", "seed=1 is given twice"),
         ("training.sed=1,2", "did you mean --training.seed"),
         ("training.seed=1,x", "must be a whole number"),
@@ -182,5 +183,30 @@ def test_the_command_names_the_best_member(
     out = capsys.readouterr().out
     assert "a population of 2 runs that differ in training.seed" in out
     assert out.count("2 steps, best validation CIDEr-D") == 2
-    assert out.count("(highest)") == 1
+    assert out.count("(highest)") <= 1  # none if the scores are equal
+    assert re.search(r"^mean \d+\.\d, standard deviation \d+\.\d over 2 seeds$", out, re.MULTILINE)
     assert f"next: imgcap evaluate {run}/seed=" in out
+
+
+def test_options_of_fields_that_differ_are_refused(experiment: Experiment) -> None:
+    for given in (["--training.seed", "3"], ["--training.seed=3"]):
+        with pytest.raises(UserError, match=r"--training\.seed has no effect; leave out one of them"):
+            variants(experiment, "training.seed=0..1", given)
+    assert len(variants(experiment, "training.seed=0..1", ["--training.epochs", "3"])) == 2
+
+
+def test_the_highest_score_is_named_unless_it_is_a_tie(experiment: Experiment) -> None:
+    def lines(text: str, *scores: float | None) -> list[str]:
+        members = variants(experiment, text)
+        found = zip(members, scores, strict=True)
+        return results(members, {member.name: Outcome(4, score, None) for member, score in found})
+
+    assert lines("training.seed=8..10", 0.493, 0.499, 0.505) == [
+        "seed=8   4 steps, best validation CIDEr-D 49.3",
+        "seed=9   4 steps, best validation CIDEr-D 49.9",
+        "seed=10  4 steps, best validation CIDEr-D 50.5  (highest)",
+        "mean 49.9, standard deviation 0.6 over 3 seeds",
+    ]
+    assert not any("highest" in line for line in lines("training.seed=0,1,2", 0.5, 0.5, 0.4))
+    assert len(lines("decoder.dropout=0,0.1", 0.5, 0.4)) == 2
+    assert len(lines("training.seed=0,1", 0.5, None)) == 2

@@ -79,7 +79,7 @@ def drain(seconds):
 
 signals.PATIENCE_SECONDS = 0.5
 stop = signals.StopRequest(print, drain=drain)
-with stop, stop.repeatable():
+with stop, stop.repeatable(7):
     print("started", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # no signal interrupts it
 """
@@ -97,9 +97,9 @@ def test_signal_ends_what_can_be_repeated_after_the_checkpoints(number: int) -> 
         process.kill()
     assert process.returncode == 128 + number
     assert output.splitlines() == [
-        "stopping; everything up to this step is saved",
+        "stopping; everything up to step 7 is saved",
         "written",
-        "stopped; the same command resumes",
+        "stopped at step 7; the same command resumes",
     ]
 
 
