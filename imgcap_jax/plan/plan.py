@@ -132,7 +132,7 @@ def to_compile(experiment: Experiment, programs: Collection[str]) -> list[str]:
     """
     found = [name for name in PROGRAMS if name in programs and (name != "encoder" or has_encoder(experiment))]
     if not found:
-        raise UserError("--programs encoder: no features are stored, so the encoder is no program of its own")
+        raise UserError("--programs encoder: the experiment stores no features of an encoder; leave out encoder")
     return found
 
 

@@ -59,7 +59,7 @@ def open_topology(name: str, dtype: Any = jnp.bfloat16) -> Topology:
         local = jax.devices()
         chip = measured_chip(local[0], dtype, len(local))
         return Topology(name, local, chip, None, f"jax {jax.__version__}")
-    name = _slice_name(name)
+    name = slice_name(name)
     generation, _, sizes = name.partition(":")
     shape = tuple(map(int, sizes.split("x")))
     if importlib.util.find_spec("libtpu") is None:
@@ -84,7 +84,7 @@ def open_topology(name: str, dtype: Any = jnp.bfloat16) -> Topology:
     return Topology(name, devices, chip, Slice(shape, places), f"jax {jax.__version__}, libtpu {version('libtpu')}")
 
 
-def _slice_name(name: str) -> str:
+def slice_name(name: str) -> str:
     """The generation and the shape of a slice, as "v5e:2x4", also for a type of Google Cloud, as "v5litepod-8".
 
     Raises:

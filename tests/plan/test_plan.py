@@ -147,7 +147,7 @@ def test_prepared_datasets_are_read(
         (["FILE", "--topology", "v2-8"], "--topology v2-8: v2 is not known; use a slice of v4, v5e, v5p, v6e, tpu7x"),
         (["FILE", "--topology", "v5p:2x2"], "--topology v5p:2x2: slices of v5p have 3 axes, such as v5p:2x2x1"),
         (["FILE", "--topology", "v5litepod-7"], "--topology v5litepod-7: known types are v5litepod-1, v5litepod-4, v5"),
-        (["FILE", "--programs", "encoder"], "--programs encoder: no features are stored"),
+        (["FILE", "--programs", "encoder"], "--programs encoder: the experiment stores no features of an encoder"),
         (["FILE", "--images", "0"], "--images is 0; it must be at least 1"),
         (
             ["FILE", "--programs", "search,x"],
