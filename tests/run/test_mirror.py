@@ -693,7 +693,7 @@ def state(run: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill_after", [7, 30, 60])
+@pytest.mark.parametrize("kill_after", [7, 20, 30])
 def test_run_that_is_killed_while_it_pushes_resumes_on_this_and_on_another_machine(
     buckets: Any, trained: Path, tiny_data: Path, tiny_file: Path, tmp_path: Path, kill_after: int
 ) -> None:
