@@ -33,8 +33,8 @@ same rounds, of 2048 x 2048 matrices on a CPU and 8192 x 8192 elsewhere. "first 
 
 The rounds of all candidates are interleaved and medians are reported, because timings on most machines are noisy. The
 first lines say how fast the machine multiplies matrices, because machines of the same name differ by a factor of two or
-three. The benchmarks need only JAX, Flax and Optax, and
-PyTorch for the comparisons, unless noted otherwise above. scripts/gpu_check.sh runs them on a machine with a GPU.
+three. The benchmarks need only JAX, Flax and Optax, and PyTorch for the comparisons, unless noted otherwise above.
+scripts/gpu_check.sh runs them on a machine with a GPU.
 """
 
 import argparse
@@ -73,7 +73,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
 
 
 def main() -> None:
-    """Parses the command line and runs one benchmark."""
+    """Parses the command line, runs the benchmarks and prints their table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", metavar="BENCHMARK", help="one or more of the above; score: and two files")
     parser.add_argument("--rounds", type=int, default=7, help="number of timed rounds")

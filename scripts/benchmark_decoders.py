@@ -94,7 +94,7 @@ class Products(NamedTuple):
     """Per word, eos included."""
 
     def search(self, images: int, words: int) -> float:
-        """FLOPs of decoding this number of words, over all beams or samples."""
+        """FLOPs of decoding this number of words, over all beams."""
         return 2.0 * (images * (self.image + self.once) + words * self.word)
 
     def training(self, images: int, words: int) -> float:

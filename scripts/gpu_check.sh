@@ -55,12 +55,14 @@ part() {
   echo "== $* ($SECONDS s)"
   timeout "$((limit - SECONDS > 10 ? limit - SECONDS : 10))" "$python" "$@" || failed+=("$*")
 }
+benchmarks() {
+  local left=$((limit - SECONDS > 20 ? limit - SECONDS - 10 : 10)) # the table needs a moment
+  part scripts/benchmark.py "$@" --seconds "$left" "${sizes[@]}"
+}
 part scripts/gpu_check.py "$@"
-left=$((limit - SECONDS > 20 ? limit - SECONDS - 10 : 10)) # the table needs a moment
-part scripts/benchmark.py train decode scst input population checkpoint --dtype bfloat16 --seconds "$left" "${sizes[@]}"
+benchmarks train decode scst input population checkpoint --dtype bfloat16
 if [ "${JAX_PLATFORMS:-}" != cpu ]; then
-  left=$((limit - SECONDS > 20 ? limit - SECONDS - 10 : 10))
-  part scripts/benchmark.py train --dtype float32 --seconds "$left" "${sizes[@]}"
+  benchmarks train --dtype float32
 fi
 echo
 echo "finished in $SECONDS s"

@@ -92,11 +92,11 @@ def results(members: Sequence[Variant], outcomes: Mapping[str, Outcome]) -> list
     best = {member.name: outcomes[member.name].best for member in members}
     known = [100 * score for score in best.values() if score is not None]
     width = max(map(len, best))
+    highest = max(known) if known and known.count(max(known)) == 1 else None
     lines = []
     for name, score in best.items():
         line = f"{name:{width}}  {outcomes[name].step} steps, best validation CIDEr-D {100 * (score or 0):.1f}"
-        highest = score is not None and 100 * score == max(known) and known.count(max(known)) == 1
-        lines.append(f"{line}  (highest)" if highest else line)
+        lines.append(f"{line}  (highest)" if score is not None and 100 * score == highest else line)
     if len(known) == len(members) and all({*member.values} == {SEED} for member in members):
         mean, deviation = statistics.mean(known), statistics.stdev(known)
         lines.append(f"mean {mean:.1f}, standard deviation {deviation:.1f} over {len(known)} seeds")

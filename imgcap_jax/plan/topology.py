@@ -19,8 +19,8 @@ from imgcap_jax.plan.chips import CHIPS, Chip, Slice, measured_chip
 LOCAL = "local"
 INSTALL = 'pip install -c constraints.txt "jax[tpu]"'
 """Installs libtpu, the TPU compiler, in the version that the installed JAX asks for. To be run in a clone."""
-_KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
-"""Generation -> its name in ``CHIPS``."""
+_GENERATIONS = {chip.name.lower().removeprefix("tpu "): chip for chip in CHIPS.values()}
+"""v4, v5e, v5p, v6e and tpu7x -> the figures of their chips."""
 # The usual shape of each number of chips (https://cloud.google.com/tpu/docs/v5e, .../v6e, .../v4, .../v5p).
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
@@ -78,7 +78,7 @@ def open_topology(name: str, dtype: Any = jnp.bfloat16) -> Topology:
             f"--topology {name}: the TPU compiler refuses it ({reason(error)}); use a slice such as v5e:2x2, "
             f"v5e:16x16, v6e:4x4 or v5p:2x2x1"
         ) from error
-    chip = CHIPS[_KINDS[generation]].per_device(max(1, len(devices) // math.prod(shape)))
+    chip = _GENERATIONS[generation].per_device(max(1, len(devices) // math.prod(shape)))
     of_tpu: Sequence[Any] = devices
     places = tuple(tuple(device.coords[: len(shape)]) for device in of_tpu)
     return Topology(name, devices, chip, Slice(shape, places), f"jax {jax.__version__}, libtpu {version('libtpu')}")
@@ -96,7 +96,7 @@ def slice_name(name: str) -> str:
     if not re.fullmatch(r"\w+", generation) or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
         raise UserError(f"--topology {name!r} is malformed; use local, or a slice such as v5e:4x4 or v5p:2x2x1")
     _check_generation(name, generation)
-    axes = 3 if CHIPS[_KINDS[generation]].torus == "cubes" else 2
+    axes = 3 if _GENERATIONS[generation].torus == "cubes" else 2
     if sizes.count("x") != axes - 1:
         example = "2x2x1" if axes == 3 else "2x2"
         raise UserError(f"--topology {name}: slices of {generation} have {axes} axes, such as {generation}:{example}")
@@ -106,7 +106,7 @@ def slice_name(name: str) -> str:
 def _slice_of_type(name: str, generation: str, count: int) -> str:
     """The slice of a type of Google Cloud, whose number counts chips (v5litepod-N, v6e-N) or cores (v4-N, v5p-N)."""
     _check_generation(name, generation)
-    cubic = CHIPS[_KINDS[generation]].torus == "cubes"
+    cubic = _GENERATIONS[generation].torus == "cubes"
     cores = 2 if cubic else 1
     shapes = {cores * math.prod(map(int, shape.split("x"))): shape for shape in (_CUBIC if cubic else _FLAT)}
     if count not in shapes:
@@ -118,8 +118,8 @@ def _slice_of_type(name: str, generation: str, count: int) -> str:
 
 
 def _check_generation(name: str, generation: str) -> None:
-    if generation not in _KINDS:
+    if generation not in _GENERATIONS:
         raise UserError(
-            f"--topology {name}: {generation} is not known; use a slice of {', '.join(_KINDS)}, such as v5e:4x4 or "
-            f"v5p:2x2x1"
+            f"--topology {name}: {generation} is not known; use a slice of {', '.join(_GENERATIONS)}, such as v5e:4x4 "
+            f"or v5p:2x2x1"
         )

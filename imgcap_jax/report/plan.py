@@ -102,9 +102,11 @@ def _training(plan: Plan, unit: str) -> list[str]:
         "and features"
     ]
     filling = plan.filling
-    if filling is not None and filling.images is None:
+    if filling is None:
+        return found
+    if filling.images is None:
         found.append(f"The batch that would fill the memory of a {unit} is not estimated: {filling.why}")
-    elif filling is not None and filling.images is not None:
+    else:
         first, second = filling.basis
         found.append(
             f"A batch of about {counted(filling.images, 'image')} per {unit} would fill its memory (extrapolated from "
