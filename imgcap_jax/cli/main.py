@@ -545,6 +545,8 @@ def _score(options: argparse.Namespace) -> int:
         training=options.training,
         samples=options.samples,
         with_spice=options.spice,
+        with_objects=options.objects,
+        instances=options.instances,
         tokenizer=_tokenizer(options),
         bootstrap=options.bootstrap,
         output=options.json,

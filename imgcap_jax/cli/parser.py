@@ -310,6 +310,17 @@ def _add_score(commands: Commands) -> None:
         "--samples", type=_path, metavar="CAPTIONS", help="several captions per image: also report their diversity"
     )
     score.add_argument("--spice", action="store_true", help="also SPICE, by the official Java tool (minutes)")
+    score.add_argument(
+        "--objects",
+        action="store_true",
+        help="also COCO's 80 objects in the captions: CHAIRs and CHAIRi (hallucination), recall, precision, per object",
+    )
+    score.add_argument(
+        "--instances",
+        type=_path,
+        metavar="FILE",
+        help="for --objects, COCO's instance annotations (instances_val2014.json): these objects are present too",
+    )
     _add_tokenizer(score)
 
 

@@ -2,18 +2,21 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from imgcap_jax.errors import UserError, counted
 from imgcap_jax.files import check_writable, write_text
-from imgcap_jax.metrics import spice
+from imgcap_jax.metrics import objects, spice
 from imgcap_jax.metrics.coco_format import Captions, check_file_names, first_captions, read_captions, read_references
 from imgcap_jax.metrics.compare import SAMPLES, Difference, paired_bootstrap
 from imgcap_jax.metrics.diversity import Diversity, SetDiversity, diversity, set_diversity
-from imgcap_jax.metrics.scoring import CaptionScorer, Scores, available_metrics, why_english_only
+from imgcap_jax.metrics.object_annotations import read_instances
+from imgcap_jax.metrics.objects import ObjectScores, object_scores
+from imgcap_jax.metrics.scoring import CaptionScorer, Metric, Scores, available_metrics, why_english_only
 from imgcap_jax.tokenizers import DEFAULT, Tokenizer, splits_english_words
 
 _FEW = 50  # images; with fewer the bootstrap reports differences that do not exist
@@ -31,6 +34,8 @@ class ScoreReport:
         differences: metric -> comparison of the two systems.
         bootstrap: the number of bootstrap samples of the comparison.
         sets: the diversity of several captions per image; None if they were not given.
+        objects: COCO's objects in the captions; None if they were not asked for.
+        other_objects: those in the captions of the other system; None without a comparison.
         warnings: one line for each reason why the results can be misleading.
     """
 
@@ -41,6 +46,8 @@ class ScoreReport:
     differences: dict[str, Difference]
     bootstrap: int
     sets: SetDiversity | None
+    objects: ObjectScores | None
+    other_objects: ObjectScores | None
     warnings: tuple[str, ...]
 
     def write(self, path: Path) -> None:
@@ -61,6 +68,9 @@ class ScoreReport:
         if self.sets is not None:
             sets = asdict(self.sets)
             document["diversity_of_samples"] = sets | {"self_cider": _number(self.sets.self_cider)}
+        for key, found in (("objects", self.objects), ("objects_compared_with", self.other_objects)):
+            if found is not None:
+                document[key] = _objects(found)
         document["per_image"] = _by_image(self.scores)
         if self.other is not None:
             document["per_image_compared_with"] = _by_image(self.other)
@@ -70,6 +80,18 @@ class ScoreReport:
 def _number(value: float) -> float | None:
     """The value, or None for nan, which JSON does not have."""
     return None if math.isnan(value) else value
+
+
+def _objects(found: ObjectScores) -> dict[str, Any]:
+    """Objects as JSON: ratios from 0 to 1, null if undefined. Images without a mistake are omitted from the lists."""
+    ratios = {name: _number(getattr(found, name)) for name in ("chair_s", "chair_i", "recall", "precision")}
+    per_object = {
+        name: asdict(counts) | {"recall": _number(counts.recall), "precision": _number(counts.precision)}
+        for name, counts in found.per_object.items()
+    }
+    hallucinated = {image: names for image, names in found.hallucinated.items() if names}
+    missed = {image: names for image, names in found.missed.items() if names}
+    return {**ratios, "per_object": per_object, "hallucinated": hallucinated, "missed": missed}
 
 
 def _by_image(scores: Scores) -> dict[int, dict[str, float]]:
@@ -87,6 +109,8 @@ def score_files(
     training: Path | None = None,
     samples: Path | None = None,
     with_spice: bool = False,
+    with_objects: bool = False,
+    instances: Path | None = None,
     tokenizer: Tokenizer = DEFAULT,
     output: Path | None = None,
 ) -> ScoreReport:
@@ -101,6 +125,9 @@ def score_files(
         training: annotations of the training split. A caption that occurs in them is not novel.
         samples: results with several captions per image, whose diversity is measured.
         with_spice: computes SPICE as well, unless the tokeniser is one for other languages than English.
+        with_objects: scores COCO's objects as well (``metrics/objects.py``), unless the tokeniser is one for other
+            languages than English.
+        instances: COCO's instance annotations, whose objects are present in addition to those of the references.
         tokenizer: splits all captions.
         output: the path that the report will be written to. It is checked before anything is computed.
 
@@ -109,19 +136,15 @@ def score_files(
             contradict each other.
     """
     english = splits_english_words(tokenizer)
-    if with_spice and english and (reason := spice.obstacle()):
-        raise UserError(reason)
+    check_options(with_spice and english, bootstrap, with_objects, instances)
     if bootstrap is not None and compare is None:
         raise UserError("--bootstrap requires --compare: add another system's captions, or remove --bootstrap")
-    if bootstrap is not None and bootstrap < 1:
-        raise UserError(f"--bootstrap is {bootstrap}; it must be at least 1 (default: {SAMPLES})")
     drawn = bootstrap or SAMPLES
     given = {"captions": captions, "references": references, "compare": compare, "idf": idf, "training": training}
-    files = {name: path for name, path in {**given, "samples": samples}.items() if path is not None}
+    given |= {"samples": samples, "instances": instances}
+    files = {name: path for name, path in given.items() if path is not None}
     if output is not None:
-        check_writable(output)
-        if any(path.exists() and output.exists() and path.samefile(output) for path in files.values()):
-            raise UserError(f"{output} is one of the input files: choose another output file")
+        check_output(output, files.values())
     # All files are read before anything is computed, because the computation can take minutes.
     warnings: list[str] = []
     all_references = read_references(references)
@@ -134,6 +157,7 @@ def score_files(
     corpus = read_references(idf) if idf is not None else None
     seen = [text for texts in read_references(training).values() for text in texts] if training is not None else None
     sets = _sets(samples, references, all_references, tokenizer, warnings) if samples is not None else None
+    annotated = read_instances(instances) if instances is not None else None
     images = _common(all_references, systems, warnings)
     theirs = {image_id: all_references[image_id] for image_id in images}
     twice = sum(len(set(texts)) < len(texts) for texts in theirs.values())
@@ -143,15 +167,13 @@ def score_files(
             "annotations are not in the file twice"
         )
 
-    idf_name = idf.name if idf is not None else ""
-    chosen = available_metrics(corpus, idf_name=idf_name, original_cider=True, tokenizer=tokenizer)
-    if with_spice and english:
-        chosen[spice.LABEL] = spice.prepare
+    chosen, reasons = choose_metrics(corpus, idf, with_spice, with_objects, annotated, instances, tokenizer)
+    if with_objects and english and instances is not None and annotated is not None:
+        warnings += not_annotated(images, annotated, instances)
     scorer = CaptionScorer(theirs, chosen, tokenizer=tokenizer)
     ours = {image_id: systems[captions][image_id] for image_id in images}
     scores = scorer.score(ours)
-    if with_spice and not english:
-        scores = replace(scores, missing={**scores.missing, "SPICE": why_english_only("SPICE", tokenizer)})
+    scores = replace(scores, missing={**scores.missing, **reasons})
     warnings += scores.warnings
     other, differences = None, {}
     if compare is not None:
@@ -165,10 +187,94 @@ def score_files(
                 f"with {counted(len(images), 'image')} neither interval nor p-value is reliable: compare on at least "
                 f"{_FEW} images"
             )
-    named = {name: str(path) for name, path in files.items()}
+    named: dict[Path, ObjectScores] = {}
+    if with_objects and english:
+        named = {
+            path: object_scores({image_id: texts[image_id] for image_id in images}, theirs, annotated)
+            for path, texts in systems.items()
+        }
+        if not any(named[captions].mentioned.values()):
+            warnings.append("no caption names one of COCO's 80 objects: CHAIRi is undefined and printed as 0")
     return ScoreReport(
-        named, scores, diversity(ours.values(), seen, tokenizer), other, differences, drawn, sets, tuple(warnings)
+        files={name: str(path) for name, path in files.items()},
+        scores=scores,
+        diversity=diversity(ours.values(), seen, tokenizer),
+        other=other,
+        differences=differences,
+        bootstrap=drawn,
+        sets=sets,
+        objects=named.get(captions),
+        other_objects=named.get(compare) if compare is not None else None,
+        warnings=tuple(warnings),
     )
+
+
+def check_options(with_spice: bool, bootstrap: int | None, with_objects: bool, instances: Path | None) -> None:
+    """Raises UserError if SPICE is asked for and not installed, or if options contradict each other."""
+    if with_spice and (reason := spice.obstacle()):
+        raise UserError(reason)
+    if bootstrap is not None and bootstrap < 1:
+        raise UserError(f"--bootstrap is {bootstrap}; it must be at least 1 (default: {SAMPLES})")
+    if instances is not None and not with_objects:
+        raise UserError("--instances requires --objects: add it, or remove --instances")
+
+
+def check_output(output: Path, inputs: Iterable[Path]) -> None:
+    """Raises UserError if a file cannot be written, or is one of the input files."""
+    check_writable(output)
+    if any(path.exists() and output.exists() and path.samefile(output) for path in inputs):
+        raise UserError(f"{output} is one of the input files: choose another output file")
+
+
+def choose_metrics(
+    corpus: Mapping[int, Sequence[str]] | None,
+    corpus_file: Path | None,
+    with_spice: bool,
+    with_objects: bool,
+    annotated: Mapping[int, Collection[str]] | None,
+    instances: Path | None,
+    tokenizer: Tokenizer,
+) -> tuple[dict[str, Metric], dict[str, str]]:
+    """The metrics of ``imgcap score``.
+
+    Args:
+        corpus: the captions that document frequencies are computed from; None uses the references.
+        corpus_file: their file, whose name is in the signatures.
+        with_spice, with_objects: whether SPICE and the scores of COCO's objects are asked for.
+        annotated: the objects of instance annotations; None if they are not given.
+        instances: their file.
+        tokenizer: splits all captions.
+
+    Returns:
+        Label -> metric, and the metrics that are asked for and left out -> the reason.
+    """
+    idf_name = corpus_file.name if corpus_file is not None else ""
+    chosen = available_metrics(corpus, idf_name=idf_name, original_cider=True, tokenizer=tokenizer)
+    if not splits_english_words(tokenizer):
+        asked = [name for name, wanted in (("SPICE", with_spice), ("CHAIR", with_objects)) if wanted]
+        return chosen, {name: why_english_only(name, tokenizer) for name in asked}
+    if with_spice:
+        chosen[spice.LABEL] = spice.prepare
+    if with_objects:
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", instances.name) if instances is not None else ""
+        chosen[objects.label(annotated, name)] = objects.metric(annotated)
+    return chosen, {}
+
+
+def not_annotated(images: Sequence[int], annotated: Mapping[int, object], path: Path) -> list[str]:
+    """A warning if some images are not in a file of instance annotations. Raises UserError if none is."""
+    absent = [image for image in images if image not in annotated]
+    if len(absent) == len(images):
+        raise UserError(
+            f"{path} has none of the {counted(len(images), 'image')} (first: image {images[0]}): give the annotations "
+            "of the same images, for Karpathy's val and test splits instances_val2014.json"
+        )
+    if not absent:
+        return []
+    return [
+        f"{path}: {len(absent)} of {len(images)} images are not in it (first: image {absent[0]}); only their "
+        "references say which objects are present"
+    ]
 
 
 def _sets(

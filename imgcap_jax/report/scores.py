@@ -1,8 +1,13 @@
 """Lines for the terminal that report the scores of caption files."""
 
+from itertools import zip_longest
+
 from imgcap_jax.metrics.compare import Difference
+from imgcap_jax.metrics.objects import ObjectScores
 from imgcap_jax.metrics.score_files import ScoreReport
 from imgcap_jax.report.columns import aligned
+
+_SHOWN = 10  # objects
 
 
 def lines(report: ScoreReport) -> list[str]:
@@ -29,9 +34,27 @@ def lines(report: ScoreReport) -> list[str]:
             f"samples: {sets.captions:.1f} captions of each of {sets.images} images, self-CIDEr {sets.self_cider:.3f}, "
             f"Div-1 {sets.distinct[0]:.3f}, Div-2 {sets.distinct[1]:.3f}"
         )
+    if report.objects is not None:
+        found += ["", *_objects(report.objects)]
     if report.other is not None:
         found.append(f"compared: paired bootstrap, {report.bootstrap} samples, seed 0")
     return [*found, *(f"warning: {warning}" for warning in report.warnings)]
+
+
+def _objects(scores: ObjectScores) -> list[str]:
+    """The objects that are hallucinated most often, and those that are missed most often.
+
+    "3 / 20" under "images / named in" means that 20 captions name the object, and that 3 of their images lack it.
+    """
+    counts = scores.per_object.items()
+    absent = sorted(((c.named - c.correct, c.named, name) for name, c in counts), key=lambda row: (-row[0], row[1]))
+    missed = sorted(((c.present - c.correct, c.present, name) for name, c in counts), key=lambda row: (-row[0], row[1]))
+    rows = zip_longest(
+        *([[name, f"{wrong} / {total}"] for wrong, total, name in one if wrong][:_SHOWN] for one in (absent, missed)),
+        fillvalue=["", ""],
+    )
+    head = ["hallucinated most", "images / named in", "", "missed most", "images / present in"]
+    return aligned([head, *([*left, "", *right] for left, right in rows)], left=(0, 3))
 
 
 def _compared(difference: Difference) -> list[str]:

@@ -234,3 +234,103 @@ def test_spice_is_checked_before_files_are_read(
     monkeypatch.setenv("PATH", "")
     assert main(["score", "missing.json", references, "--spice"]) == 2
     assert "SPICE needs Java" in capsys.readouterr().err
+
+
+INSTANCES = {
+    "images": [{"id": image} for image in (1, 2, 3)],
+    "categories": [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}, {"id": 17, "name": "cat"}],
+    "annotations": [
+        {"image_id": 1, "category_id": 1, "segmentation": [[1.5, 2.5]], "bbox": [0, 0, 1, 1]},
+        {"image_id": 1, "category_id": 1},
+        {"image_id": 2, "category_id": 17, "segmentation": {"counts": [1], "size": [2, 2]}},
+    ],
+}
+
+
+def test_objects(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captions = results(tmp_path / "captions.json", {1: "a dog and a man", 2: "two cats", 3: "people and a bench"})
+    command = ["score", captions, references, "--objects", "--json", str(tmp_path / "out.json")]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["scores"]["CHAIRi"] == 2 / 5
+    assert document["scores"]["CHAIRs"] == 2 / 3
+    assert document["signatures"]["CHAIRi"].endswith("|CHAIR:objects=references")
+    assert document["objects"]["hallucinated"] == {"1": ["person"], "3": ["bench"]}
+    # "ski" is one of the list's words for skis.
+    assert document["objects"]["missed"] == {"3": ["skis"]}
+    assert document["objects"]["per_object"]["person"] == {
+        "present": 1, "named": 2, "correct": 1, "recall": 1.0, "precision": 0.5,
+    }  # fmt: skip
+    assert document["objects"]["per_object"]["zebra"]["recall"] is None
+    assert document["per_image"]["1"]["CHAIRi"] == 0.5
+    assert re.search(r"^bench +1 / 1 +skis +1 / 1$", shown, re.MULTILINE)
+    assert re.search(r"^person +1 / 2$", shown, re.MULTILINE)
+    assert "cannot be compared" in shown
+
+    instances = tmp_path / "instances val.json"
+    instances.write_text(json.dumps(INSTANCES))
+    other = results(tmp_path / "other.json", dict.fromkeys(CAPTIONS, "a bench"))
+    assert main([*command, "--instances", str(instances), "--compare", other]) == 0
+    shown = capsys.readouterr().out
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["scores"]["CHAIRi"] == 1 / 5
+    assert "CHAIR:objects=references+instances_val.json-3-" in document["signatures"]["CHAIRi"]
+    assert document["differences"]["CHAIRs"]["other"] == 1
+    assert document["objects_compared_with"]["missed"]["1"] == ["person", "dog"]
+    assert "cannot be compared" not in shown
+
+
+def without(key: str, part: str, entry: int = 0) -> Any:
+    document = json.loads(json.dumps(INSTANCES))
+    del document[part][entry][key]
+    return document
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ([], "does not contain instance annotations"),
+        ({"annotations": []}, "does not contain instance annotations"),
+        ({**INSTANCES, "categories": [{"id": 1, "name": "ferret"}]}, "the category 'ferret' is not one of COCO's 80"),
+        ({**INSTANCES, "images": 5}, '"images" must be a list'),
+        (without("image_id", "annotations", 1), "entry 1 of annotations: image_id None is not an integer"),
+        (without("category_id", "annotations", 2), "entry 2 of annotations: category_id None is not listed"),
+        (without("id", "images"), "entry 0 of images: id None is not an integer"),
+        ({**INSTANCES, "images": [], "annotations": [{"image_id": 77, "category_id": 1}]}, "has none of the 3 images"),
+    ],
+)
+def test_bad_instances(
+    document: Any, message: str, references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions = results(tmp_path / "captions.json", CAPTIONS)
+    (tmp_path / "instances.json").write_text(json.dumps(document))
+    command = ["score", captions, references, "--objects", "--instances", str(tmp_path / "instances.json")]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "instances.json" in error
+
+
+def test_images_without_instances_are_reported(
+    references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions = results(tmp_path / "captions.json", CAPTIONS)
+    (tmp_path / "instances.json").write_text(json.dumps({**INSTANCES, "images": [{"id": 1}]}))
+    command = ["score", captions, references, "--objects", "--instances", str(tmp_path / "instances.json")]
+    assert main(command) == 0
+    assert "1 of 3 images are not in it (first: image 3)" in capsys.readouterr().out
+
+
+def test_objects_are_for_english(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captions = results(tmp_path / "captions.json", CAPTIONS)
+    command = ["score", captions, references, "--objects", "--tokenizer", "characters"]
+    assert main([*command, "--json", str(tmp_path / "out.json")]) == 0
+    assert "CHAIR is missing: CHAIR is defined for the words of English captions" in capsys.readouterr().out
+    assert "objects" not in json.loads((tmp_path / "out.json").read_text())
+
+
+def test_instances_require_objects(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captions = results(tmp_path / "captions.json", CAPTIONS)
+    assert main(["score", captions, references, "--instances", captions]) == 2
+    assert "--instances requires --objects" in capsys.readouterr().err
