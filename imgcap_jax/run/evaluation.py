@@ -349,7 +349,7 @@ class Evaluation:
         results: dict[str, Any] = {
             "dataset": self.source.name,
             "split": self.source.split,
-            "decoding": _decoding_fields(self.decoding),
+            "decoding": decoding_fields(self.decoding),
             "mean_steps": self.captioned.mean_steps,
             "max_steps": self.captioned.max_steps,
             "scores": _rounded(self.scores),
@@ -363,7 +363,8 @@ class Evaluation:
         return results
 
 
-def _decoding_fields(decoding: Decoding) -> dict[str, Any]:
+def decoding_fields(decoding: Decoding) -> dict[str, Any]:
+    """The settings as they are stored with scores. Rules are stored by their representation."""
     values = {item.name: getattr(decoding, item.name) for item in fields(decoding)}
     own = values.pop("rules")
     return values | ({"rules": [repr(rule) for rule in own]} if own else {})
@@ -373,9 +374,9 @@ def _rounded(scores: Scores) -> dict[str, float]:
     return {name: round(value, 6) for name, value in scores.values.items()}
 
 
-def evaluate(run: Run, split: str, *, cache: Path, decoding: Decoding | None = None) -> Evaluation:
+def evaluate(run: Run, split: str, *, cache: Path, decoding: Decoding | None = None, write: bool = True) -> Evaluation:
     """``sweep`` of one run with one setting; None: the run's own."""
-    return next(sweep([run], split, cache=cache, decodings=[decoding or run.experiment.decoding]))
+    return next(sweep([run], split, cache=cache, decodings=[decoding or run.experiment.decoding], write=write))
 
 
 def sweep(
@@ -387,6 +388,7 @@ def sweep(
     dataset: str | None = None,
     floor: bool = False,
     examples: int = 0,
+    write: bool = True,
 ) -> Iterator[Evaluation]:
     """Captions a split with the best parameters of a run or an ensemble, once per setting.
 
@@ -402,6 +404,7 @@ def sweep(
         dataset: None: the dataset that the first run validated on.
         floor: also score each caption as that of another image.
         examples: the number of images for which the attention of each word is computed too.
+        write: whether results are written.
 
     Raises:
         UserError: there is no such split, no trained parameters, vocabularies differ, the disk is full, or the
@@ -458,7 +461,7 @@ def sweep(
             evaluator.examples(params, frozen, captioned, examples) if examples else (),
         )
         results = {**where, **evaluation.results()}
-        if not is_first_process():
+        if not write or not is_first_process():
             pass
         elif len(decodings) == 1:
             _write(runs[0].folder, f"{prefix}{split}", captioned, evaluator.file_names, results)
