@@ -25,6 +25,7 @@ from imgcap_jax.run.extraction import uses_store, why_not_stored
 from imgcap_jax.run.folder import nothing_left_if_refused
 from imgcap_jax.run.mirror import Mirror
 from imgcap_jax.session import Session, check_feed, compiling, open_data
+from imgcap_jax.study import SEED
 from imgcap_jax.terminal import Say, Work, working
 from imgcap_jax.train import Outcome
 from imgcap_jax.training.feed import DeviceFeed, Feed, HostFeed, device_part, device_shards
@@ -32,7 +33,6 @@ from imgcap_jax.training.parallel import DataParallel, MemberParallel
 from imgcap_jax.training.population import Column, cannot_differ, merged, with_values
 from imgcap_jax.training.signals import StopRequest
 
-SEED = "training.seed"
 _DROPOUT = "decoder.dropout"
 
 

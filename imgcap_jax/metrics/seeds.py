@@ -69,7 +69,7 @@ def compare_seeds(
     count = np.array([len(ours), len(other)])
     values = np.array([run.value for run in runs])
     parts = values[: count[0]], values[count[0] :]
-    means = [float(part.mean()) for part in parts]
+    means = float(parts[0].mean()), float(parts[1].mean())
     if count.min() < 2:
         return SeedDifference(*means, np.nan, np.nan, np.nan, np.nan)
     of_seeds = np.array([part.var(ddof=1) / len(part) for part in parts])
