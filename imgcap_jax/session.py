@@ -56,6 +56,7 @@ class Data:
         all_validation: the number of images of the whole validation split.
         stores: regions of the sources, if they are stored or ready-made; validation_store: of the validation split.
         shards: the number of devices that have all regions together, if this process has only those of its devices.
+        vocabulary_sources: the captions that the vocabulary is made of; None: those of ``sources``.
     """
 
     sources: list[CaptionSource]
@@ -65,6 +66,7 @@ class Data:
     stores: list[RegionSource] | None = None
     validation_store: RegionSource | None = None
     shards: int | None = None
+    vocabulary_sources: list[CaptionSource] | None = None
 
     @property
     def images(self) -> int:
@@ -430,7 +432,7 @@ def _open_run(experiment: Experiment, folder: Path, data: Data, init_from: Path 
         check_encoder(init_from, experiment)  # before hours of feature extraction; a resumed run has passed it
     tokenizer = experiment.data.tokenizer
     with working("tokenising the training captions", shown=is_first_process()):
-        words = total_counts(CaptionTokens.of(source, tokenizer) for source in data.sources)
+        words = total_counts(CaptionTokens.of(source, tokenizer) for source in data.vocabulary_sources or data.sources)
     vocabulary = Vocabulary.from_counts(words, experiment.data.min_count, tokenizer)
     if init_from is not None:
         vocabulary = Run.load(init_from).vocabulary.extended(vocabulary)

@@ -17,7 +17,7 @@ from imgcap_jax.report import smoke as smoke_report
 from imgcap_jax.run.extraction import why_not_stored
 from imgcap_jax.run.folder import empty_smoke, nothing_left_if_refused
 from imgcap_jax.run.mirror import Mirror, pull
-from imgcap_jax.session import Session, check_feed, compiling, open_data
+from imgcap_jax.session import Data, Session, check_feed, compiling, open_data
 from imgcap_jax.terminal import Say, working
 from imgcap_jax.training.checkpoints import Checkpoints
 from imgcap_jax.training.feed import open_feed
@@ -45,6 +45,7 @@ def train(
     cache: Path,
     init_from: Path | None = None,
     smoke: bool = False,
+    data: Data | None = None,
     show: Say = print,
 ) -> Outcome:
     """Trains ``experiment`` in ``folder``. Resumes from the newest checkpoint if there is one.
@@ -55,6 +56,7 @@ def train(
         cache: folder of the features of frozen encoders.
         init_from: another run, whose best parameters are the start; its vocabulary is mapped by word.
         smoke: use only the first images of each split, and start from scratch.
+        data: the datasets, without stored regions; None: those of the experiment.
         show: receives the lines for the user. A terminal also shows a bar.
 
     Raises:
@@ -72,7 +74,7 @@ def train(
             folder.mkdir(parents=True, exist_ok=True)
         with together.failing_together():
             pull(folder, to_train=True)
-        return _train(experiment, folder, cache, init_from, smoke, lambda line: None, None)
+        return _train(experiment, folder, cache, init_from, smoke, data, lambda line: None, None)
     with ExitStack() as stack:
         with together.failing_together():
             stack.enter_context(owning(folder, "training"))
@@ -82,7 +84,7 @@ def train(
                 empty_smoke(folder)
         with together.failing_together():
             pass  # the other processes pull
-        return _train(experiment, folder, cache, init_from, smoke, show, mirror)
+        return _train(experiment, folder, cache, init_from, smoke, data, show, mirror)
 
 
 def _train(
@@ -91,6 +93,7 @@ def _train(
     cache: Path,
     init_from: Path | None,
     smoke: bool,
+    data: Data | None,
     show: Say,
     mirror: Mirror | None,
 ) -> Outcome:
@@ -109,7 +112,7 @@ def _train(
     session = Session(
         experiment,
         folder,
-        open_data(experiment, smoke),
+        data or open_data(experiment, smoke),
         parallel,
         stop,
         cache=cache,

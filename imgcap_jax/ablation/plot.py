@@ -43,7 +43,7 @@ def write_plot(table: StudyTable, path: Path) -> None:
     left.set_yticks(places, [printable(row.setting.name) for row in rows])
     left.set_ylim(-0.6, len(rows) - 0.4)
     left.set_title(f"{name}: seeds and mean", fontsize=10)
-    right.set_title(f"{name}: difference to the base, 95 % interval", fontsize=10)
+    right.set_title(f"{name}: difference to base, 95 % interval", fontsize=10)
     right.set_xlabel("filled: p < 0.05 after correction (Holm)", fontsize=8)
     left.set_xlabel(f"{table.dataset}, split {table.study.split}, {table.images:,} images", fontsize=8)
     for axes in (left, right):

@@ -77,6 +77,11 @@ def read_record(folder: Path, name: str) -> Record | None:
         return Record(**found, results=results)
 
 
+def finished_runs(folder: Path) -> dict[str, int]:
+    """The files of all records in the folder of a study, each with the time of its last change (ns)."""
+    return {path.name: path.stat().st_mtime_ns for path in sorted((folder / RESULTS).glob("*.json"))}
+
+
 def _result(found: Mapping[str, Any]) -> Result:
     captions = {int(image_id): str(caption) for image_id, caption in found["captions"].items()}
     true = found["true"]

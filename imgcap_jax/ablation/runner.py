@@ -27,7 +27,7 @@ from imgcap_jax.terminal import Say
 from imgcap_jax.train import train
 from imgcap_jax.training.log import METRICS
 
-_TOGETHER = "together.json"
+_TOGETHER = ".together"  # the number of runs that were trained in the program of a run
 _FAILED = "failed"
 _CLAIMS = ".claims"
 
@@ -207,8 +207,7 @@ def _train_and_evaluate(
 def _train(group: Sequence[StudyRun], folder: Path, cache: Path, init_from: Path | None, show: Say) -> int:
     """Trains runs; returns the signal that interrupted it, or 0."""
     for run in group:
-        (folder / run.name).mkdir(parents=True, exist_ok=True)
-        write_text(folder / run.name / _TOGETHER, json.dumps({"runs": len(group)}) + "\n")
+        write_text(folder / _TOGETHER / f"{run.name}.json", json.dumps({"runs": len(group)}) + "\n")
 
     def say(line: str) -> None:
         show(f"  {line}")
@@ -236,7 +235,7 @@ def _evaluate(study: Study, run: StudyRun, folder: Path, cache: Path) -> None:
     found = {evaluation.decoding: evaluation for evaluation in evaluations}
     results = {setting.name: _result(found[setting.experiment.decoding]) for setting in run.settings}
     model = trained.model(with_encoder=not uses_store(run.experiment), restored=True)
-    together = _runs_together(folder / run.name)
+    together = _runs_together(folder / _TOGETHER / f"{run.name}.json")
     seconds, rate = _speed(folder / run.name)
     Record(
         run.seed,
@@ -260,8 +259,8 @@ def _result(evaluation: Evaluation) -> Result:
     return Result(decoding_text(evaluation.decoding), captioned.captions, true, captioned.images_per_second)
 
 
-def _runs_together(folder: Path) -> int:
-    path, advice = folder / _TOGETHER, "delete the folder; the same command trains the run again"
+def _runs_together(path: Path) -> int:
+    advice = 'write {"runs": 1} into it, or delete the run, which is then trained again'
     found = read_json(path, advice)
     with reading(path, advice):
         return int(found["runs"])

@@ -145,8 +145,16 @@ def _column(
     """One score of all settings."""
     scores = {setting: [scored[name] for _, _, scored in results] for setting, results in found.items()}
     base, *others = [setting.name for setting in study.settings()]
+    run_of = {setting.name: run.experiment for run in runs_of(study)[:: len(study.seeds)] for setting in run.settings}
+    seeds = {setting: [seed for seed, _, _ in results] for setting, results in found.items()}
     differences = {
-        setting: compare_seeds(scores[setting], scores[base]) if scores[setting] and scores[base] else None
+        setting: compare_seeds(
+            scores[setting],
+            scores[base],
+            same_runs=run_of[setting] == run_of[base] and seeds[setting] == seeds[base],
+        )
+        if scores[setting] and scores[base]
+        else None
         for setting in others
     }
     p_values = holm([math.nan if found is None else found.p_value for found in differences.values()])

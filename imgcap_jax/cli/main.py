@@ -97,7 +97,7 @@ def _memory_errors(options: argparse.Namespace) -> Iterator[None]:
 
 def _continuation(options: argparse.Namespace) -> list[str]:
     """What the same command does after an interruption, if that is not obvious."""
-    if options.command not in ("train", "features", "prepare"):
+    if options.command not in ("train", "ablate", "features", "prepare"):
         return []
     again = getattr(options, "smoke", False)
     if options.command == "prepare":  # only COCO's downloads continue
@@ -333,6 +333,15 @@ def _after(options: argparse.Namespace, experiment: Any, folder: Path, outcome: 
     return [ended, f"next: {evaluate}", *(f"      {command}" for command in others)]
 
 
+def _ablate(options: argparse.Namespace) -> int:
+    from imgcap_jax.cli.ablate import ablate
+    from imgcap_jax.run.folder import RUNS
+
+    folder = options.run or RUNS / Path(options.study).stem
+    with _memory_errors(options):
+        return ablate(options, folder, _features_cache(options, folder / "any"), _keep_compiled)
+
+
 def _features(options: argparse.Namespace) -> int:
     from imgcap_jax.cli.experiments import find
     from imgcap_jax.cli.options import override
@@ -560,6 +569,7 @@ def _score(options: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "train": _train,
+    "ablate": _ablate,
     "features": _features,
     "plan": _plan,
     "evaluate": _evaluate,

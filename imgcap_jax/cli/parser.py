@@ -22,6 +22,7 @@ _EPILOG = """examples:
   imgcap train flickr8k_scst --init-from runs/flickr8k
   imgcap train my_experiment.py --smoke
   imgcap train scenes --population training.seed=0..7
+  imgcap ablate flickr8k_decoders --dry-run
   imgcap features flickr8k
   imgcap plan coco --topology v5e:4x4
   imgcap evaluate runs/flickr8k --split val --beam 3
@@ -83,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_features, _add_plan, _add_evaluate, _add_caption, _add_score):
+    for add in (_add_train, _add_ablate, _add_features, _add_plan, _add_evaluate, _add_caption, _add_score):
         add(commands)
     data = commands.add_parser("data", allow_abbrev=False, help="prepare, inspect and list datasets")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -156,6 +157,42 @@ def _add_train(commands: Commands) -> None:
     _add_code(train)
     _add_cache(train)
     train.add_argument("-h", "--help", action="store_true", help="show this and the fields of the experiment")
+
+
+def _add_ablate(commands: Commands) -> None:
+    ablate = _add_command(
+        commands,
+        "ablate",
+        help="train the runs of a study and write a table of differences with intervals; the same command resumes",
+        description="Train a study: a base experiment, factors that are changed, and seeds (docs/ablations.md). Each "
+        "run has its own folder in --run. Finished runs are skipped, interrupted ones resume. The table is written as "
+        "Markdown, LaTeX, CSV and JSON, with a plot.",
+    )
+    ablate.add_argument("study", help="a Python file, or the name of a study that comes with the package")
+    ablate.add_argument("--run", type=_folder, help="the folder of all runs (default: runs/<study>)")
+    ablate.add_argument(
+        "--init-from", type=_folder, metavar="RUN", help="start all runs from the best parameters of RUN"
+    )
+    ablate.add_argument(
+        "--dry-run", action="store_true", help="say what would run and, from a few timed steps, how long"
+    )
+    ablate.add_argument(
+        "--together",
+        type=int,
+        metavar="N",
+        help="the largest number of runs that are trained as one program, if they differ in seeds or in numbers of "
+        "optimizer, objective and dropout only; 1: one after another (default: 1 on CPUs, 8 on accelerators)",
+    )
+    ablate.add_argument("--jobs", type=int, default=1, metavar="N", help="train in N processes at a time (default: 1)")
+    ablate.add_argument(
+        "--devices", metavar="LIST", help="the accelerators to use, as 0,1,2,3; they are divided among the jobs"
+    )
+    ablate.add_argument(
+        "--shard", metavar="I/N", help="train the I-th of N parts, for several machines with a common folder"
+    )
+    ablate.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    _add_code(ablate)
+    _add_cache(ablate)
 
 
 def _add_features(commands: Commands) -> None:

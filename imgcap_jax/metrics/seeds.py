@@ -33,7 +33,12 @@ class SeedDifference:
 
 
 def compare_seeds(
-    ours: Sequence[MetricScore], other: Sequence[MetricScore], *, samples: int = SAMPLES, seed: int = 0
+    ours: Sequence[MetricScore],
+    other: Sequence[MetricScore],
+    *,
+    same_runs: bool = False,
+    samples: int = SAMPLES,
+    seed: int = 0,
 ) -> SeedDifference:
     """Compares two settings, with intervals that hold for other seeds and for other images.
 
@@ -47,6 +52,9 @@ def compare_seeds(
     of the difference, minus that of the interactions, which s^2 contains. It is at least 0. The interval is that of a t
     distribution with the degrees of freedom of Welch (1947) and Satterthwaite (1946).
 
+    If the two settings are evaluations of the same runs, as with two beam sizes, the scores of each run are subtracted
+    first: the effect of its seed cancels. The variance is then s_d^2 / n + v, with the differences d of the n runs.
+
     The plain hierarchical bootstrap, which resamples seeds and images and takes percentiles, is not used. With n seeds
     it underestimates their variance by (n - 1) / n and takes the normal distribution in place of t; it also counts the
     interaction twice.
@@ -56,38 +64,44 @@ def compare_seeds(
 
     Args:
         ours, other: one score per seed, of the same images in the same order.
+        same_runs: whether the i-th scores of both are of the same run.
         samples: the number of bootstrap samples of images.
         seed: the seed of the random draws.
 
     Raises:
-        ValueError: the scores are of different numbers of images, or a setting has no run.
+        ValueError: the scores are of different numbers of images, a setting has no run, or the runs cannot be the same.
     """
     runs = [*ours, *other]
     images = {len(run.images) for run in runs}
-    if not ours or not other or len(images) != 1:
+    if not ours or not other or len(images) != 1 or (same_runs and len(ours) != len(other)):
         raise ValueError(f"settings of {len(ours)} and {len(other)} runs with {sorted(images)} images")
-    count = np.array([len(ours), len(other)])
     values = np.array([run.value for run in runs])
-    parts = values[: count[0]], values[count[0] :]
-    means = float(parts[0].mean()), float(parts[1].mean())
-    if count.min() < 2:
+    means = float(values[: len(ours)].mean()), float(values[len(ours) :].mean())
+    if min(len(ours), len(other)) < 2:
         return SeedDifference(*means, np.nan, np.nan, np.nan, np.nan)
-    of_seeds = np.array([part.var(ddof=1) / len(part) for part in parts])
-    of_images = max(0.0, _image_variance(runs, count, samples, seed))
-    variance = of_seeds.sum() + of_images
+
+    def groups(scores: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
+        """Independent groups of scores [n,...]. The difference is the sum of their means."""
+        a, b = scores[: len(ours)], scores[len(ours) :]
+        return [a - b] if same_runs else [a, -b]
+
+    of_seeds = [group.var(ddof=1) / len(group) for group in groups(values)]
+    of_images = max(0.0, _image_variance(groups(_resampled(runs, samples, seed))))
+    variance = sum(of_seeds) + of_images
     difference = means[0] - means[1]
     if variance == 0:
         return SeedDifference(*means, difference, difference, float(difference == 0), np.inf)
     terms = np.array([*of_seeds, of_images])
-    degrees = variance**2 / (terms**2 / [*(count - 1), max(1, images.pop() - 1)]).sum()
+    free = [*(len(group) - 1 for group in groups(values)), max(1, images.pop() - 1)]
+    degrees = variance**2 / (terms**2 / free).sum()
     error = np.sqrt(variance)
     half = stats.t.ppf(0.975, degrees) * error
     p_value = 2 * stats.t.sf(abs(difference) / error, degrees)
     return SeedDifference(*means, difference - half, difference + half, float(p_value), float(degrees))
 
 
-def _image_variance(runs: Sequence[MetricScore], count: npt.NDArray[np.int64], samples: int, seed: int) -> float:
-    """The variance of the difference of the means that comes from the images alone, without their interaction."""
+def _resampled(runs: Sequence[MetricScore], samples: int, seed: int) -> npt.NDArray[np.float64]:
+    """The scores of all runs on the same samples of images, [runs,samples]."""
     images = len(runs[0].images)
     rng = np.random.default_rng(seed)
     drawn = []
@@ -95,14 +109,23 @@ def _image_variance(runs: Sequence[MetricScore], count: npt.NDArray[np.int64], s
         numbers = rng.integers(0, images, (min(_AT_A_TIME, samples - begin), images))
         weights = np.stack([np.bincount(draw, minlength=images) for draw in numbers]).astype(float)
         drawn.append(np.stack([run.corpus(weights) for run in runs]))
-    covariance = np.cov(np.concatenate(drawn, axis=1))
-    sign = np.repeat([1.0, -1.0] / count, count)
-    variance = sign @ covariance @ sign
-    for part, n in zip((slice(0, count[0]), slice(count[0], None)), count, strict=True):
-        block = covariance[part, part]
-        diagonal = np.trace(block) / n
-        variance -= (diagonal - (block.sum() - n * diagonal) / (n * (n - 1))) / n
-    return float(variance)
+    return np.concatenate(drawn, axis=1)
+
+
+def _image_variance(groups: Sequence[npt.NDArray[np.float64]]) -> float:
+    """The variance of the sum of the groups' means that comes from the images alone, without their interaction.
+
+    Args:
+        groups: the scores of each group's runs on samples of images, [n,samples].
+    """
+    variance = float(sum(group.mean(axis=0) for group in groups).var(ddof=1))
+    for group in groups:
+        n = len(group)
+        covariance = np.cov(group)
+        diagonal = np.trace(covariance) / n
+        between = (covariance.sum() - n * diagonal) / (n * (n - 1))  # of two runs: what they share
+        variance -= float(diagonal - between) / n
+    return variance
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

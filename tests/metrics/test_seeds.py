@@ -69,6 +69,35 @@ def test_effects_of_images_alone_give_the_paired_test() -> None:
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=0.05)
 
 
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_intervals_of_the_same_runs(seeds: int) -> None:
+    """Two decodings of the same runs, without a difference: large effects of the seeds cancel."""
+    rng = np.random.default_rng(seeds)
+    trials, excluded, widths = 300, 0, []
+    for trial in range(trials):
+        images, differing = rng.normal(0.5, 0.6, IMAGES), rng.normal(0, 0.1, IMAGES)
+        ours = runs(rng, seeds, images, seed=1.0, interaction=0.5)
+        other = [mean_score(run.images + differing + rng.normal(0, 0.2, IMAGES)) for run in ours]
+        found = compare_seeds(ours, other, same_runs=True, samples=100, seed=trial)
+        excluded += not found.low <= 0 <= found.high
+        widths.append(found.high - found.low)
+    error = np.sqrt(0.05 * 0.95 / trials)
+    assert 0.015 < excluded / trials < 0.05 + 3 * error
+    assert np.median(widths) < 0.1  # a tenth of the deviation between seeds
+
+
+def test_the_same_runs_without_effect_of_images_give_the_paired_t_test() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.normal(0.6, 0.02, 4)
+    b = a + rng.normal(0.01, 0.001, 4)
+    ours, other = ([mean_score(np.full(IMAGES, value)) for value in values] for values in (a, b))
+    found = compare_seeds(ours, other, same_runs=True, samples=50)
+    expected = stats.ttest_rel(a, b)
+    interval = expected.confidence_interval(0.95)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+
+
 def test_one_seed_gives_no_interval() -> None:
     rng = np.random.default_rng(0)
     images = rng.normal(size=IMAGES)

@@ -1,0 +1,1 @@
+"""Studies: ablations that `imgcap ablate NAME` runs."""
