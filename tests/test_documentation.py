@@ -82,6 +82,8 @@ def place(
         {"image_id": number, "captions": [{"caption": text} for text in captions]} for number, captions in texts.items()
     ]
     Path("n_best_val.json").write_text(json.dumps(sets))
+    ratings = [f'{number},"{captions[0]}",{number % 4}' for number, captions in texts.items()]
+    Path("ratings.csv").write_text("\n".join(["image,caption,rating", *ratings]))
     return tmp_path
 
 

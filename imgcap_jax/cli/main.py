@@ -543,6 +543,10 @@ def _tokenizer(options: argparse.Namespace) -> Any:
 
 
 def _score(options: argparse.Namespace) -> int:
+    if options.judgements:
+        from imgcap_jax.cli.judgements import judge
+
+        return judge(options, _tokenizer(options))
     from imgcap_jax.metrics.score_files import score_files
     from imgcap_jax.report.scores import lines
 

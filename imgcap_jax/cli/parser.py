@@ -30,7 +30,9 @@ _EPILOG = """examples:
   imgcap caption photo.jpg holiday/ --run runs/flickr8k
   imgcap caption photo.jpg --run runs/flickr8k --attention
   imgcap caption photo.jpg --run runs/flickr8k --n-best 3 --decode.must frisbee
-  imgcap score captions.json references.json --compare other.json"""
+  imgcap score captions.json references.json --compare other.json
+  imgcap score captions.json references.json --objects
+  imgcap score --judgements ratings.csv references.json"""
 
 Commands = Any  # argparse's type has no public name
 
@@ -328,14 +330,20 @@ def _add_score(commands: Commands) -> None:
         "METEOR, ROUGE-L and CIDEr-D equal to the official tools, without Java, and CIDEr. Scores are x100 on the "
         "terminal and 0 to 1 (CIDEr 0 to 10) in JSON.",
     )
-    score.add_argument("captions", type=_path, help='results: [{"image_id": 1, "caption": "..."}, ...]')
+    score.add_argument(
+        "captions",
+        type=_path,
+        help='results: [{"image_id": 1, "caption": "..."}, ...]; with --judgements, a CSV file of ratings',
+    )
     score.add_argument(
         "references", type=_path, help='annotations: {"annotations": [{"image_id": 1, "caption": "..."}, ...]}'
     )
     score.add_argument(
         "--compare", type=_path, metavar="OTHER", help="results of another system: differences by paired bootstrap"
     )
-    score.add_argument("--bootstrap", type=int, metavar="N", help="samples drawn for --compare (default: 1000)")
+    score.add_argument(
+        "--bootstrap", type=int, metavar="N", help="samples for --compare or --judgements (default: 1000)"
+    )
     score.add_argument("--json", type=_path, metavar="FILE", help="also write all scores, including those per image")
     score.add_argument(
         "--idf", type=_path, metavar="REFERENCES", help="take CIDEr's document frequencies from these captions"
@@ -357,6 +365,12 @@ def _add_score(commands: Commands) -> None:
         type=_path,
         metavar="FILE",
         help="for --objects, COCO's instance annotations (instances_val2014.json): these objects are present too",
+    )
+    score.add_argument(
+        "--judgements",
+        action="store_true",
+        help="correlate the metrics with human ratings (Kendall's tau-b and tau-c): CAPTIONS is a CSV file with the "
+        "columns image (an id or a file name), caption and rating, one rating per line",
     )
     _add_tokenizer(score)
 
