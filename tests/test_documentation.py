@@ -26,6 +26,7 @@ from imgcap_jax.data.scenes.world import draw_scene, sample_scene
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.metrics.meteor.tables import HOW_TO_ADD
 from imgcap_jax.plan.chips import CHIPS
+from imgcap_jax.study import Study
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -90,6 +91,8 @@ def place(
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     """The experiments that commands would have trained, planned, or extracted features for."""
+    import imgcap_jax.ablation.estimate
+    import imgcap_jax.ablation.runner
     import imgcap_jax.data.prepare
     import imgcap_jax.plan.plan
     import imgcap_jax.plan.topology
@@ -116,6 +119,13 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
         assert name == "local" or imgcap_jax.plan.topology.slice_name(name)
         return imgcap_jax.plan.topology.Topology(name, jax.devices()[:1], CHIPS["TPU v5 lite"], (1, 1), "a test")
 
+    def ablate(study: Study, folder: Path, **_: Any) -> Any:
+        asked.append(study.base)
+        return imgcap_jax.ablation.runner.Ablation()
+
+    monkeypatch.setattr(imgcap_jax.ablation.runner, "ablate", ablate)
+    monkeypatch.setattr(imgcap_jax.ablation.runner, "needs", lambda study, run, folder: ["base"])
+    monkeypatch.setattr(imgcap_jax.ablation.estimate, "time_runs", lambda runs, **_: [])
     monkeypatch.setattr(imgcap_jax.plan.plan, "make_plan", make_plan)
     monkeypatch.setattr(imgcap_jax.plan.topology, "open_topology", open_topology)
     prepare = imgcap_jax.data.prepare.prepare

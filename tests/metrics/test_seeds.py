@@ -5,7 +5,9 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
+from imgcap_jax.metrics import bleu, cider
 from imgcap_jax.metrics.corpus import MetricScore, mean_score
+from imgcap_jax.metrics.scoring import CaptionScorer
 from imgcap_jax.metrics.seeds import compare_seeds, holm
 
 IMAGES = 200
@@ -28,13 +30,14 @@ EFFECTS = {
 }
 
 
+@pytest.mark.parametrize("trials", [300, pytest.param(4000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("effects", EFFECTS)
-def test_intervals_exclude_no_difference_in_five_percent_of_the_cases(effects: str, seeds: int) -> None:
+def test_intervals_exclude_no_difference_in_five_percent_of_the_cases(effects: str, seeds: int, trials: int) -> None:
     """If there is no difference. The test is a little conservative where the images add nothing, as v is at least 0."""
     of_seed, interaction, differing = EFFECTS[effects]
     rng = np.random.default_rng(seeds)
-    trials, excluded, small = 300, 0, 0
+    excluded, small = 0, 0
     for trial in range(trials):
         images = rng.normal(0.5, 0.6, IMAGES)
         ours, other = (
@@ -45,8 +48,45 @@ def test_intervals_exclude_no_difference_in_five_percent_of_the_cases(effects: s
         excluded += not found.low <= 0 <= found.high
         small += found.p_value < 0.05
     assert excluded == small
+    print(f"{effects}, {seeds} seeds: {excluded / trials:.3f}")
     error = np.sqrt(0.05 * 0.95 / trials)
     assert 0.015 < excluded / trials < 0.05 + 3 * error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_intervals_of_corpus_scores(seeds: int) -> None:
+    """BLEU-4 is no mean over images. Runs draw captions from the same pool; some seeds draw right ones more often."""
+    rng = np.random.default_rng(seeds)
+    scenes = [[describe(rng) for _ in range(8)] for _ in range(120)]
+    references = {i: tuple(texts[:4]) for i, texts in enumerate(scenes)}
+    metrics = {"BLEU:closest": bleu.prepare, "CIDEr-D": lambda of: cider.ClippedScorer(cider.Vectors(of, None))}
+    scorer = CaptionScorer(references, metrics)
+    trials, excluded = 400, dict.fromkeys(("BLEU-4", "CIDEr-D"), 0)
+    for trial in range(trials):
+        arms = []
+        for _ in range(2):
+            scored = []
+            for _ in range(seeds):
+                right = rng.random(len(scenes)) < 0.5 + rng.normal(0, 0.05)
+                chosen = np.where(right, rng.integers(0, 4, len(scenes)), rng.integers(4, 8, len(scenes)))
+                scored.append(
+                    scorer.score({i: texts[n] for i, (texts, n) in enumerate(zip(scenes, chosen, strict=True))})
+                )
+            arms.append(scored)
+        for name in excluded:
+            found = compare_seeds(*([one.metrics[name] for one in arm] for arm in arms), samples=200, seed=trial)
+            excluded[name] += not found.low <= 0 <= found.high
+    for name, count in excluded.items():
+        print(f"{name}, {seeds} seeds: {count / trials:.3f}")
+        assert 0.01 < count / trials < 0.05 + 3 * np.sqrt(0.05 * 0.95 / trials)
+
+
+def describe(rng: np.random.Generator) -> str:
+    """A random description of a drawing."""
+    parts = (["small", "large"], ["red", "blue", "green", "white"], ["circle", "square", "star"], ["near", "above"])
+    first, second = ([str(rng.choice(words)) for words in parts] for _ in range(2))
+    return " ".join(["a", *first[:3], first[3], "a", *second[:3]])
 
 
 def test_effects_of_seeds_alone_give_welchs_test() -> None:
