@@ -124,7 +124,7 @@ class _Table:
     def taus(self, times: np.ndarray) -> tuple[float, float]:
         """Tau-b and tau-c if each pair occurs as often as `times` [P] says."""
         cells = np.add.reduceat(times[self._order] * self._counts, self._first, axis=1)  # [R,S]
-        lower = np.cumsum(cells, 1) - cells  # observations with a lower score, by rating
+        lower = np.cumsum(cells, 1) - cells  # observations with a lower score, by rating [R,S]
         below = np.cumsum(lower, 0) - lower  # and a lower rating
         above = lower.sum(0) - below - lower  # and a higher rating
         excess = float((cells * (below - above)).sum())  # concordant minus discordant pairs of observations

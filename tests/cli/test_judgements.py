@@ -91,7 +91,7 @@ def test_instances_of_the_rated_images(references: str, tmp_path: Path) -> None:
     annotations = [{"image_id": image, "category_id": 1} for image in range(0, IMAGES, 2)]
     images = [{"id": image} for image in range(IMAGES)]
     instances.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}))
-    ratings = table(tmp_path, [f"{image},a dog,{image % 2}" for image in range(IMAGES)])
+    ratings = table(tmp_path, [f"{image},a dog,{image % 2}" for image in range(IMAGES - 2, -1, -1)])
     out = tmp_path / "out.json"
     command = ["score", "--judgements", ratings, references, "--objects", "--instances", str(instances)]
     assert main([*command, "--bootstrap", "5", "--json", str(out)]) == 0
