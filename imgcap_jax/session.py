@@ -24,10 +24,11 @@ from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import parameter_count, split_trained
 from imgcap_jax.precision import compute_dtype
 from imgcap_jax.remote import shown, url_of
-from imgcap_jax.run.evaluation import Member, SplitEvaluator, evaluated_images
+from imgcap_jax.run.evaluation import SplitEvaluator, evaluated_images
 from imgcap_jax.run.extraction import Extraction, uses_store, why_not_stored
 from imgcap_jax.run.folder import Run, find_run
 from imgcap_jax.run.generation import check_decoding
+from imgcap_jax.run.members import Member
 from imgcap_jax.run.mirror import Mirror
 from imgcap_jax.run.notes import check_objective, check_together, starting_notes, without_effect
 from imgcap_jax.run.transfer import check_encoder, transfer

@@ -83,6 +83,7 @@ def _memory_errors(options: argparse.Namespace) -> Iterator[None]:
         advice = {
             "train": "use a smaller --data.batch-size",
             "evaluate": "a smaller beam, or fewer samples, helps",
+            "report": "use fewer --images",
             "caption": "a smaller beam, fewer samples, or smaller photos help",
         }.get(options.command, "close other programs, or use a machine with more memory")
         if isinstance(error, MemoryError):
@@ -571,6 +572,16 @@ def _score(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from imgcap_jax.cli.report import check, folders_of, report
+
+    check(options)
+    found = folders_of(options.runs)
+    runs = _load_runs(list(found), options)
+    _keep_compiled()
+    return report(runs, [_features_cache(options, given) for given in found.values()], options)
+
+
 _COMMANDS = {
     "train": _train,
     "ablate": _ablate,
@@ -579,6 +590,7 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "caption": _caption,
     "score": _score,
+    "report": _report,
     "prepare": _prepare,
     "inspect": _inspect,
     "list": _list,

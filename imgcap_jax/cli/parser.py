@@ -32,7 +32,8 @@ _EPILOG = """examples:
   imgcap caption photo.jpg --run runs/flickr8k --n-best 3 --decode.must frisbee
   imgcap score captions.json references.json --compare other.json
   imgcap score captions.json references.json --objects
-  imgcap score --judgements ratings.csv references.json"""
+  imgcap score --judgements ratings.csv references.json
+  imgcap report runs/flickr8k runs/flickr8k_scst"""
 
 Commands = Any  # argparse's type has no public name
 
@@ -86,7 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_ablate, _add_features, _add_plan, _add_evaluate, _add_caption, _add_score):
+    adders = (_add_train, _add_ablate, _add_features, _add_plan, _add_evaluate, _add_caption, _add_score, _add_report)
+    for add in adders:
         add(commands)
     data = commands.add_parser("data", allow_abbrev=False, help="prepare, inspect and list datasets")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -373,6 +375,29 @@ def _add_score(commands: Commands) -> None:
         "columns image (an id or a file name), caption and rating, one rating per line",
     )
     _add_tokenizer(score)
+
+
+def _add_report(commands: Commands) -> None:
+    report = _add_command(
+        commands,
+        "report",
+        help="one HTML page about runs: curves, scores, captions with attention, mistakes, settings",
+        description="Write a page about one or several runs, which opens without a network. The captions of the first "
+        "run are shown in detail. Stored captions are reused; if they are missing or out of date, the split is decoded "
+        "with the run's own settings, as by imgcap evaluate.",
+    )
+    report.add_argument(
+        "runs", nargs="+", type=_folder, metavar="RUN", help="runs, or folders of runs such as that of a population"
+    )
+    report.add_argument("--split", default="val", help="the split whose captions are shown (default: val)")
+    report.add_argument(
+        "--output", type=_path, default=Path("report.html"), metavar="HTML", help="the page (default: report.html)"
+    )
+    report.add_argument("--images", type=int, default=36, metavar="N", help="images on the page (default: 36)")
+    _add_code(report)
+    _add_cache(report)
+    _add_weights(report)
+    _add_data_dir(report, "that of the run if it exists, or else ")
 
 
 def _add_prepare(actions: Commands) -> None:

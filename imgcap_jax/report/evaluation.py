@@ -1,19 +1,18 @@
 """Reports of an evaluation: lines for the terminal, and an HTML page of images with captions."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from imgcap_jax.data.images import Resize
-from imgcap_jax.data.regions import has_ready_regions
-from imgcap_jax.data.scenes.language import is_true, parse_caption
-from imgcap_jax.data.scenes.world import Scene
 from imgcap_jax.errors import counted
 from imgcap_jax.report.columns import aligned
 from imgcap_jax.report.contact_sheet import example_picture
-from imgcap_jax.report.page import PICTURE, Row, WordAttention, caption_page
-from imgcap_jax.run.evaluation import Evaluation, Example
+from imgcap_jax.report.examples import scene_verdict, word_attention
+from imgcap_jax.report.figures import Row
+from imgcap_jax.report.page import PICTURE, caption_page
+from imgcap_jax.run.evaluation import Evaluation
+from imgcap_jax.run.members import Example
 
 _PER_IMAGE = "CIDEr-D"  # the metric whose score of each image is shown
 _ENOUGH_TRUE = 0.1  # share of true captions from which their discrimination is reported
@@ -113,34 +112,18 @@ def _row(evaluation: Evaluation, found: Example) -> Row:
     example = evaluation.source[found.number]
     pixels = example_picture(example, PICTURE, _resize(evaluation) or "squash")
     caption = evaluation.captioned.captions[example.image_id]
-    verdict, true = "", None
-    if example.scene:
-        statement = parse_caption(caption)
-        true = is_true(statement, Scene.from_json(example.scene))
-        wrong = "not covered by the grammar" if statement is None else "not entirely true"
-        verdict = "entirely true" if true else wrong
+    verdict, true = scene_verdict(caption, example.scene)
     score = evaluation.scores.per_image.get(_PER_IMAGE, {}).get(example.image_id)
     note = "" if score is None else f"{_PER_IMAGE} {100 * score:.1f}"
-    return Row(pixels, caption, example.captions, verdict, true, note, _attention(evaluation, found, caption))
+    experiments = [run.experiment for run in evaluation.runs]
+    attention = word_attention(experiments, found.words, found.attention, caption)
+    return Row(pixels, caption, example.captions, verdict, true, note, attention)
 
 
 def _resize(evaluation: Evaluation) -> Resize | None:
     """How the models resize images; None if the members of an ensemble differ."""
     first, *others = {run.experiment.data.resize for run in evaluation.runs}
     return None if others else first
-
-
-def _attention(evaluation: Evaluation, found: Example, caption: str) -> WordAttention | None:
-    """The attention of a caption's words; None if there is none, or if its regions are not a grid."""
-    separator = next((text for text in (" ", "") if text.join(found.words) == caption), None)
-    if found.attention is None or not found.words or separator is None:
-        return None
-    if any(has_ready_regions(run.experiment.encoder) for run in evaluation.runs):
-        return None  # such as boxes around objects
-    side = math.isqrt(found.attention.shape[-1])
-    if side < 2 or side * side != found.attention.shape[-1]:
-        return None
-    return WordAttention(found.words, separator, found.attention.reshape(-1, side, side))
 
 
 def _scores(evaluation: Evaluation) -> dict[str, str]:

@@ -9,15 +9,14 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax import Array
 
-from imgcap_jax.data.pipeline import CaptionData, EvalBatches, eval_batches, images_of_rows
-from imgcap_jax.data.regions import RegionSource
+from imgcap_jax.data.pipeline import EvalBatches, eval_batches, images_of_rows
 from imgcap_jax.data.scenes.truth import TruthScores, judge
 from imgcap_jax.data.scenes.world import Scene
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
@@ -29,16 +28,16 @@ from imgcap_jax.files import read_json, reading, write_text
 from imgcap_jax.metrics.coco_format import write_references, write_results
 from imgcap_jax.metrics.degeneration import Degeneration
 from imgcap_jax.metrics.scoring import CaptionScorer, CustomMetric, Scores, available_metrics, with_custom
-from imgcap_jax.models.model import CaptionModel, Frozen, Params, split_trained
+from imgcap_jax.models.model import Frozen, Params
 from imgcap_jax.remote import shown
-from imgcap_jax.run.extraction import Extraction, uses_store
 from imgcap_jax.run.folder import Run, check_ensemble
-from imgcap_jax.run.generation import attention_function, caption_function, caption_rows, check_decoding
+from imgcap_jax.run.generation import caption_function, caption_rows, check_decoding
+from imgcap_jax.run.members import Example, Member, attend, load_members
 from imgcap_jax.run.mirror import push
 from imgcap_jax.special_tokens import EOS
 from imgcap_jax.terminal import Say, Work, working
 from imgcap_jax.tokenizers import tokens_of
-from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step, restore_best
+from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
 from imgcap_jax.training.losses import LossSums, caption_loss
 from imgcap_jax.training.parallel import DataParallel, is_first_process
 
@@ -87,31 +86,6 @@ class Captioned:
     mean_steps: float
     max_steps: int
     images_per_second: float
-
-
-@dataclass(frozen=True)
-class Example:
-    """An image of an evaluated split.
-
-    Attributes:
-        number: its number in the split.
-        words: the words of its best caption.
-        attention: float32 [words,N], the attention of each word, for an ensemble the mean; rows can sum to less than 1
-            (the rest goes to a sentinel). None: the decoder has no attention, or the members have different regions or
-            resize images differently.
-    """
-
-    number: int
-    words: tuple[str, ...]
-    attention: np.ndarray | None
-
-
-class Member(NamedTuple):
-    """A model, alone or in an ensemble: its graph, how it reads images, and its stored regions if it has any."""
-
-    graph: nnx.GraphDef[CaptionModel]
-    data: CaptionData
-    store: RegionSource | None
 
 
 class SplitEvaluator:
@@ -246,21 +220,9 @@ class SplitEvaluator:
     ) -> tuple[Example, ...]:
         """This number of images, evenly spaced over the split (all, if there are fewer), with their attention."""
         numbers = _spread(len(self._ids), count)
-        tokens = np.stack([captioned.tokens[self._ids[number]] for number in numbers])[:, None]
-        maps = []
-        alike = len({member.data.resize for member in self._members}) == 1  # the same region is the same part
+        tokens = np.stack([captioned.tokens[self._ids[number]] for number in numbers])
         with self._working("attention of the examples"):
-            for member, own, rest, images in zip(self._members, params, frozen, self._images, strict=True):
-                batch = {name: values for name, values in images.of(numbers).items() if name != "image_id"}
-                maps.append(attention_function(member.graph)(own, rest, batch, tokens))
-        found = [np.asarray(one[:, 0], np.float32) for one in maps if one is not None]
-        same = alike and len(found) == len(maps) and len({one.shape for one in found}) == 1
-        mean = np.mean(found, axis=0) if same else None
-        examples = []
-        for row, number in enumerate(numbers):
-            words = tuple(self._vocabulary.decode_words(tokens[row, 0]))
-            examples.append(Example(number, words, None if mean is None else mean[row, : len(words)]))
-        return tuple(examples)
+            return attend(self._members, params, frozen, self._images, numbers, tokens, self._vocabulary)
 
     def teacher_forced(self, params: Params, frozen: Frozen) -> dict[str, float]:
         """Loss and perplexity per word of the first member under teacher forcing.
@@ -419,21 +381,7 @@ def sweep(
     parallel = DataParallel(first.training.parallel)
     chosen = chosen_steps(runs, source, [list(decodings), floor, examples], parallel)
     needed = sorted({*evaluated_images(len(source), parallel), *_spread(len(source), examples)})
-    members, params, frozen, steps = [], [], [], []
-    for run, wanted in zip(runs, chosen, strict=True):
-        run.check_weights()
-        stored = uses_store(run.experiment)
-        store = None
-        if stored:
-            extraction = Extraction(run.experiment, cache, progress=is_first_process(), parallel=parallel)
-            store = extraction.regions(source, views=1, images=needed)
-        with working("loading the model", shown=is_first_process()):
-            graph, own, rest = split_trained(run.model(with_encoder=not stored, restored=True))
-            best, step = restore_best(run.folder, parallel.replicate(own), wanted)
-        params.append(best)
-        steps.append(step)
-        frozen.append(parallel.replicate(rest))
-        members.append(Member(graph, run.experiment.data, store))
+    members, params, frozen, steps = load_members(runs, source, chosen, needed, cache=cache, parallel=parallel)
     evaluator = SplitEvaluator(members, source, runs[0].vocabulary, parallel, first.metrics)
     where: dict[str, Any] = {"step": steps[0], "objective": first.objective.title}
     if len(runs) > 1:

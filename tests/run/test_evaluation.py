@@ -19,8 +19,9 @@ from imgcap_jax.data.sources import open_source
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.model import split_trained
-from imgcap_jax.run.evaluation import Captioned, Member, SplitEvaluator, batch_size, chosen_steps, evaluated_images
+from imgcap_jax.run.evaluation import Captioned, SplitEvaluator, batch_size, chosen_steps, evaluated_images
 from imgcap_jax.run.folder import Run
+from imgcap_jax.run.members import Member
 from imgcap_jax.training.checkpoints import latest_step, restore_best
 from imgcap_jax.training.parallel import DataParallel
 
@@ -113,6 +114,7 @@ sys.path.insert(0, os.environ["TESTS"])
 from test_evaluation import found_by
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.run.folder import Run
+from imgcap_jax.run.members import Member
 decoded, loss = found_by(DataParallel("shard_map"), Path(folder + "0"))
 captions = [asdict(one) | {"tokens": None} for one in decoded]
 found = {"read": sorted(set(read)), "captions": captions, "loss": loss}

@@ -1,0 +1,63 @@
+"""``imgcap report``: a page about runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from imgcap_jax.errors import check_range, printable
+from imgcap_jax.files import check_writable
+
+
+def folders_of(given: Sequence[Path]) -> dict[Path, Path]:
+    """The folders of the runs that a user gave, each with the folder that was given: itself, or one that contains it.
+
+    Raises:
+        UserError: a folder is not a run and has none in it.
+    """
+    from imgcap_jax.report.run_page.records import run_folders
+    from imgcap_jax.run.mirror import pull
+
+    found: dict[Path, Path] = {}
+    for folder in given:
+        pull(folder)
+        for run in run_folders(folder):
+            found.setdefault(run, folder)
+    return found
+
+
+def report(runs: Sequence[Any], caches: Sequence[Path], options: argparse.Namespace) -> int:
+    """Writes the page.
+
+    Args:
+        runs: the loaded runs.
+        caches: the folder of the features of each.
+        options: of the command line.
+
+    Raises:
+        UserError: see ``write_report``.
+    """
+    from imgcap_jax.report.run_page.build import write_report
+    from imgcap_jax.run.folder import use_data_dir
+
+    moved = []
+    for run in runs:
+        placed, note = use_data_dir(run, options.data_dir)
+        moved.append(placed)
+        if note:
+            _note(note)
+    write_report(list(zip(moved, caches, strict=True)), options.split, options.output, options.images, _note)
+    size = options.output.stat().st_size
+    print(f"report: {options.output} ({size / 1e6:.1f} MB)")
+    return 0
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises UserError if the page could not be written, before captions are decoded."""
+    check_range("--images", options.images, at_least=1, at_most=5000)
+    check_writable(options.output)
+
+
+def _note(line: str) -> None:
+    print(f"imgcap: note: {printable(line)}", file=sys.stderr)

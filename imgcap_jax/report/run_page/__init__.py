@@ -1,0 +1,1 @@
+"""The page of ``imgcap report``: curves, scores and captions of runs."""

@@ -1,0 +1,120 @@
+"""Puts the page together and writes it."""
+
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from imgcap_jax import __version__
+from imgcap_jax.errors import counted
+from imgcap_jax.files import write_text
+from imgcap_jax.remote import shown
+from imgcap_jax.report.html import document, listed, pairs, text
+from imgcap_jax.report.run_page.captions import examples, lengths_and_words, truth
+from imgcap_jax.report.run_page.records import Group, Record, groups, read_records
+from imgcap_jax.report.run_page.scores import score_tables, sweeps
+from imgcap_jax.report.run_page.splits import SplitResult, split_result
+from imgcap_jax.report.run_page.training import learning_curves, rewards, settings
+from imgcap_jax.run.folder import Run
+
+_COMPARED = 8  # runs whose lengths and words are compared
+
+
+def write_report(
+    runs: Sequence[tuple[Run, Path]], split: str, path: Path, images: int, say: Callable[[str], None]
+) -> None:
+    """Writes a page about runs. The captions of the first run are shown in detail.
+
+    Stored captions are reused. If they are missing or out of date, the split is decoded, as by ``imgcap evaluate``.
+
+    Args:
+        runs: the runs, each with the folder of its features.
+        split: the split whose captions are shown.
+        path: the file.
+        images: the number of images that are shown.
+        say: receives a line for each thing that the page lacks.
+
+    Raises:
+        UserError: a dataset has no such split, a file of a run is damaged, or the page cannot be written.
+    """
+    records = read_records(runs)
+    found = groups(records)
+    results: dict[str, SplitResult] = {}
+    missing: list[str] = []
+    for record in records:
+        result, notes = split_result(record, split)
+        missing += notes
+        if result is not None:
+            results[record.name] = result
+    parts = [learning_curves(found), rewards(found), score_tables(found, results, split)]
+    detailed = next((record for record in records if record.name in results), None)
+    if detailed is not None:
+        sections, notes = _captions(detailed, results, images)
+        parts += sections
+        missing += notes
+    parts += [sweeps(found), settings(found)]
+    missing += [
+        f"{record.name}: no metrics of training" for record in records if not (record.train or record.validation)
+    ]
+    missing = list(dict.fromkeys(missing))
+    for line in missing:
+        say(line)
+    names = [group.name for group in found]
+    title = f"Report: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    body = (
+        _navigation([part for part in parts if part])
+        + f'<main id="top">\n<h1>{text(title)}</h1>\n'
+        + pairs("facts", _facts(found, results, detailed, split))
+        + ("" if detailed is None else pairs("tiles", _tiles(results[detailed.name])))
+        + listed("legend", missing, "Missing on this page")
+        + "".join(parts)
+        + f"</main>\n<footer>imgcap_jax {__version__}, {datetime.date.today().isoformat()}</footer>\n"
+    )
+    write_text(path, document(title, body))
+
+
+def _captions(detailed: Record, results: Mapping[str, SplitResult], images: int) -> tuple[list[str], list[str]]:
+    result = results[detailed.name]
+    # Captions of other images or with other references cannot be compared.
+    alike = {name: other for name, other in results.items() if other.references == result.references}
+    others = {name: other for name, other in alike.items() if name != detailed.name}
+    shots, notes = examples(detailed, result, others, images)
+    compared = {detailed.name: result, **dict(list(others.items())[: _COMPARED - 1])}
+    mistakes = truth(detailed.name, result.truth) if result.truth is not None else ""
+    return [shots, mistakes, lengths_and_words(detailed, compared)], notes
+
+
+def _facts(
+    found: Sequence[Group], results: Mapping[str, SplitResult], detailed: Record | None, split: str
+) -> list[tuple[str, str]]:
+    records = [record for group in found for record in group.records]
+    facts = [("Run" if len(records) == 1 else "Runs", ", ".join(shown(record.run.folder) for record in records[:6]))]
+    if len(records) > 6:
+        facts[0] = (facts[0][0], f"{facts[0][1]} and {len(records) - 6} more")
+    first = records[0].experiment
+    model = f"{type(first.encoder).__name__} and {type(first.decoder).__name__}, {first.objective.title}"
+    facts.append(("Model", model if len(found) == 1 else f"{model} (the first run)"))
+    if detailed is not None:
+        result = results[detailed.name]
+        where = "" if len(records) == 1 else f"{detailed.name}; "
+        images = counted(len(result.captions), "image")
+        facts.append(("Captions", f"{where}{first.data.dataset} {split}, {images}, parameters of step {result.step:,}"))
+        facts.append(("Decoding", result.decoding))
+    return facts
+
+
+def _tiles(result: SplitResult) -> list[tuple[str, str]]:
+    tiles = [(name, f"{100 * value:.1f}") for name, value in result.scores.items()]
+    return tiles + ([] if result.truth is None else [("true", f"{100 * result.truth.true:.1f} %")])
+
+
+def _navigation(parts: Sequence[str]) -> str:
+    """Links to the sections, from their headings."""
+    links = []
+    for part in parts:
+        name = part.partition('id="')[2].partition('"')[0]
+        title = part.partition("<h2")[2].partition(">")[2].partition("</h2>")[0]
+        links.append(f'<li><a href="#{name}">{title}</a></li>')
+    return (
+        '<a class="skip" href="#top">Skip to the content</a>\n'
+        f'<nav aria-label="sections"><ul>{"".join(links)}</ul></nav>\n'
+    )
