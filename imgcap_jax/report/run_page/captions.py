@@ -246,6 +246,6 @@ def _words(title: str, uses: Sequence[WordUse]) -> str:
     ]
     if not rows:
         return ""
-    head = ["word", "captions (%)", "references (%)"]
-    content = table(head, rows, "captions with the word, largest difference first")
+    head = ["word", "captions", "references"]
+    content = table(head, rows, "% of captions with the word")
     return f'<div class="chart"><h3>{text(title)}</h3>{content}</div>'
