@@ -46,16 +46,7 @@ def attention_picture(
 
 def dimmed(photo: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Dims a photo, uint8 [h,w,3], where the weights [g,g] are low, with bicubic interpolation between regions."""
-    return (photo * _brightness(weights, (photo.shape[1], photo.shape[0]))[..., None]).round().astype(np.uint8)
-
-
-def darkness(weights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The opacity of black that dims a photo as ``dimmed`` does, at a size of (width, height): uint8 [height,width]."""
-    return (255 * (1 - _brightness(weights, size))).round().astype(np.uint8)
-
-
-def _brightness(weights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The brightness of each pixel, relative to the original, for the weights [g,g]: float32 [height,width]."""
     light = Image.fromarray((weights / max(float(weights.max()), 1e-12)).astype(np.float32))
-    light = light.resize(size, Image.Resampling.BICUBIC)
-    return _DARKEST + (1 - _DARKEST) * np.clip(np.asarray(light), 0, 1)
+    light = light.resize((photo.shape[1], photo.shape[0]), Image.Resampling.BICUBIC)
+    brightness = _DARKEST + (1 - _DARKEST) * np.clip(np.asarray(light), 0, 1)
+    return (photo * brightness[..., None]).round().astype(np.uint8)

@@ -10,7 +10,8 @@ from imgcap_jax.report.columns import aligned
 from imgcap_jax.report.contact_sheet import example_picture
 from imgcap_jax.report.examples import scene_verdict, word_attention
 from imgcap_jax.report.figures import Row
-from imgcap_jax.report.page import PICTURE, caption_page
+from imgcap_jax.report.html import PICTURE
+from imgcap_jax.report.page import caption_page
 from imgcap_jax.run.evaluation import Evaluation
 from imgcap_jax.run.members import Example
 

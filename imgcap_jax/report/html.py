@@ -14,6 +14,7 @@ from PIL import Image
 
 # Images up to this side length (pixels) are drawings. They are stored without loss and enlarged without smoothing.
 DRAWING = 128
+PICTURE = 640  # larger images are reduced to this side length (pixels)
 _SHORT = 40  # characters of a cell that is not wrapped
 _QUALITY = 88  # of JPEG; photos of pages with many of them are smaller
 
@@ -55,13 +56,13 @@ def _digest(content: str) -> str:
 
 
 def image_url(image: np.ndarray, *, quality: int = _QUALITY) -> str:
-    """An image, uint8 [h,w,3], as a data URL: PNG for small drawings, JPEG for photos."""
-    drawing = is_drawing(image)
-    buffer = io.BytesIO()
+    """An image, uint8 [h,w,3], as a data URL: PNG for small drawings, JPEG of at most ``PICTURE`` pixels for photos."""
+    drawing, picture, buffer = is_drawing(image), Image.fromarray(image), io.BytesIO()
     if drawing:
-        Image.fromarray(image).save(buffer, "PNG")
+        picture.save(buffer, "PNG")
     else:
-        Image.fromarray(image).save(buffer, "JPEG", quality=quality, optimize=True)
+        picture.thumbnail((PICTURE, PICTURE))
+        picture.save(buffer, "JPEG", quality=quality, optimize=True)
     return f"data:image/{'png' if drawing else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

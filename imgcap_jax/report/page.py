@@ -7,8 +7,6 @@ from imgcap_jax.files import write_text
 from imgcap_jax.report.figures import Row, figures
 from imgcap_jax.report.html import document, listed, pairs, text
 
-PICTURE = 640  # images are reduced to this side length (pixels)
-
 
 def caption_page(
     rows: Sequence[Row],

@@ -10,6 +10,7 @@ from imgcap_jax.files import write_text
 from imgcap_jax.remote import shown
 from imgcap_jax.report.html import document, listed, pairs, text
 from imgcap_jax.report.run_page.captions import examples, lengths_and_words, truth
+from imgcap_jax.report.run_page.objects import found_objects, mistakes
 from imgcap_jax.report.run_page.records import Group, Record, groups, read_records
 from imgcap_jax.report.run_page.scores import score_tables, sweeps
 from imgcap_jax.report.run_page.splits import SplitResult, split_result
@@ -77,10 +78,15 @@ def _captions(detailed: Record, results: Mapping[str, SplitResult], images: int)
     # Captions of other images or with other references cannot be compared.
     alike = {name: other for name, other in results.items() if other.references == result.references}
     others = {name: other for name, other in alike.items() if name != detailed.name}
-    shots, notes = examples(detailed, result, others, images)
     compared = {detailed.name: result, **dict(list(others.items())[: _COMPARED - 1])}
-    mistakes = truth(detailed.name, result.truth) if result.truth is not None else ""
-    return [shots, mistakes, lengths_and_words(detailed, compared)], notes
+    objects = found_objects(detailed, result)
+    shots, notes = examples(detailed, result, others, images, objects)
+    wrong = truth(detailed.name, result.truth) if result.truth is not None else ""
+    if objects is not None:
+        of_others = {name: found_objects(detailed, other) for name, other in compared.items() if other is not result}
+        kept = {name: one for name, one in of_others.items() if one is not None}
+        wrong = mistakes({detailed.name: objects, **kept})
+    return [shots, wrong, lengths_and_words(detailed, compared)], notes
 
 
 def _facts(

@@ -8,6 +8,7 @@ import numpy as np
 
 from imgcap_jax.data.scenes.truth import TruthScores
 from imgcap_jax.errors import UserError
+from imgcap_jax.metrics.objects import ObjectScores
 from imgcap_jax.report.contact_sheet import example_picture
 from imgcap_jax.report.examples import scene_verdict, word_attention
 from imgcap_jax.report.figures import Row, WordAttention, figures
@@ -49,7 +50,11 @@ def choose(ranking: Mapping[int, float], count: int) -> Chosen:
 
 
 def examples(
-    record: Record, result: SplitResult, others: Mapping[str, SplitResult], count: int
+    record: Record,
+    result: SplitResult,
+    others: Mapping[str, SplitResult],
+    count: int,
+    objects: ObjectScores | None,
 ) -> tuple[str, list[str]]:
     """The section of images with captions, and a line for each thing that is missing.
 
@@ -58,12 +63,13 @@ def examples(
         result: its captions.
         others: the names of other runs, and their captions of the same images.
         count: the number of images.
+        objects: the objects of the captions; None: they are not shown.
 
     Raises:
         UserError: an image cannot be decoded.
     """
     chosen = choose(result.ranking, count)
-    rows, notes = _rows(record, result, others, chosen.all)
+    rows, notes = _rows(record, result, others, chosen.all, objects)
     _, quality = _size(len(chosen.all))
     parts = [_introduction(result, chosen, rows)]
     for title, images in (("Best", chosen.best), ("Random", chosen.random), ("Worst", chosen.worst)):
@@ -83,7 +89,7 @@ def _introduction(result: SplitResult, chosen: Chosen, rows: Mapping[int, Row]) 
             "Point at a word, tap it, or go through the words with the arrow keys: the image stays bright where the "
             "model looked when it chose the word."
         )
-    if any(row.true is not None for row in rows.values()):
+    if result.truth is not None:
         said.append("Green: everything that the caption states is true of the scene. Red: something is not.")
     sentences = f"<p>{text(' '.join(said))}</p>\n"
     return (
@@ -93,7 +99,11 @@ def _introduction(result: SplitResult, chosen: Chosen, rows: Mapping[int, Row]) 
 
 
 def _rows(
-    record: Record, result: SplitResult, others: Mapping[str, SplitResult], images: Sequence[int]
+    record: Record,
+    result: SplitResult,
+    others: Mapping[str, SplitResult],
+    images: Sequence[int],
+    objects: ObjectScores | None,
 ) -> tuple[dict[int, Row], list[str]]:
     notes: list[str] = []
     numbers: dict[int, int] = {}
@@ -121,6 +131,8 @@ def _rows(
             example = source[numbers[image]]
             picture = example_picture(example, side, experiment.data.resize)
             verdict, true = scene_verdict(result.captions[image], example.scene)
+        if objects is not None and (wrong := objects.hallucinated[image]):
+            verdict, true = f"in no reference: {', '.join(wrong)}", False
         rows[image] = Row(
             picture,
             result.captions[image],
