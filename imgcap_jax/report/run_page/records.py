@@ -165,7 +165,7 @@ def _group_name(members: Sequence[Record]) -> str:
     same = 0
     while all(len(name) > same and name[same] == first[same] for name in names):
         same += 1
-    stem = first[:same].rstrip("_-=/. ").removesuffix("seed").rstrip("_-=/. ")
+    stem = first[:same].rstrip("_-=/., ").removesuffix("seed").rstrip("_-=/., ")
     if not stem.strip("/"):
         stem = members[0].run.folder.absolute().parent.name
     return f"{stem} ({len(members)} seeds)"
