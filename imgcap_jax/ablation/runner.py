@@ -74,10 +74,11 @@ def ablate(
         show: receives the lines for the user.
 
     Raises:
-        UserError: the folder contains another study, or its files are damaged.
+        UserError: the folder contains another study, its files are damaged, or the dataset or the split does not exist.
     """
     runs = runs_of(study)
     check_folder(runs, folder)
+    _data_of(study)  # fails here, rather than once per run
     done = Ablation()
     number, shards = shard
     # The seeds of a setting go to different shards, unless they are trained together.
