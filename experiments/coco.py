@@ -6,7 +6,11 @@
 
 Training uses train + restval (113,287 images), validation during training the first 1,000 images of val. The feature
 store of the training images takes 14.2 GB.
-Scores: not measured.
+
+Paper (VGG-19, 14 x 14 regions): BLEU-1 70.7, BLEU-4 24.3, METEOR 23.9 (https://arxiv.org/abs/1502.03044, table 1).
+Here the encoder is newer, the regions are 7 x 7, the optimizer is AdamW with a cosine schedule, and the loss has label
+smoothing and no doubly stochastic penalty (`--objective.attention-penalty`).
+Ours: not yet run.
 """
 
 from imgcap_jax.data.pipeline import CaptionData
