@@ -6,7 +6,7 @@
     imgcap evaluate runs/coco_aoa_scst --split test --beam 2
 
 The settings are those of train.sh of the authors' code (https://github.com/husthuaan/AoANet), with the differences that
-`coco_aoa` lists. Also different: the learning rate is constant. The authors halve it when validation scores stop rising.
+`coco_aoa` lists. Also different: the learning rate is constant, and not halved when validation scores stop rising.
 
 Paper (test): BLEU-1 80.2, BLEU-4 38.9, METEOR 29.2, ROUGE-L 58.8, CIDEr-D 129.8, SPICE 22.4
 (https://arxiv.org/abs/1908.06954).

@@ -5,8 +5,8 @@
     imgcap train coco_scst --init-from runs/coco
     imgcap evaluate runs/coco_scst --split test --beam 3
 
-Paper: none. Xu et al. (2015) trained soft attention with cross-entropy only. `coco_att2in_scst` is the closest model with published
-scores.
+Paper: none. Xu et al. (2015) trained soft attention with cross-entropy only. `coco_att2in_scst` is the closest model
+with published scores.
 Ours: not yet run.
 """
 

@@ -7,7 +7,8 @@
 Different from `flickr8k`: batches of 32 photos, two views per photo, captions of up to 20 words, 12 epochs. The feature
 store of the training photos takes 9.5 GB.
 
-Paper (VGG-19, 14 x 14 regions, test): BLEU-1 66.7, BLEU-4 19.1, METEOR 18.5 (https://arxiv.org/abs/1502.03044, table 1).
+Paper (VGG-19, 14 x 14 regions, test): BLEU-1 66.7, BLEU-4 19.1, METEOR 18.5
+(https://arxiv.org/abs/1502.03044, table 1).
 Ours: not yet run.
 """
 

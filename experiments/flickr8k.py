@@ -7,6 +7,8 @@
 Photos are resized to 256 pixels, which gives an 8 x 8 grid of regions. Soft attention was the best of seven decoders in
 equal time (experiments/flickr8k_*.py).
 
+Paper (VGG-19, 14 x 14 regions, test): BLEU-1 67.0, BLEU-4 19.5, METEOR 18.9
+(https://arxiv.org/abs/1502.03044, table 1).
 Scores on validation, 1,000 photos, seed 0: greedy CIDEr-D 51.9; beam 3 CIDEr-D 55.9, BLEU-4 22.2,
 METEOR 21.1, ROUGE-L 47.4. Time and hardware: BENCHMARKS.md. The length norm of 0.5 was chosen on the same photos.
 """

@@ -13,12 +13,13 @@ Results: not yet run.
 from dataclasses import replace
 
 from imgcap_jax.experiments.flickr8k import experiment
+from imgcap_jax.models.encoders.contract import EncoderSettings
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.models.encoders.resnet import ResNet
 from imgcap_jax.models.encoders.vgg import VGG
 from imgcap_jax.study import Factor, Study
 
-_encoders = {
+_encoders: dict[str, EncoderSettings] = {
     "EfficientNet-Lite0": EfficientNetLite(variant=0),
     "EfficientNet-Lite1": EfficientNetLite(variant=1),
     "ResNet-50": ResNet(depth=50),
