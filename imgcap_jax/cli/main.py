@@ -300,6 +300,7 @@ def _train_population(options: argparse.Namespace, experiment: Any, folder: Path
     print("\n".join(results(members, outcomes)))
     next_commands = after_training(best.experiment, folder / best.name, code=options.code, cache=options.cache)
     print(f"next: {next_commands[0]}")
+    print(f"      {after_training(best.experiment, folder, code=options.code, cache=options.cache)[-1]}")
     return 0
 
 

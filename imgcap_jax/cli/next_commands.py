@@ -17,7 +17,7 @@ def after_smoke(given: Sequence[str]) -> str:
 
 
 def after_training(experiment: Experiment, folder: Path, *, code: Sequence[str], cache: Path | None) -> list[str]:
-    """The commands that evaluate a run and caption photos with it.
+    """The commands that evaluate a run, caption photos with it, and write a page about it.
 
     Args:
         experiment: what was trained.
@@ -30,7 +30,9 @@ def after_training(experiment: Experiment, folder: Path, *, code: Sequence[str],
     beam = str(experiment.decoding.beam if experiment.decoding.beam > 1 else 3)
     evaluate = ["imgcap", "evaluate", shown(folder), "--split", "val", "--beam", beam, *needed, *kept]
     caption = ["imgcap", "caption", "PHOTO", "--run", shown(folder), *needed]
-    return [shlex.join(command) for command in (evaluate, caption)[: 1 if has_ready_regions(experiment.encoder) else 2]]
+    report = ["imgcap", "report", shown(folder), *needed, *kept]
+    photos = [] if has_ready_regions(experiment.encoder) else [caption]
+    return [shlex.join(command) for command in (evaluate, *photos, report)]
 
 
 def _code(experiment: Experiment, given: Sequence[str]) -> list[str]:

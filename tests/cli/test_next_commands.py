@@ -36,6 +36,7 @@ def test_training_names_evaluation_and_captioning_with_quoted_paths() -> None:
     assert [shlex.split(command) for command in commands] == [
         ["imgcap", "evaluate", "runs/it's here", "--split", "val", "--beam", "3", "--cache", "my cache"],
         ["imgcap", "caption", "PHOTO", "--run", "runs/it's here"],
+        ["imgcap", "report", "runs/it's here", "--cache", "my cache"],
     ]
     wide = after_training(Experiment(decoding=Decoding(beam=5)), Path("run"), code=[], cache=None)
     assert wide[0] == "imgcap evaluate run --split val --beam 5"
@@ -51,8 +52,9 @@ class ReadyRegions:
 
 def test_run_on_ready_made_regions_cannot_caption_photos() -> None:
     experiment = Experiment(encoder=ReadyRegions())  # type: ignore[arg-type]
-    (evaluate,) = after_training(experiment, Path("run"), code=[__file__], cache=None)
+    evaluate, report = after_training(experiment, Path("run"), code=[__file__], cache=None)
     assert evaluate.startswith("imgcap evaluate run ")
+    assert report == f"imgcap report run --code {__file__}"
 
 
 def test_commands_have_the_code_that_the_run_needs(
@@ -65,7 +67,7 @@ def test_commands_have_the_code_that_the_run_needs(
     commands = after_training(experiment, Path("run"), code=[], cache=None)
     assert all(command.endswith(" --code parts/my_parts.py") for command in commands)
     for given in (["parts/my_parts.py"], ["package.my_parts"]):
-        (_, caption) = after_training(experiment, Path("run"), code=given, cache=None)
+        _, caption, _ = after_training(experiment, Path("run"), code=given, cache=None)
         assert caption == f"imgcap caption PHOTO --run run --code {given[0]}"  # once
 
 
@@ -75,7 +77,8 @@ def test_trained_run_names_the_next_commands(
     cache = str(trained.parent / "cache")
     command = ["train", str(tiny_file), "--run", str(trained), "--cache", cache, "--data.data-dir", str(tiny_data)]
     assert main(command) == 0  # it is finished
-    done, evaluate, caption = capsys.readouterr().out.splitlines()[-3:]
+    done, evaluate, caption, report = capsys.readouterr().out.splitlines()[-4:]
     assert done.startswith(f"done: {trained}, best validation CIDEr-D ")
     assert evaluate == f"next: imgcap evaluate {trained} --split val --beam 2 --cache {cache}"
     assert caption == f"      imgcap caption PHOTO --run {trained}"
+    assert report == f"      imgcap report {trained} --cache {cache}"

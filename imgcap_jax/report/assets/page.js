@@ -39,7 +39,6 @@ function hideTip() {
 // Line charts.
 for (const svg of document.querySelectorAll("svg.plot")) {
   const plot = JSON.parse(svg.dataset.plot);
-  const chart = svg.closest(".chart");
   const [x0, xf] = plot.sx;
   const [y0, yf] = plot.sy;
   const all = [...new Set(plot.lines.flatMap((line) => line.x))].sort((a, b) => a - b);
@@ -49,7 +48,8 @@ for (const svg of document.querySelectorAll("svg.plot")) {
   layer.setAttribute("class", "cursor");
   svg.append(layer);
 
-  const visible = (place) => !svg.querySelector(`g[data-line="${place}"]`).classList.contains("off");
+  const groups = [...svg.querySelectorAll("g[data-line]")]; // in the order of the lines
+  const visible = (place) => !groups[place].classList.contains("off");
   const nearest = (values, x) => {
     let low = 0;
     let high = values.length - 1;
@@ -123,15 +123,21 @@ for (const svg of document.querySelectorAll("svg.plot")) {
     event.preventDefault();
     show(all[next], true);
   });
-  for (const button of chart.querySelectorAll("button[data-line]")) {
-    button.addEventListener("click", () => {
-      const on = button.getAttribute("aria-pressed") === "true";
-      if (svg === chart.querySelector("svg.plot")) {
-        button.setAttribute("aria-pressed", String(!on));
-        for (const group of chart.querySelectorAll(`g[data-line="${button.dataset.line}"]`)) group.classList.toggle("off", on);
+}
+
+// A button of a legend hides a line, or shows it again, in all charts of training.
+for (const button of document.querySelectorAll("button[data-line]")) {
+  button.addEventListener("click", () => {
+    const on = button.getAttribute("aria-pressed") === "true";
+    const charts = button.closest("#curves, #rewards") ? document.querySelectorAll("#curves, #rewards") : [button.closest(".chart")];
+    for (const chart of charts) {
+      for (const element of chart.querySelectorAll("[data-line]")) {
+        if (element.dataset.line !== button.dataset.line) continue;
+        if (element.matches("button")) element.setAttribute("aria-pressed", String(!on));
+        else element.classList.toggle("off", on);
       }
-    });
-  }
+    }
+  });
 }
 
 // Bars.

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from imgcap_jax import __version__
+from imgcap_jax.data.sources import parse_mixture
 from imgcap_jax.errors import counted
 from imgcap_jax.files import write_text
 from imgcap_jax.remote import shown
@@ -13,10 +14,11 @@ from imgcap_jax.report.run_page.captions import examples, lengths_and_words, tru
 from imgcap_jax.report.run_page.objects import found_objects, mistakes
 from imgcap_jax.report.run_page.records import Group, Record, groups, read_records
 from imgcap_jax.report.run_page.scores import score_tables, sweeps
-from imgcap_jax.report.run_page.splits import SplitResult, split_result
+from imgcap_jax.report.run_page.splits import SplitResult, Splits
 from imgcap_jax.report.run_page.training import learning_curves, rewards, settings
 from imgcap_jax.run.folder import Run
 
+_NAMED = 3  # runs, or groups of them, whose names the title has
 _COMPARED = 8  # runs whose lengths and words are compared
 
 
@@ -41,15 +43,19 @@ def write_report(
     found = groups(records)
     results: dict[str, SplitResult] = {}
     missing: list[str] = []
+    results_of = Splits(split)
     for record in records:
-        result, notes = split_result(record, split)
+        result, notes = results_of(record)
         missing += notes
         if result is not None:
             results[record.name] = result
     parts = [learning_curves(found), rewards(found), score_tables(found, results, split)]
     detailed = next((record for record in records if record.name in results), None)
     if detailed is not None:
-        sections, notes = _captions(detailed, results, images)
+        # Other settings come before other seeds of the same ones.
+        ranks = [(place, record.name) for group in found for place, record in enumerate(group.records)]
+        names = [name for _, name in sorted(ranks, key=lambda one: one[0]) if name in results]
+        sections, notes = _captions(detailed, {name: results[name] for name in names}, images)
         parts += sections
         missing += notes
     parts += [sweeps(found), settings(found)]
@@ -59,8 +65,8 @@ def write_report(
     missing = list(dict.fromkeys(missing))
     for line in missing:
         say(line)
-    names = [group.name for group in found]
-    title = f"Report: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    titles = [group.name for group in found]
+    title = f"Report: {', '.join(titles) if len(titles) <= _NAMED else f'{len(records)} runs'}"
     body = (
         _navigation([part for part in parts if part])
         + f'<main id="top">\n<h1>{text(title)}</h1>\n'
@@ -103,7 +109,8 @@ def _facts(
         result = results[detailed.name]
         where = "" if len(records) == 1 else f"{detailed.name}; "
         images = counted(len(result.captions), "image")
-        facts.append(("Captions", f"{where}{first.data.dataset} {split}, {images}, parameters of step {result.step:,}"))
+        dataset = parse_mixture(detailed.experiment.data.dataset)[0][0]
+        facts.append(("Captions", f"{where}{dataset} {split}, {images}, parameters of step {result.step:,}"))
         facts.append(("Decoding", result.decoding))
     return facts
 

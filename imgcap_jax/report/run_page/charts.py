@@ -11,6 +11,7 @@ COLOURS = 8  # colours of the style sheet; further lines are dashed
 # Pixels of the viewBox.
 _NARROW, _WIDE = (400, 250), (1200, 330)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 12, 34
+_FEW = 4  # lines that always have a legend
 _MOST_ROWS = 60  # of the table below a chart
 
 
@@ -36,7 +37,9 @@ class Line:
         return f"s{self.colour % COLOURS} d{self.colour // COLOURS % 3}"
 
 
-def line_chart(title: str, lines: Sequence[Line], x_name: str, *, digits: int = 1, wide: bool = False) -> str:
+def line_chart(
+    title: str, lines: Sequence[Line], x_name: str, *, digits: int = 1, wide: bool = False, legend: bool = True
+) -> str:
     """A chart of lines with a legend and, for people who do not see it, a sentence and a table.
 
     Args:
@@ -45,20 +48,21 @@ def line_chart(title: str, lines: Sequence[Line], x_name: str, *, digits: int = 
         x_name: what the x axis shows.
         digits: digits after the decimal point of the values.
         wide: whether it takes the width of the page. A phone gets the narrow form.
+        legend: whether a chart of many lines has a legend. Others on the page have the same colours.
     """
     sizes = [("wide", _WIDE), ("narrow", _NARROW)] if wide else [("", _NARROW)]
     pictures = "".join(_svg(title, lines, x_name, digits, size, css) for css, size in sizes)
-    legend = ""
-    if len(lines) > 1:
+    key = ""
+    if len(lines) > 1 and (legend or len(lines) <= _FEW):
         items = "".join(
-            f'<li><button type="button" aria-pressed="true" data-line="{place}">'
+            f'<li><button type="button" aria-pressed="true" data-line="{text(line.name)}">'
             f'<svg class="key" viewBox="0 0 24 8" aria-hidden="true"><path class="line {line.look}" d="M0 4H24"/></svg>'
             f"{text(line.name)}</button></li>"
-            for place, line in enumerate(lines)
+            for line in lines
         )
-        legend = f'<ul class="lines" aria-label="lines of the chart">{items}</ul>'
+        key = f'<ul class="lines" aria-label="lines of the chart">{items}</ul>'
     return (
-        f'<figure class="chart{" hero" if wide else ""}"><figcaption>{text(title)}</figcaption>{pictures}{legend}'
+        f'<figure class="chart{" hero" if wide else ""}"><figcaption>{text(title)}</figcaption>{pictures}{key}'
         f"<details><summary>Values</summary>{_values(title, lines, x_name, digits)}</details></figure>\n"
     )
 
@@ -157,7 +161,7 @@ def _svg(title: str, lines: Sequence[Line], x_name: str, digits: int, size: tupl
     x_ticks = [
         tick for tick in nice_ticks(first, last, 8 if css == "wide" else 5) if first - 1e-9 <= tick <= last + 1e-9
     ]
-    drawn = "".join(_line(line, place, x, y) for place, line in enumerate(lines))
+    drawn = "".join(_line(line, x, y) for line in lines)
     labels = "".join(
         f'<text class="x" x="{x(tick):.1f}" y="{height - _BOTTOM + 15}">{_short(tick)}</text>' for tick in x_ticks
     )
@@ -199,7 +203,7 @@ def _y_axis(ticks: Sequence[float], y: _Scale, width: int) -> str:
     )
 
 
-def _line(line: Line, place: int, x: _Scale, y: _Scale) -> str:
+def _line(line: Line, x: _Scale, y: _Scale) -> str:
     pixels = [(x(point[0]), y(point[1])) for point in line.points]
     band = ""
     if line.spread:
@@ -212,7 +216,7 @@ def _line(line: Line, place: int, x: _Scale, y: _Scale) -> str:
     dots = ""
     if len(pixels) <= 40:
         dots = "".join(f'<circle class="dot {line.look}" cx="{a:.1f}" cy="{b:.1f}" r="2.4"/>' for a, b in pixels)
-    return f'<g data-line="{place}">{band}<path class="line {line.look}" d="M{path}"/>{dots}</g>'
+    return f'<g data-line="{text(line.name)}">{band}<path class="line {line.look}" d="M{path}"/>{dots}</g>'
 
 
 def _sentence(title: str, lines: Sequence[Line], x_name: str, digits: int) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -66,10 +67,21 @@ def run_folders(folder: Path) -> list[Path]:
     """
     if is_run(folder):
         return [folder]
-    found = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if _is_member(path, folder)]
+    found = [
+        path
+        for pattern in ("*", "*/*")
+        for path in sorted(folder.glob(pattern), key=_natural)
+        if _is_member(path, folder)
+    ]
     if not found:
         raise UserError(f"{shown(folder)} is not a run, and has no runs in it; give a folder that training wrote")
     return found
+
+
+def _natural(path: Path) -> list[str | float]:
+    """Sorts numbers in names by their values."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", str(path))
+    return [float(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
 def _is_member(path: Path, folder: Path) -> bool:

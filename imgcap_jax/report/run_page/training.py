@@ -33,6 +33,7 @@ _REWARDS: tuple[_Chart, ...] = (
     ("train", "ended", "sampled captions that ended (%)", 100.0, 1),
     ("train", "repeated_words", "sampled captions with a repeated word (%)", 100.0, 1),
 )
+_SEED = "training.seed"
 _SHOWN_BEFORE = {key for kind, key, *_ in (*_LOSSES, *_COURSE) if kind == "validation"} | {
     "kind", "step", "epoch", "seconds", "teacher_forced_perplexity", "captions", "repeated_words", "unfinished",
     "images_per_second",
@@ -45,8 +46,10 @@ def learning_curves(found: Sequence[Group]) -> str:
     losses = [group for group in found if group not in rewarded]
     axis = axis_of(found)
     charts = _draw(found, axis, [("validation", "CIDEr-D", "CIDEr-D on validation images (×100)", 100.0, 1)], wide=True)
-    charts += _draw(losses, axis, _LOSSES[:1]) + _draw(found, axis, [*_LOSSES[1:], *_other_scores(found)])
-    course = _draw(found, axis, _COURSE)
+    legend = not charts
+    charts += _draw(losses, axis, _LOSSES[:1], legend=legend)
+    charts += _draw(found, axis, [*_LOSSES[1:], *_other_scores(found)], legend=legend)
+    course = _draw(found, axis, _COURSE, legend=legend)
     more = f"<details><summary>{len(course)} more curves</summary>{_grid(course)}</details>\n" if course else ""
     return section("curves", "Learning curves", f"{_bands(found)}{_grid(charts)}{more}") if charts or more else ""
 
@@ -65,13 +68,7 @@ def rewards(found: Sequence[Group]) -> str:
 
 def settings(found: Sequence[Group]) -> str:
     """The section of the settings: those in which the runs differ, and all of the first run."""
-    parts = []
-    if len(found) > 1:
-        parts.append(_differing(found))
-    seeds = [group for group in found if len(group.records) > 1]
-    for group in seeds:
-        values = ", ".join(str(record.experiment.training.seed) for record in group.records)
-        parts.append(f"<p>{text(group.name)}: training.seed is {values}.</p>")
+    parts = [_differing(found)] if sum(len(group.records) for group in found) > 1 else []
     first = found[0].records[0]
     rows = [[Cell(name), Cell(_shown(value))] for name, value in _flat(first).items()]
     parts.append(
@@ -82,20 +79,28 @@ def settings(found: Sequence[Group]) -> str:
 
 
 def _differing(found: Sequence[Group]) -> str:
+    """A table of the settings in which the groups differ; with many groups, one row per group."""
     first = found[0].records[0]
     names: dict[str, None] = {}
     for group in found[1:]:
         changes = differences(first.experiment, group.records[0].experiment)
         names.update(dict.fromkeys(change.partition(": ")[0] for change in changes))
-    names.pop("training.seed", None)
+    names.pop(_SEED, None)
     of_groups = [_flat(group.records[0]) for group in found]
-    rows = [[Cell(name), *(Cell(_shown(values.get(name, ""))) for values in of_groups)] for name in names]
-    starts = [_start(group.records[0]) for group in found]
-    if len(set(starts)) > 1:
-        rows.append([Cell("start"), *map(Cell, starts)])
-    if not rows:
+    columns = {name: [_shown(values.get(name, "")) for values in of_groups] for name in names}
+    columns["start"] = [_start(group.records[0]) for group in found]
+    if len(set(columns["start"])) == 1:
+        del columns["start"]
+    columns[_SEED] = [", ".join(str(record.experiment.training.seed) for record in group.records) for group in found]
+    if len(set(columns[_SEED])) == 1 and len(found[0].records) == 1:
+        del columns[_SEED]
+    if not columns:
         return "<p>The runs have the same settings.</p>"
     head = ["setting", *(group.name for group in found)]
+    rows = [[name, *values] for name, values in columns.items()]
+    if len(found) > max(4, len(columns)):
+        head, *rows = [list(row) for row in zip(head, *rows, strict=True)]
+        head[0] = "runs"
     return table(head, rows, "settings in which the runs differ", left=len(head))
 
 
@@ -138,13 +143,15 @@ def _other_scores(found: Sequence[Group]) -> list[_Chart]:
     return [("validation", name, f"{name} (validation, ×100)", 100.0, 1) for name in kept]
 
 
-def _draw(found: Sequence[Group], axis: str, charts: Sequence[_Chart], *, wide: bool = False) -> list[str]:
-    drawn = []
+def _draw(
+    found: Sequence[Group], axis: str, charts: Sequence[_Chart], *, wide: bool = False, legend: bool = True
+) -> list[str]:
+    drawn: list[str] = []
     for kind, key, title, factor, digits in charts:
         lines = curves(found, kind, key, factor, axis=axis)
         points = [point for line in lines for point in line.points]
         if len({x for x, _ in points}) > 1 and any(y for _, y in points):
-            drawn.append(line_chart(title, lines, axis, digits=digits, wide=wide))
+            drawn.append(line_chart(title, lines, axis, digits=digits, wide=wide, legend=legend and not drawn))
     return drawn
 
 
@@ -152,8 +159,8 @@ def _bands(found: Sequence[Group]) -> str:
     if all(len(group.records) == 1 for group in found):
         return ""
     return (
-        "<p>Runs that differ only in <code>training.seed</code> are one line: their mean at the places that all of "
-        "them have. The band is their standard deviation.</p>"
+        "<p>Runs that differ only in <code>training.seed</code> are one line: their mean, where all of them have a "
+        "value. The band is their standard deviation.</p>"
     )
 
 
