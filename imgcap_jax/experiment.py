@@ -340,6 +340,11 @@ def _hints(kind: type) -> dict[str, Any]:
         return {}
 
 
+def settings_of(experiment: Experiment) -> dict[str, Any]:
+    """All settings by name, as {"decoder.hidden_size": 512}. "decoder.type" is the name of a class."""
+    return _flatten(_encode(experiment, ""))
+
+
 def _flatten(value: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {name: value}

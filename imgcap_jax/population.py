@@ -21,6 +21,7 @@ from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.precision import at_precision, compute_dtype
 from imgcap_jax.remote import place
+from imgcap_jax.report.attention import sample_picture
 from imgcap_jax.run.extraction import uses_store, why_not_stored
 from imgcap_jax.run.folder import nothing_left_if_refused
 from imgcap_jax.run.mirror import Mirror
@@ -29,6 +30,7 @@ from imgcap_jax.study import SEED
 from imgcap_jax.terminal import Say, Work, working
 from imgcap_jax.train import Outcome
 from imgcap_jax.training.feed import DeviceFeed, Feed, HostFeed, device_part, device_shards
+from imgcap_jax.training.log import LogTo
 from imgcap_jax.training.parallel import DataParallel, MemberParallel
 from imgcap_jax.training.population import Column, cannot_differ, merged, with_values
 from imgcap_jax.training.signals import StopRequest
@@ -50,7 +52,13 @@ class Variant:
 
 
 def train_population(
-    variants: Sequence[Variant], folder: Path, *, cache: Path, init_from: Path | None = None, show: Say = print
+    variants: Sequence[Variant],
+    folder: Path,
+    *,
+    cache: Path,
+    init_from: Path | None = None,
+    log_to: LogTo | None = None,
+    show: Say = print,
 ) -> dict[str, Outcome]:
     """Trains each variant in the folder ``folder / name``, all of them in the same steps.
 
@@ -63,6 +71,7 @@ def train_population(
         folder: the folder of all runs.
         cache: folder of the features of frozen encoders.
         init_from: another run, whose best parameters are the start of all members.
+        log_to: the services that get the metrics of each member too.
         show: receives the lines for the user.
 
     Returns:
@@ -83,7 +92,8 @@ def train_population(
             stack.enter_context(owning(path, "training"))
             mirrors.append(stack.enter_context(Mirror(path)))
             stack.enter_context(nothing_left_if_refused(path))
-        return _train(variants, folders, mirrors, cache, init_from, show)
+        log_to = replace(log_to or LogTo(), group=folder.absolute().name)
+        return _train(variants, folders, mirrors, cache, init_from, log_to, show)
 
 
 def _check(variants: Sequence[Variant]) -> None:
@@ -125,6 +135,7 @@ def _train(
     mirrors: Sequence[Mirror],
     cache: Path,
     init_from: Path | None,
+    log_to: LogTo,
     show: Say,
 ) -> dict[str, Outcome]:
     experiment, training = variants[0].experiment, variants[0].experiment.training
@@ -153,6 +164,8 @@ def _train(
                 show=partial(say, name=variant.name),
                 evaluator=sessions[0].validate.evaluator if sessions else None,
                 mirror=mirror,
+                log_to=log_to,
+                draw=sample_picture,
             )
             sessions.append(stack.enter_context(closing(session)))
             session.to_host()  # the devices get the states of all members as one

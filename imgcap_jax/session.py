@@ -14,11 +14,11 @@ import jax
 from imgcap_jax.data.caption_tokens import CaptionTokens, total_counts
 from imgcap_jax.data.mixtures import describe_mixture, rows_per_epoch
 from imgcap_jax.data.pipeline import train_batches
-from imgcap_jax.data.regions import RegionSource
+from imgcap_jax.data.regions import RegionSource, has_ready_regions
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
-from imgcap_jax.experiment import Experiment, differences, signature
+from imgcap_jax.experiment import Experiment, differences, settings_of, signature
 from imgcap_jax.models.decoders.contract import check_length
 from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import parameter_count, split_trained
@@ -32,11 +32,11 @@ from imgcap_jax.run.members import Member
 from imgcap_jax.run.mirror import Mirror
 from imgcap_jax.run.notes import check_objective, check_together, starting_notes, without_effect
 from imgcap_jax.run.transfer import check_encoder, transfer
-from imgcap_jax.run.validation import Validation, without_best
+from imgcap_jax.run.validation import Draw, Validation, without_best
 from imgcap_jax.terminal import Say, Work, working
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
 from imgcap_jax.training.feed import images_of_devices
-from imgcap_jax.training.log import MetricsLog
+from imgcap_jax.training.log import LogTo, MetricsLog
 from imgcap_jax.training.meter import Meter
 from imgcap_jax.training.objective import StepSetup
 from imgcap_jax.training.optimizer import learning_rate_of, steps_of
@@ -157,6 +157,8 @@ class Session:
         show: Say,
         evaluator: SplitEvaluator | None = None,
         mirror: Mirror | None = None,
+        log_to: LogTo | None = None,
+        draw: Draw | None = None,
     ) -> None:
         """Opens or resumes the run in the folder.
 
@@ -172,6 +174,8 @@ class Session:
             show: receives the lines for the user.
             evaluator: of the validation split, for members of a population that share one; None: makes one.
             mirror: pushes the run to its bucket; None: this process does not.
+            log_to: the services that get the metrics too.
+            draw: draws validation images with their captions for the log; None: captions only.
 
         Raises:
             UserError: see ``train.train``.
@@ -278,6 +282,9 @@ class Session:
             validation_due=progress.validation_due,
             writing=is_first_process(),
             fail=checkpoints.fail,
+            to=log_to or LogTo(),
+            settings=settings_of(experiment),
+            show=show,
         )
         self.validate = Validation(
             evaluator
@@ -299,6 +306,10 @@ class Session:
             not smoke,
             folder,
             stop,
+            draw if is_first_process() else None,
+            # Several processes would have to compute it together, each of images that it has not read.
+            attends=jax.process_count() == 1 and not has_ready_regions(experiment.encoder),
+            resize=experiment.data.resize,
         )
         self.experiment, self.run, self.data, self.setup, self.state = experiment, run, data, setup, state
         self.batches, self.checkpoints, self.log, self.progress = batches, checkpoints, log, progress

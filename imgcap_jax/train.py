@@ -14,6 +14,7 @@ from imgcap_jax.files import check_name, disk_errors, owning
 from imgcap_jax.precision import at_precision, compute_dtype
 from imgcap_jax.remote import place
 from imgcap_jax.report import smoke as smoke_report
+from imgcap_jax.report.attention import sample_picture
 from imgcap_jax.run.extraction import why_not_stored
 from imgcap_jax.run.folder import empty_smoke, nothing_left_if_refused
 from imgcap_jax.run.mirror import Mirror, pull
@@ -21,6 +22,7 @@ from imgcap_jax.session import Data, Session, check_feed, compiling, open_data
 from imgcap_jax.terminal import Say, working
 from imgcap_jax.training.checkpoints import Checkpoints
 from imgcap_jax.training.feed import open_feed
+from imgcap_jax.training.log import LogTo
 from imgcap_jax.training.parallel import DataParallel, is_first_process
 from imgcap_jax.training.signals import StopRequest
 from imgcap_jax.training.step import TrainState
@@ -46,6 +48,7 @@ def train(
     init_from: Path | None = None,
     smoke: bool = False,
     data: Data | None = None,
+    log_to: LogTo | None = None,
     show: Say = print,
 ) -> Outcome:
     """Trains ``experiment`` in ``folder``. Resumes from the newest checkpoint if there is one.
@@ -57,6 +60,7 @@ def train(
         init_from: another run, whose best parameters are the start; its vocabulary is mapped by word.
         smoke: use only the first images of each split, and start from scratch.
         data: the datasets, without stored regions; None: those of the experiment.
+        log_to: the services that get the metrics too.
         show: receives the lines for the user. A terminal also shows a bar.
 
     Raises:
@@ -74,7 +78,7 @@ def train(
             folder.mkdir(parents=True, exist_ok=True)
         with together.failing_together():
             pull(folder, to_train=True)
-        return _train(experiment, folder, cache, init_from, smoke, data, lambda line: None, None)
+        return _train(experiment, folder, cache, init_from, smoke, data, lambda line: None, None, None)
     with ExitStack() as stack:
         with together.failing_together():
             stack.enter_context(owning(folder, "training"))
@@ -84,7 +88,7 @@ def train(
                 empty_smoke(folder)
         with together.failing_together():
             pass  # the other processes pull
-        return _train(experiment, folder, cache, init_from, smoke, data, show, mirror)
+        return _train(experiment, folder, cache, init_from, smoke, data, show, mirror, log_to)
 
 
 def _train(
@@ -96,6 +100,7 @@ def _train(
     data: Data | None,
     show: Say,
     mirror: Mirror | None,
+    log_to: LogTo | None,
 ) -> Outcome:
     training = experiment.training
     parallel = DataParallel(training.parallel)
@@ -120,6 +125,8 @@ def _train(
         smoke=smoke,
         show=show,
         mirror=mirror,
+        log_to=log_to,
+        draw=sample_picture,
     )
     # Traced within the model's precision, which covers derivatives too.
     step = at_precision(experiment.objective.make_step(session.setup), compute_dtype(training.dtype))

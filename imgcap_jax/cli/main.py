@@ -246,8 +246,11 @@ def _train(options: argparse.Namespace) -> int:
     from imgcap_jax.experiment import for_smoke
     from imgcap_jax.run.folder import RUNS
     from imgcap_jax.train import train
+    from imgcap_jax.training.log import LogTo
     from imgcap_jax.training.parallel import is_first_process, join_processes
+    from imgcap_jax.training.writers.find import find_writers
 
+    log_to = LogTo(find_writers(options.log))
     name = Path(options.experiment).stem + ("_smoke" if options.smoke else "")
     if options.smoke and options.run:
         raise UserError(f"--smoke always trains in {RUNS / name}, from scratch; leave out --run")
@@ -258,7 +261,7 @@ def _train(options: argparse.Namespace) -> int:
     folder = options.run or RUNS / name
     _keep_compiled()
     if options.population is not None:
-        return _train_population(options, experiment, options.run or RUNS / f"{name}_population")
+        return _train_population(options, experiment, options.run or RUNS / f"{name}_population", log_to)
     with _ending_together(options), _memory_errors(options):
         outcome = train(
             for_smoke(experiment) if options.smoke else experiment,
@@ -266,13 +269,14 @@ def _train(options: argparse.Namespace) -> int:
             cache=_features_cache(options, folder),
             init_from=options.init_from,
             smoke=options.smoke,
+            log_to=log_to,
         )
     if is_first_process():
         print("\n".join(_after(options, experiment, folder, outcome)))
     return 128 + outcome.interrupted if outcome.interrupted else 0
 
 
-def _train_population(options: argparse.Namespace, experiment: Any, folder: Path) -> int:
+def _train_population(options: argparse.Namespace, experiment: Any, folder: Path, log_to: Any) -> int:
     from imgcap_jax.cli.next_commands import after_training
     from imgcap_jax.cli.populations import results, variants
     from imgcap_jax.population import train_population
@@ -289,7 +293,7 @@ def _train_population(options: argparse.Namespace, experiment: Any, folder: Path
     members = variants(experiment, options.population, options.rest)
     with _memory_errors(options):
         outcomes = train_population(
-            members, folder, cache=_features_cache(options, folder), init_from=options.init_from
+            members, folder, cache=_features_cache(options, folder), init_from=options.init_from, log_to=log_to
         )
     interrupted = max(outcome.interrupted or 0 for outcome in outcomes.values())
     if interrupted:

@@ -157,6 +157,14 @@ def _add_train(commands: Commands) -> None:
         "runs/<experiment>_population): training.seed=0..7, or values of decoder.dropout or of a number of optimizer "
         "or objective, as 'optimizer.learning_rate=1e-3,2e-3' (several fields, separated by blanks: all combinations)",
     )
+    train.add_argument(
+        "--log",
+        action="append",
+        default=[],
+        metavar="SERVICE",
+        help="also send metrics and sample captions to wandb, trackio or mlflow (pip install SERVICE), or to "
+        "MODULE:CLASS of your own with --code; comma-separated, or repeated. A failing service does not stop training",
+    )
     _add_distributed(train, "train", " A stop signal takes effect at the next training.log_steps")
     _add_code(train)
     _add_cache(train)

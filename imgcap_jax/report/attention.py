@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from imgcap_jax.data.images import Resize
+from imgcap_jax.data.sources import CaptionExample
 from imgcap_jax.errors import UserError
-from imgcap_jax.report.contact_sheet import contact_sheet
+from imgcap_jax.report.contact_sheet import contact_sheet, draw_sheet, example_picture
 
+_SMALL = 128  # pixels of a photo in the picture of a logged sample, which has one per word
 _DARKEST = 0.15  # brightness of pixels without attention, relative to the original
 
 
@@ -42,6 +45,25 @@ def attention_picture(
         share = f", attention {100 * looked:.0f} %" if looked < 0.995 else ""
         texts.append(f"{word} ({100 * math.exp(log_prob):.0f} %{share})")
     contact_sheet(images, texts, path, columns=5, title=" ".join(words))
+
+
+def sample_picture(
+    example: CaptionExample, resize: Resize, caption: str, words: tuple[str, ...], attention: np.ndarray | None
+) -> np.ndarray:
+    """Draws an image with its caption and, if the regions are a grid, the attention of each word. See ``Draw``.
+
+    It is small, because a log has several of them per validation: about 0.1 to 0.3 MB as PNG.
+    """
+    photo = example_picture(example, _SMALL, resize)
+    images, texts = [photo], [""]
+    side = 0 if attention is None else math.isqrt(attention.shape[-1])
+    if attention is not None and side > 1 and side * side == attention.shape[-1]:
+        images += [dimmed(photo, weights.reshape(side, side)) for weights in attention]
+        texts += words
+    title = caption if len(images) > 1 else ""
+    if not title:
+        texts = [caption]
+    return np.asarray(draw_sheet(images, texts, columns=7, title=title, tile=_SMALL))
 
 
 def dimmed(photo: np.ndarray, weights: np.ndarray) -> np.ndarray:

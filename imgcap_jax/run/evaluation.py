@@ -219,7 +219,7 @@ class SplitEvaluator:
         self, params: Sequence[Params], frozen: Sequence[Frozen], captioned: Captioned, count: int
     ) -> tuple[Example, ...]:
         """This number of images, evenly spaced over the split (all, if there are fewer), with their attention."""
-        numbers = _spread(len(self._ids), count)
+        numbers = spread(len(self._ids), count)
         tokens = np.stack([captioned.tokens[self._ids[number]] for number in numbers])
         with self._working("attention of the examples"):
             return attend(self._members, params, frozen, self._images, numbers, tokens, self._vocabulary)
@@ -273,7 +273,7 @@ class SplitEvaluator:
             yield self._parallel.put_rows(batch, self._size), number * self._size
 
 
-def _spread(images: int, count: int) -> list[int]:
+def spread(images: int, count: int) -> list[int]:
     """The numbers of ``count`` images of a split, evenly spaced; of all, if there are fewer."""
     numbers: list[int] = np.linspace(0, images - 1, min(count, images)).astype(int).tolist()
     return numbers
@@ -380,7 +380,7 @@ def sweep(
     source = open_source(name, split, first.data.data_dir)
     parallel = DataParallel(first.training.parallel)
     chosen = chosen_steps(runs, source, [list(decodings), floor, examples], parallel)
-    needed = sorted({*evaluated_images(len(source), parallel), *_spread(len(source), examples)})
+    needed = sorted({*evaluated_images(len(source), parallel), *spread(len(source), examples)})
     members, params, frozen, steps = load_members(runs, source, chosen, needed, cache=cache, parallel=parallel)
     evaluator = SplitEvaluator(members, source, runs[0].vocabulary, parallel, first.metrics)
     where: dict[str, Any] = {"step": steps[0], "objective": first.objective.title}

@@ -36,7 +36,7 @@ from imgcap_jax.remote import place, removal, shown, url_of
 from imgcap_jax.run.extraction import encoder_dtype, uses_store
 from imgcap_jax.run.mirror import pull
 from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
-from imgcap_jax.training.log import METRICS, SAMPLES, TENSORBOARD
+from imgcap_jax.training.log import LOG_ID, METRICS, SAMPLES, TENSORBOARD
 from imgcap_jax.training.self_critical import FREQUENCIES
 from imgcap_jax.user_code import source_files
 
@@ -47,7 +47,7 @@ INIT_FROM = "init_from.json"
 WEIGHTS = "weights.json"
 CODE = "code"  # copies of users' files, and their digests
 SMOKE = ".smoke"  # marks the folder of a smoke run, which the next one empties
-_WRITTEN = (METRICS, SAMPLES, TENSORBOARD, CHECKPOINTS, VOCABULARY, INIT_FROM, WEIGHTS, CODE)
+_WRITTEN = (METRICS, SAMPLES, TENSORBOARD, LOG_ID, CHECKPOINTS, VOCABULARY, INIT_FROM, WEIGHTS, CODE)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Captions from one model or an ensemble: the jitted path from a batch to decoded words."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -182,6 +182,7 @@ def _mean_probability(logits: Sequence[Array]) -> Array:
     return jax.nn.logsumexp(log_probs, axis=0) - jnp.log(len(logits))
 
 
+@lru_cache(maxsize=4)  # compiled once, not at each validation
 def attention_function(
     graph: nnx.GraphDef[CaptionModel],
 ) -> Callable[[Params, Frozen, Mapping[str, ArrayLike], ArrayLike], Array | None]:

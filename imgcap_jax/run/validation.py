@@ -2,14 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from imgcap_jax.data.images import Resize
+from imgcap_jax.data.sources import CaptionExample, CaptionSource
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import counted
 from imgcap_jax.models.model import Frozen
-from imgcap_jax.run.evaluation import Captioned, SplitEvaluator, naming_run
+from imgcap_jax.run.evaluation import Captioned, SplitEvaluator, naming_run, spread
+from imgcap_jax.run.members import Example
 from imgcap_jax.terminal import Say
 from imgcap_jax.training.checkpoints import Checkpoints, Progress
 from imgcap_jax.training.log import MetricsLog, Sample
@@ -17,6 +22,28 @@ from imgcap_jax.training.signals import Stopped, StopRequest
 from imgcap_jax.training.step import TrainState
 
 _SAMPLES = 5  # validation images whose captions are logged
+
+
+class Draw(Protocol):
+    """Draws an image with its caption."""
+
+    def __call__(
+        self,
+        example: CaptionExample,
+        resize: Resize,
+        caption: str,
+        words: tuple[str, ...],
+        attention: np.ndarray | None,
+    ) -> np.ndarray:
+        """The picture, uint8 [h,w,3].
+
+        Args:
+            example: the image.
+            resize: how the model resizes it.
+            caption: its caption.
+            words: the words of the caption.
+            attention: float32 [words,N], the attention of each word; None if it is not known.
+        """
 
 
 @dataclass
@@ -31,6 +58,9 @@ class Validation:
         judged: whether scores and defects of captions are shown. Those of a smoke run mean nothing.
         folder: the run's folder.
         stop: what can interrupt it.
+        draw: draws the logged samples; None: their captions are logged without pictures.
+        attends: whether pictures show the attention, which costs a program that is compiled once.
+        resize: how the model resizes images.
         metrics: the names of the scores; empty before the first validation.
         interrupted: the signal that has interrupted it, or 0.
     """
@@ -45,12 +75,15 @@ class Validation:
     judged: bool
     folder: Path
     stop: StopRequest
+    draw: Draw | None = None
+    attends: bool = False
+    resize: Resize = "squash"
 
     def __post_init__(self) -> None:
         self.metrics: list[str] = []
         self.interrupted = 0
-        ids = list(self.evaluator.references)
-        self._sampled = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, _SAMPLES).astype(int))]
+        self._ids = list(self.evaluator.references)
+        self._sampled = spread(len(self._ids), _SAMPLES)
         self._advice: list[str] = []
         self._shown: set[str] = set()  # notes about the references, which would repeat at each validation
 
@@ -67,6 +100,9 @@ class Validation:
                 degeneration, warnings = evaluator.degeneration(captioned)
                 scored = evaluator.score(captioned.captions)
                 teacher_forced = evaluator.teacher_forced(params, self.frozen)
+                examples: tuple[Example, ...] = ()
+                if self.draw is not None and self.attends:
+                    examples = evaluator.examples([params], [self.frozen], captioned, _SAMPLES)
         except Stopped as stopped:
             self.interrupted = stopped.number
             return replace(progress, validation_due=True)
@@ -77,7 +113,8 @@ class Validation:
             self.checkpoints.save_best(progress.step, params)
         self.metrics = list(scored.values)
         self.log.write("validation", progress.step, {**scores, "images_per_second": captioned.images_per_second})
-        self.log.write_samples(progress.step, [self._sample(image_id, captioned) for image_id in self._sampled])
+        samples = [self._sample(self._ids[number], captioned) for number in self._sampled]
+        self.log.write_samples(progress.step, samples, self._drawing(samples, examples))
         self.checkpoints.save_validated(replace(progress, seconds=self.log.seconds))
         if not self.judged:
             count = counted(len(captioned.captions), "image")
@@ -100,11 +137,27 @@ class Validation:
         for line in self._advice if self.judged else ():
             self.show(f"  note: {line}")
 
+    def _drawing(self, samples: list[Sample], examples: tuple[Example, ...]) -> partial[list[np.ndarray]] | None:
+        """What draws the samples, without the parameters, which the next step replaces."""
+        if self.draw is None:
+            return None
+        shown = examples or tuple(Example(number, (), None) for number in self._sampled)
+        return partial(_pictures, self.draw, self.evaluator.source, self.resize, samples, shown)
+
     def _sample(self, image_id: int, captioned: Captioned) -> Sample:
         evaluator = self.evaluator
         return Sample(
             image_id, evaluator.file_names[image_id], captioned.captions[image_id], evaluator.references[image_id]
         )
+
+
+def _pictures(
+    draw: Draw, source: CaptionSource, resize: Resize, samples: list[Sample], examples: tuple[Example, ...]
+) -> list[np.ndarray]:
+    return [
+        draw(source[example.number], resize, sample.caption, example.words, example.attention)
+        for sample, example in zip(samples, examples, strict=True)
+    ]
 
 
 def select(progress: Progress, scores: Mapping[str, float]) -> tuple[Progress, list[str]]:

@@ -1,36 +1,49 @@
-"""The metrics of a run: ``metrics.jsonl`` and TensorBoard events. Captions of a few images: ``samples.jsonl``."""
+"""The metrics of a run: ``metrics.jsonl``, TensorBoard, services. Captions of a few images: ``samples.jsonl``."""
 
-import html
 import json
 import math
-import re
+import queue
+import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+
 from imgcap_jax.errors import UserError, printable, raise_error
-from imgcap_jax.files import appending, disk_errors, reading, write_text
+from imgcap_jax.files import appending, disk_errors, read_json, reading, reason, write_text
+from imgcap_jax.terminal import Say
+from imgcap_jax.training.writers.contract import LoggedRun, MetricsWriter, Sample, WriterSettings
+from imgcap_jax.training.writers.tensorboard import TensorBoard
+from imgcap_jax.training.writers.worker import Worker
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 TENSORBOARD = "tensorboard"
+LOG_ID = "log_id.json"  # by which services know a run; only with services
+_CLOSING_SECONDS = 30.0  # in which services must take what is pending at the end
+
+Draw = Callable[[], Sequence[np.ndarray]]
+"""Draws the pictures of samples, uint8 [h,w,3] each. It is called in another thread."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A validation image with its caption and its reference captions."""
+class LogTo:
+    """Where metrics go in addition to the run's folder.
 
-    image_id: int
-    file_name: str
-    caption: str
-    references: Sequence[str]
+    services: by the names that users give. group: the name of the population that the run belongs to.
+    """
+
+    services: Mapping[str, WriterSettings] = field(default_factory=dict)
+    group: str = ""
 
 
 class MetricsLog:
-    """Appends metrics to ``metrics.jsonl`` (one JSON object per line) and to TensorBoard.
+    """Appends metrics to ``metrics.jsonl`` (one JSON object per line), to TensorBoard and to services.
 
     Each line has the step, the epoch and the seconds of training so far. Lines after ``resumed_step`` come from a run
     that was killed after its last checkpoint. They are dropped, because their steps are repeated.
@@ -46,6 +59,9 @@ class MetricsLog:
         validation_due: bool = False,
         writing: bool = True,
         fail: Callable[[UserError], None] = raise_error,
+        to: LogTo = LogTo(),
+        settings: Mapping[str, Any] | None = None,
+        show: Say = print,
     ) -> None:
         """Opens the files and starts the clock.
 
@@ -57,18 +73,27 @@ class MetricsLog:
             validation_due: whether lines of a validation of this step are dropped too.
             writing: whether anything is written. Only the first process writes.
             fail: receives the error if ``write`` or ``write_samples`` fails, because the disk is full.
+            to: the services, each of which is opened in a thread of its own.
+            settings: those of the experiment, for the services.
+            show: receives a note if a service fails. Training goes on without it.
         """
         self._epoch, self._began = steps_per_epoch, time.monotonic() - seconds
-        self._writing, self._fail = writing, fail
+        self._writing, self._fail, self._show = writing, fail, show
         self._path = folder / METRICS
+        self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()  # of other threads
         if not writing:
             return
         validated = resumed_step - validation_due
         self._metrics = _continued(folder / METRICS, {"train": resumed_step, "validation": validated})
         self._samples = _continued(folder / SAMPLES, {None: validated})
-        from tensorboardX import SummaryWriter  # imports PyTorch if it is installed, which takes a second
-
-        self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=resumed_step + 1)
+        self._events = TensorBoard(folder / TENSORBOARD, resumed_step)
+        self._pictures: Worker[TensorBoard] | None = None
+        self._services: list[_Service] = []
+        if to.services:
+            run = LoggedRun(folder, _log_id(folder / LOG_ID), to.group, settings or {})
+            self._services = [
+                _Service(name, service, run, self._lines(), self._notes.put) for name, service in to.services.items()
+            ]
 
     @property
     def seconds(self) -> float:
@@ -85,18 +110,38 @@ class MetricsLog:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # TensorBoard warns otherwise
         with self._failing():
             _append(self._metrics, {"kind": kind, "step": step, **values})
-            with disk_errors(self._events.logdir):
-                for name, value in finite.items():
-                    self._events.add_scalar(f"{kind}/{name}", value, step)
+            self._events.scalars(kind, step, finite)
+        for service in self._services:
+            service.scalars(kind, step, finite)
+        self._show_notes()
 
-    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Writes captions of validation images."""
+    def write_samples(self, step: int, samples: Sequence[Sample], draw: Draw | None = None) -> None:
+        """Writes captions of validation images, and in other threads their pictures, if they can be drawn."""
         if not self._writing:
             return
         with self._failing():
             _append(self._samples, {"step": step, "samples": [asdict(sample) for sample in samples]})
-            with disk_errors(self._events.logdir):
-                self._events.add_text("validation/captions", "\n\n".join(map(_markdown, samples)), step)
+            self._events.captions(step, samples)
+        drawn = _Once(draw, self._notes.put)
+        if draw is not None:
+            if self._pictures is None:
+                self._pictures = Worker("pictures", lambda: self._events, self._pictures_failed)
+            self._pictures.put(lambda events: events.pictures(step, drawn()))
+        named = [replace(one, file_name=printable(one.file_name), caption=printable(one.caption)) for one in samples]
+        for service in self._services:
+            service.samples(step, named, drawn)
+        self._show_notes()
+
+    def _pictures_failed(self, error: Exception) -> None:
+        if isinstance(error, UserError):  # the disk is full
+            self._fail(error)
+        else:
+            self._notes.put(f"TensorBoard gets no pictures: {reason(error)}")
+
+    def _show_notes(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                self._show(f"note: {self._notes.get_nowait()}")
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -107,20 +152,112 @@ class MetricsLog:
 
     def validation(self, step: int) -> dict[str, float] | None:
         """The line of the validation at a step, without kind and step; None if it was not logged."""
-        for line in self._path.read_text(encoding="utf-8").split("\n"):
-            found = _record(line)
+        for found in self._lines():
             if found["step"] == step and found.get("kind") == "validation":
                 return {name: value for name, value in found.items() if name not in ("kind", "step")}
         return None
 
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        for line in self._path.read_text(encoding="utf-8").split("\n"):
+            yield _record(line)
+
     def close(self) -> None:
-        """Flushes and closes the files. Raises UserError if the disk is full."""
+        """Flushes and closes the files, and waits a while for the services. Raises UserError if the disk is full."""
         if not self._writing:
             return
-        with disk_errors(self._events.logdir):
+        until = time.monotonic() + _CLOSING_SECONDS
+        for service in self._services:
+            service.end()
+        if self._pictures is not None:
+            self._pictures.end()
+            self._pictures.wait(until)
+        with disk_errors(str(self._events.folder)):
             self._metrics.close()
             self._samples.close()
             self._events.close()
+        for service in self._services:
+            service.wait(until)
+        self._show_notes()
+
+
+class _Service:
+    """A service that gets the metrics of a run in a thread of its own."""
+
+    def __init__(
+        self, name: str, settings: WriterSettings, run: LoggedRun, history: Iterator[dict[str, Any]], note: Say
+    ) -> None:
+        """Opens the service in the thread, and writes the lines of ``history`` that it lacks."""
+        self._name, self._note = name, note
+        self._last: dict[str, int] = {}  # kind -> the last step that the service has
+        # Read here, because the file grows.
+        lines = [line for line in history if line.get("kind") in ("train", "validation")]
+        self._worker: Worker[MetricsWriter] = Worker(name, lambda: settings.open(run), self._failed)
+        self._worker.put(lambda writer: self._write_missing(writer, lines))
+
+    def _write_missing(self, writer: MetricsWriter, lines: Sequence[Mapping[str, Any]]) -> None:
+        self._last = {kind: writer.last_step(kind) for kind in ("train", "validation")}
+        for line in lines:
+            values = {name: value for name, value in line.items() if name not in ("kind", "step") and value is not None}
+            self._write(writer, line["kind"], line["step"], values)
+
+    def _write(self, writer: MetricsWriter, kind: str, step: int, values: Mapping[str, float]) -> None:
+        if step > self._last[kind]:
+            writer.scalars(kind, step, values)
+
+    def scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        self._worker.put(lambda writer: self._write(writer, kind, step, values))
+
+    def samples(self, step: int, samples: Sequence[Sample], drawn: Draw) -> None:
+        def write(writer: MetricsWriter) -> None:
+            if step > self._last["validation"]:
+                writer.samples(step, samples, drawn())
+
+        self._worker.put(write)
+
+    def end(self) -> None:
+        """Closes the service after what is pending. Returns at once."""
+        self._worker.put(lambda writer: writer.close())
+        self._worker.end()
+
+    def wait(self, until: float) -> None:
+        """Waits for the end until a time of ``time.monotonic``. A note says so if that is too soon."""
+        if not self._worker.wait(until):
+            self._note(
+                f"{self._name} has not taken all metrics; {METRICS} has them, and the same command sends the rest"
+            )
+
+    def _failed(self, error: Exception) -> None:
+        why = reason(error).rstrip(".")
+        self._note(f"{self._name}: {why}; training continues without it, and {METRICS} has all metrics")
+
+
+class _Once:
+    """Draws pictures at the first call, in any thread. No pictures if that fails."""
+
+    def __init__(self, draw: Draw | None, note: Say) -> None:
+        self._draw, self._note, self._lock = draw, note, threading.Lock()
+        self._drawn: Sequence[np.ndarray] | None = None if draw else ()
+
+    def __call__(self) -> Sequence[np.ndarray]:
+        with self._lock:
+            if self._drawn is None:
+                self._drawn = ()
+                try:
+                    self._drawn = self._draw() if self._draw is not None else ()
+                except Exception as error:  # of a damaged image, or in the code of users
+                    self._note(f"the captions of validation images are logged without pictures: {reason(error)}")
+                self._draw = None  # frees what it reads
+            return self._drawn
+
+
+def _log_id(path: Path) -> str:
+    """The id by which services know a run. It is made and stored if the run has none."""
+    advice = "delete it; services then show another run"
+    if not path.exists():
+        write_text(path, json.dumps({"id": secrets.token_hex(8)}) + "\n")
+    found = read_json(path, advice)
+    with reading(path, advice):
+        return str(found["id"])
 
 
 def _continued(path: Path, last: Mapping[str | None, int]) -> TextIO:
@@ -142,17 +279,6 @@ def _append(file: TextIO, value: Mapping[str, Any]) -> None:
     with disk_errors(f"{file.name} (the last checkpoint is intact)"):
         file.write(json.dumps(value) + "\n")
         file.flush()
-
-
-def _markdown(sample: Sample) -> str:
-    """The sample as TensorBoard's Markdown, in which a list needs an empty line before it."""
-    references = "\n".join(f"* {_plain(reference)}" for reference in sample.references)
-    return f"**{_plain(sample.caption)}** ({_plain(sample.file_name)})\n\n{references}"
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is: ``<unk>`` would vanish as an HTML tag."""
-    return re.sub(r"[\\`*_{}\[\]#]", r"\\\g<0>", html.escape(printable(text), quote=False))
 
 
 def _record(line: str) -> dict[str, Any]:

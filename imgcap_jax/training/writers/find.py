@@ -1,0 +1,48 @@
+"""The services that ``imgcap train --log`` names."""
+
+import importlib.util
+from collections.abc import Callable, Iterable
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.training.writers.contract import WriterSettings
+from imgcap_jax.training.writers.mlflow import Mlflow
+from imgcap_jax.training.writers.trackio import Trackio
+from imgcap_jax.training.writers.wandb import Wandb
+from imgcap_jax.user_code import UnknownClassError, find_class
+
+_SERVICES: dict[str, Callable[[], WriterSettings]] = {"wandb": Wandb, "trackio": Trackio, "mlflow": Mlflow}
+
+
+def find_writers(names: Iterable[str]) -> dict[str, WriterSettings]:
+    """The services with these names: wandb, trackio, mlflow, or ``module:Class`` of a class of your own.
+
+    Args:
+        names: each can be several names, separated by commas.
+
+    Raises:
+        UserError: there is no such service, its package is not installed, or the module of the class is not imported.
+    """
+    found: dict[str, WriterSettings] = {}
+    for name in (part.strip() for text in names for part in text.split(",")):
+        found[name] = _find(name)
+    return found
+
+
+def _find(name: str) -> WriterSettings:
+    if name in _SERVICES:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--log {name}: the package is not installed; pip install {name}")
+        return _SERVICES[name]()
+    if ":" not in name:
+        known = ", ".join(_SERVICES)
+        raise UserError(f"--log {name!r}: there is no such service; use {known}, or MODULE:CLASS with --code")
+    try:
+        settings: WriterSettings = find_class(name)()
+    except UnknownClassError as error:
+        file = f"{error.module.rpartition('.')[2]}.py"
+        raise UserError(f"--log {name}: {error.module} is not imported; add --code {file}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--log {name}: {error}; name a frozen dataclass whose fields have defaults") from error
+    if not hasattr(settings, "open"):
+        raise UserError(f"--log {name}: {type(settings).__name__} has no 'open'; docs/adding_parts.md has an example")
+    return settings
