@@ -1,5 +1,6 @@
 """Each kind of part, added from a file outside of the package: the examples of docs/adding_parts.md."""
 
+import csv
 import importlib
 import json
 import os
@@ -135,6 +136,21 @@ def test_a_run_of_own_parts_trains_resumes_evaluates_and_captions(
     captioner = Captioner.load(trained_own, code=CODE)
     (caption,) = captioner(["red.png"])
     assert len(caption.words) >= 4
+
+
+def test_a_service_of_ones_own_gets_all_metrics_of_a_finished_run(trained_own: Path, forget_code: Forget) -> None:
+    forget_code()
+    options = ["--log", "my_service:Table", "--code", "my_service.py"]
+    assert main(["train", "my_experiment.py", "--run", str(trained_own), *options]) == 0
+    lines = [json.loads(line) for line in (trained_own / "metrics.jsonl").read_text().splitlines()]
+    expected = [
+        [line["kind"], str(line["step"]), name, str(value)]
+        for line in lines
+        for name, value in line.items()
+        if name not in ("kind", "step") and value is not None
+    ]
+    with (trained_own / "metrics.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == expected
 
 
 def test_smoke_and_overrides_reach_the_fields_of_own_parts(

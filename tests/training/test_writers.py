@@ -1,6 +1,7 @@
 """Services that get the metrics of a run: their threads, failures, resumed runs, and the real packages offline."""
 
 import importlib.util
+import io
 import json
 import struct
 import threading
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.training import log as log_module
@@ -175,6 +178,27 @@ def test_names_of_services(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         with pytest.raises(UserError, match=message):
             find_writers([name])
+
+
+def test_tensorboard_has_the_attention_of_samples(trained: Path) -> None:
+    sizes: dict[str, list[tuple[int, int]]] = {}
+    for path in sorted((trained / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:  # records with a length and two checksums
+            (size,) = struct.unpack("<Q", data[:8])
+            for value in Event.FromString(data[12 : 12 + size]).summary.value:
+                if value.HasField("image"):
+                    picture = Image.open(io.BytesIO(value.image.encoded_image_string))
+                    sizes.setdefault(value.tag, []).append(picture.size)
+            data = data[16 + size :]
+    assert sorted(sizes) == [f"validation/sample_{number}" for number in range(1, 6)]
+    assert all(len(found) == 2 for found in sizes.values())  # validations
+    samples = json.loads((trained / "samples.jsonl").read_text().splitlines()[-1])["samples"]
+    for number, sample in enumerate(samples, 1):
+        words = len(sample["caption"].split())
+        width, height = sizes[f"validation/sample_{number}"][-1]
+        assert width >= 7 * 128  # the image and at least six words
+        assert height >= -(-(words + 1) // 7) * 128
 
 
 # The real packages, offline. Each reads back what it has stored: (kind, step, name) -> value.
