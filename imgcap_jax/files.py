@@ -9,6 +9,7 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from imgcap_jax.errors import UserError, printable
 
 OWNER = ".lock"  # file in a locked folder
 _LOCK_TRIES = 100  # each one fails only if another process has just released the lock
+_FLOCK_TRIES, _FLOCK_SECONDS = 3, 0.005
 _CHUNK = 1 << 20
 DIGESTS = "SHA256SUMS"  # digests of the files in a folder, as `sha256sum` writes them
 
@@ -420,15 +422,43 @@ def lock_file(path: Path) -> TextIO | None:
             if os.path.lexists(path.parent) and not path.parent.is_dir():
                 raise
             continue  # the last owner deleted the folder while it was made here
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(lock, fcntl.LOCK_EX):
             lock.close()
             return None
         if _is_at(path, lock):
             return lock
         lock.close()  # the last owner deleted the file after it was opened here; another process can lock a new one
     return None
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process has locked a file (see ``lock_file``). The file is not made. False if it cannot be read."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        # A shared lock, for microseconds: a process that wants its own lock meanwhile tries again.
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # the file system has no locks
+        return False
+    finally:
+        os.close(file)
+    return False
+
+
+def _locked(file: TextIO, how: int) -> bool:
+    """Locks an open file. Tries a few times, because ``is_locked`` can have a lock for microseconds."""
+    for attempt in range(_FLOCK_TRIES):
+        try:
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if attempt + 1 < _FLOCK_TRIES:
+                time.sleep(_FLOCK_SECONDS)
+    return False
 
 
 def _is_at(path: Path, file: TextIO) -> bool:

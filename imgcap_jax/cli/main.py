@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libtpu()
     given = list(sys.argv[1:] if arguments is None else arguments)
     decoding: list[str] = []
-    if given[:1] in (["evaluate"], ["caption"]) and any(argument.startswith("--decode.") for argument in given):
+    if given[:1] in (["evaluate"], ["caption"], ["compare"]) and any(
+        argument.startswith("--decode.") for argument in given
+    ):
         from imgcap_jax.cli.sweeps import split_options
 
         given, decoding = split_options(given, sweep=given[0] == "evaluate")
@@ -112,7 +114,7 @@ def _unknown_argument(argument: str, parser: argparse.ArgumentParser, command: s
     if not argument.startswith("-"):
         return UserError(f"unexpected argument {argument!r}; {parser.prog} --help lists the arguments")
     known = re.findall(r"--[a-z][a-z.-]+", parser.format_usage())
-    if command in ("evaluate", "caption"):
+    if command in ("evaluate", "caption", "compare"):
         from imgcap_jax.decoding.settings import Decoding
 
         known += option_names(Decoding(), prefix="decode")
@@ -220,9 +222,11 @@ def _load_runs(folders: Sequence[Path], options: argparse.Namespace) -> list[Any
     load_all_code(options.code)
     runs = use_weights([Run.load(folder) for folder in folders], options.weights)
     notes = [note for run in runs for note in run.code_changes()]
-    if options.command == "evaluate":
-        runs[0], note = use_data_dir(runs[0], options.data_dir)
-        notes += [note] if note else []
+    if options.command in ("evaluate", "compare"):
+        # An ensemble reads its images with the settings of its first run.
+        for number in range(1 if options.command == "evaluate" else len(runs)):
+            runs[number], note = use_data_dir(runs[number], options.data_dir)
+            notes += [note] if note else []
     for note in dict.fromkeys(notes):
         _note(note)
     return runs
@@ -366,6 +370,12 @@ def _plan(options: argparse.Namespace) -> int:
     return plan(options)
 
 
+def _runs(options: argparse.Namespace) -> int:
+    from imgcap_jax.cli.runs import runs
+
+    return runs(options)
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     with _importing(options):
         from imgcap_jax.files import check_writable
@@ -406,6 +416,34 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    from imgcap_jax.cli.compare import check, members_of
+    from imgcap_jax.report.comparison import lines
+    from imgcap_jax.run.comparison import compare
+
+    check(options)
+    folders = [members_of(folder) for folder in (options.a, options.b)]
+    runs = _load_runs([run for side in folders for run in side], options)
+    decodings, swept = _decodings(options, runs[0])
+    if swept:
+        raise UserError(f"--decode.{swept[0]} has several values; only imgcap evaluate sweeps")
+    given = options.decoding or any(value is not None for value in _short_decoding(options).values())
+    _keep_compiled()
+    sides = runs[: len(folders[0])], runs[len(folders[0]) :]
+    found = compare(
+        *sides,
+        options.split,
+        cache=lambda run: _features_cache(options, run.folder),
+        decoding=decodings[0] if given else None,
+        names=(options.a, options.b),
+    )
+    print("\n".join(lines(found, options.captions)))
+    if options.json is not None:
+        found.write(options.json)
+        print(f"written: {options.json}")
+    return 0
+
+
 def _caption(options: argparse.Namespace) -> int:
     from imgcap_jax.data.photo_files import photo_files
 
@@ -440,7 +478,7 @@ def _caption(options: argparse.Namespace) -> int:
 
 def _decodings(options: argparse.Namespace, run: Any) -> tuple[list[Any], list[str]]:
     """The run's decoding settings changed by the options, and the names of the fields that are swept."""
-    short = {name: getattr(options, name.replace("-", "_")) for name in ("beam", "length-norm", "max-words", "n-best")}
+    short = _short_decoding(options)
     given = [f"--decode.{name}={value}" for name, value in short.items() if value is not None]
     for option in options.decoding:
         name = option.partition("=")[0].removeprefix("--decode.").replace("_", "-")
@@ -461,6 +499,11 @@ def _decodings(options: argparse.Namespace, run: Any) -> tuple[list[Any], list[s
     if widest.beam > before and not any(option.startswith("--decode.beam=") for option in [*given, *options.decoding]):
         _note(f"beam raised from {before} to {widest.beam}, because n-best is {widest.n_best}")
     return decodings, swept
+
+
+def _short_decoding(options: argparse.Namespace) -> dict[str, float | None]:
+    """The short forms of decoding options; None if they are not given."""
+    return {name: getattr(options, name.replace("-", "_")) for name in ("beam", "length-norm", "max-words", "n-best")}
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -592,7 +635,9 @@ _COMMANDS = {
     "ablate": _ablate,
     "features": _features,
     "plan": _plan,
+    "runs": _runs,
     "evaluate": _evaluate,
+    "compare": _compare,
     "caption": _caption,
     "score": _score,
     "report": _report,

@@ -25,8 +25,10 @@ _EPILOG = """examples:
   imgcap ablate flickr8k_decoders --dry-run
   imgcap features flickr8k
   imgcap plan coco --topology v5e:4x4
+  imgcap runs --watch
   imgcap evaluate runs/flickr8k --split val --beam 3
   imgcap evaluate runs/flickr8k --decode.beam 1 3 5 --decode.length-norm 0 0.7
+  imgcap compare runs/flickr8k runs/flickr8k_scst
   imgcap caption photo.jpg holiday/ --run runs/flickr8k
   imgcap caption photo.jpg --run runs/flickr8k --attention
   imgcap caption photo.jpg --run runs/flickr8k --n-best 3 --decode.must frisbee
@@ -87,8 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    adders = (_add_train, _add_ablate, _add_features, _add_plan, _add_evaluate, _add_caption, _add_score, _add_report)
-    for add in adders:
+    adders = (_add_train, _add_ablate, _add_features, _add_plan, _add_runs, _add_evaluate, _add_compare, _add_caption)
+    for add in (*adders, _add_score, _add_report):
         add(commands)
     data = commands.add_parser("data", allow_abbrev=False, help="prepare, inspect and list datasets")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -258,6 +260,25 @@ def _add_plan(commands: Commands) -> None:
     plan.add_argument("-h", "--help", action="store_true", help="show this and the fields of the experiment")
 
 
+def _add_runs(commands: Commands) -> None:
+    from imgcap_jax.cli.runs import SORTS
+
+    runs = _add_command(
+        commands,
+        "runs",
+        help="list runs with status, epoch, best score, last change and size",
+        description="List the runs in a folder and in the folders below it, such as populations and studies. Status: "
+        "training (a process on a host that shares the folder's locks trains it), finished, interrupted (the same "
+        "command resumes it), failed (the loss was not finite), no checkpoint, or damaged.",
+    )
+    runs.add_argument("folder", nargs="?", type=_folder, help="a folder of runs (default: runs)")
+    runs.add_argument("--watch", action="store_true", help="refresh every two seconds, until Ctrl-C")
+    runs.add_argument("--sort", choices=SORTS, default="name", help="default: name; age: the last changed first")
+    runs.add_argument(
+        "--json", action="store_true", help="print JSON; best is from 0 to 10, updated in seconds of 1970"
+    )
+
+
 def _add_evaluate(commands: Commands) -> None:
     evaluate = _add_command(
         commands,
@@ -298,6 +319,31 @@ def _add_evaluate(commands: Commands) -> None:
     _add_distributed(evaluate, "evaluate")
     _add_weights(evaluate)
     _add_data_dir(evaluate, "that of the run if it exists, or else ")
+
+
+def _add_compare(commands: Commands) -> None:
+    compare = _add_command(
+        commands,
+        "compare",
+        add_help=False,
+        help="compare two runs, or two folders of runs with several seeds",
+        description="Compare two runs: the settings in which they differ, their scores on a split with intervals and "
+        "p-values, training time and size, and the captions that differ most. Stored captions are used if they are up "
+        "to date; otherwise the split is captioned first. If both are folders of runs that differ in their seeds, such "
+        "as populations, means over seeds are compared.",
+    )
+    compare.add_argument("a", type=_folder, metavar="A", help="a run, or a folder of runs that differ in training.seed")
+    compare.add_argument("b", type=_folder, metavar="B", help="the other one; differences are B - A")
+    compare.add_argument("--split", default="val", help="train, val, test, ... (default: val)")
+    compare.add_argument(
+        "--captions", type=int, default=3, metavar="N", help="captions that are shown in each direction (default: 3)"
+    )
+    compare.add_argument("--json", type=_path, metavar="FILE", help="also write everything, with scores per image")
+    _add_decoding(compare)
+    _add_code(compare)
+    _add_cache(compare)
+    _add_weights(compare)
+    _add_data_dir(compare, "those of the runs if they exist, or else ")
 
 
 def _add_caption(commands: Commands) -> None:
