@@ -77,7 +77,7 @@ class Comparison:
     notes: Sequence[str]
 
     def write(self, path: Path) -> None:
-        """Writes everything as JSON. Scores are from 0 to 1, CIDEr-D from 0 to 10; a value that is not known is null."""
+        """Writes everything as JSON. Scores are from 0 to 1 (CIDEr-D: 0 to 10). null: a value is not known."""
         per_image = [side.per_image for side in (self.a, self.b)]
         first = self.a.captions[0]
         images = [
@@ -154,9 +154,9 @@ def compare(
         captions = []
         for run in runs:
             of = run.experiment.data.dataset, run.experiment.data.data_dir, run.experiment.metrics
-            scorer = scorers.setdefault(of, split_scorer(run, split))
-            found = stored_or_evaluated(run, split, cache=cache(run), decoding=decoding, scorer=scorer)
-            captions.append(found)
+            if of not in scorers:
+                scorers[of] = split_scorer(run, split)
+            captions.append(stored_or_evaluated(run, split, cache=cache(run), decoding=decoding, scorer=scorers[of]))
         sides.append(_side(name, captions))
     first, second = sides
     _check_same_images(first, second)
