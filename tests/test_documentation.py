@@ -51,7 +51,8 @@ def place(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_data, "data")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
-    for name in ("flickr8k", "another", "my_experiment"):
+    populations = [f"{name}_population/seed=0" for name in ("flickr8k", "narrow", "wide")]
+    for name in ("flickr8k", "flickr8k_scst", "another", "my_experiment", *populations):
         shutil.copytree(trained, Path("runs") / name)
     for folder in ("holiday", "test2014", "photos/images"):
         Path(folder).mkdir(parents=True)
@@ -93,6 +94,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     """The experiments that commands would have trained, planned, or extracted features for."""
     import imgcap_jax.ablation.estimate
     import imgcap_jax.ablation.runner
+    import imgcap_jax.cli.runs
     import imgcap_jax.data.prepare
     import imgcap_jax.plan.plan
     import imgcap_jax.plan.topology
@@ -100,6 +102,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     import imgcap_jax.run.extraction
     import imgcap_jax.train
     import imgcap_jax.training.parallel
+    import imgcap_jax.training.writers.find
 
     asked: list[Experiment] = []
 
@@ -123,6 +126,8 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
         asked.append(study.base)
         return imgcap_jax.ablation.runner.Ablation()
 
+    monkeypatch.setattr(imgcap_jax.cli.runs, "_watch", lambda folder, sort: None)  # it has no end
+    monkeypatch.setattr(imgcap_jax.training.writers.find, "_is_installed", lambda package: True)
     monkeypatch.setattr(imgcap_jax.ablation.runner, "ablate", ablate)
     monkeypatch.setattr(imgcap_jax.ablation.runner, "needs", lambda study, run, folder: ["base"])
     monkeypatch.setattr(imgcap_jax.ablation.estimate, "time_runs", lambda runs, **_: [])

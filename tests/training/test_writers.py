@@ -19,6 +19,7 @@ from tensorboardX.proto.event_pb2 import Event
 from imgcap_jax.errors import UserError
 from imgcap_jax.training import log as log_module
 from imgcap_jax.training.log import LogTo, MetricsLog, Sample
+from imgcap_jax.training.writers import find
 from imgcap_jax.training.writers.contract import LoggedRun, WriterSettings
 from imgcap_jax.training.writers.find import find_writers
 from imgcap_jax.training.writers.mlflow import Mlflow
@@ -168,7 +169,7 @@ def test_pictures_that_cannot_be_drawn_are_left_out(tmp_path: Path) -> None:
 
 
 def test_names_of_services(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else object())
+    monkeypatch.setattr(find, "_is_installed", lambda name: name != "wandb")
     assert find_writers(["mlflow, trackio", "mlflow"]) == {"mlflow": Mlflow(), "trackio": Trackio()}
     for name, message in {
         "wandb": "--log wandb: the package is not installed; pip install wandb",

@@ -30,7 +30,7 @@ def find_writers(names: Iterable[str]) -> dict[str, WriterSettings]:
 
 def _find(name: str) -> WriterSettings:
     if name in _SERVICES:
-        if importlib.util.find_spec(name) is None:
+        if not _is_installed(name):
             raise UserError(f"--log {name}: the package is not installed; pip install {name}")
         return _SERVICES[name]()
     if ":" not in name:
@@ -46,3 +46,7 @@ def _find(name: str) -> WriterSettings:
     if not hasattr(settings, "open"):
         raise UserError(f"--log {name}: {type(settings).__name__} has no 'open'; docs/adding_parts.md has an example")
     return settings
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
