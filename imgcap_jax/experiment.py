@@ -28,7 +28,7 @@ from imgcap_jax.data.pipeline import CaptionData
 from imgcap_jax.data.regions import RegionSettings, has_ready_regions
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError, check_range
-from imgcap_jax.files import reason
+from imgcap_jax.files import json_digest, reason
 from imgcap_jax.metrics.scoring import CustomMetric
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.decoders.contract import DecoderSettings
@@ -251,6 +251,12 @@ def differences(old: Experiment, new: Experiment) -> list[str]:
     names = [*before, *(name for name in after if name not in before)]
     changed = [name for name in names if before.get(name) != after.get(name) and name not in _FREE]
     return [f"{name}: {before.get(name)} -> {after.get(name)}" for name in changed]
+
+
+def digest(experiment: Experiment) -> str:
+    """A digest of the fields that determine what an experiment computes."""
+    fields = _flatten(_encode(experiment, ""))
+    return json_digest({name: value for name, value in fields.items() if name not in _FREE})
 
 
 def _same_dtype(old: Dtype, new: Dtype) -> bool:

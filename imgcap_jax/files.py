@@ -369,6 +369,10 @@ def is_private(folder: Path) -> bool:
     return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
+class OwnedError(UserError):
+    """Another process has locked a folder."""
+
+
 @contextmanager
 def owning(folder: Path, doing: str) -> Iterator[None]:
     """Locks a folder while entered. The system releases the lock when the process ends for any reason.
@@ -380,7 +384,8 @@ def owning(folder: Path, doing: str) -> Iterator[None]:
         doing: what the owner of the lock is doing, for the error of other processes.
 
     Raises:
-        UserError: another process has locked the folder, its lock is a symbolic link, or it cannot be created.
+        OwnedError: another process has locked the folder.
+        UserError: its lock is a symbolic link, or it cannot be created.
     """
     path = folder.absolute() / OWNER
     made = [parent for parent in path.parents if not parent.exists()]
@@ -392,7 +397,7 @@ def owning(folder: Path, doing: str) -> Iterator[None]:
             raise
         if lock is None:
             check_creatable(folder)
-            raise UserError(f"another process is {doing} {folder}; wait for it, or choose another folder")
+            raise OwnedError(f"another process is {doing} {folder}; wait for it, or choose another folder")
         with lock:
             try:
                 yield

@@ -69,6 +69,7 @@ class Study:
         design: "one at a time" changes one factor of the base per setting; "grid" takes all combinations of levels.
         split: the split that is captioned and scored.
         scores: the scores that are reported. The first one is compared with the base in the tables and in the plot.
+        from_run: whether all runs start from the best parameters of another run, which ``--init-from`` then names.
 
     Raises:
         UserError: names occur twice, a field does not exist, levels do not change the base, or combinations overlap.
@@ -80,6 +81,7 @@ class Study:
     design: Literal["one at a time", "grid"] = "one at a time"
     split: str = "val"
     scores: tuple[str, ...] = ("CIDEr-D", "BLEU-4", "METEOR", "ROUGE-L")
+    from_run: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, Experiment):
@@ -188,23 +190,31 @@ def changed_fields(old: Any, new: Any, name: str = "") -> dict[str, Any]:
 
 def _apply(settings: Any, change: Mapping[str, Any], where: str) -> Any:
     """Settings with new values of fields, with all checks."""
-    for field, value in change.items():
-        try:
-            settings = _replaced(settings, field.split("."), value, field, where)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{where}: {field}={value!r}: {error}") from error
-        except UserError as error:
-            raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from error
-    return settings
+    try:
+        return _replaced(settings, change, "", where)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from error
+    except UserError as error:
+        raise error if str(error).startswith(f"{where}:") else UserError(f"{where}: {error}") from error
 
 
-def _replaced(settings: Any, path: Sequence[str], value: Any, field: str, where: str) -> Any:
+def _replaced(settings: Any, change: Mapping[str, Any], prefix: str, where: str) -> Any:
+    """Settings with new values. All fields of a part change at once, because its checks are about all of them."""
     names = [item.name for item in dataclasses.fields(settings)] if dataclasses.is_dataclass(settings) else []
-    if path[0] not in names:
-        raise UserError(f"{where}: there is no field {field}; {type(settings).__name__} has {', '.join(names)}")
-    if len(path) > 1:
-        value = _replaced(getattr(settings, path[0]), path[1:], value, field, where)
-    return replace(settings, **{path[0]: value})
+    values: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for field, value in change.items():
+        first, _, rest = field.partition(".")
+        if first not in names:
+            kind = type(settings).__name__
+            raise UserError(f"{where}: there is no field {prefix}{field}; {kind} has {', '.join(names) or 'no fields'}")
+        if rest:
+            inner.setdefault(first, {})[rest] = value
+        else:
+            values[first] = value
+    for name, of_part in inner.items():
+        values[name] = _replaced(values.get(name, getattr(settings, name)), of_part, f"{prefix}{name}.", where)
+    return replace(settings, **values)
 
 
 def _check_once(kind: str, names: Sequence[str]) -> None:

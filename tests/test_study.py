@@ -10,6 +10,7 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.decoders.show_tell import ShowTell
+from imgcap_jax.models.decoders.transformer import Transformer
 from imgcap_jax.study import Factor, Study, folder_name
 
 BASE = Experiment()
@@ -46,6 +47,16 @@ def test_a_level_that_equals_the_base_is_its_level() -> None:
     assert [setting.levels["smoothing"] for setting in study.settings()] == [own, "0" if own == "0.1" else "0.1"]
 
 
+def test_fields_of_a_part_change_together() -> None:
+    """A Transformer refuses a hidden size that differs from its embedding size."""
+    base = replace(BASE, decoder=Transformer(hidden_size=512, embedding_size=512))
+    small = replace(base, decoder=Transformer(hidden_size=256, embedding_size=256))
+    fields = {"decoder.hidden_size": 256, "decoder.embedding_size": 256}
+    for level in (small, fields):
+        study = Study(base, (Factor("size", {"256": level}),))
+        assert study.settings()[1].experiment == small
+
+
 @pytest.mark.parametrize(
     ("factors", "options", "message"),
     [
@@ -78,10 +89,10 @@ def test_settings_that_differ_in_decoding_share_their_runs() -> None:
     study = Study(BASE, (ATTENTION, BEAM), seeds=(3, 5), design="grid")
     runs = runs_of(study)
     assert [run.name for run in runs] == [
-        "base,seed=3",
-        "base,seed=5",
-        "attention=none,seed=3",
-        "attention=none,seed=5",
+        "base/seed=3",
+        "base/seed=5",
+        "attention=none/seed=3",
+        "attention=none/seed=5",
     ]
     assert [setting.name for setting in runs[0].settings] == ["base", "beam=5"]
     assert [setting.name for setting in runs[3].settings] == ["attention=none", "attention=none, beam=5"]
@@ -94,9 +105,9 @@ def test_runs_that_differ_in_numbers_are_one_population() -> None:
     runs = runs_of(Study(BASE, (rate, SIZE), seeds=(0, 1)))
     groups = populations(runs, 8)
     assert [[run.name for run in group] for group in groups] == [
-        ["base,seed=0", "base,seed=1", "rate=high,seed=0", "rate=high,seed=1"],
-        ["size=64,seed=0", "size=64,seed=1"],
-        ["size=32,seed=0", "size=32,seed=1"],
+        ["base/seed=0", "base/seed=1", "rate=high/seed=0", "rate=high/seed=1"],
+        ["size=64/seed=0", "size=64/seed=1"],
+        ["size=32/seed=0", "size=32/seed=1"],
     ]
     assert [len(group) for group in populations(runs, 3)] == [3, 1, 2, 2]
     assert [len(group) for group in populations(runs, 1)] == [1] * 8
@@ -104,11 +115,11 @@ def test_runs_that_differ_in_numbers_are_one_population() -> None:
     assert {*variants[0].values} == {"training.seed", "optimizer.learning_rate"}
     assert variants[3].values == {"training.seed": 1, "optimizer.learning_rate": 0.5}
     assert [[run.name for run in part] for part in split_group(groups[0])] == [
-        ["base,seed=0", "base,seed=1"],
-        ["rate=high,seed=0", "rate=high,seed=1"],
+        ["base/seed=0", "base/seed=1"],
+        ["rate=high/seed=0", "rate=high/seed=1"],
     ]
     assert [len(part) for part in split_group(groups[1])] == [1, 1]
 
 
 def test_folder_names_have_no_blanks_or_slashes() -> None:
-    assert folder_name("hidden size=128, decoder=a/b,seed=0") == "hidden_size=128,decoder=a_b,seed=0"
+    assert folder_name("hidden size=128, decoder=a/b") == "hidden_size=128,decoder=a_b"

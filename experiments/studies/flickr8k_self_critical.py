@@ -22,4 +22,5 @@ study = Study(
         Factor("eos in the reward", {"no": {"objective.reward_eos": False}}, base="yes"),
     ),
     seeds=(0, 1, 2),
+    from_run=True,
 )

@@ -19,4 +19,5 @@ study = Study(
         Factor("fine-tuned stages", {str(stages): {"encoder.trainable_stages": stages} for stages in (0, 1, 2, 3)}),
     ),
     seeds=(0, 1, 2),
+    from_run=True,
 )

@@ -1,7 +1,7 @@
 """How long a study will take, from a few timed steps of each kind of run."""
 
-import json
 import math
+import signal
 import tempfile
 import time
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imgcap_jax.ablation.runs import StudyRun
+from imgcap_jax.errors import Terminated
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.session import open_data
 from imgcap_jax.train import train
-from imgcap_jax.training.log import METRICS
+from imgcap_jax.training.log import read_metrics
 from imgcap_jax.training.optimizer import steps_of
 
 _BATCHES = 4  # steps per epoch of the timed run, which has two epochs
@@ -72,7 +73,7 @@ def time_run(experiment: Experiment, *, init_from: Path | None) -> RunTime:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        train(
+        outcome = train(
             replace(experiment, training=short),
             run,
             cache=Path(folder) / "features",
@@ -81,7 +82,9 @@ def time_run(experiment: Experiment, *, init_from: Path | None) -> RunTime:
             show=lambda line: None,
         )
         whole = time.perf_counter() - started
-        records = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
+        records = read_metrics(run)
+    if outcome.interrupted:
+        raise Terminated if outcome.interrupted == signal.SIGTERM else KeyboardInterrupt
     last = [record for record in records if record["kind"] == "train"][-1]
     judged = [record for record in records if record["kind"] == "validation"][-1]
     captions = experiment.data.batch_size * experiment.data.captions_per_image

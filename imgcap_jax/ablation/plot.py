@@ -21,7 +21,7 @@ def write_plot(table: StudyTable, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    name = next(one for one in table.study.scores if one not in table.missing)
+    name = table.scores[0]
     rows = table.rows
     places = np.arange(len(rows))[::-1]
     longest = max(len(row.setting.name) for row in rows)

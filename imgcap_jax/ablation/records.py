@@ -6,10 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from imgcap_jax.ablation.runs import StudyRun, runs_of
+from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.decoding.settings import Decoding
+from imgcap_jax.experiment import digest
 from imgcap_jax.files import read_json, reading, write_text
+from imgcap_jax.run.folder import is_run
+from imgcap_jax.study import Setting, Study
+from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
 
-RESULTS = "results"
+RESULTS, FAILED = "results", "failed"
 _ADVICE = "delete it; the same command evaluates the run again"
 
 
@@ -36,6 +42,7 @@ class Record:
 
     Attributes:
         seed: its seed.
+        experiment: the digest of what was trained.
         dataset, split: what was captioned. fingerprint: of these data.
         step: the step of its best parameters.
         parameters: the number of trained parameters.
@@ -46,6 +53,7 @@ class Record:
     """
 
     seed: int
+    experiment: str
     dataset: str
     split: str
     fingerprint: str
@@ -58,17 +66,78 @@ class Record:
 
     def write(self, folder: Path, name: str) -> None:
         """Writes the record of the run ``name`` of the study in the folder."""
-        (folder / RESULTS).mkdir(exist_ok=True)
-        write_text(folder / RESULTS / f"{name}.json", json.dumps(asdict(self), indent=1) + "\n")
+        write_text(_file(folder, name), json.dumps(asdict(self), indent=1) + "\n")
 
 
-def read_record(folder: Path, name: str) -> Record | None:
-    """The record of the run ``name`` of the study in the folder; None if there is none.
+def evaluated_source(study: Study) -> CaptionSource:
+    """The split on which all settings are evaluated. Raises UserError if it does not exist."""
+    name = parse_mixture(study.base.data.dataset)[0][0]
+    return open_source(name, study.split, study.base.data.data_dir)
+
+
+def current_results(folder: Path, run: StudyRun, source: CaptionSource) -> tuple[Record | None, dict[str, Result]]:
+    """The record of a run, and those of its results that are still those of the study; None if there are none.
+
+    They are those of the run in its folder, of its best parameters, of the same data, and of the settings' decoding.
+
+    Args:
+        folder: the folder of the study.
+        run: the run.
+        source: the split, from ``evaluated_source``.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the record is damaged.
     """
-    path = folder / RESULTS / f"{name}.json"
+    record = _read(_file(folder, run.name))
+    path = folder / run.name
+    if (
+        record is None
+        or not is_run(path)
+        or record.experiment != digest(run.experiment)
+        or record.step != latest_step(path / CHECKPOINTS / "best")
+        or (record.dataset, record.split, record.fingerprint) != (source.name, source.split, source.fingerprint)
+    ):
+        return None, {}
+    return record, {setting.name: record.results[setting.name] for setting in run.settings if _has(record, setting)}
+
+
+def _has(record: Record, setting: Setting) -> bool:
+    result = record.results.get(setting.name)
+    return result is not None and result.decoding == decoding_text(setting.experiment.decoding)
+
+
+def result_files(folder: Path) -> dict[str, int]:
+    """The files of all records in the folder of a study, each with the time of its last change (ns)."""
+    return {str(path): path.stat().st_mtime_ns for path in sorted((folder / RESULTS).rglob("*.json"))}
+
+
+def failure_file(folder: Path, run: StudyRun) -> Path:
+    """The file with the reason why a run failed when it was last tried."""
+    return folder / FAILED / f"{run.name}.txt"
+
+
+def failures(study: Study, folder: Path) -> dict[str, str]:
+    """The runs that failed when they were last tried, and why."""
+    files = {run.name: failure_file(folder, run) for run in runs_of(study)}
+    return {name: reason_of(path) for name, path in files.items() if path.exists()}
+
+
+def reason_of(failure: Path) -> str:
+    """The reason in a file of ``failure_file``, in one line."""
+    lines = failure.read_text(encoding="utf-8", errors="replace").splitlines()
+    return lines[0] if lines else "the reason is not known"
+
+
+def decoding_text(decoding: Decoding) -> str:
+    """A text that is the same for equal decoding settings."""
+    return repr(decoding)
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / RESULTS / f"{name}.json"
+
+
+def _read(path: Path) -> Record | None:
     if not path.exists():
         return None
     found = read_json(path, _ADVICE)
@@ -77,19 +146,9 @@ def read_record(folder: Path, name: str) -> Record | None:
         return Record(**found, results=results)
 
 
-def finished_runs(folder: Path) -> dict[str, int]:
-    """The files of all records in the folder of a study, each with the time of its last change (ns)."""
-    return {path.name: path.stat().st_mtime_ns for path in sorted((folder / RESULTS).glob("*.json"))}
-
-
 def _result(found: Mapping[str, Any]) -> Result:
     captions = {int(image_id): str(caption) for image_id, caption in found["captions"].items()}
     true = found["true"]
     if true is not None:
         true = {int(image_id): bool(value) for image_id, value in true.items()}
     return Result(found["decoding"], captions, true, float(found["images_per_second"]))
-
-
-def decoding_text(decoding: Decoding) -> str:
-    """A text that is the same for equal decoding settings."""
-    return repr(decoding)

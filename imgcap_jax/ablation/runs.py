@@ -15,7 +15,7 @@ class StudyRun:
     """A run of a study. Settings that differ in decoding only share it.
 
     Attributes:
-        name: the name of its folder, as "hidden_size=128,seed=0".
+        name: its folder in that of the study, as "hidden_size=128/seed=0".
         seed: its seed.
         experiment: what is trained. Its decoding is that of the study's base, which chooses the best parameters.
         settings: the settings that are evaluated with it, each with its own decoding.
@@ -39,7 +39,7 @@ def runs_of(study: Study) -> list[StudyRun]:
             same.append(setting)
     return [
         StudyRun(
-            folder_name(f"{settings[0].name},seed={seed}"),
+            f"{folder_name(settings[0].name)}/seed={seed}",
             seed,
             replace(experiment, training=replace(experiment.training, seed=seed)),
             tuple(settings),

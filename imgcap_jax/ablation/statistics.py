@@ -2,24 +2,21 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from imgcap_jax.ablation.records import Record, read_record
-from imgcap_jax.ablation.runner import failures
+from imgcap_jax.ablation.records import Record, current_results, evaluated_source, failures
 from imgcap_jax.ablation.runs import runs_of
-from imgcap_jax.data.sources import open_source, parse_mixture
-from imgcap_jax.errors import UserError
+from imgcap_jax.ablation.scores import TRUE, metrics_of, reported_scores
 from imgcap_jax.metrics.corpus import MetricScore, mean_score
-from imgcap_jax.metrics.scoring import CaptionScorer, available_metrics, with_custom
+from imgcap_jax.metrics.scoring import CaptionScorer
 from imgcap_jax.metrics.seeds import SeedDifference, compare_seeds, holm
+from imgcap_jax.remote import shown
+from imgcap_jax.run.folder import Run, is_run
 from imgcap_jax.study import Setting, Study
-
-TRUE = "true"
-"""The share of captions of drawn scenes that are entirely true, as a score."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,8 @@ class ScoreRow:
         values: of each seed. Scores are from 0 to 1, CIDEr from 0 to 10.
         mean, deviation: over seeds; NaN if there is none, or a single one.
         difference: to the base; None for the base, or if one of the two has no results.
-        p_value: of the difference, corrected for the number of settings of this score (Holm, 1979); NaN if there is no
-            test.
+        p_value: of the difference, corrected for the number of settings that the study compares with the base (Holm,
+            1979), also of those without results yet; NaN if there is no test.
     """
 
     values: tuple[float, ...]
@@ -67,24 +64,37 @@ class TableRow:
 
 
 @dataclass(frozen=True)
+class _Scored:
+    """A setting with one seed: the record of its run, the speed of decoding, and the scores by name."""
+
+    record: Record
+    images_per_second: float
+    scores: dict[str, MetricScore]
+
+
+@dataclass(frozen=True)
 class StudyTable:
     """The results of a study.
 
     Attributes:
         study: what was computed.
+        scores: the names of the scores that could be computed.
         rows: one per setting, the base first.
-        runs, finished: the number of runs, and of those with results.
+        runs, finished: the number of runs, and of those with all results.
         failed: the name of each run that failed -> why.
+        start: the run that all runs started from; "" if they started from random parameters.
         dataset, images: what was captioned.
         signature: of the scores.
         missing: the name of each score that could not be computed -> how to get it.
     """
 
     study: Study
+    scores: tuple[str, ...]
     rows: tuple[TableRow, ...]
     runs: int
     finished: int
     failed: dict[str, str]
+    start: str
     dataset: str
     images: int
     signature: str
@@ -92,61 +102,56 @@ class StudyTable:
 
 
 def study_table(study: Study, folder: Path) -> StudyTable:
-    """Computes the table from the results in the folder of a study.
+    """Computes the table from the current results in the folder of a study. Rows can have no results.
 
     Raises:
-        UserError: there are no results, or a score of the study does not exist.
+        UserError: a record is damaged, a score does not exist, or the split does not exist.
     """
-    runs = runs_of(study)
-    records = {run.name: record for run in runs if (record := read_record(folder, run.name)) is not None}
-    if not records:
-        raise UserError(f"{folder} has no results of the study yet")
-    dataset = parse_mixture(study.base.data.dataset)[0][0]
-    source = open_source(dataset, study.split, study.base.data.data_dir)
-    ids = [int(image_id) for image_id in source.image_ids()]
-    tokenizer = study.base.data.tokenizer
-    metrics = with_custom(available_metrics(tokenizer=tokenizer), study.base.metrics)
-    scorer = CaptionScorer({i: source.captions(n) for n, i in enumerate(ids)}, metrics, tokenizer=tokenizer)
-    found: dict[str, list[tuple[int, Record, dict[str, MetricScore]]]] = {}
-    missing: dict[str, str] = {}
+    names, missing = reported_scores(study)
+    runs, source, finished = runs_of(study), evaluated_source(study), 0
+    references = {int(image_id): source.captions(number) for number, image_id in enumerate(source.image_ids())}
+    scorer = CaptionScorer(references, metrics_of(study), tokenizer=study.base.data.tokenizer)
+    found: dict[str, list[_Scored]] = {setting.name: [] for setting in study.settings()}
     for run in runs:
-        for setting in run.settings:
-            of_setting = found.setdefault(setting.name, [])
-            record = records.get(run.name)
-            result = None if record is None else record.results.get(setting.name)
-            if record is None or result is None:
-                continue
-            scores = scorer.score(result.captions)
-            missing |= scores.missing
-            scored = dict(scores.metrics)
+        record, results = current_results(folder, run, source)
+        finished += len(results) == len(run.settings)
+        for name, result in results.items():
+            assert record is not None
+            scores = dict(scorer.score(result.captions).metrics)
             if result.true is not None:
-                scored[TRUE] = mean_score(np.array([result.true[i] for i in scorer.references.image_ids], float))
-            of_setting.append((run.seed, record, scored))
-    names = [name for name in study.scores if name not in missing]
-    known = next(scored for of_setting in found.values() for _, _, scored in of_setting)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise UserError(
-            f"the study reports the score {unknown[0]!r}, which does not exist; give some of {', '.join(known)}"
-        )
+                scores[TRUE] = mean_score(np.array([result.true[i] for i in scorer.references.image_ids], float))
+            found[name].append(_Scored(record, result.images_per_second, scores))
     columns = {name: _column(study, name, found) for name in names}
     rows = tuple(
         _row(setting, found[setting.name], {name: columns[name][setting.name] for name in names})
         for setting in study.settings()
     )
+    start = next((of.init_from for run in runs if (of := _run(folder / run.name)) is not None), None)
     return StudyTable(
-        study, rows, len(runs), len(records), failures(study, folder), dataset, len(ids), scorer.signature, missing
+        study,
+        tuple(names),
+        rows,
+        len(runs),
+        finished,
+        failures(study, folder),
+        "" if start is None else shown(start),
+        source.name,
+        len(source),
+        scorer.signature,
+        missing,
     )
 
 
-def _column(
-    study: Study, name: str, found: dict[str, list[tuple[int, Record, dict[str, MetricScore]]]]
-) -> dict[str, ScoreRow]:
+def _run(folder: Path) -> Run | None:
+    return Run.load(folder) if is_run(folder) else None
+
+
+def _column(study: Study, name: str, found: Mapping[str, Sequence[_Scored]]) -> dict[str, ScoreRow]:
     """One score of all settings."""
-    scores = {setting: [scored[name] for _, _, scored in results] for setting, results in found.items()}
+    scores = {setting: [scored.scores[name] for scored in results] for setting, results in found.items()}
     base, *others = [setting.name for setting in study.settings()]
     run_of = {setting.name: run.experiment for run in runs_of(study)[:: len(study.seeds)] for setting in run.settings}
-    seeds = {setting: [seed for seed, _, _ in results] for setting, results in found.items()}
+    seeds = {setting: [scored.record.seed for scored in results] for setting, results in found.items()}
     differences = {
         setting: compare_seeds(
             scores[setting],
@@ -171,21 +176,17 @@ def _score_row(values: Sequence[float], difference: SeedDifference | None, p_val
     )
 
 
-def _row(
-    setting: Setting, results: Sequence[tuple[int, Record, dict[str, MetricScore]]], scores: dict[str, ScoreRow]
-) -> TableRow:
-    def mean(of: Callable[[Record], float | None]) -> float:
-        return _mean([value for _, record, _ in results if (value := of(record)) is not None])
-
+def _row(setting: Setting, results: Sequence[_Scored], scores: dict[str, ScoreRow]) -> TableRow:
+    records = [scored.record for scored in results]
     return TableRow(
         setting,
-        tuple(seed for seed, _, _ in results),
+        tuple(record.seed for record in records),
         scores,
-        results[0][1].parameters if results else None,
-        mean(lambda record: record.minutes),
-        mean(lambda record: record.captions_per_second),
-        mean(lambda record: record.results[setting.name].images_per_second),
-        max((record.together for _, record, _ in results), default=1),
+        records[0].parameters if records else None,
+        _mean([record.minutes for record in records]),
+        _mean([rate for record in records if (rate := record.captions_per_second) is not None]),
+        _mean([scored.images_per_second for scored in results]),
+        max((record.together for record in records), default=1),
     )
 
 

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from imgcap_jax.ablation.statistics import TRUE, ScoreRow, StudyTable, TableRow
+from imgcap_jax.ablation.scores import TRUE
+from imgcap_jax.ablation.statistics import ScoreRow, StudyTable, TableRow
 from imgcap_jax.errors import counted, printable
 from imgcap_jax.experiment import differences
 from imgcap_jax.files import write_text
@@ -93,6 +94,7 @@ def as_json(table: StudyTable) -> str:
         "dataset": table.dataset,
         "split": table.study.split,
         "images": table.images,
+        "start": table.start,
         "runs": table.runs,
         "finished": table.finished,
         "failed": table.failed,
@@ -105,17 +107,19 @@ def as_json(table: StudyTable) -> str:
 
 def notes(table: StudyTable) -> list[str]:
     """What a reader must know: what is compared and how, and what is missing."""
-    study, first = table.study, table.study.scores[0]
+    study, first = table.study, table.scores[0]
     found = []
     if table.finished < table.runs:
         found.append(f"incomplete: {table.finished} of {counted(table.runs, 'run')} have results")
     found += [f"{name} failed: {reason}" for name, reason in table.failed.items()]
-    found += [f"{name} is missing: {how}" for name, how in table.missing.items() if name in study.scores]
+    found += [f"{name} is missing: {how}" for name, how in table.missing.items()]
     seeds = len(study.seeds)
     found.append(
-        f"{table.dataset}, split {study.split}, {counted(table.images, 'image')}, {counted(seeds, 'seed')} per "
-        f"setting; scores are times 100; mean and standard deviation over seeds"
+        f"{table.dataset}, split {study.split}, {counted(table.images, 'image')}; scores are times 100; mean and "
+        f"standard deviation over seeds"
     )
+    if table.start:
+        found.append(f"all runs started from {table.start}, so the intervals do not cover other starts")
     if seeds > 1:
         found.append(
             f"difference of {first} to the base, with a 95 % interval for other seeds and other images; p is corrected "
@@ -134,15 +138,26 @@ def notes(table: StudyTable) -> list[str]:
 
 
 def _cells(table: StudyTable, *, plus_minus: str) -> list[list[str]]:
-    first, *others = [name for name in table.study.scores if name not in table.missing]
-    head = ["setting", first, "difference", "95 % interval", "p", *others, "parameters", "minutes", "captions/s"]
+    first, *others = table.scores
+    head = [
+        "setting",
+        "seeds",
+        first,
+        "difference",
+        "95 % interval",
+        "p",
+        *others,
+        "parameters",
+        "minutes",
+        "captions/s",
+    ]
     cells = [head]
     for row in table.rows:
         compared = _compared(row.scores[first], base=row is table.rows[0])
         scores = [_score(row, name, plus_minus) for name in (first, *others)]
         parameters = "" if row.parameters is None else f"{row.parameters:,}"
         speeds = [_number(row.minutes, ".1f"), _number(row.captions_per_second, ",.0f")]
-        cells.append([row.setting.name, scores[0], *compared, *scores[1:], parameters, *speeds])
+        cells.append([row.setting.name, str(len(row.seeds)), scores[0], *compared, *scores[1:], parameters, *speeds])
     return cells
 
 

@@ -23,7 +23,7 @@ from imgcap_jax.user_code import load_all_code
 
 _TOGETHER = 8  # runs per program on an accelerator
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS")
-_STATISTICS_FILES = "table.md, table.tex, table.csv, table.json"
+_TABLES = "table.md, table.tex, table.csv, table.json"
 
 
 def ablate(options: argparse.Namespace, folder: Path, cache: Path, keep_compiled: Callable[[], None]) -> int:
@@ -42,22 +42,25 @@ def ablate(options: argparse.Namespace, folder: Path, cache: Path, keep_compiled
         check_range("--together", options.together, at_least=1)
     if url_of(folder) is not None:
         raise UserError(f"{folder} is in a bucket; the folder of a study must be on a disk")
-    shard = _shard(options.shard)
-    devices = _devices(options)
+    shard, devices = _shard(options.shard), _devices(options)
     check_creatable(folder)
-    if options.dry_run:
-        keep_compiled()
-        return _dry_run(options, study, folder)
-    if options.jobs > 1:
-        code = _run_jobs(options, folder, devices)
+    if options.jobs > 1 and not options.dry_run:
+        from imgcap_jax.ablation.runner import check_study
+
+        check_study(study, folder, options.init_from)  # once, rather than by each job
+        code, stopped = _run_jobs(options, devices)
     else:
         if devices:
             os.environ.update(_visible(devices))
         keep_compiled()
+        if options.dry_run:
+            return _dry_run(options, study, folder, shard)
         code = _run(options, study, folder, cache, shard)
-    if code >= 128 or options.worker:
+        stopped = code >= 128
+    if stopped or options.worker:
         return code
-    return max(code, _write(study, folder))
+    _write(study, folder)
+    return code
 
 
 def _run(options: argparse.Namespace, study: Any, folder: Path, cache: Path, shard: tuple[int, int]) -> int:
@@ -74,7 +77,15 @@ def _run(options: argparse.Namespace, study: Any, folder: Path, cache: Path, sha
         f"{counted(len(settings), 'setting')} with {counted(len(study.seeds), 'seed')} each: "
         f"{counted(len(runs), 'run')} in {folder}"
     )
-    done = run(study, folder, cache=cache, init_from=options.init_from, together=together, shard=shard)
+    done = run(
+        study,
+        folder,
+        cache=cache,
+        init_from=options.init_from,
+        together=together,
+        processes=options.worker or 1,
+        shard=shard,
+    )
     parts = [f"{len(done.finished)} finished"]
     parts += [f"{len(done.failed)} failed"] if done.failed else []
     parts += [f"{len(done.elsewhere)} left to other processes"] if done.elsewhere else []
@@ -85,28 +96,27 @@ def _run(options: argparse.Namespace, study: Any, folder: Path, cache: Path, sha
     return 2 if done.failed else 0
 
 
-def _write(study: Any, folder: Path) -> int:
-    """Writes and prints the table of what is finished."""
+def _write(study: Any, folder: Path) -> None:
+    """Writes and prints the table of the results so far."""
     from imgcap_jax.ablation.plot import write_plot
-    from imgcap_jax.ablation.records import finished_runs
+    from imgcap_jax.ablation.records import result_files
     from imgcap_jax.ablation.statistics import study_table
     from imgcap_jax.ablation.tables import lines, write_tables
 
-    found = finished_runs(folder)
+    found = result_files(folder)
     if not found:
         print("there are no results yet, so there is no table")
-        return 0
+        return
     while True:
         table = study_table(study, folder)
         write_tables(table, folder)
         write_plot(table, folder / "differences.png")
         # Another process can have finished the last run meanwhile, and written the whole table before this one.
-        before, found = found, finished_runs(folder)
+        before, found = found, result_files(folder)
         if before == found:
             break
     print("\n" + "\n".join(lines(table)))
-    print(f"\nwritten to {folder}: {_STATISTICS_FILES}, differences.png")
-    return 0
+    print(f"\nwritten to {folder}: {_TABLES}, differences.png")
 
 
 def _shard(text: str | None) -> tuple[int, int]:
@@ -143,22 +153,25 @@ def _visible(devices: Sequence[str]) -> dict[str, str]:
     return dict.fromkeys(_VISIBLE, ",".join(devices))
 
 
-def _dry_run(options: argparse.Namespace, study: Any, folder: Path) -> int:
+def _dry_run(options: argparse.Namespace, study: Any, folder: Path, shard: tuple[int, int]) -> int:
     """Says what would run, and how long."""
     from imgcap_jax.ablation.estimate import time_runs
-    from imgcap_jax.ablation.runner import check_folder, needs
+    from imgcap_jax.ablation.records import evaluated_source
+    from imgcap_jax.ablation.runner import check_study, missing_results
     from imgcap_jax.ablation.runs import runs_of
     from imgcap_jax.report.columns import aligned
     from imgcap_jax.run.folder import is_run
     from imgcap_jax.terminal import duration, working
 
-    runs = runs_of(study)
-    check_folder(runs, folder)
-    left = [run for run in runs if needs(study, run, folder)]
+    check_study(study, folder, options.init_from)
+    source, number, shards = evaluated_source(study), *shard
+    runs = runs_of(study)[number - 1 :: shards]
+    left = [run for run in runs if missing_results(run, folder, source)]
     started = sum(is_run(folder / run.name) for run in left)
     print(
-        f"{counted(len(study.settings()), 'setting')}, {counted(len(runs), 'run')} in {folder}: "
-        f"{len(runs) - len(left)} finished, {started} to resume, {len(left) - started} to start"
+        f"{counted(len(study.settings()), 'setting')}, {counted(len(runs), 'run')} in {folder}"
+        f"{f' (shard {number} of {shards})' if shards > 1 else ''}: {len(runs) - len(left)} finished, {started} to "
+        f"resume, {len(left) - started} to start"
     )
     if not left:
         return 0
@@ -171,25 +184,29 @@ def _dry_run(options: argparse.Namespace, study: Any, folder: Path) -> int:
         rows.append(["; ".join(setting.name for setting in run.settings), *numbers])
     print("\n".join(aligned(rows, left=(0,))))
     total = sum(count * time.seconds for _, count, time in timed) / options.jobs
-    how = f"in {options.jobs} jobs" if options.jobs > 1 else "one run after another"
+    jobs = f", in {options.jobs} jobs that do not slow each other down" if options.jobs > 1 else ""
     print(
-        f"about {duration(total)} in all, {how}; runs that resume take less. Not included: features of a frozen "
-        f"encoder, the evaluation of each run"
+        f"about {duration(total)} in all{jobs}, without the features of a frozen encoder and the evaluation of each "
+        f"run. Runs that resume take less, and so do runs that are trained together on an accelerator"
     )
     return 0
 
 
-def _run_jobs(options: argparse.Namespace, folder: Path, devices: Sequence[str]) -> int:
-    """Runs the command in several processes, which take runs as they become free; returns the largest exit code."""
-    command = [sys.executable, "-m", "imgcap_jax.cli.main", *options.given, "--jobs", "1", "--worker"]
+def _run_jobs(options: argparse.Namespace, devices: Sequence[str]) -> tuple[int, bool]:
+    """Runs the command in several processes, each of which takes the next run that no other one trains.
+
+    Returns:
+        The exit code, and whether a signal has stopped the jobs.
+    """
+    command = [sys.executable, "-m", "imgcap_jax.cli.main", *options.given, "--jobs", "1"]
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     jobs: list[subprocess.Popen[str]] = []
-    with _forwarding(jobs):
+    with _forwarding(jobs) as received:
         for number in range(options.jobs):
             own = devices[number :: options.jobs]
             jobs.append(
                 subprocess.Popen(
-                    _without_devices(command),
+                    [*_without_devices(command), "--worker", str(options.jobs)],
                     env=os.environ | (_visible(own) if own else {}),
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
@@ -204,8 +221,13 @@ def _run_jobs(options: argparse.Namespace, folder: Path, devices: Sequence[str])
         for thread in threads:
             thread.join()
         codes = [job.wait() for job in jobs]
-    # A negative code is the signal that killed a job.
-    return max(code if code >= 0 else 128 - code for code in codes)
+    if received:
+        return 128 + received[0], True
+    for number, code in enumerate(codes, 1):
+        if code not in (0, 2):
+            ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            print(f"job {number} {ended}; its last run is not finished. The same command resumes it", file=sys.stderr)
+    return (2 if any(codes) else 0), False
 
 
 def _without_devices(command: Sequence[str]) -> list[str]:
@@ -239,17 +261,19 @@ def _show_lines(job: "subprocess.Popen[str]", number: int) -> None:
 
 
 @contextmanager
-def _forwarding(jobs: "Sequence[subprocess.Popen[str]]") -> Iterator[None]:
-    """While entered, SIGTERM and Ctrl-C end the jobs, which save their state."""
+def _forwarding(jobs: "Sequence[subprocess.Popen[str]]") -> Iterator[list[int]]:
+    """While entered, SIGTERM and Ctrl-C end the jobs, which save their state. Yields the signals that were received."""
+    received: list[int] = []
 
-    def forward(received: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         for job in jobs:
             if job.poll() is None:
                 job.send_signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

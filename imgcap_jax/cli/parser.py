@@ -204,7 +204,7 @@ def _add_ablate(commands: Commands) -> None:
     ablate.add_argument(
         "--shard", metavar="I/N", help="train the I-th of N parts, for several machines with a common folder"
     )
-    ablate.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    ablate.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # of this number
     _add_code(ablate)
     _add_cache(ablate)
 

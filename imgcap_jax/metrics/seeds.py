@@ -132,11 +132,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """The p-values corrected for the number of comparisons (Holm, 1979), in the given order.
 
     Rejecting all hypotheses with a corrected p-value of at most a keeps the probability of one wrong rejection or more
-    at most at a. NaN (no test) stays NaN and does not count.
+    at most at a. NaN stands for a test that is not done yet, or cannot be done. It stays NaN and counts as a
+    comparison: otherwise the p-values of an unfinished study would be too small.
     """
     values = np.asarray(p_values, float)
     tested = np.flatnonzero(~np.isnan(values))
     order = tested[np.argsort(values[tested], kind="stable")]
-    factors = np.arange(len(order), 0, -1)
+    factors = len(values) - np.arange(len(order))
     values[order] = np.minimum(1.0, np.maximum.accumulate(values[order] * factors))
     return [float(value) for value in values]

@@ -354,9 +354,9 @@ def sweep(
 ) -> Iterator[Evaluation]:
     """Captions a split with the best parameters of a run or an ensemble, once per setting.
 
-    With one setting, the captions (and all hypotheses, if there are several per image) and the scores are written into
-    the folder of the first run. With several settings, only the scores are written, into the file of its sweeps. With
-    several processes, all of them call this, and the first one writes.
+    The captions (and all hypotheses, if there are several per image) and the scores are written into the folder of the
+    first run. Of several settings, only those of the run's own decoding are written there; the scores of all of them go
+    into the file of its sweeps. With several processes, all of them call this, and the first one writes.
 
     Args:
         runs: the trained run, or several with the same vocabulary.
@@ -409,15 +409,14 @@ def sweep(
             evaluator.examples(params, frozen, captioned, examples) if examples else (),
         )
         results = {**where, **evaluation.results()}
-        if not write or not is_first_process():
-            pass
-        elif len(decodings) == 1:
+        writes = write and is_first_process()
+        if writes and (len(decodings) == 1 or (len(runs) == 1 and decoding == first.decoding)):
             _write(runs[0].folder, f"{prefix}{split}", captioned, evaluator.file_names, results)
             suffix = split if dataset is None else f"{dataset}_{split}"
             write_references(runs[0].folder / f"references_{suffix}.json", evaluator.references, evaluator.file_names)
             names = [f"{kind}_{prefix}{split}.json" for kind in ("captions", "n_best", "scores")]
             push(runs[0].folder, [*names, f"references_{suffix}.json"])
-        else:
+        if writes and len(decodings) > 1:
             _add_to_sweep(sweep_file, results)
             push(runs[0].folder, [sweep_file.name])
         yield evaluation

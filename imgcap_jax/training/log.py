@@ -260,6 +260,17 @@ def _log_id(path: Path) -> str:
         return str(found["id"])
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, without the incomplete one that a killed run leaves; none if there is no file."""
+    path = folder / METRICS
+    if not path.is_file():
+        return []
+    with reading(path, "move it away"):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    records = (_record(line) for line in text.split("\n"))
+    return [record for record in records if math.isfinite(record["step"])]
+
+
 def _continued(path: Path, last: Mapping[str | None, int]) -> TextIO:
     """Opens a file of JSON lines to append to it, without the lines of each kind after their last step."""
     with reading(path, "move it away"):

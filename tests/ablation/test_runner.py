@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from imgcap_jax.ablation.estimate import time_run
-from imgcap_jax.ablation.records import read_record
-from imgcap_jax.ablation.runner import Ablation, ablate, check_folder, needs
+from imgcap_jax.ablation.records import Record, current_results, evaluated_source, result_files
+from imgcap_jax.ablation.runner import Ablation, ablate, check_study, missing_results
 from imgcap_jax.ablation.runs import runs_of
 from imgcap_jax.ablation.statistics import study_table
 from imgcap_jax.cli.main import main
@@ -24,13 +24,20 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.files import owning
 from imgcap_jax.study import Factor, Study
 
-TRAINED = ["base,seed=0", "base,seed=1", "size=12,seed=0", "size=12,seed=1"]
-FAILING = ["rate=infinite,seed=0", "rate=infinite,seed=1"]
+TRAINED = ["base/seed=0", "base/seed=1", "size=12/seed=0", "size=12/seed=1"]
+FAILING = ["rate=infinite/seed=0", "rate=infinite/seed=1"]
 
 
 def run(study: Study, folder: Path, **options: Any) -> tuple[Ablation, list[str]]:
     lines: list[str] = []
     return ablate(study, folder, cache=folder / "cache", show=lines.append, **options), lines
+
+
+def record_of(study: Study, name: str, folder: Path) -> Record:
+    (run_of,) = [one for one in runs_of(study) if one.name == name]
+    record, _ = current_results(folder, run_of, evaluated_source(study))
+    assert record is not None
+    return record
 
 
 def values(study: Study, folder: Path) -> dict[str, dict[str, tuple[float, ...]]]:
@@ -50,7 +57,7 @@ def test_failed_runs_do_not_stop_the_others(study: Study, finished: tuple[Path, 
     assert sorted(done.finished) == TRAINED
     assert sorted(done.failed) == FAILING
     assert all("the loss is" in reason for reason in done.failed.values())
-    assert any(line.startswith("  rate=infinite,seed=0 failed: the loss is") for line in lines)
+    assert any(line.startswith("  rate=infinite/seed=0 failed: the loss is") for line in lines)
     table = study_table(study, folder)
     assert (table.runs, table.finished, sorted(table.failed)) == (6, 4, FAILING)
     assert [len(row.seeds) for row in table.rows] == [2, 2, 0, 2]
@@ -61,10 +68,10 @@ def test_the_table_has_the_scores_of_the_runs(study: Study, finished: tuple[Path
     folder = finished[0]
     found = values(study, folder)
     for number, seed in enumerate(study.seeds):
-        alone = json.loads((folder / f"size=12,seed={seed}" / "scores_val.json").read_text())
+        alone = json.loads((folder / f"size=12/seed={seed}" / "scores_val.json").read_text())
         assert found["size=12"]["CIDEr-D"][number] == pytest.approx(alone["scores"]["CIDEr-D"], abs=1e-6)
         assert found["size=12"]["true"][number] == pytest.approx(alone["truth"]["true"], abs=1e-6)
-        sweep = json.loads((folder / f"base,seed={seed}" / "sweep_val.json").read_text())
+        sweep = json.loads((folder / f"base/seed={seed}" / "sweep_val.json").read_text())
         by_beam = {one["decoding"]["beam"]: one["scores"] for one in sweep}
         assert found["base"]["BLEU-4"][number] == pytest.approx(by_beam[2]["BLEU-4"], abs=1e-6)
         assert found["beam=1"]["BLEU-4"][number] == pytest.approx(by_beam[1]["BLEU-4"], abs=1e-6)
@@ -74,9 +81,10 @@ def test_finished_runs_are_skipped_and_failed_ones_tried_again(
     study: Study, finished: tuple[Path, Ablation, list[str]]
 ) -> None:
     folder = finished[0]
-    before = {path: path.stat().st_mtime_ns for path in (folder / "results").iterdir()}
+    before = result_files(folder)
     done, lines = run(study, folder)
-    assert {path: path.stat().st_mtime_ns for path in (folder / "results").iterdir()} == before
+    assert len(before) == 4
+    assert result_files(folder) == before
     assert sorted(done.finished) == TRAINED
     assert [line for line in lines if line.startswith("training")] == [f"training {name}" for name in FAILING]
     assert sum("failed before (the loss is" in line for line in lines) == 2
@@ -86,14 +94,12 @@ def test_a_new_decoding_needs_no_training(study: Study, finished: tuple[Path, Ab
     folder = finished[0]
     beams = Factor("beam", {"1": {"decoding.beam": 1}, "3": {"decoding.beam": 3}})
     wider = replace(study, factors=(beams,))
-    before = json.loads((folder / "base,seed=0" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert [needs(wider, run, folder) for run in runs_of(wider)] == [["beam=3"], ["beam=3"]]
+    before = json.loads((folder / "base/seed=0" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert [missing_results(run, folder, evaluated_source(wider)) for run in runs_of(wider)] == [["beam=3"], ["beam=3"]]
     done, _ = run(wider, folder)
     assert sorted(done.finished) == TRAINED[:2]
-    assert json.loads((folder / "base,seed=0" / "metrics.jsonl").read_text().splitlines()[-1]) == before
-    record = read_record(folder, "base,seed=0")
-    assert record is not None
-    assert {*record.results} == {"base", "beam=1", "beam=3"}
+    assert json.loads((folder / "base/seed=0" / "metrics.jsonl").read_text().splitlines()[-1]) == before
+    assert {*record_of(wider, "base/seed=0", folder).results} == {"base", "beam=1", "beam=3"}
 
 
 def test_a_population_gives_the_same_table(
@@ -103,14 +109,12 @@ def test_a_population_gives_the_same_table(
     done, lines = run(study, tmp_path, together=8)
     assert sorted(done.finished) == TRAINED
     assert sorted(done.failed) == FAILING
-    assert "training 4 runs as one program, from base,seed=0" in lines
+    assert "training 4 runs as one program, from base/seed=0" in lines
     ours, expected = values(study, tmp_path), values(study, finished[0])
     assert ours.keys() == expected.keys()
     for name, scores in expected.items():
         assert ours[name] == {score: pytest.approx(of, abs=1e-6) for score, of in scores.items()}
-    record = read_record(tmp_path, "size=12,seed=0")
-    assert record is not None
-    assert record.together == 2
+    assert record_of(study, "size=12/seed=0", tmp_path).together == 2
 
 
 def test_shards_divide_the_runs(study: Study, finished: tuple[Path, Ablation, list[str]], tmp_path: Path) -> None:
@@ -130,31 +134,91 @@ def test_shards_divide_the_runs(study: Study, finished: tuple[Path, Ablation, li
 
 def test_a_run_of_another_process_is_left_to_it(study: Study, tmp_path: Path) -> None:
     small = replace(study, factors=study.factors[2:])
-    with owning(tmp_path / ".claims" / "base,seed=0", "training"), owning(tmp_path / ".claims" / "base,seed=1", "t"):
+    with owning(tmp_path / ".claims" / "base/seed=0", "training"), owning(tmp_path / ".claims" / "base/seed=1", "t"):
         done, _ = run(small, tmp_path)
-    assert done == Ablation(elsewhere=["base,seed=0", "base,seed=1"])
+    assert done == Ablation(elsewhere=["base/seed=0", "base/seed=1"])
 
 
 def test_another_study_in_the_folder_is_refused(study: Study, finished: tuple[Path, Ablation, list[str]]) -> None:
     changed = replace(study, base=replace(study.base, data=replace(study.base.data, captions_per_image=2)))
-    with pytest.raises(
-        UserError, match=r"base,seed=0 was trained with other settings \(data.captions_per_image: 3 -> 2"
-    ):
-        check_folder(runs_of(changed), finished[0])
+    with pytest.raises(UserError, match=r"base/seed=0 contains another experiment \(data.captions_per_image: 3 -> 2"):
+        check_study(changed, finished[0], None)
     with pytest.raises(UserError, match="is a run; the runs of a study are in a folder"):
-        check_folder(runs_of(study), finished[0] / "base,seed=0")
+        check_study(study, finished[0] / "base" / "seed=0", None)
 
 
-def test_a_damaged_result_is_named(study: Study, finished: tuple[Path, Ablation, list[str]], tmp_path: Path) -> None:
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "base,seed=0.json").write_text('{"seed": 0')
-    with pytest.raises(UserError, match=r"results/base,seed=0.json"):
-        read_record(tmp_path, "base,seed=0")
+def test_all_runs_have_the_same_start(study: Study, finished: tuple[Path, Ablation, list[str]], tmp_path: Path) -> None:
+    start, folder = finished[0] / "base" / "seed=0", tmp_path / "study"
+    one = replace(study, factors=study.factors[2:], seeds=(0,))
+    with pytest.raises(UserError, match="start from another run; name it with --init-from"):
+        check_study(replace(one, from_run=True), folder, None)
+    run(one, folder, init_from=start)
+    assert study_table(one, folder).start == str(start)
+    more = replace(one, seeds=(0, 1))
+    with pytest.raises(UserError, match=r"seed=0 started from .*; give --init-from "):
+        run(more, folder)
+    with pytest.raises(UserError, match=r"seed=0 started from .*, not from "):
+        run(more, folder, init_from=finished[0] / "base" / "seed=1")
+    with pytest.raises(UserError, match="started from fresh weights, not from "):
+        run(study, finished[0], init_from=start)
 
 
-def test_unknown_scores_are_refused(study: Study, finished: tuple[Path, Ablation, list[str]]) -> None:
-    with pytest.raises(UserError, match="the score 'CIDER', which does not exist; give some of BLEU-1"):
-        study_table(replace(study, scores=("CIDER",)), finished[0])
+def test_results_of_other_runs_are_not_used(
+    study: Study, finished: tuple[Path, Ablation, list[str]], tmp_path: Path
+) -> None:
+    """The advice of an error is to delete a run that has changed: its results are then out of date."""
+    folder, small = tmp_path / "study", replace(study, factors=study.factors[2:])
+    shutil.copytree(finished[0], folder)
+    source = evaluated_source(small)
+    first, second = runs_of(small)
+    assert not missing_results(first, folder, source)
+    slower = replace(small, base=replace(small.base, optimizer=replace(small.base.optimizer, learning_rate=1e-5)))  # type: ignore[type-var]
+    shutil.rmtree(folder / "base" / "seed=0")
+    assert missing_results(first, folder, source) == ["base", "beam=1"]
+    shutil.copytree(finished[0] / "base" / "seed=1", folder / "base" / "seed=0")  # another run
+    assert missing_results(runs_of(slower)[0], folder, source) == ["base", "beam=1"]
+    assert not missing_results(second, folder, source)
+    test = replace(small, split="test")
+    assert missing_results(second, folder, evaluated_source(test)) == ["base", "beam=1"]
+    wider = replace(small, base=replace(small.base, decoding=replace(small.base.decoding, beam=5)))
+    assert [len(row.seeds) for row in study_table(test, folder).rows] == [0, 0]
+    assert study_table(wider, folder).finished == 0
+    best = folder / "base" / "seed=1" / "checkpoints" / "best"
+    shutil.move(best, tmp_path / "best")
+    assert missing_results(second, folder, source) == ["base", "beam=1"]
+
+
+def test_the_time_of_a_population_survives_an_interruption(study: Study, tmp_path: Path) -> None:
+    """Killed between the evaluations of its members: the rest is only evaluated, and the time is divided as before."""
+    small = replace(study, factors=study.factors[2:])
+    run(small, tmp_path, together=2)
+    before = record_of(small, "base/seed=1", tmp_path)
+    assert before.together == 2
+    (tmp_path / "results" / "base" / "seed=1.json").unlink()
+    _, lines = run(small, tmp_path, together=2)
+    assert not any(line.startswith("training") for line in lines)
+    after = record_of(small, "base/seed=1", tmp_path)
+    assert (after.together, after.minutes) == (before.together, before.minutes)
+
+
+def test_a_damaged_result_is_named(study: Study, tmp_path: Path) -> None:
+    path = tmp_path / "results" / "base" / "seed=0.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"seed": 0')
+    with pytest.raises(UserError, match=r"results/base/seed=0.json"):
+        study_table(study, tmp_path)
+
+
+def test_errors_of_the_disk_are_no_other_process(study: Study, tmp_path: Path) -> None:
+    (tmp_path / ".claims").write_text("")
+    with pytest.raises(UserError, match=r"\.claims"):
+        run(study, tmp_path)
+
+
+def test_unknown_scores_are_refused_before_training(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the score 'CIDER', which does not exist; use some of BLEU-1"):
+        run(replace(study, scores=("CIDER",)), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_timed_steps(study: Study) -> None:

@@ -1,6 +1,5 @@
 """What a run's folder says about its training: settings, metrics, sweeps."""
 
-import json
 import math
 import re
 import statistics
@@ -11,12 +10,12 @@ from typing import Any
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, differences
-from imgcap_jax.files import read_json, reading
+from imgcap_jax.files import read_json
 from imgcap_jax.remote import shown
 from imgcap_jax.report.run_page.charts import Line
 from imgcap_jax.run.folder import Run, is_run
 from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
-from imgcap_jax.training.log import METRICS
+from imgcap_jax.training.log import read_metrics
 
 _MOST_POINTS = 200  # of a line; longer ones are averaged
 
@@ -99,7 +98,7 @@ def read_records(runs: Sequence[tuple[Run, Path]]) -> list[Record]:
 
 
 def _record(name: str, run: Run, cache: Path) -> Record:
-    lines = _metrics(run.folder / METRICS)
+    lines = read_metrics(run.folder)
     return Record(
         name,
         run,
@@ -119,23 +118,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [shown(folder) for folder in folders]
-
-
-def _metrics(path: Path) -> list[Metrics]:
-    """The lines of the metrics. The incomplete last line of a killed run is left out."""
-    if not path.is_file():
-        return []
-    with reading(path, "move it away"):
-        text = path.read_text(encoding="utf-8", errors="replace")
-    lines = []
-    for line in text.split("\n"):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
-            lines.append(value)
-    return lines
 
 
 def _sweeps(folder: Path) -> Iterable[tuple[str, tuple[Metrics, ...]]]:
