@@ -93,6 +93,7 @@ def place(
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     """The experiments that commands would have trained, planned, or extracted features for."""
     import imgcap_jax.ablation.estimate
+    import imgcap_jax.ablation.records
     import imgcap_jax.ablation.runner
     import imgcap_jax.cli.runs
     import imgcap_jax.data.prepare
@@ -129,7 +130,9 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     monkeypatch.setattr(imgcap_jax.cli.runs, "_watch", lambda folder, sort: None)  # it has no end
     monkeypatch.setattr(imgcap_jax.training.writers.find, "_is_installed", lambda package: True)
     monkeypatch.setattr(imgcap_jax.ablation.runner, "ablate", ablate)
-    monkeypatch.setattr(imgcap_jax.ablation.runner, "needs", lambda study, run, folder: ["base"])
+    monkeypatch.setattr(imgcap_jax.ablation.runner, "check_study", lambda study, folder, init_from: None)
+    monkeypatch.setattr(imgcap_jax.ablation.runner, "missing_results", lambda run, folder, source: ["base"])
+    monkeypatch.setattr(imgcap_jax.ablation.records, "evaluated_source", lambda study: None)
     monkeypatch.setattr(imgcap_jax.ablation.estimate, "time_runs", lambda runs, **_: [])
     monkeypatch.setattr(imgcap_jax.plan.plan, "make_plan", make_plan)
     monkeypatch.setattr(imgcap_jax.plan.topology, "open_topology", open_topology)
