@@ -224,7 +224,7 @@ def _load_runs(folders: Sequence[Path], options: argparse.Namespace) -> list[Any
     notes = [note for run in runs for note in run.code_changes()]
     if options.command in ("evaluate", "compare"):
         # An ensemble reads its images with the settings of its first run.
-        for number in range(1 if options.command == "evaluate" else len(runs)):
+        for number in range(1 if getattr(options, "ensemble", []) else len(runs)):
             runs[number], note = use_data_dir(runs[number], options.data_dir)
             notes += [note] if note else []
     for note in dict.fromkeys(notes):
@@ -306,7 +306,7 @@ def _train_population(options: argparse.Namespace, experiment: Any, folder: Path
         return 128 + interrupted
     best = max(members, key=lambda member: outcomes[member.name].best or 0.0)
     print("\n".join(results(members, outcomes)))
-    next_commands = after_training(best.experiment, folder / best.name, code=options.code, cache=options.cache)
+    next_commands = after_training(best.experiment, folder, code=options.code, cache=options.cache)
     print(f"next: {next_commands[0]}")
     print(f"      {after_training(best.experiment, folder, code=options.code, cache=options.cache)[-1]}")
     return 0
@@ -378,16 +378,25 @@ def _runs(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     with _importing(options):
+        from imgcap_jax.cli.compare import members_of
+        from imgcap_jax.cli.evaluate import check_members, evaluate_members
         from imgcap_jax.files import check_writable
-        from imgcap_jax.report.evaluation import lines, table, write_page
+        from imgcap_jax.report.evaluation import brief, lines, remarks, table, write_page, written
         from imgcap_jax.run.evaluation import sweep
         from imgcap_jax.training.parallel import is_first_process, join_processes
 
     if options.distributed:
         join_processes(options.distributed)
     with _ending_together(options):
-        runs = _load_runs((options.run, *options.ensemble), options)
+        folders = members_of(options.run)
+        if folders != [options.run]:
+            check_members(options)
+        runs = _load_runs((*folders, *options.ensemble), options)
         decodings, swept = _decodings(options, runs[0])
+        if folders != [options.run]:
+            _keep_compiled()
+            given = decodings[0] if _decodes(options) else None
+            return evaluate_members(runs, options, given, swept, lambda run: _features_cache(options, run.folder))
         if swept and options.page is not None:
             raise UserError("--page needs a single setting; leave it out of a sweep")
         if options.page is not None:
@@ -405,11 +414,12 @@ def _evaluate(options: argparse.Namespace) -> int:
         ):
             evaluations.append(evaluation)
             if is_first_process():
-                print("\n".join(lines(evaluation)), flush=True)
+                print(brief(evaluation) if swept else "\n".join(lines(evaluation)), flush=True)
     if not is_first_process():
         return 0
     if swept:
-        print("\n" + "\n".join(table(evaluations, swept)))
+        print("\n".join(["", *table(evaluations, swept), "", *remarks(evaluations)]))
+    print("\n".join(written(evaluations)))
     if options.page is not None:
         write_page(evaluations[0], options.page)
         print(f"page: {options.page}")
@@ -427,14 +437,13 @@ def _compare(options: argparse.Namespace) -> int:
     decodings, swept = _decodings(options, runs[0])
     if swept:
         raise UserError(f"--decode.{swept[0]} has several values; only imgcap evaluate sweeps")
-    given = options.decoding or any(value is not None for value in _short_decoding(options).values())
     _keep_compiled()
     sides = runs[: len(folders[0])], runs[len(folders[0]) :]
     found = compare(
         *sides,
         options.split,
         cache=lambda run: _features_cache(options, run.folder),
-        decoding=decodings[0] if given else None,
+        decoding=decodings[0] if _decodes(options) else None,
         names=(options.a, options.b),
     )
     print("\n".join(lines(found, options.captions)))
@@ -499,6 +508,11 @@ def _decodings(options: argparse.Namespace, run: Any) -> tuple[list[Any], list[s
     if widest.beam > before and not any(option.startswith("--decode.beam=") for option in [*given, *options.decoding]):
         _note(f"beam raised from {before} to {widest.beam}, because n-best is {widest.n_best}")
     return decodings, swept
+
+
+def _decodes(options: argparse.Namespace) -> bool:
+    """Whether a decoding option is given."""
+    return bool(options.decoding) or any(value is not None for value in _short_decoding(options).values())
 
 
 def _short_decoding(options: argparse.Namespace) -> dict[str, float | None]:

@@ -291,7 +291,9 @@ def _add_evaluate(commands: Commands) -> None:
         "  imgcap evaluate RUN --decode.beam 1 3 5 --decode.length-norm 0 0.7\n"
         "A text (prefix, must) is swept by repeating its option.",
     )
-    evaluate.add_argument("run", type=_folder, help="the run's folder")
+    evaluate.add_argument(
+        "run", type=_folder, help="the run's folder, or a folder of runs, such as a population: evaluates each"
+    )
     evaluate.add_argument("--split", default="val", help="train, val, test, ... (default: val)")
     evaluate.add_argument("--dataset", help="a dataset other than the run's")
     evaluate.add_argument(

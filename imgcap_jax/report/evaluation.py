@@ -1,11 +1,13 @@
 """Reports of an evaluation: lines for the terminal, and an HTML page of images with captions."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from imgcap_jax.data.images import Resize
 from imgcap_jax.errors import counted
+from imgcap_jax.remote import shown
 from imgcap_jax.report.columns import aligned
 from imgcap_jax.report.contact_sheet import example_picture
 from imgcap_jax.report.examples import scene_verdict, word_attention
@@ -141,21 +143,70 @@ def _floor(evaluation: Evaluation) -> list[str]:
     return [f"floor (each image scored with the caption of another image): {values}"]
 
 
+def brief(evaluation: Evaluation) -> str:
+    """One line about an evaluation of several: what was evaluated, and its most important scores x100."""
+    values = _scores(evaluation)
+    chosen = [f"{name} {values[name]}" for name in (_PER_IMAGE, "BLEU-4") if name in values]
+    return f"{evaluation.title}: {'  '.join(chosen)}"
+
+
 def table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
-    """A sweep as a table: the swept fields, the scores x100, mean decoder steps and images/s."""
-    rows = []
-    for evaluation in evaluations:
-        swept = {name: str(_field(evaluation.decoding, name)) for name in names}
-        captioned = evaluation.captioned
-        rows.append(
-            {
-                **swept,
-                **_scores(evaluation),
-                "steps": f"{captioned.mean_steps:.1f}",
-                "images/s": f"{captioned.images_per_second:.0f}",
-            }
-        )
-    return aligned([list(rows[0]), *([row[name] for name in rows[0]] for row in rows)])
+    """A sweep as a table: the swept fields, the scores x100, mean decoder steps and images/s.
+
+    The setting with the highest CIDEr-D is marked, unless several have it. With floors, their CIDEr-D is a column.
+    """
+    rows = [
+        {name: str(_field(evaluation.decoding, name)) for name in names} | _columns(evaluation)
+        for evaluation in evaluations
+    ]
+    best = [evaluation.scores.values.get(_PER_IMAGE, 0.0) for evaluation in evaluations]
+    marks = ["best" if score == max(best) and best.count(score) == 1 else "" for score in best]
+    return aligned([[*rows[0], ""], *([*row.values(), mark] for row, mark in zip(rows, marks, strict=True))])
+
+
+def _columns(evaluation: Evaluation) -> dict[str, str]:
+    captioned = evaluation.captioned
+    floor = evaluation.floor
+    return {
+        **_scores(evaluation),
+        **({} if floor is None else {"floor": f"{100 * floor.values[_PER_IMAGE]:.1f}"}),
+        "steps": f"{captioned.mean_steps:.1f}",
+        "images/s": f"{captioned.images_per_second:.0f}",
+    }
+
+
+def members_table(evaluations: Sequence[Evaluation], names: Sequence[str], *, seeds: bool) -> list[str]:
+    """Evaluations of several runs as a table, one row per run.
+
+    Args:
+        evaluations: of the runs.
+        names: of the runs.
+        seeds: whether the runs differ only in their seeds; mean and standard deviation are then added.
+    """
+    rows = [_columns(evaluation) for evaluation in evaluations]
+    cells = [["", *rows[0]], *([name, *row.values()] for name, row in zip(names, rows, strict=True))]
+    if seeds and len(evaluations) > 1:
+        values = [evaluation.scores.values for evaluation in evaluations]
+        for title, of, form in (("mean", statistics.mean, ".1f"), ("std", statistics.stdev, ".2f")):
+            found = {name: f"{100 * of([one[name] for one in values]):{form}}" for name in values[0]}
+            cells.append([title, *(found.get(name, "") for name in rows[0])])
+    return aligned(cells, left=(0,))
+
+
+def remarks(evaluations: Sequence[Evaluation]) -> list[str]:
+    """The notes and signatures of several evaluations, each once."""
+    found = [f"note: {warning}" for one in evaluations for warning in one.warnings]
+    found += [f"note: {name} is missing: {how}" for one in evaluations for name, how in one.scores.missing.items()]
+    found += [f"signature {one.scores.signature}" for one in evaluations]
+    return list(dict.fromkeys(found))
+
+
+def written(evaluations: Sequence[Evaluation]) -> list[str]:
+    """One line per folder: the files that evaluations have written."""
+    names: dict[str, list[str]] = {}
+    for path in dict.fromkeys(path for one in evaluations for path in one.files):
+        names.setdefault(shown(path.parent), []).append(path.name)
+    return [f"written into {folder}: {', '.join(files)}" for folder, files in names.items()]
 
 
 def _field(settings: Any, name: str) -> Any:

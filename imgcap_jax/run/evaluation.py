@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -285,7 +285,7 @@ class Evaluation:
 
     warnings: one line each, about scores and defects of captions. truth: only for drawn scenes. floor: see
     ``SplitEvaluator.score_of_other_photos``; None unless requested. runs, steps: the run, or the members of the
-    ensemble, and the step of the parameters of each. examples: none unless requested.
+    ensemble, and the step of the parameters of each. examples: none unless requested. files: what was written.
     """
 
     source: CaptionSource
@@ -299,6 +299,7 @@ class Evaluation:
     runs: tuple[Run, ...] = ()
     steps: tuple[int, ...] = ()
     examples: tuple[Example, ...] = ()
+    files: tuple[Path, ...] = ()
 
     @property
     def title(self) -> str:
@@ -415,10 +416,14 @@ def sweep(
             suffix = split if dataset is None else f"{dataset}_{split}"
             write_references(runs[0].folder / f"references_{suffix}.json", evaluator.references, evaluator.file_names)
             names = [f"{kind}_{prefix}{split}.json" for kind in ("captions", "n_best", "scores")]
-            push(runs[0].folder, [*names, f"references_{suffix}.json"])
+            names.append(f"references_{suffix}.json")
+            push(runs[0].folder, names)
+            paths = (runs[0].folder / name for name in names)
+            evaluation = replace(evaluation, files=tuple(path for path in paths if path.is_file()))
         if writes and len(decodings) > 1:
             _add_to_sweep(sweep_file, results)
             push(runs[0].folder, [sweep_file.name])
+            evaluation = replace(evaluation, files=(*evaluation.files, sweep_file))
         yield evaluation
 
 

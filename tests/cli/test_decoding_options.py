@@ -48,10 +48,44 @@ def test_sweep_scores_every_combination_and_keeps_the_scores_of_the_run(
     assert main(["evaluate", str(trained), "--decode.beam", "2", "3", "--length-norm", "1.0"]) == 0
     again = json.loads((trained / "sweep_val.json").read_text())
     assert [one["decoding"]["beam"] for one in again] == [1, 1, 2, 2, 3]
-    assert len([line for line in printed.splitlines() if "images/s" in line and "decoder steps" in line]) == 4
-    head, *rows = printed.splitlines()[-5:]
+    lines = printed.splitlines()
+    assert len([line for line in lines[:4] if "CIDEr-D" in line]) == 4  # one line per setting
+    assert lines[4] == ""
+    head, *rows = lines[5:10]
     assert head.split()[:2] == ["beam", "length-norm"]
+    assert "floor" in head
     assert [row.split()[:2] for row in rows] == [["1", "0.0"], ["1", "1.0"], ["2", "0.0"], ["2", "1.0"]]
+    scores = [one["scores"]["CIDEr-D"] for one in swept]
+    marked = [row.endswith("best") for row in rows]
+    assert marked == [score == max(scores) and scores.count(score) == 1 for score in scores]
+    assert sum("signature" in line for line in lines) == 1
+    assert lines[-1] == f"written into {trained}: sweep_val.json"
+
+
+def test_a_folder_of_runs_is_evaluated_run_by_run(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
+) -> None:
+    runs = tmp_path / "population"
+    for seed in (0, 1):
+        shutil.copytree(trained, runs / f"seed={seed}")
+        path = runs / f"seed={seed}" / "experiment.json"
+        experiment = json.loads(path.read_text())
+        experiment["training"]["seed"] = seed
+        path.write_text(json.dumps(experiment))
+    assert main(["evaluate", str(runs), "--split", "test", "--beam", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:2]] == ["seed=0", "seed=1"]
+    head, first, second, mean, deviation = lines[3:8]
+    column = head.split().index("CIDEr-D") + 1  # the names have no title
+    assert first.split()[1:8] == second.split()[1:8]  # the same parameters
+    assert mean.split()[column] == first.split()[column]
+    assert deviation.split()[column] == "0.00"
+    assert "mean and standard deviation over 2 seeds" in lines
+    for seed, line in zip((0, 1), lines[-2:], strict=True):
+        names = "captions_test.json, scores_test.json, references_test.json"
+        assert line == f"written into {runs / f'seed={seed}'}: {names}"
+    assert "--page is for one run" in refused(["evaluate", str(runs), "--page", "x.html"])
+    assert "a sweep is for one run" in refused(["evaluate", str(runs), "--decode.beam", "1", "2"])
 
 
 def test_floor_scores_captions_of_other_images(trained: Path) -> None:
