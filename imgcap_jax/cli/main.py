@@ -284,7 +284,7 @@ def _train_population(options: argparse.Namespace, experiment: Any, folder: Path
     from imgcap_jax.cli.next_commands import after_training
     from imgcap_jax.cli.populations import results, variants
     from imgcap_jax.population import train_population
-    from imgcap_jax.remote import shown
+    from imgcap_jax.remote import shown, url_of
     from imgcap_jax.run.folder import is_run
 
     for given, option in ((options.smoke, "--smoke"), (options.distributed, "--distributed")):
@@ -306,7 +306,8 @@ def _train_population(options: argparse.Namespace, experiment: Any, folder: Path
         return 128 + interrupted
     best = max(members, key=lambda member: outcomes[member.name].best or 0.0)
     print("\n".join(results(members, outcomes)))
-    next_commands = after_training(best.experiment, folder, code=options.code, cache=options.cache)
+    evaluated = folder if url_of(folder) is None else folder / best.name  # folders in buckets are not listed
+    next_commands = after_training(best.experiment, evaluated, code=options.code, cache=options.cache)
     print(f"next: {next_commands[0]}")
     print(f"      {after_training(best.experiment, folder, code=options.code, cache=options.cache)[-1]}")
     return 0

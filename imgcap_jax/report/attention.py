@@ -12,7 +12,7 @@ from imgcap_jax.data.sources import CaptionExample
 from imgcap_jax.errors import UserError
 from imgcap_jax.report.contact_sheet import contact_sheet, draw_sheet, example_picture
 
-_SMALL = 128  # pixels of a photo in the picture of a logged sample, which has one per word
+_SMALL = 96  # pixels of a photo in the picture of a logged sample, which has one per word
 _DARKEST = 0.15  # brightness of pixels without attention, relative to the original
 
 
@@ -52,7 +52,7 @@ def sample_picture(
 ) -> np.ndarray:
     """Draws an image with its caption and, if the regions are a grid, the attention of each word. See ``Draw``.
 
-    It is small, because a log has several of them per validation: about 0.1 to 0.3 MB as PNG.
+    It is small, because a log has several of them per validation.
     """
     photo = example_picture(example, _SMALL, resize)
     images, texts = [photo], [""]

@@ -185,7 +185,7 @@ def test_the_command_names_the_best_member(
     assert out.count("2 steps, best validation CIDEr-D") == 2
     assert out.count("(highest)") <= 1  # none if the scores are equal
     assert re.search(r"^mean \d+\.\d, standard deviation \d+\.\d over 2 seeds$", out, re.MULTILINE)
-    assert f"next: imgcap evaluate {run}/seed=" in out
+    assert f"next: imgcap evaluate {run} --split" in out
 
 
 def test_options_of_fields_that_differ_are_refused(experiment: Experiment) -> None:
