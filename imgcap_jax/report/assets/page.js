@@ -268,8 +268,8 @@ for (const search of document.querySelectorAll(".search")) {
   });
 }
 
-// On paper, everything is open.
+// On paper, everything is open, except the values of charts.
 addEventListener("beforeprint", () => {
-  for (const details of document.querySelectorAll("details")) details.open = true;
+  for (const details of document.querySelectorAll("details")) details.open = !details.closest(".chart");
   for (const image of document.images) image.loading = "eager";
 });
