@@ -3,7 +3,7 @@
     imgcap data prepare PATH/TO/flickr8k --name flickr8k
     imgcap ablate flickr8k_short
 
-Runs are short: 4 epochs of ``flickr8k`` with half its hidden size and one view per photo. Results and conclusions:
+Runs are short: 2 epochs of ``flickr8k`` with half its hidden size and one view per photo. Results and conclusions:
 docs/ablations.md.
 """
 
@@ -18,7 +18,7 @@ _base = replace(
     experiment,
     data=replace(experiment.data, augmentation=Augmentation(), views=1),
     decoder=replace(experiment.decoder, hidden_size=256),
-    training=replace(experiment.training, epochs=4),
+    training=replace(experiment.training, epochs=2),
 )
 _no_attention = ShowTell(hidden_size=256, embedding_size=256, dropout=0.5)
 

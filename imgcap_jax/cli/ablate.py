@@ -45,6 +45,9 @@ def ablate(options: argparse.Namespace, folder: Path, cache: Path, keep_compiled
     shard, devices = _shard(options.shard), _devices(options)
     check_creatable(folder)
     if options.jobs > 1 and not options.dry_run:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # the accelerators and their memory are for the jobs
         from imgcap_jax.ablation.runner import check_study
 
         check_study(study, folder, options.init_from)  # once, rather than by each job

@@ -31,7 +31,7 @@ EFFECTS = {
 
 
 @pytest.mark.parametrize("trials", [300, pytest.param(4000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("seeds", [pytest.param(2, marks=pytest.mark.slow), 3, 5])
 @pytest.mark.parametrize("effects", EFFECTS)
 def test_intervals_exclude_no_difference_in_five_percent_of_the_cases(effects: str, seeds: int, trials: int) -> None:
     """If there is no difference. The test is a little conservative where the images add nothing, as v is at least 0."""
