@@ -350,7 +350,7 @@ def _ablate(options: argparse.Namespace) -> int:
 
     folder = options.run or RUNS / Path(options.study).stem
     with _memory_errors(options):
-        return ablate(options, folder, _features_cache(options, folder / "any"), _keep_compiled)
+        return ablate(options, folder, _features_cache(options, folder), _keep_compiled)
 
 
 def _features(options: argparse.Namespace) -> int:
