@@ -12,7 +12,8 @@ Different here: batches have 16 images instead of 10, which 8 devices can share;
 of in steps.
 
 Luo's code (MODEL_ZOO.md, the same regions, test, beam 5): CIDEr-D 108.9, SPICE 19.8. The paper
-(https://arxiv.org/abs/1612.00563) used the last map of ResNet-101, so its scores are not comparable.
+(https://arxiv.org/abs/1612.00563), with the last map of ResNet-101: BLEU-4 31.3, METEOR 26.0, ROUGE-L 54.3, CIDEr-D
+101.3.
 Ours: not yet run.
 """
 

@@ -1,7 +1,7 @@
 """Drawn scenes: attention, hidden size, label smoothing and beam size, with five seeds each.
 
     imgcap data prepare scenes
-    imgcap ablate scenes
+    imgcap ablate scenes_short
 
 Runs are short: 1.5 epochs of ``scenes_demo``. Results and conclusions: docs/ablations.md.
 """
