@@ -1,7 +1,9 @@
 """The exceptions for mistakes of the user and for SIGTERM, and text for messages."""
 
+import difflib
 import math
 import unicodedata
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -34,6 +36,12 @@ def printable(text: str) -> str:
 def counted(count: int, noun: str) -> str:
     """A number with its noun: "1 photo", "1,200 photos"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest of some names, as "; did you mean beam?"; "" if none is near."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def check_range(

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, did_you_mean
 from imgcap_jax.experiment import Experiment
 
 Change = Mapping[str, Any]
@@ -207,14 +207,33 @@ def _replaced(settings: Any, change: Mapping[str, Any], prefix: str, where: str)
         first, _, rest = field.partition(".")
         if first not in names:
             kind = type(settings).__name__
-            raise UserError(f"{where}: there is no field {prefix}{field}; {kind} has {', '.join(names) or 'no fields'}")
+            advice = did_you_mean(first, names) or f"; {kind} has {', '.join(names) or 'no fields'}"
+            raise UserError(f"{where}: there is no field {prefix}{field}{advice}")
         if rest:
             inner.setdefault(first, {})[rest] = value
         else:
+            _check_kind(getattr(settings, first), value, f"{where}: {prefix}{field}")
             values[first] = value
     for name, of_part in inner.items():
         values[name] = _replaced(values.get(name, getattr(settings, name)), of_part, f"{prefix}{name}.", where)
     return replace(settings, **values)
+
+
+_KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int, float), "a number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a text"),
+}
+
+
+def _check_kind(before: Any, value: Any, field: str) -> None:
+    """Raises UserError if a number, a text or a switch gets a value of another kind, which its checks do not expect."""
+    if type(before) not in _KINDS or value is None:  # a field can allow None, which its class knows
+        return
+    wanted, words = _KINDS[type(before)]
+    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+        raise UserError(f"{field} is {value!r}; it must be {words}")
 
 
 def _check_once(kind: str, names: Sequence[str]) -> None:

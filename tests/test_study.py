@@ -66,7 +66,17 @@ def test_fields_of_a_part_change_together() -> None:
         ((BEAM,), {"seeds": (1, 1)}, "seeds"),
         ((BEAM,), {"design": "all"}, "design is 'all'"),
         ((BEAM,), {"scores": ()}, "at least one score"),
-        ((Factor("beam", {"x": {"decoding.beem": 3}}),), {}, "beam=x: there is no field decoding.beem; Decoding has "),
+        (
+            (Factor("beam", {"x": {"decoding.beem": 3}}),),
+            {},
+            "beam=x: there is no field decoding.beem; did you mean beam?",
+        ),
+        (
+            (Factor("beam", {"x": {"decoding.zzz": 3}}),),
+            {},
+            "beam=x: there is no field decoding.zzz; Decoding has beam",
+        ),
+        ((Factor("beam", {"x": {"decoding.beam": "one"}}),), {}, "beam=x: decoding.beam is 'one'; it must be a number"),
         ((Factor("beam", {"0": {"decoding.beam": 0}}),), {}, "beam=0: beam is 0; it must be at least 1"),
         ((Factor("beam", {"same": {"decoding.beam": BASE.decoding.beam}}),), {}, "no level that differs"),
         ((Factor("seed", {"7": {"training.seed": 7}}),), {}, "seeds of a study are its field seeds"),

@@ -12,6 +12,7 @@ from imgcap_jax.ablation.runs import StudyRun
 from imgcap_jax.errors import Terminated
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.session import open_data
+from imgcap_jax.terminal import Say
 from imgcap_jax.train import train
 from imgcap_jax.training.log import read_metrics
 from imgcap_jax.training.optimizer import steps_of
@@ -27,7 +28,7 @@ class RunTime:
     Attributes:
         steps: the number of steps. step_seconds: the time per step.
         validations: their number. validation_seconds: the time of one, with scoring.
-        start_seconds: the time before the first step: data, model, compilation.
+        start_seconds: the rest: opening the data, making the model, compilation.
     """
 
     steps: int
@@ -42,8 +43,13 @@ class RunTime:
         return self.steps * self.step_seconds + self.validations * self.validation_seconds + self.start_seconds
 
 
-def time_runs(runs: Sequence[StudyRun], *, init_from: Path | None) -> list[tuple[StudyRun, int, RunTime]]:
+def time_runs(runs: Sequence[StudyRun], *, init_from: Path | None, show: Say) -> list[tuple[StudyRun, int, RunTime]]:
     """Times the first of those runs that differ only in their seed. Nothing is kept.
+
+    Args:
+        runs: the runs.
+        init_from: another run, whose best parameters are the start.
+        show: receives a line per timed run.
 
     Returns:
         The timed runs, each with the number of runs that it stands for.
@@ -52,7 +58,11 @@ def time_runs(runs: Sequence[StudyRun], *, init_from: Path | None) -> list[tuple
     for run in runs:
         same = run.settings[0].name
         first[same] = first[same][0] if same in first else run, 1 + (first[same][1] if same in first else 0)
-    return [(run, count, time_run(run.experiment, init_from=init_from)) for run, count in first.values()]
+    timed = []
+    for number, (run, count) in enumerate(first.values(), 1):
+        show(f"timing a few steps of {run.settings[0].name} ({number} of {len(first)})")
+        timed.append((run, count, time_run(run.experiment, init_from=init_from)))
+    return timed
 
 
 def time_run(experiment: Experiment, *, init_from: Path | None) -> RunTime:

@@ -1,7 +1,7 @@
 """The scores that a study can report."""
 
 from imgcap_jax.ablation.records import evaluated_source
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, did_you_mean
 from imgcap_jax.metrics.scoring import CaptionScorer, Metric, available_metrics, missing_metrics, with_custom
 from imgcap_jax.study import Study
 
@@ -27,9 +27,8 @@ def reported_scores(study: Study) -> tuple[list[str], dict[str, str]]:
     missing = {name: how for name, how in missing_metrics(tokenizer).items() if name in study.scores}
     unknown = [name for name in study.scores if name not in known and name not in missing]
     if unknown:
-        raise UserError(
-            f"the study reports the score {unknown[0]!r}, which does not exist; use some of {', '.join(known)}"
-        )
+        advice = did_you_mean(unknown[0], known) or f"; use some of {', '.join(known)}"
+        raise UserError(f"the study reports the score {unknown[0]!r}, which does not exist{advice}")
     names = [name for name in study.scores if name in known]
     if not names:
         raise UserError(f"none of the scores of the study can be computed: {'; '.join(missing.values())}")

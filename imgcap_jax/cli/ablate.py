@@ -164,7 +164,7 @@ def _dry_run(options: argparse.Namespace, study: Any, folder: Path, shard: tuple
     from imgcap_jax.ablation.runs import runs_of
     from imgcap_jax.report.columns import aligned
     from imgcap_jax.run.folder import is_run
-    from imgcap_jax.terminal import duration, working
+    from imgcap_jax.terminal import duration
 
     check_study(study, folder, options.init_from)
     source, number, shards = evaluated_source(study), *shard
@@ -178,11 +178,10 @@ def _dry_run(options: argparse.Namespace, study: Any, folder: Path, shard: tuple
     )
     if not left:
         return 0
-    with working("timing a few steps of each setting"):
-        timed = time_runs(left, init_from=options.init_from)
-    rows = [["settings", "runs", "steps", "s per step", "validations", "s per validation", "per run"]]
+    timed = time_runs(left, init_from=options.init_from, show=print)
+    rows = [["settings", "runs", "start", "steps", "s per step", "validations", "s per validation", "per run"]]
     for run, count, time in timed:
-        numbers = [f"{count}", f"{time.steps:,}", f"{time.step_seconds:.3f}"]
+        numbers = [f"{count}", duration(time.start_seconds), f"{time.steps:,}", f"{time.step_seconds:.3f}"]
         numbers += [f"{time.validations}", f"{time.validation_seconds:.1f}", duration(time.seconds)]
         rows.append(["; ".join(setting.name for setting in run.settings), *numbers])
     print("\n".join(aligned(rows, left=(0,))))
@@ -190,7 +189,8 @@ def _dry_run(options: argparse.Namespace, study: Any, folder: Path, shard: tuple
     jobs = f", in {options.jobs} jobs that do not slow each other down" if options.jobs > 1 else ""
     print(
         f"about {duration(total)} in all{jobs}, without the features of a frozen encoder and the evaluation of each "
-        f"run. Runs that resume take less, and so do runs that are trained together on an accelerator"
+        f"run. The start includes compilation, which later runs of a setting find in the cache. Runs that resume take "
+        f"less, and so do runs that are trained together on an accelerator"
     )
     return 0
 

@@ -607,6 +607,8 @@ def _tokenizer(options: argparse.Namespace) -> Any:
 
 
 def _score(options: argparse.Namespace) -> int:
+    if options.captions.suffix.lower() == ".csv" and not options.judgements:
+        raise UserError(f"{options.captions} is a CSV file; captions are JSON. For human ratings, add --judgements")
     if options.judgements:
         from imgcap_jax.cli.judgements import judge
 

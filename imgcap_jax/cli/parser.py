@@ -48,6 +48,13 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+class _ExamplesHelp(argparse.HelpFormatter):
+    """Help with a description that is wrapped, and examples that are not."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
+
+
 class _DecodingHelp(argparse.Action):
     """``--help`` of the commands with decoding options, which are listed too."""
 
@@ -179,8 +186,15 @@ def _add_ablate(commands: Commands) -> None:
         "ablate",
         help="train the runs of a study and write a table of differences with intervals; the same command resumes",
         description="Train a study: a base experiment, factors that are changed, and seeds (docs/ablations.md). Each "
-        "run has its own folder in --run. Finished runs are skipped, interrupted ones resume. The table is written as "
-        "Markdown, LaTeX, CSV and JSON, with a plot.",
+        "run has its own folder in --run. Finished runs are skipped, interrupted ones resume. The table is written "
+        "into that folder as Markdown, LaTeX, CSV and JSON, with a plot. The exit code is 2 if a run failed; the next "
+        "call tries it again.",
+        formatter_class=_ExamplesHelp,
+        epilog="examples:\n"
+        "  imgcap ablate my_study.py --dry-run\n"
+        "  imgcap ablate my_study.py\n"
+        "  imgcap ablate my_study.py --jobs 4 --devices 0,1,2,3\n"
+        "  imgcap ablate flickr8k_self_critical --init-from runs/flickr8k",
     )
     ablate.add_argument("study", help="a Python file, or the name of a study that comes with the package")
     ablate.add_argument("--run", type=_folder, help="the folder of all runs (default: runs/<study>)")

@@ -124,6 +124,10 @@ def judge_metrics(
     annotated = read_instances(instances) if instances is not None else None
     warnings: list[str] = []
     pairs, excluded = _usable(_read(ratings), ratings, references, all_references, tokenizer, warnings)
+    if len({rating for pair in pairs for rating in pair.ratings}) == 1:
+        raise UserError(
+            f"{ratings}: all ratings are equal, so nothing correlates with them; give at least two different ones"
+        )
     images = [pair.image for pair in pairs]
     different = list(dict.fromkeys(images))
     if len(different) < _FEW:

@@ -216,8 +216,8 @@ def test_errors_of_the_disk_are_no_other_process(study: Study, tmp_path: Path) -
 
 
 def test_unknown_scores_are_refused_before_training(study: Study, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the score 'CIDER', which does not exist; use some of BLEU-1"):
-        run(replace(study, scores=("CIDER",)), tmp_path)
+    with pytest.raises(UserError, match="the score 'CIDEr', which does not exist; did you mean CIDEr-D"):
+        run(replace(study, scores=("CIDEr",)), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
