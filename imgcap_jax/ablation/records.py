@@ -11,7 +11,7 @@ from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.experiment import digest
 from imgcap_jax.files import read_json, reading, write_text
-from imgcap_jax.run.folder import is_run
+from imgcap_jax.run.finder import is_run
 from imgcap_jax.study import Setting, Study
 from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
 

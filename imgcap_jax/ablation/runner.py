@@ -31,7 +31,8 @@ from imgcap_jax.population import train_population
 from imgcap_jax.remote import shown
 from imgcap_jax.run.evaluation import Evaluation, sweep
 from imgcap_jax.run.extraction import uses_store
-from imgcap_jax.run.folder import Run, is_run
+from imgcap_jax.run.finder import is_run
+from imgcap_jax.run.folder import Run
 from imgcap_jax.study import Study
 from imgcap_jax.terminal import Say
 from imgcap_jax.train import train

@@ -15,7 +15,8 @@ from imgcap_jax.metrics.corpus import MetricScore, mean_score
 from imgcap_jax.metrics.scoring import CaptionScorer
 from imgcap_jax.metrics.seeds import SeedDifference, compare_seeds, holm
 from imgcap_jax.remote import shown
-from imgcap_jax.run.folder import Run, is_run
+from imgcap_jax.run.finder import is_run
+from imgcap_jax.run.folder import Run
 from imgcap_jax.study import Setting, Study
 
 

@@ -163,7 +163,7 @@ def _dry_run(options: argparse.Namespace, study: Any, folder: Path, shard: tuple
     from imgcap_jax.ablation.runner import check_study, missing_results
     from imgcap_jax.ablation.runs import runs_of
     from imgcap_jax.report.columns import aligned
-    from imgcap_jax.run.folder import is_run
+    from imgcap_jax.run.finder import is_run
     from imgcap_jax.terminal import duration
 
     check_study(study, folder, options.init_from)

@@ -6,7 +6,8 @@ from pathlib import Path
 from imgcap_jax.errors import UserError, check_range
 from imgcap_jax.files import check_writable
 from imgcap_jax.remote import shown, url_of
-from imgcap_jax.run.listing import is_run_folder, list_runs
+from imgcap_jax.run.finder import is_run_folder
+from imgcap_jax.run.listing import list_runs
 
 
 def check(options: argparse.Namespace) -> None:

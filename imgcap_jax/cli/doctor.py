@@ -320,7 +320,8 @@ def _datasets(data_dir: Path | None, usable: list[str]) -> Iterator[Finding]:
 
 def _runs(usable: list[str]) -> Iterator[Finding]:
     """The runs, the latest first. The folders of those that have trained parameters are added to ``usable``."""
-    from imgcap_jax.run.folder import RUNS, is_run
+    from imgcap_jax.run.finder import is_run
+    from imgcap_jax.run.folder import RUNS
     from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
 
     folders = [path for path in RUNS.iterdir() if is_run(path)] if RUNS.is_dir() else []

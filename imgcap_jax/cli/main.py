@@ -208,7 +208,8 @@ def _load_runs(folders: Sequence[Path], options: argparse.Namespace) -> list[Any
     """The runs, after the code that the user named, with their data and weights where the user says."""
     from imgcap_jax.cli.experiments import shipped_names
     from imgcap_jax.remote import shown
-    from imgcap_jax.run.folder import RUNS, Run, is_run, use_data_dir, use_weights
+    from imgcap_jax.run.finder import is_run
+    from imgcap_jax.run.folder import RUNS, Run, use_data_dir, use_weights
     from imgcap_jax.run.mirror import pull
     from imgcap_jax.user_code import load_all_code
 
@@ -285,7 +286,7 @@ def _train_population(options: argparse.Namespace, experiment: Any, folder: Path
     from imgcap_jax.cli.populations import results, variants
     from imgcap_jax.population import train_population
     from imgcap_jax.remote import shown, url_of
-    from imgcap_jax.run.folder import is_run
+    from imgcap_jax.run.finder import is_run
 
     for given, option in ((options.smoke, "--smoke"), (options.distributed, "--distributed")):
         if given:

@@ -34,6 +34,7 @@ from imgcap_jax.models.model import CaptionModel, without_values
 from imgcap_jax.precision import compute_dtype
 from imgcap_jax.remote import place, removal, shown, url_of
 from imgcap_jax.run.extraction import encoder_dtype, uses_store
+from imgcap_jax.run.finder import EXPERIMENT, is_run
 from imgcap_jax.run.mirror import pull
 from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
 from imgcap_jax.training.log import LOG_ID, METRICS, SAMPLES, TENSORBOARD
@@ -41,7 +42,6 @@ from imgcap_jax.training.self_critical import FREQUENCIES
 from imgcap_jax.user_code import source_files
 
 RUNS = Path("runs")  # the default folder of all runs
-EXPERIMENT = "experiment.json"
 VOCABULARY = "vocabulary.json"
 INIT_FROM = "init_from.json"
 WEIGHTS = "weights.json"
@@ -234,11 +234,6 @@ def _can_be_traced(settings: Any) -> bool:
     The code of users can keep arrays in attributes, in closures or in caches, where tracers would fail later.
     """
     return all(kind.__module__.startswith("imgcap_jax.") for kind in classes(settings))
-
-
-def is_run(folder: Path) -> bool:
-    """Whether training has written this folder."""
-    return (folder / EXPERIMENT).is_file()
 
 
 def _read_experiment(folder: Path) -> Experiment:

@@ -11,11 +11,9 @@ from typing import Any, Literal
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import DIGESTS, OWNER, is_locked, parse_json, reading, reason
+from imgcap_jax.run.finder import CHECKPOINTS, EXPERIMENT, METRICS, run_folders
 
-# The names of files, as in run/folder.py and training/, which import JAX.
-EXPERIMENT, CHECKPOINTS, METRICS = "experiment.json", "checkpoints", "metrics.jsonl"
 _PROGRESS = ("validated.json", "progress/metadata")  # in a checkpoint, the first one that exists counts
-_DEEPEST = 8  # folders below the given one
 _TAIL = 1 << 16  # bytes of metrics.jsonl that are read; they have its last lines
 
 Status = Literal["training", "finished", "interrupted", "failed", "no checkpoint", "damaged"]
@@ -51,32 +49,9 @@ class RunSummary:
 
 
 def list_runs(folder: Path) -> Iterator[RunSummary]:
-    """The runs in a folder and in all folders below it: populations, studies. In alphabetical order.
-
-    Hidden folders, symbolic links and folders in runs are skipped.
-    """
-    for path in _run_folders(folder, _DEEPEST):
+    """The runs in a folder and in all folders below it, in the order of ``run_folders``."""
+    for path in run_folders(folder):
         yield summarise(path)
-
-
-def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
-    if is_run_folder(folder):
-        yield folder
-        return
-    try:
-        with os.scandir(folder) as entries:
-            names = sorted(one.name for one in entries if one.is_dir(follow_symlinks=False) and one.name[0] != ".")
-    except OSError:  # it vanished, or may not be read
-        return
-    for name in names if depth else ():
-        yield from _run_folders(folder / name, depth - 1)
-
-
-def is_run_folder(folder: Path) -> bool:
-    """Whether training has written this folder, or a damaged run is in it."""
-    return (folder / EXPERIMENT).is_file() or (
-        (folder / METRICS).is_file() and (folder / CHECKPOINTS).is_dir()  # without experiment
-    )
 
 
 def summarise(folder: Path) -> RunSummary:
