@@ -645,7 +645,8 @@ def _report(options: argparse.Namespace) -> int:
     found = folders_of(options.runs)
     runs = _load_runs(list(found), options)
     _keep_compiled()
-    return report(runs, [_features_cache(options, given) for given in found.values()], options)
+    given = list(found.values())
+    return report(runs, given, [_features_cache(options, folder) for folder in given], options)
 
 
 _COMMANDS = {

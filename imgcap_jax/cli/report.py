@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from imgcap_jax.errors import check_range, printable
+from imgcap_jax.errors import UserError, check_range, printable
 from imgcap_jax.files import check_writable
+from imgcap_jax.remote import shown
 
 
 def folders_of(given: Sequence[Path]) -> dict[Path, Path]:
@@ -16,22 +17,30 @@ def folders_of(given: Sequence[Path]) -> dict[Path, Path]:
     Raises:
         UserError: a folder is not a run and has none in it.
     """
-    from imgcap_jax.report.run_page.records import run_folders
+    from imgcap_jax.run.finder import is_run, run_folders
     from imgcap_jax.run.mirror import pull
 
     found: dict[Path, Path] = {}
     for folder in given:
         pull(folder)
-        for run in run_folders(folder):
+        there = list(run_folders(folder))
+        runs = [run for run in there if is_run(run)]
+        for run in there:
+            if run not in runs:
+                _note(f"{shown(run)} is left out: it is damaged, and has no experiment.json")
+        if not runs:
+            raise UserError(f"{shown(folder)} is not a run, and has no runs in it; give a folder that training wrote")
+        for run in runs:
             found.setdefault(run, folder)
     return found
 
 
-def report(runs: Sequence[Any], caches: Sequence[Path], options: argparse.Namespace) -> int:
+def report(runs: Sequence[Any], given: Sequence[Path], caches: Sequence[Path], options: argparse.Namespace) -> int:
     """Writes the page.
 
     Args:
         runs: the loaded runs.
+        given: the folder of each that the user gave.
         caches: the folder of the features of each.
         options: of the command line.
 
@@ -47,7 +56,8 @@ def report(runs: Sequence[Any], caches: Sequence[Path], options: argparse.Namesp
         moved.append(placed)
         if note:
             _note(note)
-    write_report(list(zip(moved, caches, strict=True)), options.split, options.output, options.images, _note)
+    with_caches = list(zip(moved, caches, strict=True))
+    write_report(with_caches, options.split, options.output, options.images, _note, given=given)
     size = options.output.stat().st_size
     print(f"report: {options.output} ({size / 1e6:.1f} MB)")
     return 0

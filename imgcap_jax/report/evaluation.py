@@ -120,7 +120,8 @@ def _row(evaluation: Evaluation, found: Example) -> Row:
     note = "" if score is None else f"{_PER_IMAGE} {100 * score:.1f}"
     experiments = [run.experiment for run in evaluation.runs]
     attention = word_attention(experiments, found.words, found.attention, caption)
-    return Row(pixels, caption, example.captions, verdict, true, note, attention)
+    name = evaluation.source.filenames()[found.number]
+    return Row(pixels, caption, example.captions, verdict, true, note, attention, name=name)
 
 
 def _resize(evaluation: Evaluation) -> Resize | None:

@@ -34,7 +34,8 @@ class Row:
 
     `verdict` is a remark below the caption. `true` sets its colour: True is green, False is red, None is neither.
     `note` is a further remark. `attention` makes the words of the caption show where the model looked. `others` are
-    captions by other models, each with the name of its model and a remark. `name` is shown if there is no image.
+    captions by other models, each with the name of its model and a remark. `name` is the alternative text of the image,
+    and is shown if there is none.
     """
 
     image: np.ndarray | None
@@ -85,7 +86,7 @@ def _picture(row: Row, quality: int) -> str:
     height, width = row.image.shape[:2]
     css = ' class="drawing"' if is_drawing(row.image) else ""
     return (
-        f'<div class="photo"><img{css} src="{image_url(row.image, quality=quality)}" alt="{text(row.caption)}" '
+        f'<div class="photo"><img{css} src="{image_url(row.image, quality=quality)}" alt="{text(row.name)}" '
         f'width="{width}" height="{height}" loading="lazy" decoding="async"></div>'
     )
 
@@ -93,11 +94,13 @@ def _picture(row: Row, quality: int) -> str:
 def _word(number: int, word: str, weights: np.ndarray) -> str:
     """A word that shows its attention while it is pointed at or has the focus.
 
-    Only the first word of a caption is reached with the tab key; the arrow keys go through the others.
+    It is not a button element, because their text cannot be selected in all browsers. Only the first word of a caption
+    is reached with the tab key; the arrow keys go through the others.
     """
     share = float(weights.sum())
-    elsewhere = f' title="{100 * share:.0f} % of the attention is on the image"' if share < 0.995 else ""
-    return f'<span class="word" tabindex="{0 if number == 0 else -1}"{elsewhere}>{text(word)}</span>'
+    elsewhere = f' data-share="{100 * share:.0f}"' if share < 0.995 else ""
+    place = 0 if number == 0 else -1
+    return f'<span class="word" role="button" tabindex="{place}"{elsewhere}>{text(word)}</span>'
 
 
 def _packed(weights: np.ndarray) -> str:

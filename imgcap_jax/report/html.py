@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -96,8 +97,9 @@ def section(name: str, title: str, content: str) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table: its text, and the number by which its column is sorted (None: by the text).
+    """A cell of a table: its text, and the number by which its column is sorted.
 
+    value: None: the column is sorted by the text. NaN: the cell has no value, and is last in both directions.
     raw: whether the text is HTML.
     """
 
@@ -108,7 +110,7 @@ class Cell:
 
 def number(value: float | None, digits: int = 1, unit: str = "") -> Cell:
     """A cell with a number; a dash for None."""
-    return Cell("–", float("-inf")) if value is None else Cell(f"{value:,.{digits}f}{unit}", float(value))
+    return Cell("–", math.nan) if value is None else Cell(f"{value:,.{digits}f}{unit}", float(value))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Cell | str]], caption: str, *, left: int = 1) -> str:
@@ -135,6 +137,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Cell | str]], caption: st
 def _cell(cell: Cell | str, place: int, left: int) -> str:
     cell = Cell(cell) if isinstance(cell, str) else cell
     content = cell.text if cell.raw else text(cell.text)
-    value = "" if cell.value is None else f' data-v="{cell.value:.6g}"'
+    value = "" if cell.value is None else f' data-v="{cell.value:.6g}"' if math.isfinite(cell.value) else ' data-v=""'
     kind = " class=n" if place >= left else " class=t" if len(cell.text) <= _SHORT else ""
     return f'<th scope="row"{value}{kind}>{content}</th>' if place == 0 else f"<td{value}{kind}>{content}</td>"

@@ -162,15 +162,19 @@ for (const table of document.querySelectorAll("table.sortable")) {
         : before === "ascending" ? "descending" : "ascending";
       for (const other of heads) other.setAttribute("aria-sort", other === head ? order : "none");
       const sign = order === "ascending" ? 1 : -1;
+      // [kind, value]: numbers, then texts; cells without a value are last in both directions.
       const key = (row) => {
-        const cell = row.cells[column];
-        return cell.dataset.v === undefined ? cell.textContent : Number(cell.dataset.v);
+        const { dataset, textContent } = row.cells[column];
+        return dataset.v === undefined ? [1, textContent] : dataset.v === "" ? [2, 0] : [0, Number(dataset.v)];
       };
-      const body = table.tBodies[0];
-      const compare = (a, b) => typeof a === "number" && typeof b === "number" ? (a === b ? 0 : a < b ? -1 : 1)
-        : String(a).localeCompare(String(b), undefined, { numeric: true });
-      const rows = [...body.rows].sort((a, b) => sign * compare(key(a), key(b)));
-      body.append(...rows);
+      const compare = ([kindA, a], [kindB, b]) => {
+        if (kindA === 2 || kindB === 2) return kindA - kindB;
+        if (kindA !== kindB) return sign * (kindA - kindB);
+        return sign * (kindA === 0 ? a - b : a.localeCompare(b, undefined, { numeric: true }));
+      };
+      const keyed = [...table.tBodies[0].rows].map((row) => [key(row), row]);
+      keyed.sort(([a], [b]) => compare(a, b));
+      table.tBodies[0].append(...keyed.map(([, row]) => row));
     });
   });
 }
@@ -211,10 +215,37 @@ function drawAttention(figure, word) {
   context.drawImage(grid, 0, 0, canvas.width, canvas.height);
 }
 
+// The attention of a word in words: the ninth of the image with the largest share.
+function describeAttention(word) {
+  const figure = word.closest("figure");
+  const side = Number(figure.dataset.grid);
+  const first = [...figure.querySelectorAll(".word")].indexOf(word) * side * side;
+  const parts = new Array(9).fill(0);
+  const third = (place) => Math.floor(3 * (place + 0.5) / side);
+  for (let place = 0; place < side * side; place++) {
+    parts[3 * third(Math.floor(place / side)) + third(place % side)] += bytes(figure)[first + place];
+  }
+  const largest = Math.max(...parts);
+  const share = Math.round(100 * largest / parts.reduce((a, b) => a + b, 0));
+  const names = ["top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right"];
+  const of = word.dataset.share ? ` ${onTheImage(word)}.` : "";
+  return `${word.textContent}: ${share} % of the attention on the image is at the ${names[parts.indexOf(largest)]}.${of}`;
+}
+
+const onTheImage = (word) => `${word.dataset.share} % of the attention is on the image`;
+
 function showAttention(figure, pointed) {
   const word = pointed ?? (figure.contains(document.activeElement) ? document.activeElement.closest(".word") : null);
-  if (word) drawAttention(figure, word);
-  else figure.querySelector("canvas")?.remove();
+  hideTip();
+  if (!word) {
+    figure.querySelector("canvas")?.remove();
+    return;
+  }
+  drawAttention(figure, word);
+  if (word.dataset.share) {
+    const box = word.getBoundingClientRect();
+    showTip([[onTheImage(word), ""]], box.left, box.bottom + 42);
+  }
 }
 
 const wordOf = (event) => event.target.closest?.(".word");
@@ -228,12 +259,17 @@ document.addEventListener("pointerout", (event) => {
 });
 document.addEventListener("focusin", (event) => {
   const word = wordOf(event);
-  if (word) drawAttention(word.closest("figure"), word);
+  if (!word) return;
+  showAttention(word.closest("figure"), word);
+  spoken.textContent = describeAttention(word);
 });
 document.addEventListener("focusout", (event) => {
   const word = wordOf(event);
-  if (word) word.closest("figure").querySelector("canvas")?.remove();
+  if (!word) return;
+  hideTip();
+  word.closest("figure").querySelector("canvas")?.remove();
 });
+document.addEventListener("click", (event) => wordOf(event)?.focus()); // Safari gives it no focus
 document.addEventListener("keydown", (event) => {
   const word = wordOf(event);
   if (!word) return;
@@ -241,6 +277,11 @@ document.addEventListener("keydown", (event) => {
   const place = words.indexOf(word);
   const next = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: words.length - 1 }[event.key];
   if (event.key === "Escape") word.blur();
+  if (event.key === "Enter" || event.key === " ") { // said again
+    event.preventDefault();
+    spoken.textContent = "";
+    setTimeout(() => { spoken.textContent = describeAttention(word); }, 50);
+  }
   if (next === undefined || !words[next]) return;
   event.preventDefault();
   word.tabIndex = -1;

@@ -14,20 +14,29 @@ from imgcap_jax.report.run_page.captions import examples, lengths_and_words, tru
 from imgcap_jax.report.run_page.objects import found_objects, mistakes
 from imgcap_jax.report.run_page.records import Group, Record, groups, read_records
 from imgcap_jax.report.run_page.scores import score_tables, sweeps
-from imgcap_jax.report.run_page.splits import SplitResult, Splits
+from imgcap_jax.report.run_page.splits import SplitResult, Splits, has_scores
+from imgcap_jax.report.run_page.study import studies, study_tables
 from imgcap_jax.report.run_page.training import learning_curves, rewards, settings
 from imgcap_jax.run.folder import Run
 
 _NAMED = 3  # runs, or groups of them, whose names the title has
-_COMPARED = 8  # runs whose lengths and words are compared
+_COMPARED = 8  # runs whose captions are read, or decoded if there are none: lengths, words and objects are compared
 
 
 def write_report(
-    runs: Sequence[tuple[Run, Path]], split: str, path: Path, images: int, say: Callable[[str], None]
+    runs: Sequence[tuple[Run, Path]],
+    split: str,
+    path: Path,
+    images: int,
+    say: Callable[[str], None],
+    *,
+    given: Sequence[Path] = (),
 ) -> None:
     """Writes a page about runs. The captions of the first run are shown in detail.
 
-    Stored captions are reused. If they are missing or out of date, the split is decoded, as by ``imgcap evaluate``.
+    The captions of up to ``_COMPARED`` runs are read, one run of each setting before further seeds. Stored captions are
+    reused. If they are missing or out of date, the split is decoded, as by ``imgcap evaluate``. Of the other runs, the
+    stored scores are shown.
 
     Args:
         runs: the runs, each with the folder of its features.
@@ -35,27 +44,22 @@ def write_report(
         path: the file.
         images: the number of images that are shown.
         say: receives a line for each thing that the page lacks.
+        given: for each run, the folder that the user gave: the run, or a folder that contains it, such as a study.
 
     Raises:
         UserError: a dataset has no such split, a file of a run is damaged, or the page cannot be written.
     """
-    records = read_records(runs)
+    folders = [run.folder for run, _ in runs]
+    tables, missing = study_tables(dict(zip(folders, given or folders, strict=True)))
+    settings_of = [next(filter(None, (one.setting_of(folder) for one in tables)), "") for folder in folders]
+    records = read_records(runs, settings_of)
     found = groups(records)
-    results: dict[str, SplitResult] = {}
-    missing: list[str] = []
-    results_of = Splits(split)
-    for record in records:
-        result, notes = results_of(record)
-        missing += notes
-        if result is not None:
-            results[record.name] = result
-    parts = [learning_curves(found), rewards(found), score_tables(found, results, split)]
+    results, notes = _results(found, split)
+    missing += notes
+    parts = [studies(tables), learning_curves(found), rewards(found), score_tables(found, results, split)]
     detailed = next((record for record in records if record.name in results), None)
     if detailed is not None:
-        # Other settings come before other seeds of the same ones.
-        ranks = [(place, record.name) for group in found for place, record in enumerate(group.records)]
-        names = [name for _, name in sorted(ranks, key=lambda one: one[0]) if name in results]
-        sections, notes = _captions(detailed, {name: results[name] for name in names}, images)
+        sections, notes = _captions(detailed, results, images)
         parts += sections
         missing += notes
     parts += [sweeps(found), settings(found)]
@@ -77,6 +81,25 @@ def write_report(
         + f"</main>\n<footer>imgcap_jax {__version__}, {datetime.date.today().isoformat()}</footer>\n"
     )
     write_text(path, document(title, body))
+
+
+def _results(found: Sequence[Group], split: str) -> tuple[dict[str, SplitResult], list[str]]:
+    """The captions of the first runs that have some, and a line for each thing that is missing."""
+    # Other settings come before other seeds of the same ones.
+    ranks = [(place, record) for group in found for place, record in enumerate(group.records)]
+    results: dict[str, SplitResult] = {}
+    missing: list[str] = []
+    results_of = Splits(split)
+    for _, record in sorted(ranks, key=lambda one: one[0]):
+        if len(results) == _COMPARED:
+            if not has_scores(record.run.folder, split):
+                missing.append(f"{record.name}: no scores of split {split}; evaluate the run")
+            continue
+        result, notes = results_of(record)
+        missing += notes
+        if result is not None:
+            results[record.name] = result
+    return results, missing
 
 
 def _captions(detailed: Record, results: Mapping[str, SplitResult], images: int) -> tuple[list[str], list[str]]:

@@ -79,7 +79,7 @@ def bars(title: str, names: Sequence[str], groups: Sequence[tuple[str, Sequence[
     width, height = _NARROW
     top = max((value for _, values in groups for value in values), default=1.0) or 1.0
     ticks = nice_ticks(0.0, top)
-    y = _Scale(0.0, max(top, ticks[-1]), height - _BOTTOM, _TOP)
+    y = Scale(0.0, max(top, ticks[-1]), height - _BOTTOM, _TOP)
     step = (width - _LEFT - _RIGHT) / max(len(names), 1)
     bar = step * 0.84 / max(len(groups), 1)
     every = math.ceil(len(names) * 26 / (width - _LEFT - _RIGHT))
@@ -130,7 +130,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 @dataclass(frozen=True)
-class _Scale:
+class Scale:
     """Maps values to pixels: low to start, high to end."""
 
     low: float
@@ -156,14 +156,14 @@ def _svg(title: str, lines: Sequence[Line], x_name: str, digits: int, size: tupl
     first, last = min(xs), max(xs)
     if first == last:
         first, last = first - 0.5, last + 0.5
-    x = _Scale(first, last, _LEFT, width - _RIGHT)
-    y = _Scale(y_ticks[0], y_ticks[-1], height - _BOTTOM, _TOP)
+    x = Scale(first, last, _LEFT, width - _RIGHT)
+    y = Scale(y_ticks[0], y_ticks[-1], height - _BOTTOM, _TOP)
     x_ticks = [
         tick for tick in nice_ticks(first, last, 8 if css == "wide" else 5) if first - 1e-9 <= tick <= last + 1e-9
     ]
     drawn = "".join(_line(line, x, y) for line in lines)
     labels = "".join(
-        f'<text class="x" x="{x(tick):.1f}" y="{height - _BOTTOM + 15}">{_short(tick)}</text>' for tick in x_ticks
+        f'<text class="x" x="{x(tick):.1f}" y="{height - _BOTTOM + 15}">{short(tick)}</text>' for tick in x_ticks
     )
     data = {
         "x": x_name,
@@ -182,7 +182,8 @@ def _svg(title: str, lines: Sequence[Line], x_name: str, digits: int, size: tupl
         ],
     }
     return (
-        f'<svg class="plot {css}" viewBox="0 0 {width} {height}" role="img" tabindex="0" '
+        f'<svg class="plot {css}" viewBox="0 0 {width} {height}" role="application" '
+        f'aria-roledescription="chart" tabindex="0" '
         f'aria-label="{text(_sentence(title, lines, x_name, digits))}" data-plot="{text(json.dumps(data))}">'
         f"{_y_axis(y_ticks, y, width)}{labels}"
         f'<text class="x name" x="{(width + _LEFT - _RIGHT) / 2:.0f}" y="{height - 3}">{text(x_name)}</text>'
@@ -195,15 +196,15 @@ def _extent(line: Line) -> list[float]:
     return values + [value + sign * by for value, by in zip(values, line.spread, strict=False) for sign in (-1, 1)]
 
 
-def _y_axis(ticks: Sequence[float], y: _Scale, width: int) -> str:
+def _y_axis(ticks: Sequence[float], y: Scale, width: int) -> str:
     return "".join(
         f'<path class="grid" d="M{_LEFT} {y(tick):.1f}H{width - _RIGHT}"/>'
-        f'<text class="y" x="{_LEFT - 6}" y="{y(tick) + 4:.1f}">{_short(tick)}</text>'
+        f'<text class="y" x="{_LEFT - 6}" y="{y(tick) + 4:.1f}">{short(tick)}</text>'
         for tick in ticks
     )
 
 
-def _line(line: Line, x: _Scale, y: _Scale) -> str:
+def _line(line: Line, x: Scale, y: Scale) -> str:
     pixels = [(x(point[0]), y(point[1])) for point in line.points]
     band = ""
     if line.spread:
@@ -245,7 +246,7 @@ def _values(title: str, lines: Sequence[Line], x_name: str, digits: int) -> str:
     return table([x_name, *(line.name for line in lines)], rows, f"{title}{thinned}")
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """A number of an axis."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")

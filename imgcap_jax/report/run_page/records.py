@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, differences
 from imgcap_jax.files import read_json
 from imgcap_jax.remote import shown
 from imgcap_jax.report.run_page.charts import Line
-from imgcap_jax.run.folder import Run, is_run
+from imgcap_jax.run.folder import Run
 from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
 from imgcap_jax.training.log import read_metrics
 
 _MOST_POINTS = 200  # of a line; longer ones are averaged
+_SEED = re.compile(r"[_\-=/., ]*(seed)?[_\-= ]*\d+$")  # at the end of a name
 
 Metrics = dict[str, Any]
 
@@ -28,6 +28,7 @@ class Record:
 
     Attributes:
         name: a short name that no other run of the page has.
+        setting: the setting of its study; "": it is in none.
         run: the run.
         cache: the folder of its features.
         best: the step of its best parameters; None: there are none on this machine.
@@ -36,6 +37,7 @@ class Record:
     """
 
     name: str
+    setting: str
     run: Run
     cache: Path
     best: int | None
@@ -58,49 +60,28 @@ class Group:
     colour: int
 
 
-def run_folders(folder: Path) -> list[Path]:
-    """The run in a folder, or the runs in its sub-folders and theirs, as populations and studies have them.
+def read_records(runs: Sequence[tuple[Run, Path]], settings: Sequence[str] = ()) -> list[Record]:
+    """Reads the folders of runs.
 
-    Raises:
-        UserError: there is none.
-    """
-    if is_run(folder):
-        return [folder]
-    found = [
-        path
-        for pattern in ("*", "*/*")
-        for path in sorted(folder.glob(pattern), key=_natural)
-        if _is_member(path, folder)
-    ]
-    if not found:
-        raise UserError(f"{shown(folder)} is not a run, and has no runs in it; give a folder that training wrote")
-    return found
-
-
-def _natural(path: Path) -> list[str | float]:
-    """Sorts numbers in names by their values."""
-    parts = re.split(r"(\d+(?:\.\d+)?)", str(path))
-    return [float(part) if place % 2 else part for place, part in enumerate(parts)]
-
-
-def _is_member(path: Path, folder: Path) -> bool:
-    return is_run(path) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-
-def read_records(runs: Sequence[tuple[Run, Path]]) -> list[Record]:
-    """Reads the folders of runs, each with the folder of its features.
+    Args:
+        runs: each with the folder of its features.
+        settings: the setting of each run in its study; "" for a run that is in none.
 
     Raises:
         UserError: a file is damaged.
     """
-    names = _names([run.folder for run, _ in runs])
-    return [_record(name, run, cache) for name, (run, cache) in zip(names, runs, strict=True)]
+    settings = settings or [""] * len(runs)
+    names = _names([run.folder for run, _ in runs], settings)
+    return [
+        _record(name, setting, run, cache) for name, setting, (run, cache) in zip(names, settings, runs, strict=True)
+    ]
 
 
-def _record(name: str, run: Run, cache: Path) -> Record:
-    lines = read_metrics(run.folder)
+def _record(name: str, setting: str, run: Run, cache: Path) -> Record:
+    lines = _with_epochs(read_metrics(run.folder))
     return Record(
         name,
+        setting,
         run,
         cache,
         latest_step(run.folder / CHECKPOINTS / "best"),
@@ -110,11 +91,23 @@ def _record(name: str, run: Run, cache: Path) -> Record:
     )
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each folder; more parts, if that is not unique."""
+def _with_epochs(lines: Sequence[Metrics]) -> list[Metrics]:
+    """The lines. The epoch of a line without one is computed from those of other lines of the run."""
+    pairs = ((line.get("step"), line.get("epoch")) for line in reversed(lines))
+    rate = next((epoch / step for step, epoch in pairs if step and epoch), None)
+    if rate is None:
+        return list(lines)
+    return [line if "epoch" in line or "step" not in line else {**line, "epoch": line["step"] * rate} for line in lines]
+
+
+def _names(folders: Sequence[Path], settings: Sequence[str]) -> list[str]:
+    """The setting and the last part of each folder, or only the last part; more parts, if that is not unique."""
     parts = [folder.absolute().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(one[-count:]) for one in parts]
+        names = [
+            f"{setting}/{one[-1]}" if setting and count <= 2 else "/".join(one[-count:])
+            for one, setting in zip(parts, settings, strict=True)
+        ]
         if len(set(names)) == len(names):
             return names
     return [shown(folder) for folder in folders]
@@ -142,7 +135,12 @@ def groups(records: Sequence[Record]) -> list[Group]:
                 break
         else:
             found.append([record])
-    return [Group(_group_name(members), tuple(members), colour) for colour, members in enumerate(found)]
+    names = [_group_name(members) for members in found]
+    for place, members in enumerate(found):  # settings of two studies can have the same name
+        if names.count(names[place]) > 1:
+            name = members[0].name
+            names[place] = _seeds(name if len(members) == 1 else _SEED.sub("", name), len(members))
+    return [Group(names[colour], tuple(members), colour) for colour, members in enumerate(found)]
 
 
 def _same(first: Experiment, second: Experiment) -> bool:
@@ -152,26 +150,26 @@ def _same(first: Experiment, second: Experiment) -> bool:
 
 
 def _group_name(members: Sequence[Record]) -> str:
-    first = members[0].name
+    settings = {member.setting for member in members}
+    if len(settings) == 1 and (setting := settings.pop()):
+        return _seeds(setting, len(members))
     if len(members) == 1:
-        return first
-    names = [member.name for member in members]
-    same = 0
-    while all(len(name) > same and name[same] == first[same] for name in names):
-        same += 1
-    stem = first[:same].rstrip("_-=/., ").removesuffix("seed").rstrip("_-=/., ")
-    if not stem.strip("/"):
-        stem = members[0].run.folder.absolute().parent.name
-    return f"{stem} ({len(members)} seeds)"
+        return members[0].name
+    stem, *others = {_SEED.sub("", member.name) for member in members}
+    return _seeds(stem if stem and not others else members[0].run.folder.absolute().parent.name, len(members))
 
 
-def axis_of(found: Sequence[Group]) -> str:
-    """What the x axes show: "epoch", or "step" if a run has metrics without epochs."""
-    lines = (line for group in found for record in group.records for line in (*record.train, *record.validation))
+def _seeds(name: str, count: int) -> str:
+    return name if count == 1 else f"{name} ({count} seeds)"
+
+
+def axis_of(found: Sequence[Group], kind: str, key: str) -> str:
+    """What the x axis of a metric shows: "epoch", or "step" if a run has it without epochs."""
+    lines = (line for group in found for record in group.records for line in getattr(record, kind) if key in line)
     return "epoch" if all("epoch" in line for line in lines) else "step"
 
 
-def curves(found: Sequence[Group], kind: str, key: str, factor: float = 1.0, *, axis: str = "epoch") -> list[Line]:
+def curves(found: Sequence[Group], kind: str, key: str, factor: float = 1.0) -> list[Line]:
     """A metric over training: one line per group, the mean over its seeds with their standard deviation as a band.
 
     Args:
@@ -179,9 +177,9 @@ def curves(found: Sequence[Group], kind: str, key: str, factor: float = 1.0, *, 
         kind: "train" or "validation".
         key: the metric.
         factor: of its values.
-        axis: "epoch" or "step".
     """
     lines = []
+    axis = axis_of(found, kind, key)
     for group in found:
         of_runs = [_points(getattr(record, kind), key, factor, axis) for record in group.records]
         of_runs = [points for points in of_runs if points]

@@ -83,12 +83,13 @@ def _rows(record: Record, results: Mapping[str, SplitResult], split: str) -> lis
 def _over_seeds(found: Sequence[Group], results: Mapping[str, SplitResult], names: Sequence[str], split: str) -> str:
     rows = []
     for group in found:
-        of_runs = [results[record.name] for record in group.records if record.name in results]
+        own = [one for record in group.records if (one := _own_scores(record, results, split)) is not None]
+        of_runs = [scores for signature, scores in own if signature == own[0][0]]
         if len(of_runs) < 2:
             continue
         cells = [Cell(group.name), number(float(len(of_runs)), 0)]
         for name in names:
-            values = [100 * one.scores[name] for one in of_runs if name in one.scores]
+            values = [100 * scores[name] for scores in of_runs if name in scores]
             if len(values) < 2:
                 cells.append(number(None))
                 continue
@@ -98,6 +99,20 @@ def _over_seeds(found: Sequence[Group], results: Mapping[str, SplitResult], name
     if not rows:
         return ""
     return table(["runs", "seeds", *names], rows, f"mean and standard deviation over seeds, split {split}")
+
+
+def _own_scores(
+    record: Record, results: Mapping[str, SplitResult], split: str
+) -> tuple[str, Mapping[str, float]] | None:
+    """The signature and the scores of a run's best parameters with its own decoding; None: they are not known."""
+    if (ours := results.get(record.name)) is not None:
+        return ours.signature, ours.scores
+    title = record.experiment.decoding.title
+    for one in stored_scores(record.run.folder):
+        current = record.best in (None, one.get("step")) and decoding_title(one["decoding"]) == title
+        if one["name"] == split and current:
+            return str(one.get("signature")), one["scores"]
+    return None
 
 
 def sweeps(found: Sequence[Group]) -> str:

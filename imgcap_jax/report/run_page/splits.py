@@ -185,6 +185,11 @@ def _ranking(
     return scores.per_image[RANKING]
 
 
+def has_scores(folder: Path, split: str) -> bool:
+    """Whether the folder of a run has scores of a split."""
+    return any(one["name"] == split for one in stored_scores(folder))
+
+
 def stored_scores(folder: Path) -> list[dict[str, Any]]:
     """The results of all evaluations that the folder of a run contains, with the name of their split as "name"."""
     found = []

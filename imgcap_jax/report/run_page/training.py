@@ -44,19 +44,18 @@ def learning_curves(found: Sequence[Group]) -> str:
     """The section of the curves; "" if no run has metrics."""
     rewarded = [group for group in found if _is_rewarded(group)]
     losses = [group for group in found if group not in rewarded]
-    axis = axis_of(found)
-    charts = _draw(found, axis, [("validation", "CIDEr-D", "CIDEr-D on validation images (×100)", 100.0, 1)], wide=True)
+    charts = _draw(found, [("validation", "CIDEr-D", "CIDEr-D on validation images (×100)", 100.0, 1)], wide=True)
     legend = not charts
-    charts += _draw(losses, axis, _LOSSES[:1], legend=legend)
-    charts += _draw(found, axis, [*_LOSSES[1:], *_other_scores(found)], legend=legend)
-    course = _draw(found, axis, _COURSE, legend=legend)
+    charts += _draw(losses, _LOSSES[:1], legend=legend)
+    charts += _draw(found, [*_LOSSES[1:], *_other_scores(found)], legend=legend)
+    course = _draw(found, _COURSE, legend=legend)
     more = f"<details><summary>{len(course)} more curves</summary>{_grid(course)}</details>\n" if course else ""
     return section("curves", "Learning curves", f"{_bands(found)}{_grid(charts)}{more}") if charts or more else ""
 
 
 def rewards(found: Sequence[Group]) -> str:
     """The section of self-critical training; "" if no run has rewards."""
-    charts = _draw([group for group in found if _is_rewarded(group)], axis_of(found), _REWARDS)
+    charts = _draw([group for group in found if _is_rewarded(group)], _REWARDS)
     if not charts:
         return ""
     said = (
@@ -143,14 +142,13 @@ def _other_scores(found: Sequence[Group]) -> list[_Chart]:
     return [("validation", name, f"{name} (validation, ×100)", 100.0, 1) for name in kept]
 
 
-def _draw(
-    found: Sequence[Group], axis: str, charts: Sequence[_Chart], *, wide: bool = False, legend: bool = True
-) -> list[str]:
+def _draw(found: Sequence[Group], charts: Sequence[_Chart], *, wide: bool = False, legend: bool = True) -> list[str]:
     drawn: list[str] = []
     for kind, key, title, factor, digits in charts:
-        lines = curves(found, kind, key, factor, axis=axis)
+        lines = curves(found, kind, key, factor)
         points = [point for line in lines for point in line.points]
         if len({x for x, _ in points}) > 1 and any(y for _, y in points):
+            axis = axis_of(found, kind, key)
             drawn.append(line_chart(title, lines, axis, digits=digits, wide=wide, legend=legend and not drawn))
     return drawn
 
