@@ -37,7 +37,7 @@ def test_page_is_complete_escaped_and_self_contained(tmp_path: Path) -> None:
     evil = "<script>alert('x')</script> \"quoted\" & more"
     rows = [
         Row(drawing, evil, ("a first reference", evil), verdict="true of its scene", true=True, note="CIDEr-D 7"),
-        Row(photo, "a red field", true=False),
+        Row(photo, "a red field", true=False, name=f"{evil}.jpg"),
     ]
     caption_page(
         rows,
@@ -60,11 +60,11 @@ def test_page_is_complete_escaped_and_self_contained(tmp_path: Path) -> None:
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert f"{kind} 'sha256-{digest}'" in policy
     assert " style=" not in page  # which the policy forbids
-    # In the title, the heading, a caption and a reference. The alternative text is an attribute and not counted.
+    # In the title, the heading, a caption and a reference.
     assert reader.text.count(evil) == 4
     assert {"CIDEr-D <dev>", "101.2", "One & only.", "a first reference", "a red field"} <= set(reader.text)
     assert {"Run", "runs/<mine>", "Green & red.", "true of its scene", "CIDEr-D 7"} <= set(reader.text)
-    assert [image["alt"] for image in reader.images] == [evil, "a red field"]
+    assert [image["alt"] for image in reader.images] == ["", f"{evil}.jpg"]  # not the caption, which follows
     pictures = []
     for image in reader.images:
         kind, data = (image["src"] or "").split(",")
@@ -89,9 +89,9 @@ def test_words_show_where_the_attention_was(tmp_path: Path) -> None:
     assert "b" not in reader.tags
     words = [text for text in reader.text if text in ("<b>", "dog")]
     assert words == ["<b>", "dog"]
-    assert re.findall(r'class="word" tabindex="(-?\d)"', page) == ["0", "-1"]  # the arrow keys go to the second word
-    assert page.count("% of the attention is on the image") == 1
-    assert "60 % of the attention" in page
+    # The arrow keys go to the second word.
+    assert re.findall(r'class="word" role="button" tabindex="(-?\d)"', page) == ["0", "-1"]
+    assert re.findall(r'data-share="(\d+)"', page) == ["60"]
     assert 'width="600" height="300"' in page
     ((side, packed),) = re.findall(r'data-grid="(\d+)" data-attention="([^"]+)"', page)
     levels = np.frombuffer(base64.b64decode(packed), np.uint8).reshape(2, int(side), int(side))

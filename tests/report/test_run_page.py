@@ -12,8 +12,9 @@ import pytest
 from imgcap_jax.cli.main import main
 from imgcap_jax.report.run_page.captions import choose
 from imgcap_jax.report.run_page.charts import nice_ticks
-from imgcap_jax.report.run_page.records import curves, groups, read_records, run_folders
+from imgcap_jax.report.run_page.records import axis_of, curves, groups, read_records
 from imgcap_jax.report.run_page.words import wording
+from imgcap_jax.run.finder import run_folders
 from imgcap_jax.run.folder import Run
 from imgcap_jax.tokenizers import DEFAULT
 
@@ -131,6 +132,29 @@ def test_markup_in_names_and_captions_stays_text(
     assert "<img" not in text
     assert "&lt;img src=x onerror=alert(1)&gt;" in text
     assert text.count("</script>") == 1
+
+
+def test_runs_without_epochs_get_them_from_their_other_lines(reported: Path, tmp_path: Path) -> None:
+    shutil.copytree(reported / "first", tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    expected = [(line["epoch"], line["loss"]) for line in lines if line["kind"] == "train"]
+    for line in lines[::2]:
+        del line["epoch"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = Run.load(tmp_path / "run")
+    found = groups(read_records([(run, tmp_path)]))
+    assert axis_of(found, "train", "loss") == "epoch"
+    (line,) = curves(found, "train", "loss")
+    assert [*line.points] == [pytest.approx(point, abs=1e-3) for point in expected]
+    for one in lines:
+        one.pop("epoch", None)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = groups(read_records([(run, tmp_path)]))
+    assert axis_of(found, "train", "loss") == "step"
+    assert [x for x, _ in curves(found, "train", "loss")[0].points] == [
+        line["step"] for line in lines if line["kind"] == "train"
+    ]
 
 
 def test_mistakes_are_one_line(reported: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -11,8 +11,7 @@ import pytest
 
 from imgcap_jax.cli.main import main
 from imgcap_jax.files import OWNER, is_locked, lock_file
-from imgcap_jax.run import folder as run_folder
-from imgcap_jax.run import listing
+from imgcap_jax.run import finder, listing
 from imgcap_jax.run.listing import RunSummary, list_runs, summarise
 from imgcap_jax.training import checkpoints, log
 
@@ -37,8 +36,7 @@ def write_run(
 
 
 def test_names_are_those_that_training_writes() -> None:
-    assert (listing.EXPERIMENT, listing.CHECKPOINTS) == (run_folder.EXPERIMENT, checkpoints.CHECKPOINTS)
-    assert listing.METRICS == log.METRICS
+    assert (finder.CHECKPOINTS, finder.METRICS) == (checkpoints.CHECKPOINTS, log.METRICS)
     assert checkpoints._VALIDATED in listing._PROGRESS
 
 
