@@ -457,7 +457,7 @@ def _add_report(commands: Commands) -> None:
         "with the run's own settings, as by imgcap evaluate.",
     )
     report.add_argument(
-        "runs", nargs="+", type=_folder, metavar="RUN", help="runs, or folders of runs such as that of a population"
+        "runs", nargs="+", type=_folder, metavar="RUN", help="runs, or folders of runs such as populations and studies"
     )
     report.add_argument("--split", default="val", help="the split whose captions are shown (default: val)")
     report.add_argument(

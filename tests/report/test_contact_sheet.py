@@ -29,7 +29,7 @@ def test_texts_stay_in_their_column(tmp_path: Path) -> None:
     right = sheet[:, module._MARGIN + module._TILE :]
     dark = (right.max(axis=-1) < 120).any(axis=0)
     assert not dark.any()  # no text reaches the second column, whose own text is empty
-    lines = module._wrap([text])
+    lines = module._wrap([text], module._TILE)
     assert "".join(line for _, line in lines).replace("\N{NO-BREAK SPACE}", "").replace(" ", "") == (
         text.replace(" ", "")
     )

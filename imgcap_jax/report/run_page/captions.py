@@ -156,7 +156,7 @@ def _of_others(others: Mapping[str, SplitResult], image: int) -> tuple[tuple[str
 
 
 def _size(count: int) -> tuple[int, int]:
-    """The side length of photos in pixels, and the quality of their compression, on a page with this many."""
+    """The side length of photos in pixels, and the quality of their compression, on a page with ``count`` photos."""
     return next((side, quality) for most, side, quality in _SIZES if count <= most)
 
 
@@ -170,8 +170,8 @@ def truth(name: str, found: TruthScores) -> str:
         ("identify their scene among ten", f"{100 * found.discrimination:.1f} %"),
     ]
     said = (
-        f"<p>Each caption of {text(name)} is compared with its scene. A caption that fits all of ten similar scenes "
-        f"identifies its own with 10 %, a false one with 0 %.</p>"
+        f"<p>Each caption of {text(name)} is compared with its scene. A caption that is true of all of ten similar "
+        f"scenes identifies its own with 10 %; a false caption with 0 %.</p>"
     )
     return section("truth", "Truth of the captions", said + pairs("tiles", values))
 
@@ -238,7 +238,10 @@ def _lengths(name: str, found: Wording) -> str:
 
 
 def _last_common(found: Wording) -> int:
-    """The length from which on captions are counted together: that of all but 1 % of the references, or the longest."""
+    """The length from which captions are counted together.
+
+    At most 1 % of the references are longer, and no generated caption is.
+    """
     total, last = 0.0, max(found.lengths)
     for length, share in found.reference_lengths.items():
         total += share

@@ -10,7 +10,7 @@ from imgcap_jax.report.run_page.splits import SplitResult
 from imgcap_jax.tokenizers import splits_english_words
 
 _MOST = 12  # objects per list
-_ENOUGH = 10  # images of which a reference names an object, from which on the section is shown
+_ENOUGH = 10  # the section is shown if references name objects in at least this many images
 
 
 def found_objects(record: Record, result: SplitResult) -> ObjectScores | None:

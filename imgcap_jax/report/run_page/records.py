@@ -1,4 +1,4 @@
-"""What a run's folder says about its training: settings, metrics, sweeps."""
+"""The settings, metrics and sweeps in the folders of runs."""
 
 import math
 import re

@@ -48,7 +48,7 @@ def score_tables(found: Sequence[Group], results: Mapping[str, SplitResult], spl
 
 
 def _rows(record: Record, results: Mapping[str, SplitResult], split: str) -> list[dict[str, Any]]:
-    """The evaluations of a run: the captions of this page, and what else its folder contains."""
+    """The evaluations of a run: of the captions on this page, and the others in its folder."""
     rows = []
     ours = results.get(record.name)
     if ours is not None:

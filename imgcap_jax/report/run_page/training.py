@@ -124,7 +124,7 @@ def _flat(record: Record) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """A value as it is read: "ShowAttendTell" for "module:ShowAttendTell"."""
+    """A value in a table: "ShowAttendTell" for "module:ShowAttendTell"."""
     if isinstance(value, str):
         return value.rpartition(":")[2]
     return json.dumps(value, ensure_ascii=False)
@@ -157,8 +157,8 @@ def _bands(found: Sequence[Group]) -> str:
     if all(len(group.records) == 1 for group in found):
         return ""
     return (
-        "<p>Runs that differ only in <code>training.seed</code> are one line: their mean, where all of them have a "
-        "value. The band is their standard deviation.</p>"
+        "<p>Runs that differ only in <code>training.seed</code> are one line: their mean at the points that all of them "
+        "have. The band is their standard deviation.</p>"
     )
 
 

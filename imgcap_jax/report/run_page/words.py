@@ -1,4 +1,4 @@
-"""What captions are like, next to their references: lengths and words."""
+"""Lengths and words of captions, compared with their references."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
