@@ -157,8 +157,8 @@ def _bands(found: Sequence[Group]) -> str:
     if all(len(group.records) == 1 for group in found):
         return ""
     return (
-        "<p>Runs that differ only in <code>training.seed</code> are one line: their mean at the points that all of them "
-        "have. The band is their standard deviation.</p>"
+        "<p>Runs that differ only in <code>training.seed</code> are one line: their mean at the points that all of "
+        "them have. The band is their standard deviation.</p>"
     )
 
 
