@@ -72,6 +72,7 @@ def test_page_of_a_study(study_folder: Path, tmp_path: Path, monkeypatch: pytest
     settings = ["base", "number_of_epochs=3", "number_of_epochs=4"]
     assert read == [f"{setting}/seed={seed}" for seed in (1, 2, 10) for setting in settings][:8]
     text = page.read_text()
+    assert "<h1>Report: mine</h1>" in text
     study = text.partition('<section id="study"')[2].partition("</section>")[0]
     lines = re.findall(r"<tr>(.*?)</tr>", study.partition("<details>")[0])
     rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in lines]

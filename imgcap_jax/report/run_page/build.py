@@ -69,7 +69,8 @@ def write_report(
     missing = list(dict.fromkeys(missing))
     for line in missing:
         say(line)
-    titles = [group.name for group in found]
+    studied = [one.folder.absolute().name for one in tables] if all(record.setting for record in records) else []
+    titles = studied or [group.name for group in found]
     title = f"Report: {', '.join(titles) if len(titles) <= _NAMED else f'{len(records)} runs'}"
     body = (
         _navigation([part for part in parts if part])
