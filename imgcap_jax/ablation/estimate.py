@@ -14,7 +14,7 @@ from imgcap_jax.experiment import Experiment
 from imgcap_jax.session import open_data
 from imgcap_jax.terminal import Say
 from imgcap_jax.train import train
-from imgcap_jax.training.log import read_metrics
+from imgcap_jax.training.metrics_file import read_metrics
 from imgcap_jax.training.optimizer import steps_of
 
 _BATCHES = 4  # steps per epoch of the timed run, which has two epochs

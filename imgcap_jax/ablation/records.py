@@ -12,7 +12,8 @@ from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.experiment import digest
 from imgcap_jax.files import read_json, reading, write_text
 from imgcap_jax.run.finder import is_run
-from imgcap_jax.study import Setting, Study
+from imgcap_jax.run.stored import is_current
+from imgcap_jax.study import Setting, Study, folder_name
 from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
 
 RESULTS, FAILED = "results", "failed"
@@ -94,8 +95,14 @@ def current_results(folder: Path, run: StudyRun, source: CaptionSource) -> tuple
         record is None
         or not is_run(path)
         or record.experiment != digest(run.experiment)
-        or record.step != latest_step(path / CHECKPOINTS / "best")
-        or (record.dataset, record.split, record.fingerprint) != (source.name, source.split, source.fingerprint)
+        or not is_current(
+            source,
+            latest_step(path / CHECKPOINTS / "best"),
+            dataset=record.dataset,
+            split=record.split,
+            fingerprint=record.fingerprint,
+            step=record.step,
+        )
     ):
         return None, {}
     return record, {setting.name: record.results[setting.name] for setting in run.settings if _has(record, setting)}
@@ -109,6 +116,19 @@ def _has(record: Record, setting: Setting) -> bool:
 def result_files(folder: Path) -> dict[str, int]:
     """The files of all records in the folder of a study, each with the time of its last change (ns)."""
     return {str(path): path.stat().st_mtime_ns for path in sorted((folder / RESULTS).rglob("*.json"))}
+
+
+def runs_of_setting(folder: Path) -> Path | None:
+    """The folder of the runs that have results of a setting of a study; None if there is no such setting.
+
+    Args:
+        folder: the folder that the setting has, or would have if it did not share the runs of another one.
+    """
+    for path in sorted((folder.parent / RESULTS).rglob("*.json")):
+        record = _read(path)
+        if record is not None and folder.name in map(folder_name, record.results):
+            return folder.parent / path.relative_to(folder.parent / RESULTS).parent
+    return None
 
 
 def failure_file(folder: Path, run: StudyRun) -> Path:

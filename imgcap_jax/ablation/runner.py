@@ -36,7 +36,7 @@ from imgcap_jax.run.folder import Run
 from imgcap_jax.study import Study
 from imgcap_jax.terminal import Say
 from imgcap_jax.train import train
-from imgcap_jax.training.log import read_metrics
+from imgcap_jax.training.metrics_file import read_metrics
 
 _TRAINED = "trained.json"  # in the folder of a run whose training has ended
 _CLAIMS = ".claims"

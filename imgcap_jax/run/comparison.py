@@ -14,14 +14,14 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import differences
 from imgcap_jax.files import write_text
 from imgcap_jax.metrics.compare import Difference, paired_bootstrap
-from imgcap_jax.metrics.scoring import CaptionScorer
 from imgcap_jax.metrics.seeds import SeedDifference, compare_seeds
 from imgcap_jax.models.model import parameter_count, split_trained
 from imgcap_jax.remote import shown
+from imgcap_jax.run.evaluation import start_name
 from imgcap_jax.run.extraction import uses_store
 from imgcap_jax.run.folder import Run
 from imgcap_jax.run.listing import summarise
-from imgcap_jax.run.stored import SplitCaptions, split_scorer, stored_or_evaluated
+from imgcap_jax.run.stored import SplitCaptions, SplitScorers, stored_or_evaluated
 
 PER_IMAGE = "CIDEr-D"  # by which captions are compared
 _SEED = "training.seed"
@@ -62,7 +62,8 @@ class Comparison:
     Attributes:
         a, b: the two.
         split: the name of the dataset and of the split.
-        settings: the fields that differ, as "decoder.hidden_size: 512 -> 1024".
+        settings: the fields that differ, as "decoder.hidden_size: 512 -> 1024", and the runs that the two started from,
+            as "init_from: none -> runs/flickr8k".
         scores: metric -> difference, of runs or of the means over seeds.
         changes: image id -> CIDEr-D of b - CIDEr-D of a, the largest first.
         notes: one line for each reason why the comparison can mislead.
@@ -136,7 +137,7 @@ def compare(
     """Compares runs on a split.
 
     Args:
-        a, b: a run, or several that differ in their seeds only.
+        a, b: a run, or several that differ only in their seeds or in those of the runs that they started from.
         split: "val", "test", ...
         cache: returns the folder of the feature stores for a run.
         decoding: the search settings of all; None: those of each run.
@@ -146,26 +147,21 @@ def compare(
         UserError: runs of one side differ in more than their seeds, the two have other datasets or tokenisers, or an
             error of ``stored_or_evaluated``.
     """
-    sides = []
-    for number, runs in enumerate((a, b)):
-        name = shown(names[number] if names is not None else runs[0].folder)
+    titles = [shown(folder) for folder in names or (a[0].folder, b[0].folder)]
+    for name, runs in zip(titles, (a, b), strict=True):
         _check_seeds(runs, name)
-        scorers: dict[Any, CaptionScorer] = {}
-        captions = []
-        for run in runs:
-            of = run.experiment.data.dataset, run.experiment.data.data_dir, run.experiment.metrics
-            if of not in scorers:
-                scorers[of] = split_scorer(run, split)
-            captions.append(stored_or_evaluated(run, split, cache=cache(run), decoding=decoding, scorer=scorers[of]))
+    sides, scorers = [], SplitScorers(split)
+    for name, runs in zip(titles, (a, b), strict=True):
+        captions = [
+            stored_or_evaluated(run, split, cache=cache(run), decoding=decoding, scorer=scorers(run)) for run in runs
+        ]
         sides.append(_side(name, captions))
     first, second = sides
     _check_same_images(first, second)
-    scores = _differences(first, second)
+    scores, left_out = _differences(first, second)
     before, after = first.per_image, second.per_image
     changes = {image_id: after[image_id] - before[image_id] for image_id in before}
-    settings = [
-        line for line in differences(a[0].experiment, b[0].experiment) if max(len(a), len(b)) == 1 or not _is_seed(line)
-    ]
+    settings = changed_settings(a[0], b[0], seeds=max(len(a), len(b)) == 1)
     return Comparison(
         first,
         second,
@@ -173,17 +169,36 @@ def compare(
         settings,
         scores,
         dict(sorted(changes.items(), key=lambda change: -change[1])),
-        _notes(first, second),
+        [*left_out, *_notes(first, second)],
     )
 
 
-def _is_seed(line: str) -> bool:
-    return line.startswith(f"{_SEED}: ")
+def changed_settings(a: Run, b: Run, *, seeds: bool) -> list[str]:
+    """The settings in which two runs differ, and the runs that they started from, as lines.
+
+    Args:
+        a, b: the runs.
+        seeds: whether seeds count; if not, runs that differ in their seeds only are also the same start.
+    """
+    lines = [line for line in differences(a.experiment, b.experiment) if seeds or not line.startswith(f"{_SEED}: ")]
+    if start_name(a) != start_name(b) and (seeds or not _same_except_seed(a.init_from, b.init_from)):
+        lines.append(f"init_from: {start_name(a) or 'none'} -> {start_name(b) or 'none'}")
+    return lines
+
+
+def _same_except_seed(a: Path | None, b: Path | None) -> bool:
+    """Whether both are runs that differ in their seeds only. Runs that cannot be read differ."""
+    if a is None or b is None:
+        return False
+    try:
+        return not changed_settings(Run.load(a), Run.load(b), seeds=False)
+    except UserError:
+        return False
 
 
 def _check_seeds(runs: Sequence[Run], name: str) -> None:
     for run in runs[1:]:
-        others = [line for line in differences(runs[0].experiment, run.experiment) if not _is_seed(line)]
+        others = changed_settings(runs[0], run, seeds=False)
         if others:
             raise UserError(
                 f"{name}: its runs differ in more than {_SEED} ({others[0]}); give single runs, or a folder of runs "
@@ -222,22 +237,24 @@ def _check_same_images(a: Side, b: Side) -> None:
         )
 
 
-def _differences(a: Side, b: Side) -> dict[str, Difference | SeedDifference]:
-    """The metrics that both have, with the same signature."""
+def _differences(a: Side, b: Side) -> tuple[dict[str, Difference | SeedDifference], list[str]]:
+    """The metrics that all runs have with the same signature, and a note for each other one."""
     ours, other = ([found.scores for found in side.captions] for side in (b, a))
-    names = [
-        name
-        for name in other[0].metrics
-        if name in ours[0].metrics and ours[0].signatures[name] == other[0].signatures[name]
-    ]
+    runs = [*other, *ours]
     found: dict[str, Difference | SeedDifference] = {}
-    for name in names:
-        scores = [[one.metrics[name] for one in side] for side in (ours, other)]
-        if max(map(len, scores)) > 1:
+    left_out = []
+    for name in dict.fromkeys(name for scores in runs for name in scores.metrics):
+        signatures = list(dict.fromkeys(scores.signatures.get(name, "") for scores in runs))
+        scores = [[one.metrics[name] for one in side if name in one.metrics] for side in (ours, other)]
+        if "" in signatures:
+            left_out.append(f"{name} is left out, because not all runs have this metric")
+        elif len(signatures) > 1:
+            left_out.append(f"{name} is left out, because its signatures differ ({signatures[0]} and {signatures[1]})")
+        elif len(runs) > 2:
             found[name] = compare_seeds(*scores)
         else:
             found[name] = paired_bootstrap(scores[0][0], scores[1][0])
-    return found
+    return found, left_out
 
 
 def _notes(a: Side, b: Side) -> list[str]:

@@ -312,6 +312,7 @@ class Evaluation:
         results: dict[str, Any] = {
             "dataset": self.source.name,
             "split": self.source.split,
+            "fingerprint": self.source.fingerprint,
             "decoding": decoding_fields(self.decoding),
             "mean_steps": self.captioned.mean_steps,
             "max_steps": self.captioned.max_steps,
@@ -324,6 +325,11 @@ class Evaluation:
         if self.truth is not None:
             results["truth"] = asdict(self.truth)
         return results
+
+
+def start_name(run: Run) -> str | None:
+    """The run that a run started from, as it is stored with scores; None: it started from fresh weights."""
+    return None if run.init_from is None else shown(run.init_from.absolute())
 
 
 def decoding_fields(decoding: Decoding) -> dict[str, Any]:
@@ -384,7 +390,7 @@ def sweep(
     needed = sorted({*evaluated_images(len(source), parallel), *spread(len(source), examples)})
     members, params, frozen, steps = load_members(runs, source, chosen, needed, cache=cache, parallel=parallel)
     evaluator = SplitEvaluator(members, source, runs[0].vocabulary, parallel, first.metrics)
-    where: dict[str, Any] = {"step": steps[0], "objective": first.objective.title}
+    where: dict[str, Any] = {"step": steps[0], "objective": first.objective.title, "init_from": start_name(runs[0])}
     if len(runs) > 1:
         objectives = [run.experiment.objective.title for run in runs]
         where = {"runs": [shown(run.folder) for run in runs], "steps": steps, "objectives": objectives}

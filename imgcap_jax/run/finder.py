@@ -5,8 +5,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-# The names of files, as in run/folder.py and training/, which import JAX.
-EXPERIMENT, CHECKPOINTS, METRICS = "experiment.json", "checkpoints", "metrics.jsonl"
+from imgcap_jax.training.metrics_file import METRICS
+
+# The names of files, as in run/folder.py and training/checkpoints.py, which import JAX.
+EXPERIMENT, CHECKPOINTS = "experiment.json", "checkpoints"
 _DEEPEST = 8  # folders below the given one
 
 

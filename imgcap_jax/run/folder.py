@@ -37,7 +37,8 @@ from imgcap_jax.run.extraction import encoder_dtype, uses_store
 from imgcap_jax.run.finder import EXPERIMENT, is_run
 from imgcap_jax.run.mirror import pull
 from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
-from imgcap_jax.training.log import LOG_ID, METRICS, SAMPLES, TENSORBOARD
+from imgcap_jax.training.log import LOG_ID, SAMPLES, TENSORBOARD
+from imgcap_jax.training.metrics_file import METRICS
 from imgcap_jax.training.self_critical import FREQUENCIES
 from imgcap_jax.user_code import source_files
 

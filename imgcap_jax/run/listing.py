@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import DIGESTS, OWNER, is_locked, parse_json, reading, reason
-from imgcap_jax.run.finder import CHECKPOINTS, EXPERIMENT, METRICS, run_folders
+from imgcap_jax.run.finder import CHECKPOINTS, EXPERIMENT, run_folders
+from imgcap_jax.training.metrics_file import METRICS, parse_line
 
 _PROGRESS = ("validated.json", "progress/metadata")  # in a checkpoint, the first one that exists counts
 _TAIL = 1 << 16  # bytes of metrics.jsonl that are read; they have its last lines
@@ -164,7 +165,11 @@ def _steps_per_epoch(
 
 
 def _last_lines(path: Path) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
-    """The last line of metrics, and the last one of training."""
+    """The last line of metrics, and the last one of training.
+
+    Only the end of the file is read: ``read_metrics`` would read megabytes per run, and --watch does so every two
+    seconds.
+    """
     try:
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
@@ -173,11 +178,8 @@ def _last_lines(path: Path) -> tuple[Mapping[str, Any] | None, Mapping[str, Any]
         return None, None
     last = None
     for text in reversed(lines):
-        try:
-            line = json.loads(text)
-            if not isinstance(line, dict) or not isinstance(line["step"], int):
-                continue
-        except (ValueError, LookupError, RecursionError):
+        line = parse_line(text)
+        if not math.isfinite(line["step"]):
             continue
         last = last or line
         if line.get("kind") == "train":

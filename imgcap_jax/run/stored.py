@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.decoding.settings import Decoding
@@ -11,7 +12,7 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.files import read_json
 from imgcap_jax.metrics.coco_format import first_captions, read_captions
 from imgcap_jax.metrics.scoring import CaptionScorer, Scores, available_metrics, with_custom
-from imgcap_jax.run.evaluation import decoding_fields, evaluate
+from imgcap_jax.run.evaluation import decoding_fields, evaluate, start_name
 from imgcap_jax.run.folder import Run
 from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
 
@@ -47,9 +48,10 @@ def stored_or_evaluated(
 ) -> SplitCaptions:
     """The captions that ``imgcap evaluate`` has stored in the run's folder, or those of a new evaluation.
 
-    Stored captions are reused if they are those of the best parameters and of the same dataset, split and decoding
-    settings, and if they have the scores that were stored with them. So captions of an interrupted evaluation, of other
-    references or of another version of a metric are decoded again. A run without best parameters, of which only results
+    Stored captions are reused if they are those of the best parameters, of the same data and of the same decoding
+    settings, and if they have the scores that were stored with them. So captions of an interrupted evaluation or of
+    other references are decoded again. Only metrics that were stored and can be computed here are compared: if METEOR
+    was installed later, the stored captions get its score too. A run without best parameters, of which only results
     were kept, is read as it is.
 
     A new evaluation is stored, unless this would replace the results of the same parameters with other decoding
@@ -60,18 +62,16 @@ def stored_or_evaluated(
         split: "val", "test", ...
         cache: folder of the feature stores.
         decoding: the search settings; None: the run's own.
-        scorer: the references of the split and the metrics, from ``split_scorer`` of a run with the same metrics; None
-            makes one.
+        scorer: the references of the split and the metrics, from ``SplitScorers``; None makes one.
 
     Raises:
         UserError: see ``run.evaluation.sweep``.
     """
     decoding = decoding or run.experiment.decoding
     source = _open(run, split)
-    best = latest_step(run.folder / CHECKPOINTS / "best")
-    found = _read(run.folder, split, source, best)
+    found = _read(run, source)
     if found is not None and found.decoding == _as_json(decoding):
-        scores = (scorer or split_scorer(run, split)).score(found.captions)
+        scores = (scorer or SplitScorers(split)(run)).score(found.captions)
         if found.has(scores):
             return _of(run, source, decoding, found.step, found.captions, scores, reused=True)
     keep = found is not None and found.decoding != _as_json(decoding)
@@ -79,11 +79,36 @@ def stored_or_evaluated(
     return _of(run, source, decoding, new.steps[0], new.captioned.captions, new.scores, reused=False)
 
 
-def split_scorer(run: Run, split: str) -> CaptionScorer:
-    """The scorer of a split with the metrics and the tokeniser of a run. It can score several runs."""
-    source, tokenizer = _open(run, split), run.vocabulary.tokenizer
-    metrics = with_custom(available_metrics(tokenizer=tokenizer), run.experiment.metrics)
-    return CaptionScorer(_references(source), metrics, tokenizer=tokenizer)
+class SplitScorers:
+    """The scorers of a split for several runs. Runs with the same data, metrics and tokeniser share one."""
+
+    def __init__(self, split: str) -> None:
+        self._split = split
+        self._scorers: dict[Any, CaptionScorer] = {}
+
+    def __call__(self, run: Run) -> CaptionScorer:
+        """The scorer with the references, the metrics and the tokeniser of a run."""
+        data, tokenizer, custom = run.experiment.data, run.vocabulary.tokenizer, run.experiment.metrics
+        key = parse_mixture(data.dataset)[0][0], data.data_dir, tokenizer, custom
+        if key not in self._scorers:
+            metrics = with_custom(available_metrics(tokenizer=tokenizer), custom)
+            self._scorers[key] = CaptionScorer(_references(_open(run, self._split)), metrics, tokenizer=tokenizer)
+        return self._scorers[key]
+
+
+def is_current(
+    source: CaptionSource, best: int | None, *, dataset: str, split: str, fingerprint: str | None, step: int
+) -> bool:
+    """Whether stored results are those of a split and of the best parameters.
+
+    Args:
+        source: the split as it is prepared on this machine.
+        best: the step of the best parameters.
+        dataset, split, fingerprint: the stored names and fingerprint; None: no fingerprint was stored.
+        step: the stored step.
+    """
+    same_data = (dataset, split) == (source.name, source.split) and fingerprint in (None, source.fingerprint)
+    return same_data and step == best
 
 
 def _open(run: Run, split: str) -> CaptionSource:
@@ -122,13 +147,16 @@ class _Stored:
     captions: dict[int, str]
 
     def has(self, scores: Scores) -> bool:
-        """Whether these are the scores that were stored."""
-        same = self.values.keys() == scores.values.keys() and self.signature == scores.signature
-        return same and all(abs(self.values[name] - value) < 1e-5 for name, value in scores.values.items())
+        """Whether the scores were stored that both have. False if they have none in common."""
+        way, _, labels = self.signature.rpartition("|")
+        stored = {f"{way}|{label}" for label in labels.split(",")}
+        common = [name for name in self.values if name in scores.values and scores.signatures[name] in stored]
+        return bool(common) and all(abs(self.values[name] - scores.values[name]) < 1e-5 for name in common)
 
 
-def _read(folder: Path, split: str, source: CaptionSource, best: int | None) -> _Stored | None:
+def _read(run: Run, source: CaptionSource) -> _Stored | None:
     """The stored captions of the best parameters; None: there are none, or their files cannot be read."""
+    folder, split = run.folder, source.split
     scores_file, captions_file = folder / f"scores_{split}.json", folder / f"captions_{split}.json"
     if not scores_file.is_file() or not captions_file.is_file():
         return None
@@ -142,11 +170,19 @@ def _read(folder: Path, split: str, source: CaptionSource, best: int | None) -> 
             str(found["signature"]),
             first_captions(captions)[0],
         )
-        same = (found["dataset"], found["split"]) == (source.name, split)
+        best = latest_step(folder / CHECKPOINTS / "best")
+        same = found.get("init_from", start_name(run)) == start_name(run) and is_current(
+            source,
+            stored.step if best is None else best,
+            dataset=found["dataset"],
+            split=found["split"],
+            fingerprint=found.get("fingerprint"),
+            step=stored.step,
+        )
     except (UserError, LookupError, TypeError, ValueError, AttributeError):
         return None
     ids = [int(image_id) for image_id in source.image_ids()]
-    if not same or best not in (None, stored.step) or stored.captions.keys() != set(ids):
+    if not same or stored.captions.keys() != set(ids):
         return None
     return stored
 

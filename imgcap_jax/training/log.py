@@ -6,7 +6,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,11 +17,11 @@ import numpy as np
 from imgcap_jax.errors import UserError, printable, raise_error
 from imgcap_jax.files import appending, disk_errors, read_json, reading, reason, write_text
 from imgcap_jax.terminal import Say
+from imgcap_jax.training.metrics_file import METRICS, parse_line
 from imgcap_jax.training.writers.contract import LoggedRun, MetricsWriter, Sample, WriterSettings
 from imgcap_jax.training.writers.tensorboard import TensorBoard
 from imgcap_jax.training.writers.worker import Worker
 
-METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 TENSORBOARD = "tensorboard"
 LOG_ID = "log_id.json"  # by which services know a run; only with services
@@ -92,7 +92,7 @@ class MetricsLog:
         if to.services:
             run = LoggedRun(folder, _log_id(folder / LOG_ID), to.group, settings or {})
             self._services = [
-                _Service(name, service, run, self._lines(), self._notes.put) for name, service in to.services.items()
+                _Service(name, service, run, self._lines, self._notes.put) for name, service in to.services.items()
             ]
 
     @property
@@ -126,7 +126,8 @@ class MetricsLog:
         if draw is not None:
             if self._pictures is None:
                 self._pictures = Worker("pictures", lambda: self._events, self._pictures_failed)
-            self._pictures.put(lambda events: events.pictures(step, drawn()))
+            if not self._pictures.put(lambda events: events.pictures(step, drawn())):
+                self._notes.put("TensorBoard lacks pictures of some validations: drawing them takes too long")
         named = [replace(one, file_name=printable(one.file_name), caption=printable(one.caption)) for one in samples]
         for service in self._services:
             service.samples(step, named, drawn)
@@ -159,7 +160,7 @@ class MetricsLog:
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         for line in self._path.read_text(encoding="utf-8").split("\n"):
-            yield _record(line)
+            yield parse_line(line)
 
     def close(self) -> None:
         """Flushes and closes the files, and waits a while for the services. Raises UserError if the disk is full."""
@@ -184,40 +185,63 @@ class _Service:
     """A service that gets the metrics of a run in a thread of its own."""
 
     def __init__(
-        self, name: str, settings: WriterSettings, run: LoggedRun, history: Iterator[dict[str, Any]], note: Say
+        self,
+        name: str,
+        settings: WriterSettings,
+        run: LoggedRun,
+        history: Callable[[], Iterable[Mapping[str, Any]]],
+        note: Say,
     ) -> None:
-        """Opens the service in the thread, and writes the lines of ``history`` that it lacks."""
-        self._name, self._note = name, note
-        self._last: dict[str, int] = {}  # kind -> the last step that the service has
-        # Read here, because the file grows.
-        lines = [line for line in history if line.get("kind") in ("train", "validation")]
-        self._worker: Worker[MetricsWriter] = Worker(name, lambda: settings.open(run), self._failed)
-        self._worker.put(lambda writer: self._write_missing(writer, lines))
+        """Opens the service in the thread, and writes the metrics that it lacks.
 
-    def _write_missing(self, writer: MetricsWriter, lines: Sequence[Mapping[str, Any]]) -> None:
-        self._last = {kind: writer.last_step(kind) for kind in ("train", "validation")}
-        for line in lines:
-            values = {name: value for name, value in line.items() if name not in ("kind", "step") and value is not None}
-            self._write(writer, line["kind"], line["step"], values)
+        Args:
+            name: as the user gave it.
+            settings: opens the service.
+            run: the run.
+            history: reads the lines of metrics so far. It is called in the thread.
+            note: receives lines for the user, also in the thread.
+        """
+        self._name, self._history, self._note = name, history, note
+        self._had: dict[str, int] = {}  # kind -> the last step that the service had when it was opened
+        self._last: dict[str, int] = {}  # kind -> the last step that it has
+        self._is_late = False
+        self._worker: Worker[MetricsWriter] = Worker(name, lambda: settings.open(run), self._failed)
+        self._put(self._catch_up)
+
+    def _put(self, job: Callable[[MetricsWriter], None]) -> None:
+        """Gives the service a job. If too many wait, metrics are read from the file in their place."""
+        if not self._worker.put(job, instead=self._catch_up) and not self._is_late:
+            self._is_late = True
+            self._note(f"{self._name} is late: it gets all metrics, but not the captions of every validation")
+
+    def _catch_up(self, writer: MetricsWriter) -> None:
+        """Writes the metrics that the service lacks."""
+        if not self._had:
+            self._had = {kind: writer.last_step(kind) for kind in ("train", "validation")}
+            self._last = dict(self._had)
+        for line in self._history():
+            if line.get("kind") in ("train", "validation") and math.isfinite(line["step"]):
+                values = {name: one for name, one in line.items() if name not in ("kind", "step") and one is not None}
+                self._write(writer, line["kind"], line["step"], values)
 
     def _write(self, writer: MetricsWriter, kind: str, step: int, values: Mapping[str, float]) -> None:
         if step > self._last[kind]:
             writer.scalars(kind, step, values)
+            self._last[kind] = step
 
     def scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        self._worker.put(lambda writer: self._write(writer, kind, step, values))
+        self._put(lambda writer: self._write(writer, kind, step, values))
 
     def samples(self, step: int, samples: Sequence[Sample], drawn: Draw) -> None:
         def write(writer: MetricsWriter) -> None:
-            if step > self._last["validation"]:
+            if step > self._had["validation"]:
                 writer.samples(step, samples, drawn())
 
-        self._worker.put(write)
+        self._put(write)
 
     def end(self) -> None:
         """Closes the service after what is pending. Returns at once."""
-        self._worker.put(lambda writer: writer.close())
-        self._worker.end()
+        self._worker.end(lambda writer: writer.close())
 
     def wait(self, until: float) -> None:
         """Waits for the end until a time of ``time.monotonic``. A note says so if that is too soon."""
@@ -260,17 +284,6 @@ def _log_id(path: Path) -> str:
         return str(found["id"])
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics, without the incomplete one that a killed run leaves; none if there is no file."""
-    path = folder / METRICS
-    if not path.is_file():
-        return []
-    with reading(path, "move it away"):
-        text = path.read_text(encoding="utf-8", errors="replace")
-    records = (_record(line) for line in text.split("\n"))
-    return [record for record in records if math.isfinite(record["step"])]
-
-
 def _continued(path: Path, last: Mapping[str | None, int]) -> TextIO:
     """Opens a file of JSON lines to append to it, without the lines of each kind after their last step."""
     with reading(path, "move it away"):
@@ -281,7 +294,7 @@ def _continued(path: Path, last: Mapping[str | None, int]) -> TextIO:
                 kind = record.get("kind")
                 return bool(record["step"] <= last.get(kind if isinstance(kind, str) else None, -math.inf))
 
-            kept = [line for line in text.split("\n") if is_kept(_record(line))]
+            kept = [line for line in text.split("\n") if is_kept(parse_line(line))]
             write_text(path, "".join(line + "\n" for line in kept))
         return appending(path)
 
@@ -290,12 +303,3 @@ def _append(file: TextIO, value: Mapping[str, Any]) -> None:
     with disk_errors(f"{file.name} (the last checkpoint is intact)"):
         file.write(json.dumps(value) + "\n")
         file.flush()
-
-
-def _record(line: str) -> dict[str, Any]:
-    """The values of a line. Of an incomplete line, which a killed run leaves, only an infinite step."""
-    try:
-        record = json.loads(line)
-        return {**record, "step": int(record["step"])}
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return {"step": math.inf}

@@ -313,6 +313,28 @@ def scores(folder: Path) -> list[Any]:
     ]
 
 
+def test_settings_are_compared_over_seeds(
+    study: Study,
+    finished: tuple[Path, Ablation, list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    refused: Any,
+) -> None:
+    folder, _, _ = finished
+    base, size = str(folder / "base"), str(folder / "size=12")
+    assert main(["compare", base, size, "--json", str(tmp_path / "found.json")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("2 seeds") == 2
+    assert "captioned now" not in printed  # the captions of the study are reused
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["settings"] == ["decoder.hidden_size: 8 -> 12"]
+    for place, name in (("other", "base"), ("ours", "size=12")):
+        expected = values(study, folder)[name]["CIDEr-D"]
+        assert found["differences"]["CIDEr-D"][place] == pytest.approx(sum(expected) / 2)
+    assert "they share the runs there" in refused(["compare", base, str(folder / "beam=1")])
+    assert "has no best parameters" in refused(["compare", base, str(folder / "rate=infinite")])
+
+
 @pytest.mark.slow
 def test_killed_studies_and_parallel_shards_end_in_the_same_table(command: list[str], tmp_path: Path) -> None:
     (tmp_path / "my_study.py").write_text(study_of(epochs=8, more=RATE))

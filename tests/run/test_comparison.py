@@ -3,13 +3,17 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from imgcap_jax.cli.main import main
 from imgcap_jax.metrics.compare import paired_bootstrap
+from imgcap_jax.metrics.corpus import Candidates, MetricScores, References, mean_score
 from imgcap_jax.metrics.seeds import compare_seeds
+from imgcap_jax.run.comparison import Comparison, compare
 from imgcap_jax.run.folder import Run
 from imgcap_jax.run.stored import stored_or_evaluated
 
@@ -93,6 +97,77 @@ def test_folders_of_runs_are_compared_over_seeds(runs: Path, capsys: pytest.Capt
     assert found["differences"]["CIDEr-D"]["p_value"] == expected.p_value
     assert main(["compare", str(runs / "a"), str(b)]) == 0
     assert "one of the two has a single run" in capsys.readouterr().out
+
+
+def start(run: Path, *, at: Path) -> Path:
+    """Makes a run say that it started from another one."""
+    (run / "init_from.json").write_text(json.dumps({"run": str(at)}))
+    for scores in run.glob("scores_*.json"):
+        scores.write_text(json.dumps({**json.loads(scores.read_text()), "init_from": str(at)}))
+    return run
+
+
+def test_different_starts_are_differences(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = start(copy(runs / "a", tmp_path / "first"), at=runs / "a")
+    assert main(["compare", str(runs / "a"), str(first)]) == 0
+    assert f"  init_from: none -> {runs / 'a'}\n" in capsys.readouterr().out
+    second = start(copy(runs / "a", tmp_path / "second"), at=runs / "b")
+    assert main(["compare", str(first), str(second)]) == 0
+    printed = capsys.readouterr().out
+    assert f"  init_from: {runs / 'a'} -> {runs / 'b'}\n" in printed
+    assert "no difference" not in printed
+
+
+def test_seeds_start_from_runs_that_differ_in_their_seeds_only(
+    runs: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    for name, starts in (("same", ["a", "a"]), ("seeds", ["a_population/seed=0", "a_population/seed=1"])):
+        for seed, at in enumerate(starts):
+            start(copy(runs / "a", tmp_path / name / f"seed={seed}", seed=seed), at=runs / at)
+        assert main(["compare", str(tmp_path / name), str(runs / "b_population")]) == 0
+    for seed, at in enumerate(("a", "b")):
+        start(copy(runs / "a", tmp_path / "mixed" / f"seed={seed}", seed=seed), at=runs / at)
+    line = refused(["compare", str(tmp_path / "mixed"), str(runs / "b_population")])
+    assert f"differ in more than training.seed (init_from: {runs / 'a'} -> {runs / 'b'})" in line
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A custom metric, whose label says that its value matters."""
+
+    value: float
+
+    @property
+    def label(self) -> str:
+        return f"Constant:value={self.value}"
+
+    def __call__(self, references: References) -> Callable[[Candidates], MetricScores]:
+        processed.append(len(references.image_ids))
+        return lambda candidates: {"Constant": mean_score(np.full(len(candidates.lengths), self.value))}
+
+
+processed: list[int] = []
+
+
+def test_metrics_that_cannot_be_compared_are_noted(runs: Path) -> None:
+    def run(name: str, *metrics: Constant) -> Run:
+        found = Run.load(runs / name)
+        return replace(found, experiment=replace(found.experiment, metrics=metrics))
+
+    def found(a: Run, b: Run) -> Comparison:
+        return compare([a], [b], "val", cache=lambda _: runs / "cache")
+
+    one, other = run("a", Constant(1.0)), run("b", Constant(2.0))
+    differ = found(one, other)
+    assert "Constant" not in differ.scores
+    assert "Constant is left out, because its signatures differ" in differ.notes[0]
+    assert "Constant:value=1.0 and " in differ.notes[0]
+    assert found(one, run("b")).notes[0] == "Constant is left out, because not all runs have this metric"
+    processed.clear()
+    same = found(one, run("b", Constant(1.0)))
+    assert "Constant" in same.scores
+    assert not any("Constant" in note for note in same.notes)
+    assert processed == [8]  # the references are processed once for both
 
 
 def test_what_cannot_be_compared_is_refused(runs: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

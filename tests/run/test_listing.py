@@ -13,7 +13,7 @@ from imgcap_jax.cli.main import main
 from imgcap_jax.files import OWNER, is_locked, lock_file
 from imgcap_jax.run import finder, listing
 from imgcap_jax.run.listing import RunSummary, list_runs, summarise
-from imgcap_jax.training import checkpoints, log
+from imgcap_jax.training import checkpoints
 
 
 def write_run(
@@ -36,7 +36,7 @@ def write_run(
 
 
 def test_names_are_those_that_training_writes() -> None:
-    assert (finder.CHECKPOINTS, finder.METRICS) == (checkpoints.CHECKPOINTS, log.METRICS)
+    assert finder.CHECKPOINTS == checkpoints.CHECKPOINTS
     assert checkpoints._VALIDATED in listing._PROGRESS
 
 

@@ -12,7 +12,7 @@ import pytest
 from imgcap_jax.errors import UserError
 from imgcap_jax.run import stored
 from imgcap_jax.run.folder import Run
-from imgcap_jax.run.stored import split_scorer, stored_or_evaluated
+from imgcap_jax.run.stored import SplitScorers, stored_or_evaluated
 from imgcap_jax.training.checkpoints import latest_step
 
 
@@ -37,7 +37,7 @@ def edit(folder: Path, name: str, change: Callable[[Any], Any]) -> None:
 def test_stored_captions_are_scored_and_not_decoded(evaluated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(stored, "evaluate")
     run = Run.load(evaluated)
-    found = stored_or_evaluated(run, "val", cache=evaluated.parent / "cache", scorer=split_scorer(run, "val"))
+    found = stored_or_evaluated(run, "val", cache=evaluated.parent / "cache", scorer=SplitScorers("val")(run))
     assert found.reused
     assert found.step == latest_step(evaluated / "checkpoints" / "best")
     written = json.loads((evaluated / "captions_val.json").read_text())
@@ -51,6 +51,8 @@ def test_stored_captions_are_scored_and_not_decoded(evaluated: Path, monkeypatch
 CHANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "an older step": ("scores_val.json", lambda found: found.update(step=1)),
     "another dataset": ("scores_val.json", lambda found: found.update(dataset="other")),
+    "other data": ("scores_val.json", lambda found: found.update(fingerprint="0")),
+    "another start": ("scores_val.json", lambda found: found.update(init_from="/runs/other")),
     "another version": ("scores_val.json", lambda found: found.update(signature="imgcap-0|n:8")),
     "a missing key": ("scores_val.json", lambda found: found.pop("decoding")),
     "a caption of another evaluation": ("captions_val.json", lambda found: found[0].update(caption="a red circle")),
@@ -76,6 +78,25 @@ def test_captions_that_are_out_of_date_are_decoded_again(
     with pytest.raises(Decoded) as decoded:
         stored_or_evaluated(Run.load(folder), "val", cache=tmp_path / "cache")
     assert decoded.value.args == (True,)
+
+
+def test_metrics_that_only_one_of_both_has_are_not_compared(
+    evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(stored, "evaluate")
+    folder = tmp_path / "run"
+    shutil.copytree(evaluated, folder)
+
+    def change(found: Any) -> None:
+        del found["fingerprint"], found["init_from"]  # of an earlier version
+        del found["scores"]["ROUGE-L"]  # as if it was installed later
+        found["signature"] = found["signature"].replace("ROUGE-L:b1.2", "Absent:1.0")
+        found["scores"]["Absent"] = 0.5
+
+    edit(folder, "scores_val.json", change)
+    found = stored_or_evaluated(Run.load(folder), "val", cache=tmp_path / "cache")
+    assert found.reused
+    assert "ROUGE-L" in found.scores.values
 
 
 def test_results_of_other_decoding_settings_are_kept(evaluated: Path) -> None:

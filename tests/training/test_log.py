@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from imgcap_jax.training import metrics_file
 from imgcap_jax.training.log import MetricsLog, Sample
 
 SAMPLE = Sample(7, "a\udce9.jpg", "a dog runs", ["the dog is running", "a dog"])
@@ -120,7 +121,7 @@ def test_each_line_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     parsed: list[str] = []
     loads = json.loads
-    monkeypatch.setattr("imgcap_jax.training.log.json.loads", lambda text: (parsed.append(text), loads(text))[1])
+    monkeypatch.setattr(metrics_file.json, "loads", lambda text: (parsed.append(text), loads(text))[1])
     log = MetricsLog(tmp_path, 2, steps_per_epoch=4)
     assert parsed == lines
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]

@@ -1,13 +1,15 @@
 """Services that get the metrics of a run: their threads, failures, resumed runs, and the real packages offline."""
 
+import gc
 import importlib.util
 import io
 import json
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from imgcap_jax.training.writers.find import find_writers
 from imgcap_jax.training.writers.mlflow import Mlflow
 from imgcap_jax.training.writers.trackio import Trackio
 from imgcap_jax.training.writers.wandb import Wandb
+from imgcap_jax.training.writers.worker import MOST_WAITING
 
 SAMPLES = [Sample(7, "a\udce9.jpg", "a dog runs", ["the dog is running"]), Sample(8, "b.jpg", "two <unk>", ["cats"])]
 SETTINGS = {"decoder.hidden_size": 512, "decoder.type": "x:Y", "data.side_words": ["left", "right"], "data.dir": None}
@@ -144,6 +147,55 @@ def test_service_that_fails_is_noted_once_and_others_go_on(tmp_path: Path, fails
     note = f"note: bad: {fails}: no network; training continues without it, and metrics.jsonl has all metrics"
     assert shown == [note]
     assert recorded.lines == logged(tmp_path)
+
+
+@pytest.mark.parametrize("fails", ["open", "scalars"])
+def test_failed_service_keeps_nothing_in_memory(tmp_path: Path, fails: str) -> None:
+    log = MetricsLog(tmp_path, 0, steps_per_epoch=4, to=LogTo({"bad": Service(Recorded(), fails)}), show=lambda _: None)
+    kept: list[weakref.ref[Any]] = []
+
+    def write(step: int) -> None:
+        sample = replace(SAMPLES[0], image_id=step)
+        kept.append(weakref.ref(sample))
+        log.write("train", step, {"loss": 1.0})
+        log.write_samples(step, [sample])
+
+    write(1)
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "bad"] or [None]
+    if thread is not None:
+        thread.join(10)
+    for step in range(2, 50):
+        write(step)
+    gc.collect()
+    assert [sample for sample in kept if sample() is not None] == []
+    log.close()
+
+
+def test_service_that_hangs_for_long_gets_all_metrics_from_the_file(tmp_path: Path) -> None:
+    hangs, recorded = threading.Event(), Recorded()
+    shown: list[str] = []
+    service = Service(recorded, waits=hangs)
+    log = MetricsLog(tmp_path, 0, steps_per_epoch=4, to=LogTo({"slow": service}), show=shown.append)
+    drawn: list[weakref.ref[Any]] = []
+
+    def write(step: int) -> None:
+        sample = replace(SAMPLES[0], image_id=step)
+        drawn.append(weakref.ref(sample))
+        log.write("train", step, {"loss": 1.0 / step})
+        log.write("validation", step, {"CIDEr-D": 0.1})
+        log.write_samples(step, [sample])
+
+    for step in range(1, 4 * MOST_WAITING):
+        write(step)
+    gc.collect()
+    assert len([sample for sample in drawn if sample() is not None]) <= MOST_WAITING
+    hangs.set()
+    log.close()
+    assert shown == ["note: slow is late: it gets all metrics, but not the captions of every validation"]
+    assert recorded.lines == logged(tmp_path)
+    assert len(recorded.lines) == 2 * (4 * MOST_WAITING - 1)
+    assert recorded.pictures[-1][0] == 4 * MOST_WAITING - 1
+    assert recorded.closed == 1
 
 
 def test_training_does_not_wait_for_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

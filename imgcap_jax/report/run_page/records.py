@@ -14,7 +14,7 @@ from imgcap_jax.remote import shown
 from imgcap_jax.report.run_page.charts import Line
 from imgcap_jax.run.folder import Run
 from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
-from imgcap_jax.training.log import read_metrics
+from imgcap_jax.training.metrics_file import read_metrics
 
 _MOST_POINTS = 200  # of a line; longer ones are averaged
 _SEED = re.compile(r"[_\-=/., ]*(seed)?[_\-= ]*\d+$")  # at the end of a name

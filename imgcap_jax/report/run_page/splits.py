@@ -1,7 +1,7 @@
 """The captions of a split by a run: stored, or decoded if they are missing or out of date."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from imgcap_jax.files import read_json
 from imgcap_jax.metrics.coco_format import first_captions, read_captions, read_references
 from imgcap_jax.metrics.scoring import CaptionScorer, available_metrics
 from imgcap_jax.report.run_page.records import Record
-from imgcap_jax.run.stored import split_scorer, stored_or_evaluated
+from imgcap_jax.run.stored import SplitScorers, stored_or_evaluated
 
 RANKING = "CIDEr-D"  # the metric that orders the captions
 
@@ -54,24 +54,14 @@ class Splits:
 
     def __init__(self, split: str) -> None:
         self.split = split
-        self._scorers: dict[Any, CaptionScorer] = {}
+        self._scorers = SplitScorers(split)
 
     def __call__(self, record: Record) -> tuple[SplitResult | None, list[str]]:
         """See ``_split_result``."""
-        return _split_result(record, self.split, self._scorer)
-
-    def _scorer(self, record: Record) -> CaptionScorer:
-        experiment = record.experiment
-        data = experiment.data
-        key = (parse_mixture(data.dataset)[0][0], data.data_dir, data.tokenizer, experiment.metrics)
-        if key not in self._scorers:
-            self._scorers[key] = split_scorer(record.run, self.split)
-        return self._scorers[key]
+        return _split_result(record, self.split, self._scorers)
 
 
-def _split_result(
-    record: Record, split: str, scorer: Callable[[Record], CaptionScorer]
-) -> tuple[SplitResult | None, list[str]]:
+def _split_result(record: Record, split: str, scorers: SplitScorers) -> tuple[SplitResult | None, list[str]]:
     """The captions of a split by a run, and a line for each thing that is missing on this machine.
 
     The split is decoded if the stored captions are missing or out of date, as by ``imgcap evaluate``. If it cannot be
@@ -88,7 +78,7 @@ def _split_result(
             raise  # it has no such split
         return _stored(record, split, [f"{record.name}: no photos, because {error}"])
     try:
-        found = stored_or_evaluated(record.run, split, cache=record.cache, scorer=scorer(record))
+        found = stored_or_evaluated(record.run, split, cache=record.cache, scorer=scorers(record.run))
     except UserError as error:
         result, notes = _stored(record, split, [])
         return result, [f"{record.name}: split {split} was not evaluated, because {error}", *notes]
