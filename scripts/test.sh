@@ -3,7 +3,8 @@
 #   scripts/test.sh            all except the slow tests, 10 to 20 minutes on 2 cores
 #   scripts/test.sh --all      includes the slow tests
 # EXTRAS installs optional reference implementations, for example EXTRAS=java,torch scripts/test.sh. Tests that need a
-# missing one are skipped. PYTHON, VENV and NEWEST are those of scripts/setup.sh.
+# missing one are skipped. PYTHON, VENV and NEWEST are those of scripts/setup.sh. The files of tests are divided among
+# WORKERS processes (default: 2).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh "dev${EXTRAS:+,$EXTRAS}"
@@ -14,9 +15,10 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
+parallel=(-n "${WORKERS:-2}" --dist loadfile)
 if [ "${1:-}" = --all ]; then
   shift
-  pytest "$@"
+  pytest "${parallel[@]}" "$@"
 else
-  pytest -m "not slow" "$@"
+  pytest "${parallel[@]}" -m "not slow" "$@"
 fi
