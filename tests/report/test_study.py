@@ -21,13 +21,11 @@ from imgcap_jax.study import Factor, Study, folder_name
 SEEDS = (1, 2, 10, 11)
 SCORES = {
     "base": ScoreRow((0.5, 0.6, 0.7, 0.6), 0.6, 0.0816, None, math.nan),
-    "number of epochs=3": ScoreRow(
+    "added epochs=3": ScoreRow(
         (0.7, 0.8, 0.9, 0.8), 0.8, 0.0816, SeedDifference(0.8, 0.6, 0.05, 0.35, 0.002, 6.0), 0.004
     ),
-    "number of epochs=4": ScoreRow(
-        (0.6, 0.6, 0.6, 0.6), 0.6, 0.0, SeedDifference(0.6, 0.6, -0.1, 0.1, 0.95, 6.0), 0.95
-    ),
-    "number of epochs=5": ScoreRow((), math.nan, math.nan, None, math.nan),
+    "added epochs=4": ScoreRow((0.6, 0.6, 0.6, 0.6), 0.6, 0.0, SeedDifference(0.6, 0.6, -0.1, 0.1, 0.95, 6.0), 0.95),
+    "added epochs=5": ScoreRow((), math.nan, math.nan, None, math.nan),
 }
 
 
@@ -39,7 +37,7 @@ def study_folder(
     folder = tmp_path_factory.mktemp("study") / "mine"
     base = Run.load(reported / "first").experiment
     levels = {str(epochs): {"training.epochs": float(epochs)} for epochs in (3, 4, 5)}
-    study = Study(base, (Factor("number of epochs", levels),), seeds=SEEDS)
+    study = Study(base, (Factor("added epochs", levels),), seeds=SEEDS)
     rows = []
     for setting in study.settings():
         score = SCORES[setting.name]
@@ -69,7 +67,7 @@ def test_page_of_a_study(study_folder: Path, tmp_path: Path, monkeypatch: pytest
     page = tmp_path / "page.html"
     assert main(["report", str(study_folder), "--split", "test", "--output", str(page), "--images", "6"]) == 0
     # Captions of eight of the twelve runs, all settings before further seeds.
-    settings = ["base", "number_of_epochs=3", "number_of_epochs=4"]
+    settings = ["base", "added_epochs=3", "added_epochs=4"]
     assert read == [f"{setting}/seed={seed}" for seed in (1, 2, 10) for setting in settings][:8]
     text = page.read_text()
     assert "<h1>Report: mine</h1>" in text
@@ -80,9 +78,9 @@ def test_page_of_a_study(study_folder: Path, tmp_path: Path, monkeypatch: pytest
         "setting", "seeds", "CIDEr-D", "difference", "95 % interval", "p", "parameters", "minutes", "captions/s"
     ]  # fmt: skip
     assert rows[1][:6] == ["base", "4", "60.0 ± 8.2", "–", "–", "–"]
-    assert rows[2][:6] == ["number of epochs=3", "4", "80.0 ± 8.2", "+20.0", "+5.0 to +35.0", "0.004"]
-    assert rows[3][:6] == ["number of epochs=4", "4", "60.0 ± 0.0", "+0.0", "-10.0 to +10.0", "0.950"]
-    assert rows[4][:3] == ["number of epochs=5", "0", "–"]
+    assert rows[2][:6] == ["added epochs=3", "4", "80.0 ± 8.2", "+20.0", "+5.0 to +35.0", "0.004"]
+    assert rows[3][:6] == ["added epochs=4", "4", "60.0 ± 0.0", "+0.0", "-10.0 to +10.0", "0.950"]
+    assert rows[4][:3] == ["added epochs=5", "0", "–"]
     assert "incomplete: 12 of 16 runs have results" in study
     assert f"training.epochs: {Run.load(study_folder / 'base' / 'seed=1').experiment.training.epochs} -" in study
     # The plots: a circle per seed, and an interval per difference, filled if p < 0.05.
@@ -91,7 +89,7 @@ def test_page_of_a_study(study_folder: Path, tmp_path: Path, monkeypatch: pytest
     # One line per setting.
     plot = json.loads(re.findall(r'data-plot="([^"]+)"', text)[0].replace("&quot;", '"'))
     assert [line["name"] for line in plot["lines"]] == [
-        "base (4 seeds)", "number of epochs=3 (4 seeds)", "number of epochs=4 (4 seeds)"
+        "base (4 seeds)", "added epochs=3 (4 seeds)", "added epochs=4 (4 seeds)"
     ]  # fmt: skip
     over_seeds = text.partition("mean and standard deviation over seeds, split test")[2].partition("</table>")[0]
     assert over_seeds.count(">4</td>") == 3  # of all runs, also those whose captions were not read
@@ -104,7 +102,7 @@ def test_runs_without_scores_and_damaged_files_are_named(
     folder = tmp_path / "runs" / "mine"
     shutil.copytree(study_folder, folder)
     for name in ("scores_test.json", "captions_test.json"):
-        (folder / "number_of_epochs=4" / "seed=11" / name).unlink()
+        (folder / "added_epochs=4" / "seed=11" / name).unlink()
     (folder / "base" / "seed=11" / "experiment.json").unlink()
     (folder / "table.json").write_text('{"rows": []}')
     page = tmp_path / "page.html"
@@ -115,4 +113,4 @@ def test_runs_without_scores_and_damaged_files_are_named(
     assert "no table of the study, because" in notes
     text = page.read_text()
     assert '<section id="study"' not in text
-    assert "number_of_epochs=3 (4 seeds)" in text  # the folder's name, without a table
+    assert "added_epochs=3 (4 seeds)" in text  # the folder's name, without a table

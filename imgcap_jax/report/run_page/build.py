@@ -15,7 +15,7 @@ from imgcap_jax.report.run_page.objects import found_objects, mistakes
 from imgcap_jax.report.run_page.records import Group, Record, groups, read_records
 from imgcap_jax.report.run_page.scores import score_tables, sweeps
 from imgcap_jax.report.run_page.splits import SplitResult, Splits, has_scores
-from imgcap_jax.report.run_page.study import studies, study_tables
+from imgcap_jax.report.run_page.study import in_order, studies, study_tables
 from imgcap_jax.report.run_page.training import learning_curves, rewards, settings
 from imgcap_jax.run.folder import Run
 
@@ -51,6 +51,8 @@ def write_report(
     """
     folders = [run.folder for run, _ in runs]
     tables, missing = study_tables(dict(zip(folders, given or folders, strict=True)))
+    order = in_order(folders, tables)
+    runs, folders = [runs[position] for position in order], [folders[position] for position in order]
     settings_of = [next(filter(None, (one.setting_of(folder) for one in tables)), "") for folder in folders]
     records = read_records(runs, settings_of)
     found = groups(records)

@@ -66,6 +66,19 @@ class StudyTable:
         return names.get(run.relative_to(self.folder).parts[0], "")
 
 
+def in_order(runs: Sequence[Path], tables: Sequence[StudyTable]) -> list[int]:
+    """The positions of runs, with those of a study in the order of its settings: the base first."""
+
+    def rank(position: int) -> tuple[int, int]:
+        for place, of_study in enumerate(tables):
+            names = [setting.name for setting in of_study.settings]
+            if name := of_study.setting_of(runs[position]):
+                return place, names.index(name)
+        return len(tables), 0
+
+    return sorted(range(len(runs)), key=rank)
+
+
 def study_tables(found: Mapping[Path, Path]) -> tuple[list[StudyTable], list[str]]:
     """The tables of the studies whose folders were given, and a line for each file that is not such a table.
 
