@@ -257,7 +257,7 @@ def test_experiments_that_the_hosts_would_not_have_are_refused(cloud: Any) -> No
             for name in ("cocoa", "__init__", "experiments/coco", "--run", "", "coco coco_scst"):
                 ended, calls = cloud(action, name, "--run", "gs://b/r", *options)
                 assert f"no experiment '{name}' in commit" in lines_of(ended)[0]
-                assert "one of coco, coco_scst, coco_up_down, flickr8k" in lines_of(ended)[0]
+                assert "one of coco, coco_aoa, coco_aoa_scst, " in lines_of(ended)[0]
                 assert not calls
         ended, calls = cloud("launch", "mine.py", *options)
         assert "mine.py is not in commit" in lines_of(ended)[0]
