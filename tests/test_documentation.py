@@ -54,6 +54,7 @@ def place(
     populations = [f"{name}_population/seed=0" for name in ("flickr8k", "narrow", "wide")]
     for name in ("flickr8k", "flickr8k_scst", "another", "my_experiment", *populations):
         shutil.copytree(trained, Path("runs") / name)
+    shutil.copytree(trained, Path("runs") / "my_study" / "base" / "seed=0")
     for folder in ("holiday", "test2014", "photos/images"):
         Path(folder).mkdir(parents=True)
     scenes = {number: sample_scene("test", number) for number in range(8)}

@@ -233,7 +233,7 @@ def test_lock_has_one_owner_although_its_file_is_deleted_each_time(tmp_path: Pat
     assert set(taken) == {1}
     assert len(taken) + len(refused) == 1200
     assert len(taken) > 20
-    assert set(refused) == {f"another process is training {folder}; wait for it, or choose another folder"}
+    assert set(refused) <= {f"another process is training {folder}; wait for it, or choose another folder"}
     assert not (folder / ".lock").exists()
 
 
