@@ -41,6 +41,9 @@ from imgcap_jax.training.optimizer import Optimizer, OptimizerSettings
 from imgcap_jax.training.parallel import Mode
 from imgcap_jax.user_code import NAME, UnknownClassError, check_name, class_name, find_class
 
+SEED = "training.seed"
+"""The field that differs between repetitions of an experiment."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -241,6 +244,13 @@ _FREE = {
     "training.log_steps",
     "training.parallel",
 }
+
+
+def value_of(settings: Any, field: str) -> Any:
+    """The value of a field of settings, as "optimizer.learning_rate"; "rules.0.words" reads an item of a tuple."""
+    for name in field.split("."):
+        settings = settings[int(name)] if name.isdigit() else getattr(settings, name)
+    return settings
 
 
 def differences(old: Experiment, new: Experiment) -> list[str]:

@@ -15,7 +15,7 @@ from imgcap_jax.data.pipeline import TrainBatches
 from imgcap_jax.data.regions import has_ready_regions
 from imgcap_jax.data.rows import Batch
 from imgcap_jax.errors import UserError, counted
-from imgcap_jax.experiment import Experiment
+from imgcap_jax.experiment import SEED, Experiment
 from imgcap_jax.files import check_name, owning
 from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import split_trained
@@ -26,7 +26,6 @@ from imgcap_jax.run.extraction import uses_store, why_not_stored
 from imgcap_jax.run.folder import nothing_left_if_refused
 from imgcap_jax.run.mirror import Mirror
 from imgcap_jax.session import Session, check_feed, compiling, open_data
-from imgcap_jax.study import SEED
 from imgcap_jax.terminal import Say, Work, working
 from imgcap_jax.train import Outcome
 from imgcap_jax.training.feed import DeviceFeed, Feed, HostFeed, device_part, device_shards

@@ -19,11 +19,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from imgcap_jax.errors import UserError, did_you_mean
-from imgcap_jax.experiment import Experiment
+from imgcap_jax.experiment import SEED, Experiment, value_of
 
 Change = Mapping[str, Any]
 """New values of fields, as {"decoder.hidden_size": 512}."""
-SEED = "training.seed"
 
 
 @dataclass(frozen=True)
@@ -167,9 +166,7 @@ def _base_level(base: Experiment, changes: Mapping[str, Change]) -> str:
     fields = {field for change in changes.values() for field in change}
     if len(fields) > 1:
         return "base"
-    value: Any = base
-    for name in fields.pop().split("."):
-        value = getattr(value, name)
+    value = value_of(base, fields.pop())
     return "base" if dataclasses.is_dataclass(value) else str(value)
 
 

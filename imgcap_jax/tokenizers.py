@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import reason
 from imgcap_jax.text import tokenize
-from imgcap_jax.user_code import UnknownClassError, find_class
+from imgcap_jax.user_code import make_settings
 
 
 class Tokenizer(Protocol):
@@ -149,13 +149,7 @@ def find_tokenizer(name: str) -> Tokenizer:
         return NAMES[name]()
     if ":" not in name:
         raise UserError(f"there is no tokenizer {name!r}; use {' or '.join(NAMES)}, or MODULE:CLASS with --code")
-    try:
-        tokenizer: Tokenizer = find_class(name)()
-    except UnknownClassError as error:
-        file = f"{error.module.rpartition('.')[2]}.py"
-        raise UserError(f"tokenizer {name}: {error.module} is not imported; add --code {file}") from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"tokenizer {name}: {error}; name a frozen dataclass whose fields have defaults") from error
+    tokenizer: Tokenizer = make_settings(name, f"tokenizer {name}")
     check_tokenizer(tokenizer, f"tokenizer {name}")
     return tokenizer
 

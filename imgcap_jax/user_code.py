@@ -214,6 +214,25 @@ def find_class(name: str) -> type[Any]:
     return result
 
 
+def make_settings(name: str, where: str) -> Any:
+    """An instance of the settings class ``module:Class``, with the defaults of its fields.
+
+    Args:
+        name: the class.
+        where: what names it, for errors.
+
+    Raises:
+        UserError: the module is not imported, or has no such class.
+    """
+    try:
+        return find_class(name)()
+    except UnknownClassError as error:
+        file = f"{error.module.rpartition('.')[2]}.py"
+        raise UserError(f"{where}: {error.module} is not imported; add --code {file}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: {error}; name a frozen dataclass whose fields have defaults") from error
+
+
 def _imported(module_name: str, qualified: str) -> ModuleType | None:
     script = sys.modules["__main__"]
     stem = Path(getattr(script, "__file__", None) or "__main__").stem

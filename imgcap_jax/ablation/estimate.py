@@ -54,14 +54,13 @@ def time_runs(runs: Sequence[StudyRun], *, init_from: Path | None, show: Say) ->
     Returns:
         The timed runs, each with the number of runs that it stands for.
     """
-    first: dict[str, tuple[StudyRun, int]] = {}
+    seeds_of: dict[str, list[StudyRun]] = {}
     for run in runs:
-        same = run.settings[0].name
-        first[same] = first[same][0] if same in first else run, 1 + (first[same][1] if same in first else 0)
+        seeds_of.setdefault(run.settings[0].name, []).append(run)
     timed = []
-    for number, (run, count) in enumerate(first.values(), 1):
-        show(f"timing a few steps of {run.settings[0].name} ({number} of {len(first)})")
-        timed.append((run, count, time_run(run.experiment, init_from=init_from)))
+    for number, (name, alike) in enumerate(seeds_of.items(), 1):
+        show(f"timing a few steps of {name} ({number} of {len(seeds_of)})")
+        timed.append((alike[0], len(alike), time_run(alike[0].experiment, init_from=init_from)))
     return timed
 
 

@@ -93,7 +93,7 @@ def ablate(
     done, source, runs = Ablation(), evaluated_source(study), runs_of(study)
     number, shards = shard
     own = runs[number - 1 :: shards]
-    done.elsewhere += [run.name for run in runs if run not in own]
+    done.elsewhere += [run.name for place, run in enumerate(runs) if place % shards != number - 1]
     for group in populations(own, max(1, min(together, -(-len(own) // processes)))):
         _Group(study, source, folder, cache, init_from, done, show).run(group)
         if done.interrupted:

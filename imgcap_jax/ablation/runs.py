@@ -3,11 +3,10 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from imgcap_jax.experiment import Experiment
+from imgcap_jax.experiment import SEED, Experiment, value_of
 from imgcap_jax.population import Variant
-from imgcap_jax.study import SEED, Setting, Study, changed_fields, folder_name
+from imgcap_jax.study import Setting, Study, changed_fields, folder_name
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def variants_of(group: Sequence[StudyRun]) -> list[Variant]:
     first = group[0].experiment
     fields = list(dict.fromkeys(field for run in group[1:] for field in changed_fields(first, run.experiment)))
     return [
-        Variant(run.name, run.experiment, {field: _value(run.experiment, field) for field in fields}) for run in group
+        Variant(run.name, run.experiment, {field: value_of(run.experiment, field) for field in fields}) for run in group
     ]
 
 
@@ -87,13 +86,7 @@ def _can_differ(one: Experiment, other: Experiment) -> bool:
         or (
             (field == "decoder.dropout" or field.split(".")[0] in ("optimizer", "objective"))
             and type(value) is float
-            and type(_value(one, field)) is float
+            and type(value_of(one, field)) is float
         )
         for field, value in changed_fields(one, other).items()
     )
-
-
-def _value(settings: Any, field: str) -> Any:
-    for name in field.split("."):
-        settings = getattr(settings, name)
-    return settings

@@ -11,6 +11,7 @@ import numpy as np
 from imgcap_jax.ablation.records import Record, current_results, evaluated_source, failures
 from imgcap_jax.ablation.runs import runs_of
 from imgcap_jax.ablation.scores import TRUE, metrics_of, reported_scores
+from imgcap_jax.experiment import Experiment
 from imgcap_jax.metrics.corpus import MetricScore, mean_score
 from imgcap_jax.metrics.scoring import CaptionScorer
 from imgcap_jax.metrics.seeds import SeedDifference, compare_seeds, holm
@@ -122,7 +123,8 @@ def study_table(study: Study, folder: Path) -> StudyTable:
             if result.true is not None:
                 scores[TRUE] = mean_score(np.array([result.true[i] for i in scorer.references.image_ids], float))
             found[name].append(_Scored(record, result.images_per_second, scores))
-    columns = {name: _column(study, name, found) for name in names}
+    run_of = {setting.name: run.experiment for run in runs[:: len(study.seeds)] for setting in run.settings}
+    columns = {name: _column(name, found, run_of) for name in names}
     rows = tuple(
         _row(setting, found[setting.name], {name: columns[name][setting.name] for name in names})
         for setting in study.settings()
@@ -147,11 +149,10 @@ def _run(folder: Path) -> Run | None:
     return Run.load(folder) if is_run(folder) else None
 
 
-def _column(study: Study, name: str, found: Mapping[str, Sequence[_Scored]]) -> dict[str, ScoreRow]:
-    """One score of all settings."""
+def _column(name: str, found: Mapping[str, Sequence[_Scored]], run_of: Mapping[str, Experiment]) -> dict[str, ScoreRow]:
+    """One score of all settings, the base first. run_of: what is trained for each; decodings of it have the same."""
     scores = {setting: [scored.scores[name] for scored in results] for setting, results in found.items()}
-    base, *others = [setting.name for setting in study.settings()]
-    run_of = {setting.name: run.experiment for run in runs_of(study)[:: len(study.seeds)] for setting in run.settings}
+    base, *others = found
     seeds = {setting: [scored.record.seed for scored in results] for setting, results in found.items()}
     differences = {
         setting: compare_seeds(

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from imgcap_jax.cli.options import option_names, override, unknown_option
 from imgcap_jax.errors import UserError
-from imgcap_jax.experiment import Experiment
-from imgcap_jax.population import SEED, Variant
+from imgcap_jax.experiment import SEED, Experiment, value_of
+from imgcap_jax.population import Variant
 from imgcap_jax.train import Outcome
 
 _MOST = 1000  # members
@@ -76,15 +76,10 @@ def _listed(assignment: str, listed: str) -> Iterator[str]:
 def _variant(experiment: Experiment, values: dict[str, str]) -> Variant:
     arguments = [f"{option}={value}" for option, value in values.items()]
     changed = override(experiment, arguments)
-    fields = {option.removeprefix("--").replace("-", "_"): option for option in values}
-    found = {}
-    for field in fields:
-        part = changed
-        for name in field.split("."):
-            part = getattr(part, name)
-        found[field] = part
+    fields = (option.removeprefix("--").replace("-", "_") for option in values)
+    found = {field: value_of(changed, field) for field in fields}
     name = ",".join(f"{field.split('.')[-1]}={value}" for field, value in found.items())
-    return Variant(name, changed, found)  # type: ignore[arg-type]  # other types than numbers are refused later
+    return Variant(name, changed, found)  # other types than numbers are refused later
 
 
 def results(members: Sequence[Variant], outcomes: Mapping[str, Outcome]) -> list[str]:

@@ -138,7 +138,7 @@ def judge_metrics(
     chosen, reasons = choose_metrics(corpus, corpus_file, with_spice, with_objects, annotated, instances, tokenizer)
     if with_objects and english and instances is not None and annotated is not None:
         warnings += not_annotated(different, annotated, instances)
-        # The scorer takes one caption per image, so each pair is an image of its own.
+        # The scorer takes one caption per image, so each pair counts as one image.
         label = next(label for label in chosen if label.startswith("CHAIR"))
         chosen[label] = objects.metric({n: annotated.get(image, frozenset()) for n, image in enumerate(images)})
     with working(f"scoring {counted(len(pairs), 'caption')}"):
@@ -252,7 +252,7 @@ def _usable(
 
 
 def _ids(references: Captions) -> Callable[[str], int | None]:
-    """A function from what a file of ratings calls an image to the id of an image with references; None if none has it.
+    """A function that finds the id of an image from its name in a file of ratings; None if it has no references.
 
     A file name counts before an id, because names such as "1000.jpg" can be read as ids too.
     """

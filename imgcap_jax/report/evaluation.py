@@ -3,10 +3,10 @@
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from imgcap_jax.data.images import Resize
 from imgcap_jax.errors import counted
+from imgcap_jax.experiment import value_of
 from imgcap_jax.remote import shown
 from imgcap_jax.report.columns import aligned
 from imgcap_jax.report.contact_sheet import example_picture
@@ -157,7 +157,7 @@ def table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
     The setting with the highest CIDEr-D is marked, unless several have it. With floors, their CIDEr-D is a column.
     """
     rows = [
-        {name: str(_field(evaluation.decoding, name)) for name in names} | _columns(evaluation)
+        {name: str(value_of(evaluation.decoding, name.replace("-", "_"))) for name in names} | _columns(evaluation)
         for evaluation in evaluations
     ]
     best = [evaluation.scores.values.get(_PER_IMAGE, 0.0) for evaluation in evaluations]
@@ -208,13 +208,6 @@ def written(evaluations: Sequence[Evaluation]) -> list[str]:
     for path in dict.fromkeys(path for one in evaluations for path in one.files):
         names.setdefault(shown(path.parent), []).append(path.name)
     return [f"written into {folder}: {', '.join(files)}" for folder, files in names.items()]
-
-
-def _field(settings: Any, name: str) -> Any:
-    """The value of a field, named as in an option: ``length-norm``, ``rules.0.words``."""
-    for part in name.replace("-", "_").split("."):
-        settings = settings[int(part)] if part.isdigit() else getattr(settings, part)
-    return settings
 
 
 def _truth(evaluation: Evaluation) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
-from imgcap_jax.experiment import differences
+from imgcap_jax.experiment import SEED, differences
 from imgcap_jax.files import write_text
 from imgcap_jax.metrics.compare import Difference, paired_bootstrap
 from imgcap_jax.metrics.seeds import SeedDifference, compare_seeds
@@ -24,7 +24,6 @@ from imgcap_jax.run.listing import summarise
 from imgcap_jax.run.stored import SplitCaptions, SplitScorers, stored_or_evaluated
 
 PER_IMAGE = "CIDEr-D"  # by which captions are compared
-_SEED = "training.seed"
 _FEW = 50  # images; with fewer the bootstrap reports differences that do not exist
 
 
@@ -180,7 +179,7 @@ def changed_settings(a: Run, b: Run, *, seeds: bool) -> list[str]:
         a, b: the runs.
         seeds: whether seeds count; if not, runs that differ in their seeds only are also the same start.
     """
-    lines = [line for line in differences(a.experiment, b.experiment) if seeds or not line.startswith(f"{_SEED}: ")]
+    lines = [line for line in differences(a.experiment, b.experiment) if seeds or not line.startswith(f"{SEED}: ")]
     if start_name(a) != start_name(b) and (seeds or not _same_except_seed(a.init_from, b.init_from)):
         lines.append(f"init_from: {start_name(a) or 'none'} -> {start_name(b) or 'none'}")
     return lines
@@ -201,7 +200,7 @@ def _check_seeds(runs: Sequence[Run], name: str) -> None:
         others = changed_settings(runs[0], run, seeds=False)
         if others:
             raise UserError(
-                f"{name}: its runs differ in more than {_SEED} ({others[0]}); give single runs, or a folder of runs "
+                f"{name}: its runs differ in more than {SEED} ({others[0]}); give single runs, or a folder of runs "
                 f"that differ in their seeds"
             )
 

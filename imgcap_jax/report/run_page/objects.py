@@ -36,45 +36,24 @@ def mistakes(found: Mapping[str, ObjectScores]) -> str:
     )
     head = ["captions of", "CHAIRs (%)", "CHAIRi (%)", "recall (%)", "precision (%)"]
     counts = {name: one for name, one in first.per_object.items() if one.present or one.named}
-    wrong = sorted(counts, key=lambda name: counts[name].correct - counts[name].named)
-    missed = sorted(counts, key=lambda name: counts[name].correct - counts[name].present)
+    wrong = {name: (one.named - one.correct, one.precision) for name, one in counts.items()}
+    missed = {name: (one.present - one.correct, one.recall) for name, one in counts.items()}
     parts = [
         said,
         table(head, rows, "objects in captions; lower is better for CHAIR, higher for the others"),
         '<div class="charts">',
-        _named_wrongly([name for name in wrong if counts[name].named > counts[name].correct][:_MOST], counts),
-        _left_out([name for name in missed if counts[name].present > counts[name].correct][:_MOST], counts),
+        _most_frequent("Named, but in no reference", ["object", "captions", "precision (%)"], wrong),
+        _most_frequent("In a reference, but not named", ["object", "images", "recall (%)"], missed),
         "</div>",
         f"<details><summary>All {len(counts)} objects</summary>{_all(counts, name)}</details>",
     ]
     return section("mistakes", "Most frequent mistakes", "".join(parts))
 
 
-def _named_wrongly(names: Sequence[str], counts: Mapping[str, ObjectCounts]) -> str:
-    rows = [
-        [
-            Cell(name),
-            number(float(counts[name].named - counts[name].correct), 0),
-            number(_percent(counts[name].precision)),
-        ]
-        for name in names
-    ]
-    return _card("Named, but in no reference", ["object", "captions", "precision (%)"], rows)
-
-
-def _left_out(names: Sequence[str], counts: Mapping[str, ObjectCounts]) -> str:
-    rows = [
-        [
-            Cell(name),
-            number(float(counts[name].present - counts[name].correct), 0),
-            number(_percent(counts[name].recall)),
-        ]
-        for name in names
-    ]
-    return _card("In a reference, but not named", ["object", "images", "recall (%)"], rows)
-
-
-def _card(title: str, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+def _most_frequent(title: str, head: Sequence[str], mistakes: Mapping[str, tuple[int, float]]) -> str:
+    """A table of the most frequent mistakes; "" if there are none. mistakes: object -> how often, and the share."""
+    found = sorted((one for one in mistakes.items() if one[1][0] > 0), key=lambda one: -one[1][0])[:_MOST]
+    rows = [[Cell(name), number(float(count), 0), number(_percent(share))] for name, (count, share) in found]
     return f'<div class="chart"><h3>{text(title)}</h3>{table(head, rows, "most frequent first")}</div>' if rows else ""
 
 

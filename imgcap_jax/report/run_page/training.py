@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from imgcap_jax.experiment import differences, to_json
+from imgcap_jax.experiment import SEED, differences, to_json
 from imgcap_jax.report.html import Cell, section, table, text
 from imgcap_jax.report.run_page.charts import line_chart
 from imgcap_jax.report.run_page.records import Group, Record, axis_of, curves
@@ -33,7 +33,6 @@ _REWARDS: tuple[_Chart, ...] = (
     ("train", "ended", "sampled captions that ended (%)", 100.0, 1),
     ("train", "repeated_words", "sampled captions with a repeated word (%)", 100.0, 1),
 )
-_SEED = "training.seed"
 _SHOWN_BEFORE = {key for kind, key, *_ in (*_LOSSES, *_COURSE) if kind == "validation"} | {
     "kind", "step", "epoch", "seconds", "teacher_forced_perplexity", "captions", "repeated_words", "unfinished",
     "images_per_second",
@@ -84,15 +83,15 @@ def _differing(found: Sequence[Group]) -> str:
     for group in found[1:]:
         changes = differences(first.experiment, group.records[0].experiment)
         names.update(dict.fromkeys(change.partition(": ")[0] for change in changes))
-    names.pop(_SEED, None)
+    names.pop(SEED, None)
     of_groups = [_flat(group.records[0]) for group in found]
     columns = {name: [_shown(values.get(name, "")) for values in of_groups] for name in names}
     columns["start"] = [_start(group.records[0]) for group in found]
     if len(set(columns["start"])) == 1:
         del columns["start"]
-    columns[_SEED] = [", ".join(str(record.experiment.training.seed) for record in group.records) for group in found]
-    if len(set(columns[_SEED])) == 1 and len(found[0].records) == 1:
-        del columns[_SEED]
+    columns[SEED] = [", ".join(str(record.experiment.training.seed) for record in group.records) for group in found]
+    if len(set(columns[SEED])) == 1 and len(found[0].records) == 1:
+        del columns[SEED]
     if not columns:
         return "<p>The runs have the same settings.</p>"
     head = ["setting", *(group.name for group in found)]

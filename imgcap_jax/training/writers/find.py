@@ -8,7 +8,7 @@ from imgcap_jax.training.writers.contract import WriterSettings
 from imgcap_jax.training.writers.mlflow import Mlflow
 from imgcap_jax.training.writers.trackio import Trackio
 from imgcap_jax.training.writers.wandb import Wandb
-from imgcap_jax.user_code import UnknownClassError, find_class
+from imgcap_jax.user_code import make_settings
 
 _SERVICES: dict[str, Callable[[], WriterSettings]] = {"wandb": Wandb, "trackio": Trackio, "mlflow": Mlflow}
 
@@ -36,13 +36,7 @@ def _find(name: str) -> WriterSettings:
     if ":" not in name:
         known = ", ".join(_SERVICES)
         raise UserError(f"--log {name!r}: there is no such service; use {known}, or MODULE:CLASS with --code")
-    try:
-        settings: WriterSettings = find_class(name)()
-    except UnknownClassError as error:
-        file = f"{error.module.rpartition('.')[2]}.py"
-        raise UserError(f"--log {name}: {error.module} is not imported; add --code {file}") from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--log {name}: {error}; name a frozen dataclass whose fields have defaults") from error
+    settings: WriterSettings = make_settings(name, f"--log {name}")
     if not hasattr(settings, "open"):
         raise UserError(f"--log {name}: {type(settings).__name__} has no 'open'; docs/adding_parts.md has an example")
     return settings
