@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -228,6 +229,15 @@ def parse_json(text: str) -> Any:
     if "\\u" in text:
         _check_text(value)
     return value
+
+
+def without_nan(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinity: null in their place. Tuples become lists."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _not_json(name: str) -> NoReturn:

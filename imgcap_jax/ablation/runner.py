@@ -26,11 +26,9 @@ from imgcap_jax.data.sources import CaptionSource, parse_mixture
 from imgcap_jax.errors import UserError, counted
 from imgcap_jax.experiment import digest
 from imgcap_jax.files import OwnedError, owning, read_json, reading, write_text
-from imgcap_jax.models.model import parameter_count, split_trained
 from imgcap_jax.population import train_population
 from imgcap_jax.remote import shown
 from imgcap_jax.run.evaluation import Evaluation, sweep
-from imgcap_jax.run.extraction import uses_store
 from imgcap_jax.run.finder import is_run
 from imgcap_jax.run.folder import Run
 from imgcap_jax.study import Study
@@ -229,7 +227,6 @@ class _Group:
             dataset=None if own_dataset == self.source.name else self.source.name,
         )
         found = {evaluation.decoding: evaluation for evaluation in evaluations}
-        model = trained.model(with_encoder=not uses_store(run.experiment), restored=True)
         together, (seconds, rate) = _runs_together(path), _speed(path)
         return Record(
             run.seed,
@@ -238,7 +235,7 @@ class _Group:
             self.study.split,
             self.source.fingerprint,
             next(iter(found.values())).steps[0],
-            parameter_count(split_trained(model)[1]),
+            trained.parameter_count(),
             seconds / 60 / together,
             None if rate is None else rate * together,
             together,

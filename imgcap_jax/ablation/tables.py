@@ -14,7 +14,7 @@ from imgcap_jax.ablation.scores import TRUE
 from imgcap_jax.ablation.statistics import ScoreRow, StudyTable, TableRow
 from imgcap_jax.errors import counted, printable
 from imgcap_jax.experiment import differences
-from imgcap_jax.files import write_text
+from imgcap_jax.files import without_nan, write_text
 from imgcap_jax.report.columns import aligned
 
 
@@ -102,7 +102,7 @@ def as_json(table: StudyTable) -> str:
         "notes": notes(table),
         "rows": rows,
     }
-    return json.dumps(_without_nan(document), indent=1, allow_nan=False) + "\n"
+    return json.dumps(without_nan(document), indent=1, allow_nan=False) + "\n"
 
 
 def notes(table: StudyTable) -> list[str]:
@@ -199,15 +199,6 @@ def _number(value: float, form: str) -> str:
 
 def _csv_number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.6g}"
-
-
-def _without_nan(value: Any) -> Any:
-    """A value for JSON, which has no NaN and no infinity: null in their place."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _markdown_text(text: str) -> str:

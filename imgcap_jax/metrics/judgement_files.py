@@ -7,10 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from imgcap_jax.errors import UserError, counted
-from imgcap_jax.files import reading, write_text
+from imgcap_jax.files import reading, without_nan, write_text
 from imgcap_jax.image_ids import parse_image_id
 from imgcap_jax.metrics import objects
 from imgcap_jax.metrics.coco_format import Captions, read_references
@@ -65,8 +64,8 @@ class JudgementReport:
             "files": self.files,
             "scale": "correlations: -1 to 1; scores: 0 to 1, CIDEr 0 to 10; papers print both times 100",
             "excluded_pairs": self.excluded,
-            "each_rating": {name: _as_json(found) for name, found in self.each.items()},
-            "mean_rating": {name: _as_json(found) for name, found in self.mean.items()},
+            "each_rating": {name: without_nan(asdict(found)) for name, found in self.each.items()},
+            "mean_rating": {name: without_nan(asdict(found)) for name, found in self.mean.items()},
             "bootstrap": {"samples": self.bootstrap, "seed": 0, "over": "images"},
             "signatures": self.scores.signatures,
             "missing": self.scores.missing,
@@ -77,13 +76,6 @@ class JudgementReport:
             ],
         }
         write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
-
-
-def _as_json(found: Correlation) -> dict[str, Any]:
-    return {
-        name: {key: None if math.isnan(value) else value for key, value in estimate.items()}
-        for name, estimate in asdict(found).items()
-    }
 
 
 def judge_metrics(

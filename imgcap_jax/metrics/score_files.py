@@ -1,7 +1,6 @@
 """Scores files of captions, from any system, against a file of references (``imgcap score``)."""
 
 import json
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from imgcap_jax.errors import UserError, counted
-from imgcap_jax.files import check_writable, write_text
+from imgcap_jax.files import check_writable, without_nan, write_text
 from imgcap_jax.metrics import objects, spice
 from imgcap_jax.metrics.coco_format import Captions, check_file_names, first_captions, read_captions, read_references
 from imgcap_jax.metrics.compare import SAMPLES, Difference, paired_bootstrap
@@ -67,7 +66,7 @@ class ScoreReport:
             document["differences"] = {name: asdict(found) for name, found in self.differences.items()}
         if self.sets is not None:
             sets = asdict(self.sets)
-            document["diversity_of_samples"] = sets | {"self_cider": _number(self.sets.self_cider)}
+            document["diversity_of_samples"] = sets | {"self_cider": without_nan(self.sets.self_cider)}
         for key, found in (("objects", self.objects), ("objects_compared_with", self.other_objects)):
             if found is not None:
                 document[key] = _objects(found)
@@ -77,16 +76,11 @@ class ScoreReport:
         write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
-def _number(value: float) -> float | None:
-    """The value, or None for nan, which JSON does not have."""
-    return None if math.isnan(value) else value
-
-
 def _objects(found: ObjectScores) -> dict[str, Any]:
     """Objects as JSON: ratios from 0 to 1, null if undefined. Images without a mistake are omitted from the lists."""
-    ratios = {name: _number(getattr(found, name)) for name in ("chair_s", "chair_i", "recall", "precision")}
+    ratios = {name: without_nan(getattr(found, name)) for name in ("chair_s", "chair_i", "recall", "precision")}
     per_object = {
-        name: asdict(counts) | {"recall": _number(counts.recall), "precision": _number(counts.precision)}
+        name: asdict(counts) | {"recall": without_nan(counts.recall), "precision": without_nan(counts.precision)}
         for name, counts in found.per_object.items()
     }
     hallucinated = {image: names for image, names in found.hallucinated.items() if names}

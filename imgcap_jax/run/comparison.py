@@ -1,7 +1,6 @@
 """Compares two runs, or two settings that were trained with several seeds each: settings, scores, cost and captions."""
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +11,11 @@ import numpy as np
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import SEED, differences
-from imgcap_jax.files import write_text
+from imgcap_jax.files import without_nan, write_text
 from imgcap_jax.metrics.compare import Difference, paired_bootstrap
 from imgcap_jax.metrics.seeds import SeedDifference, compare_seeds
-from imgcap_jax.models.model import parameter_count, split_trained
 from imgcap_jax.remote import shown
 from imgcap_jax.run.evaluation import start_name
-from imgcap_jax.run.extraction import uses_store
 from imgcap_jax.run.folder import Run
 from imgcap_jax.run.listing import summarise
 from imgcap_jax.run.stored import SplitCaptions, SplitScorers, stored_or_evaluated
@@ -98,7 +95,7 @@ class Comparison:
             "a": _described(self.a),
             "b": _described(self.b),
             "settings": list(self.settings),
-            "differences": {name: _without_nan(asdict(found)) for name, found in self.scores.items()},
+            "differences": {name: without_nan(asdict(found)) for name, found in self.scores.items()},
             "notes": list(self.notes),
             "images": images,
         }
@@ -118,10 +115,6 @@ def _described(side: Side) -> dict[str, Any]:
     ]
     cost = {"parameters": side.parameters, "seconds": side.seconds, "epochs": side.epochs, "bytes": side.bytes}
     return {"name": side.name, **cost, "runs": runs}
-
-
-def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def compare(
@@ -206,15 +199,13 @@ def _check_seeds(runs: Sequence[Run], name: str) -> None:
 
 
 def _side(name: str, captions: Sequence[SplitCaptions]) -> Side:
-    run = captions[0].run
-    graph_and_params = split_trained(run.model(with_encoder=not uses_store(run.experiment), restored=True))
     found = [summarise(one.run.folder) for one in captions]
     seconds = [one.seconds for one in found if one.seconds is not None]
     epochs = [one.epoch for one in found if one.epoch is not None]
     return Side(
         name,
         captions,
-        parameter_count(graph_and_params[1]),
+        captions[0].run.parameter_count(),
         float(np.mean(seconds)) if len(seconds) == len(found) else None,
         float(np.mean(epochs)) if len(epochs) == len(found) else None,
         float(np.mean([one.size for one in found])),

@@ -30,7 +30,7 @@ from imgcap_jax.files import (
 )
 from imgcap_jax.models.decoders.contract import Decoder
 from imgcap_jax.models.encoders.contract import build_encoder, weights_digest, with_weights
-from imgcap_jax.models.model import CaptionModel, without_values
+from imgcap_jax.models.model import CaptionModel, parameter_count, split_trained, without_values
 from imgcap_jax.precision import compute_dtype
 from imgcap_jax.remote import place, removal, shown, url_of
 from imgcap_jax.run.extraction import encoder_dtype, uses_store
@@ -227,6 +227,11 @@ class Run:
         return CaptionModel(
             encoder, decoder, dtype=dtype, encoder_dtype=encoder_dtype(experiment, platform), rounded=rounded
         )
+
+    def parameter_count(self) -> int:
+        """The number of trained parameters, from the shapes of the model."""
+        model = self.model(with_encoder=not uses_store(self.experiment), restored=True)
+        return parameter_count(split_trained(model)[1])
 
 
 def _can_be_traced(settings: Any) -> bool:
