@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the package and runs all checks: ruff, mypy, lint-imports, pytest.
-#   scripts/test.sh            all except the slow tests, 10 to 20 minutes on 2 cores
+#   scripts/test.sh            all except the slow tests, 10 to 25 minutes on 2 cores
 #   scripts/test.sh --all      includes the slow tests
 # EXTRAS installs optional reference implementations, for example EXTRAS=java,torch scripts/test.sh. Tests that need a
 # missing one are skipped. PYTHON, VENV and NEWEST are those of scripts/setup.sh. The files of tests are divided among
