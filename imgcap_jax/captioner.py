@@ -30,6 +30,7 @@ from imgcap_jax.models.model import split_trained
 from imgcap_jax.remote import place
 from imgcap_jax.report.attention import attention_picture
 from imgcap_jax.run.folder import Run, check_ensemble, use_weights
+from imgcap_jax.run.frequencies import frequencies_of
 from imgcap_jax.run.generation import attention_function, caption_function, caption_rows, check_decoding
 from imgcap_jax.terminal import on_terminal, working
 from imgcap_jax.tokenizers import text_of
@@ -94,7 +95,8 @@ class Captioner:
         """Restores the best parameters of ``runs``.
 
         Args:
-            runs: one run, or several with the same vocabulary, whose probabilities are averaged.
+            runs: one run, or several with the same vocabulary, whose probabilities are averaged (see
+                ``Decoding.pool``).
             decoding: search settings; None: those of the first run.
             attention: whether captions come with the attention of each word; for an ensemble, the mean.
 
@@ -115,7 +117,8 @@ class Captioner:
             self._params.append(restore_best(run.folder, params)[0])
             self._graphs.append(graph)
             self._frozen.append(frozen)
-        self._captions = caption_function(self._graphs, self.decoding, runs[0].vocabulary)
+        frequencies = None if self.decoding.rerank == "none" else frequencies_of(runs[0])
+        self._captions = caption_function(self._graphs, self.decoding, runs[0].vocabulary, frequencies)
         self._attention = [attention_function(graph) for graph in self._graphs] if attention else []
         self._check_attention()
 

@@ -455,6 +455,18 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _average(options: argparse.Namespace) -> int:
+    from imgcap_jax.cli.compare import members_of
+    from imgcap_jax.remote import shown
+    from imgcap_jax.run.averaging import average
+
+    runs = _load_runs([run for folder in options.runs for run in members_of(folder)], options)
+    average(runs, options.run)
+    print(f"{shown(options.run)}: the mean of {counted(len(runs), 'run')}")
+    print(f"next: {shlex.join(['imgcap', 'evaluate', shown(options.run), '--split', 'val'])}")
+    return 0
+
+
 def _caption(options: argparse.Namespace) -> int:
     from imgcap_jax.data.photo_files import photo_files
 
@@ -621,6 +633,7 @@ def _score(options: argparse.Namespace) -> int:
         options.captions,
         options.references,
         compare=options.compare,
+        mbr=_other_systems(options),
         idf=options.idf,
         training=options.training,
         samples=options.samples,
@@ -636,6 +649,19 @@ def _score(options: argparse.Namespace) -> int:
         report.write(options.json)
         print(f"scores per image: {options.json}")
     return 0
+
+
+def _other_systems(options: argparse.Namespace) -> Any:
+    """The systems of --mbr; None without it."""
+    from imgcap_jax.metrics.score_files import OtherSystems
+
+    if options.mbr is None:
+        for value, option in ((options.mbr_bleu, "--mbr-bleu"), (options.mbr_output, "--mbr-output")):
+            if value is not None:
+                raise UserError(f"{option} requires --mbr: add other systems' captions, or remove {option}")
+        return None
+    check_range("--mbr-bleu", options.mbr_bleu or 0.0, at_least=0)
+    return OtherSystems(options.mbr, options.mbr_bleu or 0.0, options.mbr_output)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -657,6 +683,7 @@ _COMMANDS = {
     "runs": _runs,
     "evaluate": _evaluate,
     "compare": _compare,
+    "average": _average,
     "caption": _caption,
     "score": _score,
     "report": _report,

@@ -29,10 +29,12 @@ _EPILOG = """examples:
   imgcap evaluate runs/flickr8k --split val --beam 3
   imgcap evaluate runs/flickr8k --decode.beam 1 3 5 --decode.length-norm 0 0.7
   imgcap compare runs/flickr8k runs/flickr8k_scst
+  imgcap average runs/flickr8k_scst_seeds --run runs/flickr8k_soup
   imgcap caption photo.jpg holiday/ --run runs/flickr8k
   imgcap caption photo.jpg --run runs/flickr8k --attention
   imgcap caption photo.jpg --run runs/flickr8k --n-best 3 --decode.must frisbee
   imgcap score captions.json references.json --compare other.json
+  imgcap score a.json references.json --mbr b.json c.json --training references_train.json
   imgcap score captions.json references.json --objects
   imgcap score --judgements ratings.csv references.json
   imgcap report runs/flickr8k runs/flickr8k_scst"""
@@ -96,8 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    adders = (_add_train, _add_ablate, _add_features, _add_plan, _add_runs, _add_evaluate, _add_compare, _add_caption)
-    for add in (*adders, _add_score, _add_report):
+    adders = (_add_train, _add_ablate, _add_features, _add_plan, _add_runs, _add_evaluate, _add_compare, _add_average)
+    for add in (*adders, _add_caption, _add_score, _add_report):
         add(commands)
     data = commands.add_parser("data", allow_abbrev=False, help="prepare, inspect and list datasets")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -362,6 +364,20 @@ def _add_compare(commands: Commands) -> None:
     _add_data_dir(compare, "those of the runs if they exist, or else ")
 
 
+def _add_average(commands: Commands) -> None:
+    average = _add_command(
+        commands,
+        "average",
+        help="average the parameters of runs that started from the same run",
+        description="Write a run with the mean of the best parameters of several runs, such as seeds of self-critical "
+        "training from one start (a model soup). It captions as fast as one of them.",
+    )
+    average.add_argument("runs", nargs="+", type=_folder, metavar="RUN", help="runs, or folders of runs")
+    average.add_argument("--run", type=_folder, required=True, metavar="NEW", help="the folder of the new run")
+    _add_code(average)
+    _add_weights(average)
+
+
 def _add_caption(commands: Commands) -> None:
     caption = _add_command(
         commands,
@@ -413,6 +429,19 @@ def _add_score(commands: Commands) -> None:
     score.add_argument(
         "--compare", type=_path, metavar="OTHER", help="results of another system: differences by paired bootstrap"
     )
+    score.add_argument(
+        "--mbr",
+        type=_path,
+        nargs="+",
+        metavar="OTHER",
+        help="choose, for each image, among CAPTIONS and those of other systems: the caption that agrees most with the "
+        "others in CIDEr-D (minimum Bayes risk); document frequencies are those of --training or --idf, or else of "
+        "the captions themselves",
+    )
+    score.add_argument(
+        "--mbr-bleu", type=float, metavar="W", help="add W times smoothed BLEU-4 to the agreement of --mbr (default: 0)"
+    )
+    score.add_argument("--mbr-output", type=_path, metavar="FILE", help="also write the captions that --mbr chose")
     score.add_argument(
         "--bootstrap", type=int, metavar="N", help="samples for --compare or --judgements (default: 1000)"
     )

@@ -16,6 +16,9 @@ _AT_LEAST = {
     "top_k": 0,
     # Below this temperature, a word that is only unlikely would count as forbidden.
     "temperature": 0.01,
+    "mbr_cider": 0,
+    "mbr_bleu": 0,
+    "mbr_temperature": 0.01,
 }
 
 

@@ -56,12 +56,34 @@ class Decoding:
     """Samples draw from the most likely words whose probabilities add up to p; 1: from all."""
     seed: int = 0
     """Seed of samples. What is drawn for an image depends on it and on the image's place in the split."""
+    rerank: Literal["none", "mbr"] = "none"
+    """mbr: of all beams or samples, return the captions that agree most with the others (minimum Bayes risk)."""
+    mbr_cider: float = 1.0
+    """Weight of CIDEr-D (0 to 10, with document frequencies of the training captions) in the agreement."""
+    mbr_bleu: float = 0.0
+    """Weight of smoothed BLEU-4 (0 to 1) in the agreement."""
+    mbr_temperature: float = 1.0
+    """The scores of a search, divided by it, are the logits of the captions' probabilities; large: all count alike."""
+    pool: bool = False
+    """Each model of an ensemble writes captions of its own, and rerank chooses among all of them. Otherwise their
+    probabilities are averaged."""
     rules: tuple[Rule, ...] = ()
     """Your own logit rules, applied after the others in this order."""
 
     def plain(self, beam: int) -> "Decoding":
         """The same lengths and rules, by plain beam search."""
-        others = ("n_best", "groups", "diversity", "must", "samples", "temperature", "top_k", "top_p", "seed")
+        others = (
+            "n_best",
+            "groups",
+            "diversity",
+            "must",
+            "samples",
+            "temperature",
+            "top_k",
+            "top_p",
+            "seed",
+            *_OF_RERANK,
+        )
         return replace(self, beam=beam, **{name: _DEFAULTS[name] for name in others})
 
     def __post_init__(self) -> None:
@@ -78,6 +100,9 @@ class Decoding:
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
+            mbr_cider=self.mbr_cider,
+            mbr_bleu=self.mbr_bleu,
+            mbr_temperature=self.mbr_temperature,
         )
         if self.length_penalty not in ("power", "gnmt"):
             raise UserError(f"length_penalty is {self.length_penalty!r}; it must be power or gnmt")
@@ -91,8 +116,11 @@ class Decoding:
         for name in ("temperature", "top_k", "top_p", "seed"):
             if not drawn and getattr(self, name) != _DEFAULTS[name]:
                 raise UserError(f"{name} only affects samples; set samples as well")
-        if drawn and self.n_best > 1:
+        self._check_rerank()
+        if drawn and self.n_best > 1 and self.rerank == "none":
             raise UserError("n_best only affects searches; all samples are returned")
+        if drawn and self.n_best > self.samples:
+            raise UserError(f"n_best is {self.n_best}, but samples is {self.samples}; use a smaller n_best")
         if self.groups == 1 and self.diversity != _DEFAULTS["diversity"]:
             raise UserError("diversity only affects groups of beams; set groups as well")
         for rule in self.rules:
@@ -101,6 +129,24 @@ class Decoding:
                     f"decoding.rules: {rule!r} is not a rule; a rule is a frozen dataclass with __call__, see "
                     f"imgcap_jax.decoding.rules"
                 )
+
+    def _check_rerank(self) -> None:
+        if self.rerank not in ("none", "mbr"):
+            raise UserError(f"rerank is {self.rerank!r}; it must be none or mbr")
+        if self.rerank == "none":
+            for name in _OF_RERANK:
+                if getattr(self, name) != _DEFAULTS[name]:
+                    raise UserError(f"{name} only affects rerank; set rerank to mbr as well")
+            return
+        if not self.mbr_cider + self.mbr_bleu:
+            raise UserError("mbr_cider and mbr_bleu are both 0; set one of them")
+        if not self.pool and (self.samples or self.beam) < 2:
+            raise UserError("rerank chooses among the beams or samples of an image, of which there is one; use more")
+
+    @property
+    def returned(self) -> int:
+        """The number of captions per image that are returned, if there are as many."""
+        return self.samples if self.samples and self.rerank == "none" else self.n_best
 
     @property
     def title(self) -> str:
@@ -121,6 +167,7 @@ class Decoding:
         return ", ".join([kind, *more])
 
 
+_OF_RERANK = ("rerank", "mbr_cider", "mbr_bleu", "mbr_temperature", "pool")
 _DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(Decoding)}
 
 

@@ -44,3 +44,21 @@ def bleu_4(candidates: Array, references: DeviceReferences, frequencies: Documen
     closest = jnp.where(distance == nearest, theirs.length, jnp.iinfo(jnp.int32).max).min(-1)  # the shorter on a tie
     ratio = (length[:, :, 0] + TINY) / (closest + SMALL)
     return jnp.exp(log_precision + jnp.minimum(0, 1 - 1 / ratio))
+
+
+def bleu_4_pairs(candidates: Array, references: DeviceReferences) -> Array:
+    """The smoothed BLEU-4 of each caption with each reference alone, 0 to 1: [B,M,R].
+
+    Counts of bigrams and longer n-grams are raised by one (Lin and Och 2004), because a single pair of captions rarely
+    has a common 4-gram. The arguments are those of ``bleu_4``.
+    """
+    ours, theirs = Grams(candidates[:, :, None]), Grams(references.tokens[:, None])  # [B,M,1,T] and [B,1,R,T]
+    log_precision = jnp.zeros(())
+    for order in range(ORDERS):
+        own, most = ours.counts(ours, order), ours.counts(theirs, order)  # [B,M,1,T], [B,M,R,T]
+        correct = (jnp.minimum(own, most) / jnp.maximum(own, 1)).sum(-1)  # [B,M,R]
+        guessed = jnp.maximum(ours.length - order, 0)  # [B,M,1]
+        more = 1 if order else 0
+        log_precision += (jnp.log(correct + more + TINY) - jnp.log(guessed + more + SMALL)) / ORDERS
+    ratio = (ours.length + TINY) / (theirs.length + SMALL)
+    return jnp.exp(log_precision + jnp.minimum(0, 1 - 1 / ratio))

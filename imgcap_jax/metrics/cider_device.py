@@ -64,8 +64,8 @@ class DocumentFrequencies(NamedTuple):
             np.savez(file, digest=_digest(arrays), **arrays)
 
     @classmethod
-    def load(cls, path: Path, of: str) -> "DocumentFrequencies":
-        """Reads a file that ``save`` wrote.
+    def load(cls, path: Path, of: str | None = None) -> "DocumentFrequencies":
+        """Reads a file that ``save`` wrote. ``of`` identifies the corpus; None: any corpus.
 
         Raises:
             UserError: the file is damaged, or its ``of`` differs.
@@ -80,7 +80,7 @@ class DocumentFrequencies(NamedTuple):
                 for name, count in (("start", ORDERS - 1), ("last", ORDERS - 1), ("idf", ORDERS))
             )
             found = cls(start, last, idf, jnp.asarray(arrays["unseen"]))
-            if str(arrays["of"]) == of:
+            if of is None or str(arrays["of"]) == of:
                 return found
         raise UserError(f"{path} belongs to other captions; delete it and run the command again to recompute it")
 
@@ -187,6 +187,11 @@ def cider_d(candidates: Array, references: DeviceReferences, frequencies: Docume
     Returns:
         Scores float32 [B,M].
     """
+    return cider_d_pairs(candidates, references, frequencies).sum(-1) / references.per_image[:, None]
+
+
+def cider_d_pairs(candidates: Array, references: DeviceReferences, frequencies: DocumentFrequencies) -> Array:
+    """The CIDEr-D of each caption with each reference alone, 0 to 10: [B,M,R]. Arguments: see ``cider_d``."""
     ours, theirs = Grams(candidates[:, :, None]), Grams(references.tokens[:, None])  # [B,M,1,T] and [B,1,R,T]
     idf = [values[:, :, None] for values in _idf(candidates, frequencies)]  # [B,M,1,T]
     similarity = jnp.zeros(())
@@ -200,8 +205,7 @@ def cider_d(candidates: Array, references: DeviceReferences, frequencies: Docume
         similarity += product.sum(-1) / jnp.where(scale > 0, scale, 1)
     # The official code uses the number of bigrams as the length.
     difference = jnp.maximum(ours.length - 1, 0) - jnp.maximum(theirs.length - 1, 0)
-    similarity *= jnp.exp(-(difference.astype(jnp.float32) ** 2) / (2 * SIGMA**2)) / ORDERS
-    return 10 * similarity.sum(-1) / references.per_image[:, None]
+    return 10 * similarity * jnp.exp(-(difference.astype(jnp.float32) ** 2) / (2 * SIGMA**2)) / ORDERS
 
 
 def _idf(tokens: Array, frequencies: DocumentFrequencies) -> list[Array]:

@@ -10,7 +10,15 @@ from typing import Any
 from imgcap_jax.errors import UserError, counted
 from imgcap_jax.files import check_writable, without_nan, write_text
 from imgcap_jax.metrics import objects, spice
-from imgcap_jax.metrics.coco_format import Captions, check_file_names, first_captions, read_captions, read_references
+from imgcap_jax.metrics.agreement import most_agreed
+from imgcap_jax.metrics.coco_format import (
+    Captions,
+    check_file_names,
+    first_captions,
+    read_captions,
+    read_references,
+    write_results,
+)
 from imgcap_jax.metrics.compare import SAMPLES, Difference, paired_bootstrap
 from imgcap_jax.metrics.diversity import Diversity, SetDiversity, diversity, set_diversity
 from imgcap_jax.metrics.object_annotations import read_instances
@@ -93,11 +101,40 @@ def _by_image(scores: Scores) -> dict[int, dict[str, float]]:
     return {i: {name: round(found[i], 6) for name, found in scores.per_image.items()} for i in image_ids}
 
 
+@dataclass(frozen=True)
+class OtherSystems:
+    """Systems whose captions ``imgcap score --mbr`` chooses among.
+
+    Attributes:
+        files: their captions, one or several per image.
+        bleu: the weight of BLEU-4 in the agreement; that of CIDEr-D is 1.
+        output: the path to which the chosen captions are written; None: they are only scored.
+    """
+
+    files: Sequence[Path]
+    bleu: float = 0.0
+    output: Path | None = None
+
+    def choose(
+        self,
+        captions: Mapping[int, Sequence[str]],
+        corpus: Mapping[int, Sequence[str]] | None,
+        tokenizer: Tokenizer,
+    ) -> dict[int, str]:
+        """The caption of each image that agrees most with the others. See ``agreement.most_agreed``."""
+        documents = None if corpus is None else list(corpus.values())
+        chosen = most_agreed(captions, documents, bleu=self.bleu, tokenizer=tokenizer)
+        if self.output is not None:
+            write_results(self.output, chosen)
+        return chosen
+
+
 def score_files(
     captions: Path,
     references: Path,
     *,
     compare: Path | None = None,
+    mbr: OtherSystems | None = None,
     bootstrap: int | None = None,
     idf: Path | None = None,
     training: Path | None = None,
@@ -114,6 +151,7 @@ def score_files(
         captions: results with one caption per image.
         references: annotations. Images without a caption in `captions` are omitted.
         compare: results of another system. Both systems are scored on the images that both have.
+        mbr: other systems. Of their captions and `captions`, the one that agrees most with the others is scored.
         bootstrap: the number of bootstrap samples of the comparison. None means ``compare.SAMPLES``.
         idf: annotations that CIDEr's document frequencies are computed from. None uses `references`.
         training: annotations of the training split. A caption that occurs in them is not novel.
@@ -139,20 +177,22 @@ def score_files(
     files = {name: path for name, path in given.items() if path is not None}
     if output is not None:
         check_output(output, files.values())
+    if mbr is not None and mbr.output is not None:
+        check_output(mbr.output, [*files.values(), *mbr.files])
     # All files are read before anything is computed, because the computation can take minutes.
     warnings: list[str] = []
     all_references = read_references(references)
-    systems = {}
-    for path in (captions, compare):
-        if path is not None:
-            found = read_captions(path)
-            warnings += check_file_names(path, found, references, all_references)
-            systems[path] = _single(found, path, warnings)
+    read = {}
+    for path in (captions, compare, *(mbr.files if mbr is not None else ())):
+        if path is not None and path not in read:
+            read[path] = read_captions(path)
+            warnings += check_file_names(path, read[path], references, all_references)
     corpus = read_references(idf) if idf is not None else None
-    seen = [text for texts in read_references(training).values() for text in texts] if training is not None else None
+    trained = read_references(training) if training is not None else None
+    seen = [text for texts in trained.values() for text in texts] if trained is not None else None
     sets = _sets(samples, references, all_references, tokenizer, warnings) if samples is not None else None
     annotated = read_instances(instances) if instances is not None else None
-    images = _common(all_references, systems, warnings)
+    images = _common(all_references, read, warnings)
     theirs = {image_id: all_references[image_id] for image_id in images}
     twice = sum(len(set(texts)) < len(texts) for texts in theirs.values())
     if 2 * twice > len(theirs):
@@ -165,13 +205,19 @@ def score_files(
     if with_objects and english and instances is not None and annotated is not None:
         warnings += not_annotated(images, annotated, instances)
     scorer = CaptionScorer(theirs, chosen, tokenizer=tokenizer)
-    ours = {image_id: systems[captions][image_id] for image_id in images}
+    if mbr is None:
+        ours = _single(read[captions], images, captions, warnings)
+    else:
+        pool = [read[path] for path in dict.fromkeys((captions, *mbr.files))]
+        candidates = {image: [text for texts in pool for text in texts[image]] for image in images}
+        ours = mbr.choose(candidates, trained or corpus, tokenizer)
     scores = scorer.score(ours)
     scores = replace(scores, missing={**scores.missing, **reasons})
     warnings += scores.warnings
-    other, differences = None, {}
+    other, compared, differences = None, None, {}
     if compare is not None:
-        other = scorer.score({image_id: systems[compare][image_id] for image_id in images})
+        compared = _single(read[compare], images, compare, warnings)
+        other = scorer.score(compared)
         warnings += [f"{compare}: {warning}" for warning in other.warnings if warning not in scores.warnings]
         differences = {
             name: paired_bootstrap(found, other.metrics[name], samples=drawn) for name, found in scores.metrics.items()
@@ -181,13 +227,11 @@ def score_files(
                 f"with {counted(len(images), 'image')} neither interval nor p-value is reliable: compare on at least "
                 f"{_FEW} images"
             )
-    named: dict[Path, ObjectScores] = {}
+    named, named_other = None, None
     if with_objects and english:
-        named = {
-            path: object_scores({image_id: texts[image_id] for image_id in images}, theirs, annotated)
-            for path, texts in systems.items()
-        }
-        if not any(named[captions].mentioned.values()):
+        named = object_scores(ours, theirs, annotated)
+        named_other = None if compared is None else object_scores(compared, theirs, annotated)
+        if not any(named.mentioned.values()):
             warnings.append("no caption names one of COCO's 80 objects: CHAIRi is undefined and printed as 0")
     return ScoreReport(
         files={name: str(path) for name, path in files.items()},
@@ -197,8 +241,8 @@ def score_files(
         differences=differences,
         bootstrap=drawn,
         sets=sets,
-        objects=named.get(captions),
-        other_objects=named.get(compare) if compare is not None else None,
+        objects=named,
+        other_objects=named_other,
         warnings=tuple(warnings),
     )
 
@@ -290,19 +334,19 @@ def _sets(
     return found
 
 
-def _single(captions: Mapping[int, Sequence[str]], path: Path, warnings: list[str]) -> dict[int, str]:
-    """The first caption of each image, with a warning if an image has several."""
+def _single(captions: Captions, images: Sequence[int], path: Path, warnings: list[str]) -> dict[int, str]:
+    """The first caption of each of these images, with a warning if an image of the file has several."""
     single, several = first_captions(captions)
     if several:
         warnings.append(
             f"{path} captions {counted(len(several), 'image')} more than once (first: image {several[0]}); only the "
             "first caption of each is scored"
         )
-    return single
+    return {image_id: single[image_id] for image_id in images}
 
 
 def _common(
-    references: Mapping[int, Sequence[str]], systems: Mapping[Path, Mapping[int, str]], warnings: list[str]
+    references: Mapping[int, Sequence[str]], systems: Mapping[Path, Mapping[int, object]], warnings: list[str]
 ) -> list[int]:
     """The ids of the images with references and a caption of every system, in the order of the references."""
     for path, captions in systems.items():

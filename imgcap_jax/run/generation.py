@@ -16,6 +16,7 @@ from imgcap_jax.decoding.beam import diverse_beam_search
 from imgcap_jax.decoding.constrained import constrained_beam_search, constrained_rows
 from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding.greedy import greedy
+from imgcap_jax.decoding.mbr import Utility, candidate_probabilities, joined, rerank
 from imgcap_jax.decoding.rules import (
     ForbidBadEnding,
     ForbidRepeatedWords,
@@ -30,6 +31,7 @@ from imgcap_jax.decoding.rules import (
 from imgcap_jax.decoding.sampling import sample
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
+from imgcap_jax.metrics.cider_device import DocumentFrequencies
 from imgcap_jax.metrics.degeneration import BAD_ENDINGS, CONJUNCTIONS, FUNCTION_WORDS
 from imgcap_jax.metrics.degeneration_device import FunctionWords
 from imgcap_jax.models.decoders.contract import DecoderSettings, check_length
@@ -111,16 +113,25 @@ CaptionFunction = Callable[[Sequence[Params], Sequence[Frozen], Sequence[Mapping
 
 
 def caption_function(
-    graphs: Sequence[nnx.GraphDef[CaptionModel]], decoding: Decoding, vocabulary: Vocabulary
+    graphs: Sequence[nnx.GraphDef[CaptionModel]],
+    decoding: Decoding,
+    vocabulary: Vocabulary,
+    frequencies: DocumentFrequencies | None = None,
 ) -> CaptionFunction:
     """Makes the jitted function (params, frozen parts, batches), one of each per model -> Decoded [B,K,T].
 
     Several models with one vocabulary are an ensemble: the probability of a word is the mean of theirs, and each model
-    has its own encoder. A batch contains "image" or "regions" [B,...]. For sampling it can contain "row" [B], the place
-    of each image in the whole split, which determines the samples. The first ``decoding.n_best`` of a search's K
-    captions are its result.
+    has its own encoder. With ``decoding.pool``, each model searches on its own, and K is the sum of their captions. A
+    batch contains "image" or "regions" [B,...]. For sampling it can contain "row" [B], the place of each image in the
+    whole split, which determines the samples. The first ``decoding.returned`` of the K captions are the result.
 
     The memory is computed once per image and shared by its beams.
+
+    Args:
+        graphs: the models without their arrays.
+        decoding: the search settings.
+        vocabulary: the words of the models.
+        frequencies: those of the training captions, if ``decoding`` reranks.
 
     Raises:
         UserError: the vocabulary lacks a word of the settings.
@@ -128,9 +139,12 @@ def caption_function(
     rules, must = _rules(decoding, vocabulary), _must(decoding, vocabulary)
     parallel = decoding.samples or constrained_rows(decoding.beam, must)
 
-    @jax.jit
-    def captions(params: Sequence[Params], frozen: Sequence[Frozen], batches: Sequence[Mapping[str, Array]]) -> Decoded:
-        models = [nnx.merge(*parts) for parts in zip(graphs, params, frozen, strict=True)]
+    utility = None
+    if decoding.rerank == "mbr":
+        assert frequencies is not None
+        utility = Utility(frequencies, decoding.mbr_cider, decoding.mbr_bleu)
+
+    def search(models: Sequence[CaptionModel], batches: Sequence[Mapping[str, Array]]) -> Decoded:
         steps = decoding.max_words  # a longer caption is cut there and has no eos
         starts = []
         for model, batch in zip(models, batches, strict=True):
@@ -161,11 +175,25 @@ def caption_function(
             "length_norm": decoding.length_norm,
             "length_penalty": decoding.length_penalty,
             "rules": rules,
-            "n_best": decoding.n_best,
+            "n_best": decoding.n_best if utility is None else None,  # rerank needs all beams
         }
         if must:
             return constrained_beam_search(step, carry, words=must, **shared)
         return diverse_beam_search(step, carry, groups=decoding.groups, diversity=decoding.diversity, **shared)
+
+    @jax.jit
+    def captions(params: Sequence[Params], frozen: Sequence[Frozen], batches: Sequence[Mapping[str, Array]]) -> Decoded:
+        models = [nnx.merge(*parts) for parts in zip(graphs, params, frozen, strict=True)]
+        searches = (
+            [search(models, batches)]
+            if not decoding.pool
+            else [search([model], [batch]) for model, batch in zip(models, batches, strict=True)]
+        )
+        if utility is None:
+            return searches[0]
+        drawn, temperature = decoding.samples > 0, decoding.mbr_temperature
+        weights = [candidate_probabilities(found, drawn=drawn, temperature=temperature) for found in searches]
+        return rerank(joined(searches), jnp.concatenate(weights, axis=1) / len(weights), utility)
 
     return captions
 
@@ -173,7 +201,7 @@ def caption_function(
 def caption_rows(tokens: np.ndarray, decoding: Decoding) -> list[int]:
     """The rows of an image's tokens [K,T] that are its captions, best first, or its samples. Empty beams are left
     out."""
-    return [m for m in range(len(tokens)) if tokens[m].any()][: decoding.samples or decoding.n_best]
+    return [m for m in range(len(tokens)) if tokens[m].any()][: decoding.returned]
 
 
 def _mean_probability(logits: Sequence[Array]) -> Array:
