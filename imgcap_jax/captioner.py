@@ -30,8 +30,8 @@ from imgcap_jax.models.model import split_trained
 from imgcap_jax.remote import place
 from imgcap_jax.report.attention import attention_picture
 from imgcap_jax.run.folder import Run, check_ensemble, use_weights
-from imgcap_jax.run.frequencies import frequencies_of
 from imgcap_jax.run.generation import attention_function, caption_function, caption_rows, check_decoding
+from imgcap_jax.run.knowledge import knowledge_of
 from imgcap_jax.terminal import on_terminal, working
 from imgcap_jax.tokenizers import text_of
 from imgcap_jax.training.checkpoints import restore_best
@@ -117,8 +117,8 @@ class Captioner:
             self._params.append(restore_best(run.folder, params)[0])
             self._graphs.append(graph)
             self._frozen.append(frozen)
-        frequencies = None if self.decoding.rerank == "none" else frequencies_of(runs[0])
-        self._captions = caption_function(self._graphs, self.decoding, runs[0].vocabulary, frequencies)
+        knowledge = knowledge_of(runs[0], self.decoding)
+        self._captions = caption_function(self._graphs, self.decoding, runs[0].vocabulary, knowledge)
         self._attention = [attention_function(graph) for graph in self._graphs] if attention else []
         self._check_attention()
 

@@ -19,6 +19,7 @@ _AT_LEAST = {
     "mbr_cider": 0,
     "mbr_bleu": 0,
     "mbr_temperature": 0.01,
+    "mbr_neighbours": 0,
 }
 
 
@@ -33,6 +34,8 @@ def check_limits(**values: float | None) -> None:
             continue
         if name == "top_p":
             check_range(name, value, above=0, at_most=1)
+        elif name == "mbr_neighbours_weight":
+            check_range(name, value, at_least=0, at_most=1)
         else:
             check_range(name, value, at_least=_AT_LEAST[name])
     beam, groups = values.get("beam"), values.get("groups")

@@ -4,16 +4,26 @@ Letters: B images, K candidates per image, T caption length.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from imgcap_jax.decoding.decoded import Decoded
+from imgcap_jax.decoding.neighbours import Neighbours
 from imgcap_jax.decoding.rules import FORBIDDEN
 from imgcap_jax.decoding.search import take_rows
 from imgcap_jax.metrics.agreement import Utility, expected_utility
+from imgcap_jax.metrics.cider_device import DocumentFrequencies
 from imgcap_jax.special_tokens import PAD
+
+
+class Knowledge(NamedTuple):
+    """What ``rerank`` knows of the training data."""
+
+    frequencies: DocumentFrequencies
+    neighbours: Neighbours | None = None
 
 
 def candidate_probabilities(found: Decoded, *, drawn: bool, temperature: float) -> Array:
@@ -29,17 +39,18 @@ def candidate_probabilities(found: Decoded, *, drawn: bool, temperature: float) 
     return jax.nn.softmax(jnp.where(exists, score, FORBIDDEN), axis=-1)
 
 
-def rerank(found: Decoded, probabilities: Array, utility: Utility) -> Decoded:
+def rerank(found: Decoded, references: Array, probabilities: Array, utility: Utility) -> Decoded:
     """The candidates by expected utility, best first, with this utility as their score.
 
     Repetitions of a caption, which several models or samples can have, are moved to the end and emptied.
 
     Args:
         found: the candidates [B,K].
-        probabilities: see ``expected_utility``.
+        references: int32 [B,R,S]; see ``expected_utility``.
+        probabilities: float32 [B,R]; see ``expected_utility``.
         utility: see ``expected_utility``.
     """
-    gain = expected_utility(found.tokens, probabilities, utility)
+    gain = expected_utility(found.tokens, references, probabilities, utility)
     same = (found.tokens[:, :, None] == found.tokens[:, None]).all(-1)  # [B,K,K]
     first = jnp.argmax(same, axis=-1) == jnp.arange(same.shape[1])  # [B,K]
     kept = first & found.tokens.any(-1)

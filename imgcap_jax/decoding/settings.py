@@ -64,6 +64,11 @@ class Decoding:
     """Weight of smoothed BLEU-4 (0 to 1) in the agreement."""
     mbr_temperature: float = 1.0
     """The scores of a search, divided by it, are the logits of the captions' probabilities; large: all count alike."""
+    mbr_neighbours: int = 0
+    """The captions of this many training photos, those that look most like the photo, also count in the agreement
+    (Devlin et al. 2015)."""
+    mbr_neighbours_weight: float = 0.5
+    """Their share of the agreement; the rest belongs to the beams or samples."""
     pool: bool = False
     """Each model of an ensemble writes captions of its own, and rerank chooses among all of them. Otherwise their
     probabilities are averaged."""
@@ -103,6 +108,8 @@ class Decoding:
             mbr_cider=self.mbr_cider,
             mbr_bleu=self.mbr_bleu,
             mbr_temperature=self.mbr_temperature,
+            mbr_neighbours=self.mbr_neighbours,
+            mbr_neighbours_weight=self.mbr_neighbours_weight,
         )
         if self.length_penalty not in ("power", "gnmt"):
             raise UserError(f"length_penalty is {self.length_penalty!r}; it must be power or gnmt")
@@ -140,6 +147,8 @@ class Decoding:
             return
         if not self.mbr_cider + self.mbr_bleu:
             raise UserError("mbr_cider and mbr_bleu are both 0; set one of them")
+        if not self.mbr_neighbours and self.mbr_neighbours_weight != _DEFAULTS["mbr_neighbours_weight"]:
+            raise UserError("mbr_neighbours_weight only affects mbr_neighbours; set mbr_neighbours as well")
         if not self.pool and (self.samples or self.beam) < 2:
             raise UserError("rerank chooses among the beams or samples of an image, of which there is one; use more")
 
@@ -167,7 +176,15 @@ class Decoding:
         return ", ".join([kind, *more])
 
 
-_OF_RERANK = ("rerank", "mbr_cider", "mbr_bleu", "mbr_temperature", "pool")
+_OF_RERANK = (
+    "rerank",
+    "mbr_cider",
+    "mbr_bleu",
+    "mbr_temperature",
+    "mbr_neighbours",
+    "mbr_neighbours_weight",
+    "pool",
+)
 _DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(Decoding)}
 
 

@@ -21,7 +21,7 @@ from imgcap_jax.metrics.cider_device import DocumentFrequencies, cider_d_pairs, 
 from imgcap_jax.special_tokens import EOS, PAD, UNK
 from imgcap_jax.tokenizers import DEFAULT, Tokenizer, tokens_of
 
-_TOGETHER = 256  # images whose captions are compared at a time
+_COMPARED = 2**25  # pairs of words that are compared at a time, at most 256 images or at least one
 
 
 class Utility(NamedTuple):
@@ -32,21 +32,22 @@ class Utility(NamedTuple):
     bleu: float
 
 
-def expected_utility(tokens: Array, probabilities: Array, utility: Utility) -> Array:
+def expected_utility(candidates: Array, references: Array, probabilities: Array, utility: Utility) -> Array:
     """The expected utility of each candidate, float32 [B,K].
 
     Args:
-        tokens: int32 [B,K,T]; eos is not counted as a word.
-        probabilities: float32 [B,K], of the candidates as references. Those of an image sum to 1.
+        candidates: int32 [B,K,T]; eos is not counted as a word.
+        references: int32 [B,R,S], with which the candidates are compared, usually the candidates themselves.
+        probabilities: float32 [B,R], of the references. Those of an image sum to 1.
         utility: the weights of the metrics, and the document frequencies of CIDEr-D.
     """
-    words = jnp.where(tokens == EOS, PAD, tokens)
-    references = prepare_references(words, jnp.ones(len(words)), utility.frequencies)
+    words, others = (jnp.where(tokens == EOS, PAD, tokens) for tokens in (candidates, references))
+    prepared = prepare_references(others, jnp.ones(len(words)), utility.frequencies)
     gain = jnp.zeros(())
     if utility.cider:
-        gain += utility.cider * cider_d_pairs(words, references, utility.frequencies)  # [B,K,K]
+        gain += utility.cider * cider_d_pairs(words, prepared, utility.frequencies)  # [B,K,R]
     if utility.bleu:
-        gain += utility.bleu * bleu_4_pairs(words, references)
+        gain += utility.bleu * bleu_4_pairs(words, prepared)
     return (gain * probabilities[:, None, :]).sum(-1)
 
 
@@ -81,13 +82,14 @@ def most_agreed(
     utility = Utility(document_frequencies(documents, UNK + 1 + len(ids)), cider, bleu)
     most = max(map(len, candidates))
     longest = max(1, *(len(words) for texts in candidates for words in texts))
-    tokens = np.full((-(-len(candidates) // _TOGETHER) * _TOGETHER, most, longest), PAD, np.int32)
+    together = max(1, min(256, len(candidates), _COMPARED // (most * longest) ** 2))  # images
+    tokens = np.full((-(-len(candidates) // together) * together, most, longest), PAD, np.int32)
     there = np.zeros(tokens.shape[:2], np.float32)
     for image, texts in enumerate(candidates):
         there[image, : len(texts)] = 1 / len(texts)
         for place, words in enumerate(texts):
             tokens[image, place, : len(words)] = words
-    gain = jax.jit(lambda tokens, there: expected_utility(tokens, there, utility))
-    parts = [gain(tokens[i : i + _TOGETHER], there[i : i + _TOGETHER]) for i in range(0, len(tokens), _TOGETHER)]
-    best = np.where(there > 0, np.concatenate(parts), -np.inf).argmax(axis=1)
+    gain = jax.jit(lambda tokens, there: expected_utility(tokens, tokens, there, utility))
+    parts = [gain(tokens[i : i + together], there[i : i + together]) for i in range(0, len(tokens), together)]
+    best = np.where(there > 0, np.concatenate(jax.device_get(parts)), -np.inf).argmax(axis=1)
     return {image: texts[number] for (image, texts), number in zip(captions.items(), best.tolist(), strict=False)}

@@ -57,8 +57,8 @@ def bleu_4_pairs(candidates: Array, references: DeviceReferences) -> Array:
     for order in range(ORDERS):
         own, most = ours.counts(ours, order), ours.counts(theirs, order)  # [B,M,1,T], [B,M,R,T]
         correct = (jnp.minimum(own, most) / jnp.maximum(own, 1)).sum(-1)  # [B,M,R]
-        guessed = jnp.maximum(ours.length - order, 0)  # [B,M,1]
+        guessed = jnp.maximum(ours.length - order, 1)  # [B,M,1]; a caption of two words does not gain from its length
         more = 1 if order else 0
-        log_precision += (jnp.log(correct + more + TINY) - jnp.log(guessed + more + SMALL)) / ORDERS
+        log_precision += (jnp.log(correct + more + TINY) - jnp.log(guessed + more)) / ORDERS
     ratio = (ours.length + TINY) / (theirs.length + SMALL)
     return jnp.exp(log_precision + jnp.minimum(0, 1 - 1 / ratio))

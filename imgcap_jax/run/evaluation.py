@@ -21,19 +21,19 @@ from imgcap_jax.data.scenes.truth import TruthScores, judge
 from imgcap_jax.data.scenes.world import Scene
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.data.vocabulary import Vocabulary
+from imgcap_jax.decoding.mbr import Knowledge
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError, counted
 from imgcap_jax.experiment import signature
 from imgcap_jax.files import read_json, reading, write_text
-from imgcap_jax.metrics.cider_device import DocumentFrequencies
 from imgcap_jax.metrics.coco_format import write_references, write_results
 from imgcap_jax.metrics.degeneration import Degeneration
 from imgcap_jax.metrics.scoring import CaptionScorer, CustomMetric, Scores, available_metrics, with_custom
 from imgcap_jax.models.model import Frozen, Params
 from imgcap_jax.remote import shown
 from imgcap_jax.run.folder import Run, check_ensemble
-from imgcap_jax.run.frequencies import frequencies_of
 from imgcap_jax.run.generation import caption_function, caption_rows, check_decoding
+from imgcap_jax.run.knowledge import knowledge_of
 from imgcap_jax.run.members import Example, Member, attend, load_members
 from imgcap_jax.run.mirror import push
 from imgcap_jax.special_tokens import EOS
@@ -111,7 +111,7 @@ class SplitEvaluator:
         metrics: Sequence[CustomMetric] = (),
         say: Say | None = None,
         before_batch: Callable[[], None] = lambda: None,
-        frequencies: DocumentFrequencies | None = None,
+        knowledge: Mapping[Decoding, Knowledge | None] | None = None,
     ) -> None:
         """Prepares the references.
 
@@ -123,12 +123,12 @@ class SplitEvaluator:
             metrics: computed in addition to ``available_metrics``.
             say: see ``working``, which shows the progress; if given, compilations are announced.
             before_batch: called before each batch, on all processes; its exceptions end the work.
-            frequencies: those of the training captions, if a decoding reranks.
+            knowledge: what each decoding needs of the training data; None: nothing.
         """
         self.source = source
         self.say, self._before_batch = say, before_batch
         self._members, self._vocabulary, self._parallel = members, vocabulary, parallel
-        self._frequencies = frequencies
+        self._knowledge = knowledge or {}
         self._ids = [int(image_id) for image_id in source.image_ids()]
         self.references = {image_id: source.captions(i) for i, image_id in enumerate(self._ids)}
         self.file_names = dict(zip(self._ids, source.filenames(), strict=True))
@@ -150,7 +150,7 @@ class SplitEvaluator:
         """Decodes the whole split with the parameters of each member."""
         if decoding not in self._functions:
             graphs = [member.graph for member in self._members]
-            captions_of = caption_function(graphs, decoding, self._vocabulary, self._frequencies)
+            captions_of = caption_function(graphs, decoding, self._vocabulary, self._knowledge.get(decoding))
             function = self._functions[decoding] = self._parallel.map_rows(captions_of)
             # Compiled before the time is measured.
             with self._working(f"compiling decoding ({decoding.title})", announced=self.say is not None):
@@ -394,8 +394,8 @@ def sweep(
     chosen = chosen_steps(runs, source, [list(decodings), floor, examples], parallel)
     needed = sorted({*evaluated_images(len(source), parallel), *spread(len(source), examples)})
     members, params, frozen, steps = load_members(runs, source, chosen, needed, cache=cache, parallel=parallel)
-    frequencies = frequencies_of(runs[0]) if any(one.rerank != "none" for one in decodings) else None
-    evaluator = SplitEvaluator(members, source, runs[0].vocabulary, parallel, first.metrics, frequencies=frequencies)
+    knowledge = {one: knowledge_of(runs[0], one, cache=cache, parallel=parallel) for one in decodings}
+    evaluator = SplitEvaluator(members, source, runs[0].vocabulary, parallel, first.metrics, knowledge=knowledge)
     where: dict[str, Any] = {"step": steps[0], "objective": first.objective.title, "init_from": start_name(runs[0])}
     if len(runs) > 1:
         objectives = [run.experiment.objective.title for run in runs]

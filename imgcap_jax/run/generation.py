@@ -16,7 +16,8 @@ from imgcap_jax.decoding.beam import diverse_beam_search
 from imgcap_jax.decoding.constrained import constrained_beam_search, constrained_rows
 from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding.greedy import greedy
-from imgcap_jax.decoding.mbr import Utility, candidate_probabilities, joined, rerank
+from imgcap_jax.decoding.mbr import Knowledge, candidate_probabilities, joined, rerank
+from imgcap_jax.decoding.neighbours import nearest_captions
 from imgcap_jax.decoding.rules import (
     ForbidBadEnding,
     ForbidRepeatedWords,
@@ -31,7 +32,7 @@ from imgcap_jax.decoding.rules import (
 from imgcap_jax.decoding.sampling import sample
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
-from imgcap_jax.metrics.cider_device import DocumentFrequencies
+from imgcap_jax.metrics.agreement import Utility
 from imgcap_jax.metrics.degeneration import BAD_ENDINGS, CONJUNCTIONS, FUNCTION_WORDS
 from imgcap_jax.metrics.degeneration_device import FunctionWords
 from imgcap_jax.models.decoders.contract import DecoderSettings, check_length
@@ -116,7 +117,7 @@ def caption_function(
     graphs: Sequence[nnx.GraphDef[CaptionModel]],
     decoding: Decoding,
     vocabulary: Vocabulary,
-    frequencies: DocumentFrequencies | None = None,
+    knowledge: Knowledge | None = None,
 ) -> CaptionFunction:
     """Makes the jitted function (params, frozen parts, batches), one of each per model -> Decoded [B,K,T].
 
@@ -131,7 +132,7 @@ def caption_function(
         graphs: the models without their arrays.
         decoding: the search settings.
         vocabulary: the words of the models.
-        frequencies: those of the training captions, if ``decoding`` reranks.
+        knowledge: what ``decoding.rerank`` needs; None: it reranks nothing.
 
     Raises:
         UserError: the vocabulary lacks a word of the settings.
@@ -139,10 +140,7 @@ def caption_function(
     rules, must = _rules(decoding, vocabulary), _must(decoding, vocabulary)
     parallel = decoding.samples or constrained_rows(decoding.beam, must)
 
-    utility = None
-    if decoding.rerank == "mbr":
-        assert frequencies is not None
-        utility = Utility(frequencies, decoding.mbr_cider, decoding.mbr_bleu)
+    reranks = decoding.rerank != "none"
 
     def search(models: Sequence[CaptionModel], batches: Sequence[Mapping[str, Array]]) -> Decoded:
         steps = decoding.max_words  # a longer caption is cut there and has no eos
@@ -175,7 +173,7 @@ def caption_function(
             "length_norm": decoding.length_norm,
             "length_penalty": decoding.length_penalty,
             "rules": rules,
-            "n_best": decoding.n_best if utility is None else None,  # rerank needs all beams
+            "n_best": None if reranks else decoding.n_best,  # rerank needs all beams
         }
         if must:
             return constrained_beam_search(step, carry, words=must, **shared)
@@ -184,18 +182,33 @@ def caption_function(
     @jax.jit
     def captions(params: Sequence[Params], frozen: Sequence[Frozen], batches: Sequence[Mapping[str, Array]]) -> Decoded:
         models = [nnx.merge(*parts) for parts in zip(graphs, params, frozen, strict=True)]
-        searches = (
-            [search(models, batches)]
-            if not decoding.pool
-            else [search([model], [batch]) for model, batch in zip(models, batches, strict=True)]
-        )
-        if utility is None:
-            return searches[0]
-        drawn, temperature = decoding.samples > 0, decoding.mbr_temperature
-        weights = [candidate_probabilities(found, drawn=drawn, temperature=temperature) for found in searches]
-        return rerank(joined(searches), jnp.concatenate(weights, axis=1) / len(weights), utility)
+        batches = [{**batch, "regions": model.regions(batch)} for model, batch in zip(models, batches, strict=True)]
+        groups = [slice(i, i + 1) for i in range(len(models))] if decoding.pool else [slice(None)]
+        searches = [search(models[group], batches[group]) for group in groups]
+        return _reranked(searches, batches[0], decoding, knowledge) if reranks else searches[0]
 
     return captions
+
+
+def _reranked(
+    searches: Sequence[Decoded], batch: Mapping[str, Array], decoding: Decoding, knowledge: Knowledge | None
+) -> Decoded:
+    """The captions of all searches by their agreement, best first."""
+    assert knowledge is not None
+    drawn, temperature = decoding.samples > 0, decoding.mbr_temperature
+    weights = [candidate_probabilities(found, drawn=drawn, temperature=temperature) for found in searches]
+    candidates = joined(searches)
+    references, probabilities = candidates.tokens, jnp.concatenate(weights, axis=1) / len(weights)
+    if decoding.mbr_neighbours:
+        assert knowledge.neighbours is not None
+        captions, there = nearest_captions(batch["regions"], knowledge.neighbours, decoding.mbr_neighbours)
+        share = decoding.mbr_neighbours_weight * there / there.sum(-1, keepdims=True)
+        length = max(references.shape[-1], captions.shape[-1])
+        both = [jnp.pad(tokens, ((0, 0), (0, 0), (0, length - tokens.shape[-1]))) for tokens in (references, captions)]
+        references = jnp.concatenate(both, axis=1)
+        probabilities = jnp.concatenate([(1 - decoding.mbr_neighbours_weight) * probabilities, share], axis=1)
+    utility = Utility(knowledge.frequencies, decoding.mbr_cider, decoding.mbr_bleu)
+    return rerank(candidates, references, probabilities, utility)
 
 
 def caption_rows(tokens: np.ndarray, decoding: Decoding) -> list[int]:

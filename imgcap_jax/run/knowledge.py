@@ -1,0 +1,106 @@
+"""What captions that are chosen by agreement need of a run's training data: document frequencies, similar photos."""
+
+from pathlib import Path
+
+import numpy as np
+
+from imgcap_jax.data.caption_table import CaptionTable
+from imgcap_jax.data.regions import read_regions
+from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
+from imgcap_jax.decoding.mbr import Knowledge
+from imgcap_jax.decoding.neighbours import Neighbours, index
+from imgcap_jax.decoding.settings import Decoding
+from imgcap_jax.errors import UserError
+from imgcap_jax.files import json_digest
+from imgcap_jax.metrics.cider_device import DocumentFrequencies, document_frequencies
+from imgcap_jax.run.extraction import Extraction, uses_store
+from imgcap_jax.run.folder import Run
+from imgcap_jax.special_tokens import PAD
+from imgcap_jax.terminal import working
+from imgcap_jax.training.parallel import DataParallel, is_first_process
+from imgcap_jax.training.self_critical import FREQUENCIES
+
+NEIGHBOURS = "neighbours.npz"  # file in a run's folder
+_LONGEST = 24  # words of a neighbour's caption; longer ones are left out
+_BATCH = 64  # images whose regions are read at a time
+
+
+def knowledge_of(
+    run: Run, decoding: Decoding, *, cache: Path | None = None, parallel: DataParallel | None = None
+) -> Knowledge | None:
+    """What a decoding needs of the training data of a run; None: nothing.
+
+    It is read from the run's folder. What is not there is computed from the training split of each dataset, and kept in
+    the folder.
+
+    Args:
+        run: the run.
+        decoding: the search settings.
+        cache: folder of the feature stores; None: neighbours are not computed.
+        parallel: the devices.
+
+    Raises:
+        UserError: a file is damaged; or it is not there, and a dataset is missing or neighbours cannot be computed.
+    """
+    if decoding.rerank == "none":
+        return None
+    frequencies = _frequencies(run)
+    if not decoding.mbr_neighbours:
+        return Knowledge(frequencies)
+    return Knowledge(frequencies, _neighbours(run, cache, parallel))
+
+
+def _frequencies(run: Run) -> DocumentFrequencies:
+    path = run.folder / FREQUENCIES
+    if path.is_file():
+        return DocumentFrequencies.load(path)
+    references = CaptionTable.as_references(_training(run), run.vocabulary, eos=True)
+    frequencies = document_frequencies(list(references.captions()), references.words)
+    if is_first_process():
+        frequencies.save(path, references.fingerprint)
+    return frequencies
+
+
+def _neighbours(run: Run, cache: Path | None, parallel: DataParallel | None) -> Neighbours:
+    path = run.folder / NEIGHBOURS
+    experiment = run.experiment
+    identity = json_digest([experiment.data.dataset, repr(experiment.encoder), experiment.data.image_size, run.weights])
+    if path.is_file():
+        found = Neighbours.load(path, identity)
+        if found is not None:
+            return found
+    if cache is None or not uses_store(experiment):
+        how = f"run: imgcap evaluate {run.folder} --decode.rerank mbr --decode.mbr-neighbours 20"
+        raise UserError(
+            f"mbr_neighbours needs {path}, which is made from the stored features of a frozen encoder; "
+            + (how if uses_store(experiment) else "this run stores none; leave mbr_neighbours out")
+        )
+    sources = _training(run)
+    extraction = Extraction(experiment, cache, progress=is_first_process(), parallel=parallel)
+    features = []
+    for source in sources:
+        store = extraction.regions(source, views=experiment.data.views)
+        with working("reading features", len(source), "images", shown=is_first_process()) as work:
+            for start in range(0, len(source), _BATCH):
+                images = np.arange(start, min(start + _BATCH, len(source)))
+                regions, mask = read_regions(store, images, np.zeros(len(images), np.int32))
+                if mask is not None:
+                    raise UserError("mbr_neighbours needs the same number of regions for all images")
+                features.append(regions.astype(np.float32).mean(1))
+                work.update(int(images[-1]) + 1)
+    references = CaptionTable.as_references(sources, run.vocabulary, eos=False)
+    rows = references.first_rows(np.arange(sum(map(len, sources))), references.most)
+    captions = references.read(rows)
+    captions[(captions != PAD).sum(-1) > _LONGEST] = PAD
+    neighbours = index(np.concatenate(features), captions[..., :_LONGEST])
+    if is_first_process():
+        neighbours.save(path, identity)
+    return neighbours
+
+
+def _training(run: Run) -> list[CaptionSource]:
+    data = run.experiment.data
+    try:
+        return [open_source(name, "train", data.data_dir) for name, _ in parse_mixture(data.dataset)]
+    except UserError as error:
+        raise UserError(f"rerank needs the training captions: {error}") from error
