@@ -34,6 +34,7 @@ from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.decoders.contract import DecoderSettings
 from imgcap_jax.models.encoders.contract import EncoderSettings
 from imgcap_jax.models.encoders.small_cnn import SmallCNN
+from imgcap_jax.models.retrieval import Retrieval
 from imgcap_jax.precision import Dtype, compute_dtype, frozen_dtype
 from imgcap_jax.training.cross_entropy import CrossEntropy
 from imgcap_jax.training.objective import Objective
@@ -103,6 +104,8 @@ class Experiment:
     objective: Objective = field(default_factory=CrossEntropy)
     training: Training = field(default_factory=Training)
     decoding: Decoding = field(default_factory=Decoding)
+    retrieval: Retrieval | None = None
+    """Words of similar training photos as further regions; None: the decoder sees the photo only."""
     metrics: tuple[CustomMetric, ...] = ()
     """Your own metrics, reported next to BLEU, METEOR, ROUGE-L and CIDEr-D."""
 
@@ -116,6 +119,14 @@ class Experiment:
         _check_offers("optimizer", self.optimizer, ("build", "accumulate"))
         of_objective = ("title", "progress", "references", "check", "constants", "make_step")
         _check_offers("objective", self.objective, of_objective)
+        if self.retrieval is not None:
+            data = self.data
+            if has_ready_regions(self.encoder) or not self.encoder.frozen:
+                raise UserError(
+                    "retrieval compares the features of a frozen encoder; freeze the encoder, or leave it out"
+                )
+            if data.views == 1 and data.augmentation.changes_images:
+                raise UserError("retrieval compares stored features; set data.views above 1, or turn augmentation off")
         for metric in self.metrics:
             _check_offers("metrics", metric, ("label", "__call__"))
         if has_ready_regions(self.encoder) and self.data.views > 1:

@@ -26,8 +26,9 @@ from imgcap_jax.precision import compute_dtype
 from imgcap_jax.remote import shown, url_of
 from imgcap_jax.run.evaluation import SplitEvaluator, evaluated_images
 from imgcap_jax.run.extraction import Extraction, uses_store, why_not_stored
-from imgcap_jax.run.folder import Run, find_run
+from imgcap_jax.run.folder import NEIGHBOURS, Run, find_run
 from imgcap_jax.run.generation import check_decoding
+from imgcap_jax.run.knowledge import index_training_photos
 from imgcap_jax.run.members import Member
 from imgcap_jax.run.mirror import Mirror
 from imgcap_jax.run.notes import check_objective, check_together, starting_notes, without_effect
@@ -197,6 +198,11 @@ class Session:
             for note in about:
                 show(f"note: {note}")
         data = with_features(data, experiment, cache, parallel)
+        if experiment.retrieval is not None and not (folder / NEIGHBOURS).is_file():
+            if jax.process_count() > 1:
+                raise UserError("retrieval trains in one process; leave out --distributed, or retrieval")
+            assert data.stores is not None
+            index_training_photos(run, data.sources, data.stores)
 
         # The model (encoder and decoder, see run/folder.py), on all devices. The state of a resumed run has no values
         # yet.

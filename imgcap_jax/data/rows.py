@@ -106,7 +106,7 @@ class TrainingRows:
         return int(position["batches"])
 
     def text(self, images: npt.NDArray[np.int64], captions: npt.NDArray[np.int32]) -> Batch:
-        """Everything of a batch except images and regions: the numbers of images [B], and rows of captions [B, M]."""
+        """Everything of a batch except images and regions, of these images [B] and rows of captions [B, M]."""
         batch: Batch = {"tokens": self.captions.read(captions)}
         if self.references is not None:
             rows = self.references.first_rows(images, self.references.most)
@@ -114,6 +114,7 @@ class TrainingRows:
             if self.references.norms is not None:
                 batch["reference_norms"] = self.references.read_norms(rows)
             batch["reference_count"] = self.references.counts(images).astype(np.float32)
+        batch["number"] = images.astype(np.int32)
         batch["image_id"] = self.image_ids[images]
         batch["weight"] = np.ones(len(images), np.float32)
         return batch

@@ -56,8 +56,10 @@ class Decoding:
     """Samples draw from the most likely words whose probabilities add up to p; 1: from all."""
     seed: int = 0
     """Seed of samples. What is drawn for an image depends on it and on the image's place in the split."""
-    rerank: Literal["none", "mbr"] = "none"
-    """mbr: of all beams or samples, return the captions that agree most with the others (minimum Bayes risk)."""
+    rerank: Literal["none", "mbr", "consensus"] = "none"
+    """mbr: of all beams or samples, return the captions that agree most with the others (minimum Bayes risk).
+    consensus: the decoder writes nothing; of the captions of the nearest training photos (mbr_neighbours), return those
+    that agree most with the others (Devlin et al. 2015)."""
     mbr_cider: float = 1.0
     """Weight of CIDEr-D (0 to 10, with document frequencies of the training captions) in the agreement."""
     mbr_bleu: float = 0.0
@@ -138,8 +140,8 @@ class Decoding:
                 )
 
     def _check_rerank(self) -> None:
-        if self.rerank not in ("none", "mbr"):
-            raise UserError(f"rerank is {self.rerank!r}; it must be none or mbr")
+        if self.rerank not in ("none", "mbr", "consensus"):
+            raise UserError(f"rerank is {self.rerank!r}; it must be none, mbr or consensus")
         if self.rerank == "none":
             for name in _OF_RERANK:
                 if getattr(self, name) != _DEFAULTS[name]:
@@ -149,7 +151,12 @@ class Decoding:
             raise UserError("mbr_cider and mbr_bleu are both 0; set one of them")
         if not self.mbr_neighbours and self.mbr_neighbours_weight != _DEFAULTS["mbr_neighbours_weight"]:
             raise UserError("mbr_neighbours_weight only affects mbr_neighbours; set mbr_neighbours as well")
-        if not self.pool and (self.samples or self.beam) < 2:
+        if self.rerank == "consensus":
+            if not self.mbr_neighbours:
+                raise UserError("rerank is consensus, but mbr_neighbours is 0; set it to the number of photos, as 20")
+            if self.pool or self.samples or self.mbr_neighbours_weight != _DEFAULTS["mbr_neighbours_weight"]:
+                raise UserError("pool, samples and mbr_neighbours_weight have no effect on consensus; leave them out")
+        elif not self.pool and (self.samples or self.beam) < 2:
             raise UserError("rerank chooses among the beams or samples of an image, of which there is one; use more")
 
     @property

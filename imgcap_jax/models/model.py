@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.decoders.contract import Decoder, StepOutput
 from imgcap_jax.models.layers import row_keys
+from imgcap_jax.models.retrieval import Retriever
 from imgcap_jax.precision import matmul_precision
 
 Params = Any  # nnx.State of the trained parameters
@@ -17,7 +19,7 @@ Frozen = Any  # nnx.State of everything else
 Part = TypeVar("Part", bound=nnx.Module)
 
 # What a row's key is folded with for each of its uses.
-START_KEYS, UNROLL_KEYS, DRAW_KEYS = 0, 1, 2
+START_KEYS, UNROLL_KEYS, DRAW_KEYS, RETRIEVAL_KEYS = 0, 1, 2, 3
 
 
 class CaptionModel(nnx.Module):
@@ -26,6 +28,7 @@ class CaptionModel(nnx.Module):
     Attributes:
         encoder: None if regions come from a feature store.
         decoder: see ``imgcap_jax.models.decoders.contract.Decoder``.
+        retriever: adds words of similar training photos to the regions; None: nothing is added.
         dtype: type of the decoder's products; encoder_dtype: of the encoder's. Both are built with these types. The
             model sets the precision of their products (see ``imgcap_jax.precision``).
         rounded: the type that encoded regions are rounded to, as in a feature store; None: they are not.
@@ -39,9 +42,11 @@ class CaptionModel(nnx.Module):
         dtype: str = "float32",
         encoder_dtype: str = "float32",
         rounded: str | None = None,
+        retriever: Retriever | None = None,
     ) -> None:
         self.encoder = encoder
         self.decoder = decoder
+        self.retriever = retriever
         self.dtype, self.encoder_dtype, self.rounded = dtype, encoder_dtype, rounded
 
     def regions(self, batch: Mapping[str, Array]) -> Array:
@@ -61,31 +66,56 @@ class CaptionModel(nnx.Module):
         # The barrier keeps XLA from leaving out both conversions, as xla_allow_excess_precision permits.
         return jax.lax.optimization_barrier(regions.astype(self.rounded)).astype("float32")
 
+    def seen(self, batch: Mapping[str, Array], keys: Array | None = None) -> tuple[Array, Array | None]:
+        """What the decoder sees: ``regions`` [B,N',D] and their mask [B,N'], None: all of them exist.
+
+        With a retriever, N' is N plus the number of retrieved words.
+
+        Args:
+            batch: see ``regions``; "region_mask" [B,N] and, for training photos, "number" [B] (see ``Retriever``).
+            keys: [B], one PRNG key per row, for dropout; None: no dropout.
+        """
+        regions, mask = self.regions(batch), batch.get("region_mask")
+        if self.retriever is None:
+            return regions, mask
+        with matmul_precision(self.dtype):
+            words, there = self.retriever(regions, batch.get("number"), row_keys(keys, RETRIEVAL_KEYS))
+        if mask is None:
+            mask = jnp.ones(regions.shape[:2], bool)
+        return jnp.concatenate([regions, words], axis=1), jnp.concatenate([mask, there], axis=1)
+
     def teacher_forced(
         self, batch: Mapping[str, Array], keys: Array | None = None, sampling: Array | None = None
     ) -> StepOutput:
         """Reads all "tokens" [B,M,T] except the last; returns the outputs [B,M,T-1,...], the input of ``score_words``.
 
+        Their attention is that of the regions [B,M,T-1,N]; the rest of 1 is that of retrieved words.
+
         Args:
-            batch: "tokens", and "image" or "regions".
+            batch: "tokens", and "image" or "regions"; see ``seen``.
             keys: [B], one PRNG key per row, for dropout and draws; None: no dropout.
             sampling: [], the probability of scheduled sampling, which needs keys; None: no sampling.
         """
         tokens = batch["tokens"]
+        regions, mask = self.seen(batch, keys)
         with matmul_precision(self.dtype):
             memory, carry = self.decoder.start(
-                self.regions(batch),
+                regions,
                 tokens.shape[1],
                 steps=tokens.shape[2] - 1,
-                region_mask=batch.get("region_mask"),
+                region_mask=mask,
                 dropout_keys=row_keys(keys, START_KEYS),
             )
             read, unroll_keys = tokens[:, :, :-1], row_keys(keys, UNROLL_KEYS)
             if sampling is None:
-                return self.decoder.unroll(read, memory, carry, dropout_keys=unroll_keys)
-            draws = row_keys(keys, DRAW_KEYS)
-            assert draws is not None
-            return self.decoder.unroll_sampled(read, memory, carry, sampling, draws, dropout_keys=unroll_keys)
+                outputs = self.decoder.unroll(read, memory, carry, dropout_keys=unroll_keys)
+            else:
+                draws = row_keys(keys, DRAW_KEYS)
+                assert draws is not None
+                outputs = self.decoder.unroll_sampled(read, memory, carry, sampling, draws, dropout_keys=unroll_keys)
+        if self.retriever is None or outputs.attention is None:
+            return outputs
+        return outputs._replace(attention=outputs.attention[..., : regions.shape[1] - self.retriever.words])
 
     def score_words(self, hidden: Array) -> Array:
         """The decoder's logits [...,V] for ``output.hidden`` [...,F]."""

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from imgcap_jax.data.regions import has_ready_regions
 from imgcap_jax.data.vocabulary import Vocabulary
@@ -31,6 +33,8 @@ from imgcap_jax.files import (
 from imgcap_jax.models.decoders.contract import Decoder
 from imgcap_jax.models.encoders.contract import build_encoder, weights_digest, with_weights
 from imgcap_jax.models.model import CaptionModel, parameter_count, split_trained, without_values
+from imgcap_jax.models.neighbours import Neighbours
+from imgcap_jax.models.retrieval import Retriever
 from imgcap_jax.precision import compute_dtype
 from imgcap_jax.remote import place, removal, shown, url_of
 from imgcap_jax.run.extraction import encoder_dtype, uses_store
@@ -46,6 +50,8 @@ RUNS = Path("runs")  # the default folder of all runs
 VOCABULARY = "vocabulary.json"
 INIT_FROM = "init_from.json"
 WEIGHTS = "weights.json"
+NEIGHBOURS = "neighbours.npz"  # the training photos, to find those that look like a photo
+_RETRIEVER = 0x52455452  # folded into the seed for the retriever's parameters
 CODE = "code"  # copies of users' files, and their digests
 SMOKE = ".smoke"  # marks the folder of a smoke run, which the next one empties
 _WRITTEN = (METRICS, SAMPLES, TENSORBOARD, LOG_ID, CHECKPOINTS, VOCABULARY, INIT_FROM, WEIGHTS, CODE)
@@ -225,8 +231,26 @@ class Run:
         # Of a new photo, the decoder sees the numbers that the store would hold.
         rounded = experiment.data.feature_dtype if with_encoder and uses_store(experiment) else None
         return CaptionModel(
-            encoder, decoder, dtype=dtype, encoder_dtype=encoder_dtype(experiment, platform), rounded=rounded
+            encoder,
+            decoder,
+            dtype=dtype,
+            encoder_dtype=encoder_dtype(experiment, platform),
+            rounded=rounded,
+            retriever=self._retriever(jnp.dtype(dtype)),
         )
+
+    def _retriever(self, dtype: DTypeLike) -> Retriever | None:
+        """The part that retrieves words of similar training photos. Raises UserError if the index is not there."""
+        settings, encoder = self.experiment.retrieval, self.experiment.encoder
+        if settings is None:
+            return None
+        path = self.folder / NEIGHBOURS
+        found = Neighbours.load(path) if path.is_file() else None
+        if found is None:
+            raise UserError(f"{shown(path)}, the index of the training photos, is missing; train again")
+        seed = jax.random.fold_in(jax.random.key(self.experiment.training.seed), _RETRIEVER)
+        rngs = nnx.Rngs(seed)  # of its own, so that the decoder starts as without retrieval
+        return settings.build(found, encoder.region_size, len(self.vocabulary), dtype=dtype, rngs=rngs)
 
     def parameter_count(self) -> int:
         """The number of trained parameters, from the shapes of the model."""

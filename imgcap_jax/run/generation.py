@@ -17,7 +17,6 @@ from imgcap_jax.decoding.constrained import constrained_beam_search, constrained
 from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding.greedy import greedy
 from imgcap_jax.decoding.mbr import Knowledge, candidate_probabilities, joined, rerank
-from imgcap_jax.decoding.neighbours import nearest_captions
 from imgcap_jax.decoding.rules import (
     ForbidBadEnding,
     ForbidRepeatedWords,
@@ -37,8 +36,9 @@ from imgcap_jax.metrics.degeneration import BAD_ENDINGS, CONJUNCTIONS, FUNCTION_
 from imgcap_jax.metrics.degeneration_device import FunctionWords
 from imgcap_jax.models.decoders.contract import DecoderSettings, check_length
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
+from imgcap_jax.models.neighbours import nearest_captions
 from imgcap_jax.precision import matmul_precision
-from imgcap_jax.special_tokens import BOS, UNK
+from imgcap_jax.special_tokens import BOS, PAD, UNK
 from imgcap_jax.tokenizers import tokens_of
 
 
@@ -146,9 +146,9 @@ def caption_function(
         steps = decoding.max_words  # a longer caption is cut there and has no eos
         starts = []
         for model, batch in zip(models, batches, strict=True):
+            regions, mask = model.seen(batch)
             with matmul_precision(model.dtype):
-                mask = batch.get("region_mask")
-                starts.append(model.decoder.start(model.regions(batch), parallel, steps=steps, region_mask=mask))
+                starts.append(model.decoder.start(regions, parallel, steps=steps, region_mask=mask))
         memories = [memory for memory, _ in starts]
         carry = tuple(carry for _, carry in starts)
 
@@ -183,11 +183,31 @@ def caption_function(
     def captions(params: Sequence[Params], frozen: Sequence[Frozen], batches: Sequence[Mapping[str, Array]]) -> Decoded:
         models = [nnx.merge(*parts) for parts in zip(graphs, params, frozen, strict=True)]
         batches = [{**batch, "regions": model.regions(batch)} for model, batch in zip(models, batches, strict=True)]
+        if decoding.rerank == "consensus":
+            return _consensus(batches[0]["regions"], decoding, knowledge, len(vocabulary))
         groups = [slice(i, i + 1) for i in range(len(models))] if decoding.pool else [slice(None)]
         searches = [search(models[group], batches[group]) for group in groups]
         return _reranked(searches, batches[0], decoding, knowledge) if reranks else searches[0]
 
     return captions
+
+
+def _consensus(regions: Array, decoding: Decoding, knowledge: Knowledge | None, words: int) -> Decoded:
+    """The captions of the training photos that are nearest to regions [B,N,D], by their agreement.
+
+    Captions with words that are not among the first ``words`` ids, those of the vocabulary, are not returned.
+    """
+    assert knowledge is not None
+    assert knowledge.neighbours is not None
+    captions, there, _ = nearest_captions(regions, knowledge.neighbours, decoding.mbr_neighbours)
+    candidates = jnp.where((captions < words).all(-1, keepdims=True), captions, PAD)[..., : decoding.max_words]
+    unknown = jnp.zeros(candidates.shape)  # they have no log-probabilities
+    found = Decoded(candidates, unknown, unknown[..., 0], unknown[..., 0], jnp.int32(0))
+    return rerank(found, captions, there / there.sum(-1, keepdims=True), _utility(decoding, knowledge))
+
+
+def _utility(decoding: Decoding, knowledge: Knowledge) -> Utility:
+    return Utility(knowledge.frequencies, decoding.mbr_cider, decoding.mbr_bleu)
 
 
 def _reranked(
@@ -201,14 +221,13 @@ def _reranked(
     references, probabilities = candidates.tokens, jnp.concatenate(weights, axis=1) / len(weights)
     if decoding.mbr_neighbours:
         assert knowledge.neighbours is not None
-        captions, there = nearest_captions(batch["regions"], knowledge.neighbours, decoding.mbr_neighbours)
+        captions, there, _ = nearest_captions(batch["regions"], knowledge.neighbours, decoding.mbr_neighbours)
         share = decoding.mbr_neighbours_weight * there / there.sum(-1, keepdims=True)
         length = max(references.shape[-1], captions.shape[-1])
         both = [jnp.pad(tokens, ((0, 0), (0, 0), (0, length - tokens.shape[-1]))) for tokens in (references, captions)]
         references = jnp.concatenate(both, axis=1)
         probabilities = jnp.concatenate([(1 - decoding.mbr_neighbours_weight) * probabilities, share], axis=1)
-    utility = Utility(knowledge.frequencies, decoding.mbr_cider, decoding.mbr_bleu)
-    return rerank(candidates, references, probabilities, utility)
+    return rerank(candidates, references, probabilities, _utility(decoding, knowledge))
 
 
 def caption_rows(tokens: np.ndarray, decoding: Decoding) -> list[int]:

@@ -1,26 +1,26 @@
 """What captions that are chosen by agreement need of a run's training data: document frequencies, similar photos."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from imgcap_jax.data.caption_table import CaptionTable
-from imgcap_jax.data.regions import read_regions
+from imgcap_jax.data.regions import RegionSource, read_regions
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.decoding.mbr import Knowledge
-from imgcap_jax.decoding.neighbours import Neighbours, index
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import json_digest
 from imgcap_jax.metrics.cider_device import DocumentFrequencies, document_frequencies
+from imgcap_jax.models.neighbours import Neighbours, index
 from imgcap_jax.run.extraction import Extraction, uses_store
-from imgcap_jax.run.folder import Run
+from imgcap_jax.run.folder import NEIGHBOURS, Run
 from imgcap_jax.special_tokens import PAD
 from imgcap_jax.terminal import working
 from imgcap_jax.training.parallel import DataParallel, is_first_process
 from imgcap_jax.training.self_critical import FREQUENCIES
 
-NEIGHBOURS = "neighbours.npz"  # file in a run's folder
 _LONGEST = 24  # words of a neighbour's caption; longer ones are left out
 _BATCH = 64  # images whose regions are read at a time
 
@@ -63,38 +63,53 @@ def _frequencies(run: Run) -> DocumentFrequencies:
 
 def _neighbours(run: Run, cache: Path | None, parallel: DataParallel | None) -> Neighbours:
     path = run.folder / NEIGHBOURS
-    experiment = run.experiment
-    identity = json_digest([experiment.data.dataset, repr(experiment.encoder), experiment.data.image_size, run.weights])
-    if path.is_file():
-        found = Neighbours.load(path, identity)
-        if found is not None:
-            return found
-    if cache is None or not uses_store(experiment):
+    found = Neighbours.load(path, _identity(run)) if path.is_file() else None
+    if found is not None:
+        return found
+    if cache is None or not uses_store(run.experiment):
         how = f"run: imgcap evaluate {run.folder} --decode.rerank mbr --decode.mbr-neighbours 20"
         raise UserError(
             f"mbr_neighbours needs {path}, which is made from the stored features of a frozen encoder; "
-            + (how if uses_store(experiment) else "this run stores none; leave mbr_neighbours out")
+            + (how if uses_store(run.experiment) else "this run stores none; leave mbr_neighbours out")
         )
     sources = _training(run)
-    extraction = Extraction(experiment, cache, progress=is_first_process(), parallel=parallel)
+    extraction = Extraction(run.experiment, cache, progress=is_first_process(), parallel=parallel)
+    stores = [extraction.regions(source, views=run.experiment.data.views) for source in sources]
+    return index_training_photos(run, sources, stores)
+
+
+def _identity(run: Run) -> str:
+    experiment = run.experiment
+    return json_digest([experiment.data.dataset, repr(experiment.encoder), experiment.data.image_size, run.weights])
+
+
+def index_training_photos(run: Run, sources: Sequence[CaptionSource], stores: Sequence[RegionSource]) -> Neighbours:
+    """Makes the index of a run's training photos, and writes it into the run's folder.
+
+    Args:
+        run: the run.
+        sources: the training split of each dataset.
+        stores: the regions of each source; view 0 is the photo itself.
+
+    Raises:
+        UserError: the number of regions varies.
+    """
     features = []
-    for source in sources:
-        store = extraction.regions(source, views=experiment.data.views)
+    for source, store in zip(sources, stores, strict=True):
         with working("reading features", len(source), "images", shown=is_first_process()) as work:
             for start in range(0, len(source), _BATCH):
                 images = np.arange(start, min(start + _BATCH, len(source)))
                 regions, mask = read_regions(store, images, np.zeros(len(images), np.int32))
                 if mask is not None:
-                    raise UserError("mbr_neighbours needs the same number of regions for all images")
+                    raise UserError("photos with different numbers of regions cannot be compared; leave out neighbours")
                 features.append(regions.astype(np.float32).mean(1))
                 work.update(int(images[-1]) + 1)
     references = CaptionTable.as_references(sources, run.vocabulary, eos=False)
-    rows = references.first_rows(np.arange(sum(map(len, sources))), references.most)
-    captions = references.read(rows)
+    captions = references.read(references.first_rows(np.arange(sum(map(len, sources))), references.most))
     captions[(captions != PAD).sum(-1) > _LONGEST] = PAD
     neighbours = index(np.concatenate(features), captions[..., :_LONGEST])
     if is_first_process():
-        neighbours.save(path, identity)
+        neighbours.save(run.folder / NEIGHBOURS, _identity(run))
     return neighbours
 
 

@@ -86,8 +86,8 @@ def transfer(source: Path, run: Run, *, with_encoder: bool) -> tuple[CaptionMode
     def mapped(path: Any, leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path)
         other = old_leaves.get(name)
-        if other is None and name.startswith("['encoder']"):
-            return leaf  # frozen in the other run, trained in this one
+        if other is None and name.startswith(("['encoder']", "['retriever']")):
+            return leaf  # frozen in the other run, trained in this one; or not in the other run
         if other is None:
             raise UserError(f"{source} has no parameter {name}, so its architecture differs; use the same one")
         axis = next(

@@ -296,7 +296,7 @@ class DeviceFeed:
                     batch[name] = _rows_of(text[name], which)
             batch["reference_count"] = (end - first).astype(jnp.float32)
         batch["weight"] = jnp.ones(count, jnp.float32)
-        batch["row"] = own["row"]
+        batch["row"], batch["number"] = own["row"], own["image"]
         return batch
 
     def _words(self, table: Array, wanted: Array, count: int, device: Array) -> Array:

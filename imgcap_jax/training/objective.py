@@ -82,6 +82,7 @@ class Objective(Protocol):
           captions have rows of pad.
         - "weight" float32 [B]: 0 for rows that only fill the batch,
         - "row" int32 [B]: the index in the global batch,
+        - "number" int32 [B]: the number of the image among all training images,
         - "image" uint8 [B,h,w,3] or "regions" [B,N,D] (with "region_mask" [B,N] if their number varies).
 
         Unless this returns None, they also contain "references" int32 [B,R,S] and "reference_count" float32 [B], and

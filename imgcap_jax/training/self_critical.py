@@ -320,11 +320,12 @@ def self_critical_step(
 
     def started(model: CaptionModel, batch: Mapping[str, Array], count: int, keys: Array | None) -> tuple[Any, Any]:
         """The decoder's memory and first carry, for this number of captions per image."""
+        regions, mask = model.seen(batch, keys)
         return model.decoder.start(
-            batch["regions"],
+            regions,
             count,
             steps=max_words,
-            region_mask=batch.get("region_mask"),
+            region_mask=mask,
             dropout_keys=row_keys(keys, START_KEYS),
         )
 

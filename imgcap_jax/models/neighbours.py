@@ -1,7 +1,7 @@
-"""The captions of the training photos that look most like a photo (Devlin et al. 2015, https://arxiv.org/abs/1505.04467).
+"""The training photos that look most like a photo, and their captions (Devlin et al. 2015, arXiv:1505.04467).
 
 Photos are compared by the mean of their region features, projected to principal components. The comparison runs on the
-device, within the search for captions.
+device, within a training step or a search.
 
 Letters: B images, N regions, D region feature size, P components, I training photos, R captions per photo at most,
 T caption length.
@@ -24,6 +24,7 @@ COMPONENTS = 256
 # two, captions of neighbours agreed best with the references of Flickr8k.
 _WHITENING = 0.5
 _SMALLEST = 0.05  # added to the standard deviation of a feature, so that features that hardly vary count little
+_SAME = 0.9999  # cosine above which two photos are the same; rounding of stored features stays above it
 
 
 class Neighbours(NamedTuple):
@@ -49,15 +50,15 @@ class Neighbours(NamedTuple):
             np.savez(file, of=np.array(of), **arrays)
 
     @classmethod
-    def load(cls, path: Path, of: str) -> "Neighbours | None":
-        """Reads a file that ``save`` wrote. None: its photos or features are others.
+    def load(cls, path: Path, of: str | None = None) -> "Neighbours | None":
+        """Reads a file that ``save`` wrote. None: its photos or features are not ``of``, if that is given.
 
         Raises:
             UserError: the file is damaged.
         """
         with reading(path, "delete it and run the command again to recompute it"):
             arrays = read_arrays(path)
-            if str(arrays["of"]) != of:
+            if of is not None and str(arrays["of"]) != of:
                 return None
             floats = {name: jnp.asarray(arrays[name], jnp.float32) for name in ("vectors", "mean", "projection")}
             return cls(**floats, captions=jnp.asarray(arrays["captions"], jnp.int32))
@@ -84,26 +85,30 @@ def index(features: np.ndarray, captions: np.ndarray) -> Neighbours:
     )
 
 
-def nearest_captions(regions: Array, neighbours: Neighbours, count: int) -> tuple[Array, Array]:
+def nearest_captions(
+    regions: Array, neighbours: Neighbours, count: int, own: Array | None = None
+) -> tuple[Array, Array, Array]:
     """The captions of the nearest training photos.
 
     Args:
         regions: float32 [B,N,D].
         neighbours: the index.
         count: the number of photos.
+        own: int32 [B], the number of each photo if it is a training photo itself, which is left out; None: they are
+            other photos. Photos with nearly the same features are left out too.
 
     Returns:
-        Captions int32 [B,count*R,T], and whether each exists, bool [B,count*R].
+        Captions int32 [B,count*R,T], whether each exists, bool [B,count*R], and the cosine of the features of its photo
+        with those of the image, float32 [B,count*R].
     """
-    photos = nearest(regions.mean(1), neighbours, count)
+    vectors = _unit((regions.mean(1) - neighbours.mean) @ neighbours.projection)
+    cosines = vectors @ neighbours.vectors.T  # [B,I]
+    same = cosines > _SAME
+    if own is not None:
+        same |= jnp.arange(cosines.shape[1]) == own[:, None]
+    cosines, photos = jax.lax.top_k(jnp.where(same, -1.0, cosines), count)  # [B,count] both
     captions = neighbours.captions[photos].reshape(len(regions), -1, neighbours.captions.shape[-1])
-    return captions, (captions != PAD).any(-1)
-
-
-def nearest(features: Array, neighbours: Neighbours, count: int) -> Array:
-    """The numbers of the nearest training photos, int32 [B,count], of mean features [B,D], the most similar first."""
-    vectors = _unit((features - neighbours.mean) @ neighbours.projection)
-    return jax.lax.top_k(vectors @ neighbours.vectors.T, count)[1]
+    return captions, (captions != PAD).any(-1), jnp.repeat(cosines, neighbours.captions.shape[1], axis=1)
 
 
 def _unit(vectors: Array) -> Array:
