@@ -22,11 +22,12 @@ from imgcap_jax.experiment import Experiment, differences, settings_of, signatur
 from imgcap_jax.models.decoders.contract import check_length
 from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import parameter_count, split_trained
+from imgcap_jax.models.neighbours import NEIGHBOURS
 from imgcap_jax.precision import compute_dtype
 from imgcap_jax.remote import shown, url_of
 from imgcap_jax.run.evaluation import SplitEvaluator, evaluated_images
 from imgcap_jax.run.extraction import Extraction, uses_store, why_not_stored
-from imgcap_jax.run.folder import NEIGHBOURS, Run, find_run
+from imgcap_jax.run.folder import Run, find_run
 from imgcap_jax.run.generation import check_decoding
 from imgcap_jax.run.knowledge import index_training_photos
 from imgcap_jax.run.members import Member
@@ -198,11 +199,9 @@ class Session:
             for note in about:
                 show(f"note: {note}")
         data = with_features(data, experiment, cache, parallel)
-        if experiment.retrieval is not None and not (folder / NEIGHBOURS).is_file():
-            if jax.process_count() > 1:
-                raise UserError("retrieval trains in one process; leave out --distributed, or retrieval")
-            assert data.stores is not None
-            index_training_photos(run, data.sources, data.stores)
+        needed = experiment.retrieval is not None or getattr(experiment.objective, "neighbours", 0) > 0
+        if needed and not (folder / NEIGHBOURS).is_file():
+            _index_training_photos(run, data)
 
         # The model (encoder and decoder, see run/folder.py), on all devices. The state of a resumed run has no values
         # yet.
@@ -484,3 +483,13 @@ def compiling(show: Say, stop: StopRequest, done: int) -> Iterator[None]:
     title = "compiling the training step"
     with stop.repeatable(done), working(title, shown=is_first_process(), say=show, announced=True):
         yield
+
+
+def _index_training_photos(run: Run, data: Data) -> None:
+    """Writes the index of the training photos. Raises UserError if the experiment has no stored regions."""
+    if jax.process_count() > 1:
+        raise UserError("the training photos are compared in one process; leave out --distributed, or neighbours")
+    if data.stores is None:
+        why, remedy = why_not_stored(run.experiment)
+        raise UserError(f"neighbours are found by stored features, but {why}; {remedy}, or leave out neighbours")
+    index_training_photos(run, data.sources, data.stores)

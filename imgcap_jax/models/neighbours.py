@@ -19,6 +19,7 @@ from imgcap_jax.array_files import read_arrays
 from imgcap_jax.files import reading, replacing
 from imgcap_jax.special_tokens import PAD
 
+NEIGHBOURS = "neighbours.npz"  # file in a run's folder
 COMPONENTS = 256
 # A component of variance v is divided by v ** (_WHITENING / 2): 0 keeps all variances, 1 makes them equal. Between the
 # two, captions of neighbours agreed best with the references of Flickr8k.

@@ -33,7 +33,7 @@ from imgcap_jax.files import (
 from imgcap_jax.models.decoders.contract import Decoder
 from imgcap_jax.models.encoders.contract import build_encoder, weights_digest, with_weights
 from imgcap_jax.models.model import CaptionModel, parameter_count, split_trained, without_values
-from imgcap_jax.models.neighbours import Neighbours
+from imgcap_jax.models.neighbours import NEIGHBOURS, Neighbours
 from imgcap_jax.models.retrieval import Retriever
 from imgcap_jax.precision import compute_dtype
 from imgcap_jax.remote import place, removal, shown, url_of
@@ -50,7 +50,6 @@ RUNS = Path("runs")  # the default folder of all runs
 VOCABULARY = "vocabulary.json"
 INIT_FROM = "init_from.json"
 WEIGHTS = "weights.json"
-NEIGHBOURS = "neighbours.npz"  # the training photos, to find those that look like a photo
 _RETRIEVER = 0x52455452  # folded into the seed for the retriever's parameters
 CODE = "code"  # copies of users' files, and their digests
 SMOKE = ".smoke"  # marks the folder of a smoke run, which the next one empties

@@ -13,9 +13,9 @@ from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import json_digest
 from imgcap_jax.metrics.cider_device import DocumentFrequencies, document_frequencies
-from imgcap_jax.models.neighbours import Neighbours, index
+from imgcap_jax.models.neighbours import NEIGHBOURS, Neighbours, index
 from imgcap_jax.run.extraction import Extraction, uses_store
-from imgcap_jax.run.folder import NEIGHBOURS, Run
+from imgcap_jax.run.folder import Run
 from imgcap_jax.special_tokens import PAD
 from imgcap_jax.terminal import working
 from imgcap_jax.training.parallel import DataParallel, is_first_process

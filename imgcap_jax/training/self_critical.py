@@ -20,7 +20,7 @@ from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.decoding.decoded import StepFn
 from imgcap_jax.decoding.greedy import greedy
 from imgcap_jax.decoding.sampling import sample, uniform_numbers
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, check_range
 from imgcap_jax.metrics.bleu_device import bleu_4
 from imgcap_jax.metrics.cider import SIGMA
 from imgcap_jax.metrics.cider_device import (
@@ -37,6 +37,7 @@ from imgcap_jax.metrics.degeneration_device import FunctionWords, repeated_words
 from imgcap_jax.models.layers import draw_words, row_keys
 from imgcap_jax.models.members import has_effect
 from imgcap_jax.models.model import DRAW_KEYS, START_KEYS, UNROLL_KEYS, CaptionModel, Frozen, Params
+from imgcap_jax.models.neighbours import NEIGHBOURS, Neighbours, nearest_captions
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 from imgcap_jax.training.checkpoints import Checkpoints
 from imgcap_jax.training.losses import CROSS_ENTROPY, packed_word_loss
@@ -95,6 +96,11 @@ class SelfCritical:
     repetition: float = 0.0
     """Weight of the penalty for repeated words, such as the second "car" of "a car in a car": subtracted from the
     reward for each of them."""
+    neighbours: int = 0
+    """The captions of this many training photos, those that look most like the photo, are further references. The
+    reward is then smoother, and the policy learns the captions of single photos by heart more slowly."""
+    neighbours_weight: float = 0.5
+    """The share of the reward that comes from these references."""
     reward_eos: bool = True
     """Whether the end of a caption counts as a word in candidates, references and document frequencies. Without it,
     captions break off (Hu et al. 2023, https://arxiv.org/abs/2305.12254). SacreEOS calls True STANDARD and False
@@ -118,6 +124,8 @@ class SelfCritical:
         for name in ("cider", "bleu", "repetition", "entropy", "kl"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"objective.{name} is {getattr(self, name)}; it must be finite and not negative")
+        check_range("objective.neighbours", self.neighbours, at_least=0)
+        check_range("objective.neighbours_weight", self.neighbours_weight, at_least=0, at_most=1)
         if not self.cider + self.bleu and self.reward is None:
             raise UserError("objective: cider and bleu are both 0; set one of them, or a reward of your own")
         if self.samples == 1 and (self.baseline == "mean" or self.entropy or self.kl):
@@ -139,6 +147,8 @@ class SelfCritical:
             (self.repetition, 0.0, "repetition"),
             (self.entropy, 0.0, "entropy"),
             (self.kl, 0.0, "kl"),
+            (self.neighbours, 0, "neighbours"),
+            (self.neighbours_weight, 0.5, "neighbours_weight"),
         ]
         more = "".join(f", {name} {value:g}" for value, default, name in others if value != default)
         return f"self-critical, {mode}_wInit+{named}+{base}[nspi{self.samples}]+1.0.0{more}"
@@ -180,7 +190,8 @@ class SelfCritical:
         if setup.references.norms is None:  # computed once, and not at every step
             setup.references.norms = reference_norms(setup.references.tokens, frequencies)
         start = _start(setup.params, setup.checkpoints) if self.kl else None
-        return Constants(setup.frozen, *setup.parallel.replicate((frequencies, start)))
+        neighbours = Neighbours.load(setup.folder / NEIGHBOURS) if self.neighbours else None
+        return Constants(setup.frozen, *setup.parallel.replicate((frequencies, start, neighbours)))
 
     def make_step(self, setup: StepSetup) -> Step:
         """See ``Objective``."""
@@ -240,12 +251,14 @@ class Constants(NamedTuple):
     """What a step reads and does not change.
 
     frozen: the frozen part of the model. frequencies: the document frequencies of the training captions.
-    start: the initial parameters, for a KL penalty; else None.
+    start: the initial parameters, for a KL penalty; else None. neighbours: the training photos, if their captions are
+    further references; else None.
     """
 
     frozen: Frozen
     frequencies: DocumentFrequencies
     start: Params | None
+    neighbours: Neighbours | None = None
 
 
 class _Sums(NamedTuple):
@@ -371,10 +384,17 @@ def self_critical_step(
         else:
             references = with_norms(given, count, norms)
 
+        others = None
+        if constants.neighbours is not None:
+            others = _captions_of_neighbours(batch, constants.neighbours, constants.frequencies, objective)
+
         def rewarded(tokens: Array) -> tuple[Array, Array]:
             """The rewards of captions [B,M,T], and the number of repeated words of each, both [B,M]."""
             repeated = repeated_words(tokens, function_words)
-            return rewards(tokens, references, constants.frequencies) - objective.repetition * repeated, repeated
+            reward, share = rewards(tokens, references, constants.frequencies), objective.neighbours_weight
+            if others is not None:
+                reward = (1 - share) * reward + share * rewards(tokens, others, constants.frequencies)
+            return reward - objective.repetition * repeated, repeated
 
         tokens, score = samples
         reward, repeated = rewarded(tokens)
@@ -446,6 +466,21 @@ def self_critical_step(
         return captions, metrics
 
     return train_step(loss, measure, transformation, accumulate=accumulate, ema_decay=ema_decay)
+
+
+def _captions_of_neighbours(
+    batch: Mapping[str, Array], neighbours: Neighbours, frequencies: DocumentFrequencies, objective: SelfCritical
+) -> DeviceReferences:
+    """The captions of the training photos that look most like each photo, as references."""
+    captions, there, _ = nearest_captions(batch["regions"], neighbours, objective.neighbours, batch["number"])
+    if objective.reward_eos:
+        captions = jnp.pad(captions, ((0, 0), (0, 0), (0, 1)))
+        end = (captions != PAD).sum(-1, keepdims=True)
+        captions = jnp.where((jnp.arange(captions.shape[-1]) == end) & there[..., None], EOS, captions)
+    # The references that exist come first, as DeviceReferences asks for.
+    order = jnp.argsort(~there, axis=-1, stable=True)
+    captions = jnp.take_along_axis(captions, order[..., None], axis=1)
+    return prepare_references(captions, there.sum(-1), frequencies)
 
 
 def _above_others(values: Array) -> Array:

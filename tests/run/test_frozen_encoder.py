@@ -20,9 +20,11 @@ from imgcap_jax.experiment import Experiment, Training
 from imgcap_jax.models.decoders.show_tell import ShowTell
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.models.model import split_trained
+from imgcap_jax.models.retrieval import Retrieval
 from imgcap_jax.run.evaluation import evaluate
 from imgcap_jax.run.extraction import Extraction
 from imgcap_jax.run.folder import Run
+from imgcap_jax.text import tokenize
 from imgcap_jax.train import train
 from imgcap_jax.training.checkpoints import restore_best
 
@@ -135,3 +137,40 @@ def parameters(folder: Path) -> list[np.ndarray]:
     run = Run.load(folder)
     params, _ = restore_best(folder, split_trained(run.model(with_encoder=False))[1])
     return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+
+
+@pytest.fixture(scope="module")
+def retrieving(trained: tuple[Run, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with retrieved words that starts from ``trained``."""
+    run, cache = trained
+    folder = tmp_path_factory.mktemp("retrieving") / "run"
+    experiment = replace(run.experiment, retrieval=Retrieval(neighbours=2, words=4, embedding_size=8))
+    train(experiment, folder, cache=cache, init_from=run.folder, show=lambda line: None)
+    return Run.load(folder)
+
+
+def test_retrieved_words_change_captions_from_the_store_and_from_images_alike(
+    trained: tuple[Run, Path], retrieving: Run
+) -> None:
+    run, cache = trained
+    assert (retrieving.folder / "neighbours.npz").is_file()
+    evaluation = evaluate(retrieving, "test", cache=cache)
+    photos = [example.image for example in evaluation.source]
+    captions = list(evaluation.captioned.captions.values())
+    assert [caption.text for caption in Captioner(retrieving)(photos)] == captions
+    assert captions != list(evaluate(run, "test", cache=cache).captioned.captions.values())
+
+
+def test_captions_can_be_chosen_by_those_of_similar_training_photos(trained: tuple[Run, Path]) -> None:
+    run, cache = trained
+    chosen = replace(run.experiment.decoding, beam=4, rerank="mbr", mbr_neighbours=3, mbr_neighbours_weight=0.9)
+    shown = evaluate(run, "test", cache=cache, decoding=chosen, write=False)
+    photos = [example.image for example in shown.source]
+    captions = list(shown.captioned.captions.values())
+    assert [caption.text for caption in Captioner(run, chosen)(photos)] == captions
+    assert captions != list(evaluate(run, "test", cache=cache, write=False).captioned.captions.values())
+    consensus = replace(run.experiment.decoding, rerank="consensus", mbr_neighbours=3)
+    found = evaluate(run, "test", cache=cache, decoding=consensus, write=False)
+    source = open_source("scenes", "train", run.experiment.data.data_dir)
+    written = {" ".join(tokenize(text)) for i in range(len(source)) for text in source.captions(i)}
+    assert set(found.captioned.captions.values()) <= written
