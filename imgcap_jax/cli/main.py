@@ -634,6 +634,7 @@ def _score(options: argparse.Namespace) -> int:
         options.references,
         compare=options.compare,
         mbr=_other_systems(options),
+        part=_part(options.images),
         idf=options.idf,
         training=options.training,
         samples=options.samples,
@@ -649,6 +650,14 @@ def _score(options: argparse.Namespace) -> int:
         report.write(options.json)
         print(f"scores per image: {options.json}")
     return 0
+
+
+def _part(text: str | None) -> slice:
+    """The places of --images. Raises UserError if they are not FIRST:END."""
+    found = re.fullmatch(r"(\d*):(\d*)", text or ":")
+    if found is None:
+        raise UserError(f"--images is {text!r}; it must be FIRST:END, such as 0:500, :500 or 500:")
+    return slice(*(int(number) if number else None for number in found.groups()))
 
 
 def _other_systems(options: argparse.Namespace) -> Any:

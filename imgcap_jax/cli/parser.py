@@ -430,6 +430,11 @@ def _add_score(commands: Commands) -> None:
         "--compare", type=_path, metavar="OTHER", help="results of another system: differences by paired bootstrap"
     )
     score.add_argument(
+        "--images",
+        metavar="FIRST:END",
+        help="score only these images, by their place in REFERENCES: 500: for all after the first 500 (default: all)",
+    )
+    score.add_argument(
         "--mbr",
         type=_path,
         nargs="+",

@@ -143,6 +143,7 @@ def score_files(
     with_objects: bool = False,
     instances: Path | None = None,
     tokenizer: Tokenizer = DEFAULT,
+    part: slice = slice(None),
     output: Path | None = None,
 ) -> ScoreReport:
     """Scores a file of captions in COCO's format.
@@ -161,6 +162,7 @@ def score_files(
             languages than English.
         instances: COCO's instance annotations, whose objects are present in addition to those of the references.
         tokenizer: splits all captions.
+        part: the images that are scored, by their place in the references.
         output: the path that the report will be written to. It is checked before anything is computed.
 
     Raises:
@@ -181,12 +183,16 @@ def score_files(
         check_output(mbr.output, [*files.values(), *mbr.files])
     # All files are read before anything is computed, because the computation can take minutes.
     warnings: list[str] = []
-    all_references = read_references(references)
+    whole = read_references(references)
+    all_references = _only(whole, list(whole)[part])
+    if not all_references:
+        raise UserError(f"--images {part.start or 0}:{part.stop} names none of the {len(whole)} images of {references}")
     read = {}
     for path in (captions, compare, *(mbr.files if mbr is not None else ())):
         if path is not None and path not in read:
-            read[path] = read_captions(path)
-            warnings += check_file_names(path, read[path], references, all_references)
+            found = read_captions(path)
+            warnings += check_file_names(path, found, references, whole)
+            read[path] = _only(found, [image for image in found if image in all_references or image not in whole])
     corpus = read_references(idf) if idf is not None else None
     trained = read_references(training) if training is not None else None
     seen = [text for texts in trained.values() for text in texts] if trained is not None else None
@@ -332,6 +338,14 @@ def _sets(
             "--decode.samples 5"
         )
     return found
+
+
+def _only(captions: Captions, images: Sequence[int]) -> Captions:
+    """The captions of these images."""
+    part = Captions()
+    part.update((image_id, captions[image_id]) for image_id in images)
+    part.file_names = {image_id: name for image_id, name in captions.file_names.items() if image_id in part}
+    return part
 
 
 def _single(captions: Captions, images: Sequence[int], path: Path, warnings: list[str]) -> dict[int, str]:
