@@ -56,6 +56,8 @@ class Decoding:
     """Samples draw from the most likely words whose probabilities add up to p; 1: from all."""
     seed: int = 0
     """Seed of samples. What is drawn for an image depends on it and on the image's place in the split."""
+    mirror: bool = False
+    """The decoder also sees the regions of the mirror image of the photo. It encodes twice as many images."""
     rerank: Literal["none", "mbr", "consensus"] = "none"
     """mbr: of all beams or samples, return the captions that agree most with the others (minimum Bayes risk).
     consensus: the decoder writes nothing; of the captions of the nearest training photos (mbr_neighbours), return those

@@ -393,7 +393,9 @@ def sweep(
     parallel = DataParallel(first.training.parallel)
     chosen = chosen_steps(runs, source, [list(decodings), floor, examples], parallel)
     needed = sorted({*evaluated_images(len(source), parallel), *spread(len(source), examples)})
-    members, params, frozen, steps = load_members(runs, source, chosen, needed, cache=cache, parallel=parallel)
+    members, params, frozen, steps = load_members(
+        runs, source, chosen, needed, cache=cache, parallel=parallel, decodings=decodings
+    )
     knowledge = {one: knowledge_of(runs[0], one, cache=cache, parallel=parallel) for one in decodings}
     evaluator = SplitEvaluator(members, source, runs[0].vocabulary, parallel, first.metrics, knowledge=knowledge)
     where: dict[str, Any] = {"step": steps[0], "objective": first.objective.title, "init_from": start_name(runs[0])}

@@ -12,10 +12,11 @@ from imgcap_jax.data.pipeline import CaptionData, EvalBatches, eval_batches
 from imgcap_jax.data.regions import RegionSource
 from imgcap_jax.data.sources import CaptionSource
 from imgcap_jax.data.vocabulary import Vocabulary
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.models.model import CaptionModel, Frozen, Params, split_trained
-from imgcap_jax.run.extraction import Extraction, uses_store
+from imgcap_jax.run.extraction import Extraction
 from imgcap_jax.run.folder import Run
-from imgcap_jax.run.generation import attention_function
+from imgcap_jax.run.generation import attention_function, reads_stored_regions
 from imgcap_jax.special_tokens import EOS, PAD
 from imgcap_jax.terminal import working
 from imgcap_jax.tokenizers import text_of, tokens_of
@@ -67,6 +68,7 @@ def load_members(
     *,
     cache: Path,
     parallel: DataParallel,
+    decodings: Sequence[Decoding] = (),
 ) -> Members:
     """Loads the best parameters of runs, and the regions of images of a split if they are stored.
 
@@ -77,6 +79,7 @@ def load_members(
         images: the numbers of the images that are read.
         cache: folder of the feature stores.
         parallel: the devices.
+        decodings: how the images are captioned.
 
     Raises:
         UserError: there are no trained parameters, or the weights of an encoder have changed.
@@ -84,7 +87,7 @@ def load_members(
     loaded = Members([], [], [], [])
     for run, wanted in zip(runs, chosen, strict=True):
         run.check_weights()
-        stored = uses_store(run.experiment)
+        stored = reads_stored_regions(run.experiment, decodings)
         store = None
         if stored:
             extraction = Extraction(run.experiment, cache, progress=is_first_process(), parallel=parallel)

@@ -174,3 +174,18 @@ def test_captions_can_be_chosen_by_those_of_similar_training_photos(trained: tup
     source = open_source("scenes", "train", run.experiment.data.data_dir)
     written = {" ".join(tokenize(text)) for i in range(len(source)) for text in source.captions(i)}
     assert set(found.captioned.captions.values()) <= written
+
+
+def test_the_decoder_sees_the_mirror_image_as_well(trained: tuple[Run, Path]) -> None:
+    run, cache = trained
+    decoding = replace(run.experiment.decoding, mirror=True)
+    evaluation = evaluate(run, "test", cache=cache, decoding=decoding, write=False)
+    photos = [decode(example.image, 32) for example in evaluation.source]
+    captions = list(evaluation.captioned.captions.values())
+    assert [caption.text for caption in Captioner(run, decoding)(photos)] == captions
+    # The decoder reads the mean of all regions, which is the same for a photo and its mirror image.
+    mirrored = [np.ascontiguousarray(photo[:, ::-1]) for photo in photos]
+    assert [caption.text for caption in Captioner(run, decoding)(mirrored)] == captions
+    assert [caption.text for caption in Captioner(run)(mirrored)] != [
+        caption.text for caption in Captioner(run)(photos)
+    ]
