@@ -1,9 +1,10 @@
 """Teacher forcing: cross-entropy, or a loss per word of your own, and its training step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -13,9 +14,11 @@ from imgcap_jax.data.sources import CaptionSource
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError, check_range
 from imgcap_jax.models.decoders.contract import steps_of
+from imgcap_jax.models.layers import row_keys
+from imgcap_jax.models.members import has_effect
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
-from imgcap_jax.special_tokens import PAD
-from imgcap_jax.training.losses import LossSums, SmoothedCrossEntropy, WordLoss, caption_loss
+from imgcap_jax.special_tokens import PAD, UNK
+from imgcap_jax.training.losses import LossSums, RDrop, SmoothedCrossEntropy, WordLoss, caption_loss
 from imgcap_jax.training.objective import StepSetup
 from imgcap_jax.training.parallel import Step
 from imgcap_jax.training.step import keys_of_rows, train_step
@@ -38,6 +41,11 @@ class CrossEntropy:
     """Epoch at which this probability starts to rise from 0."""
     sampling_ramp_epochs: float = 5.0
     """Epochs of its linear rise."""
+    word_dropout: float = 0.0
+    """The probability that an input word is replaced by unk (Bowman et al. 2016, https://arxiv.org/abs/1511.06349)."""
+    r_drop: float = 0.0
+    """Weight of the divergence between two passes with different dropout (Liang et al. 2021,
+    https://arxiv.org/abs/2106.14448; 1 to 5 there). A step then takes twice as long; 0: one pass."""
     word_loss: WordLoss | None = None
     """Your own loss per word, in place of cross-entropy; label_smoothing must then be 0."""
 
@@ -48,7 +56,10 @@ class CrossEntropy:
                 "no effect; give objective.sampling as well"
             )
         check_range("objective.sampling", self.sampling, at_least=0, at_most=1)
-        for name in ("sampling_start_epochs", "sampling_ramp_epochs", "attention_penalty"):
+        check_range("objective.word_dropout", self.word_dropout, at_least=0, below=1)
+        if self.sampling and (self.word_dropout or self.r_drop):
+            raise UserError("objective.sampling goes with neither word_dropout nor r_drop; leave one out")
+        for name in ("sampling_start_epochs", "sampling_ramp_epochs", "attention_penalty", "r_drop"):
             check_range(f"objective.{name}", getattr(self, name), at_least=0)
         check_range("objective.label_smoothing", self.label_smoothing, at_least=0, below=1)
         if self.word_loss is not None and not callable(self.word_loss):
@@ -60,7 +71,8 @@ class CrossEntropy:
     def title(self) -> str:
         """See ``Objective``."""
         loss = "cross-entropy" if self.word_loss is None else repr(self.word_loss)
-        return loss + (", scheduled sampling" if self.sampling else "")
+        more = [(self.sampling, "scheduled sampling"), (self.word_dropout, "word dropout"), (self.r_drop, "R-Drop")]
+        return ", ".join([loss, *(name for used, name in more if used)])
 
     def references(self, sources: Sequence[CaptionSource], vocabulary: Vocabulary) -> None:
         """None: batches contain the captions."""
@@ -104,6 +116,16 @@ def longest_first(batch: Mapping[str, Array]) -> dict[str, Array]:
     return {name: leaf[order] for name, leaf in batch.items()}
 
 
+# What a row's key is folded with, beside the numbers of models/model.py.
+_WORD_KEYS, _SECOND_KEYS = 16, 17
+
+
+def _with_unknown(tokens: Array, share: float | Array, keys: Array) -> Array:
+    """Tokens [B,M,T] of which this share of the words is unk; bos, eos and pad remain."""
+    drawn = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(row_keys(keys, _WORD_KEYS))
+    return jnp.where((drawn < share) & (tokens > UNK), UNK, tokens)
+
+
 def cross_entropy_step(
     graph: nnx.GraphDef[CaptionModel],
     objective: CrossEntropy,
@@ -123,16 +145,31 @@ def cross_entropy_step(
     words), "gradient_norm", "words", and "captions" (without the rows of pad of images with fewer than M captions).
     """
     word_loss = objective.word_loss or SmoothedCrossEntropy(objective.label_smoothing)
+    if has_effect(objective.r_drop):
+        word_loss = RDrop(objective.r_drop, word_loss)
 
     def loss(params: Params, frozen: Frozen, batch: Mapping[str, Array], step: Array) -> tuple[Array, _Sums]:
         model = nnx.merge(graph, params, frozen)
         if not model.decoder.reads_at_once:
             batch = longest_first(batch)
         keys = keys_of_rows(key, step, batch["row"])
-        outputs = model.teacher_forced(batch, keys, objective.sampling_share(step, steps_per_epoch))
+        read = batch
+        if has_effect(objective.word_dropout):
+            read = {**batch, "tokens": _with_unknown(batch["tokens"], objective.word_dropout, keys)}
+        outputs = model.teacher_forced(read, keys, objective.sampling_share(step, steps_per_epoch))
+        score: Callable[[Array], Array] = model.score_words
+        hidden = outputs.hidden
+        if has_effect(objective.r_drop):
+            second = model.teacher_forced(read, row_keys(keys, _SECOND_KEYS)).hidden
+            hidden, size = jnp.concatenate([hidden, second], axis=-1), second.shape[-1]
+
+            def score_both(both: Array) -> Array:
+                return jnp.stack([model.score_words(both[:, :size]), model.score_words(both[:, size:])], axis=1)
+
+            score = score_both
         sums = caption_loss(
-            model.score_words,
-            outputs.hidden,
+            score,
+            hidden,
             batch["tokens"],
             batch["weight"],
             word_loss=word_loss,

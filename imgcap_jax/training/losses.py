@@ -48,6 +48,28 @@ class SmoothedCrossEntropy:
         return log_normaliser(logits) - (wanted * logits).sum(axis=-1)
 
 
+@dataclass(frozen=True)
+class RDrop:
+    """The mean loss of two passes with different dropout masks, and how much their distributions differ.
+
+    R-Drop (Liang et al. 2021, https://arxiv.org/abs/2106.14448), equation 4, divided by two.
+    """
+
+    weight: float
+    """alpha in the paper, which uses 1 to 5: that of the mean of both KL divergences."""
+    word_loss: WordLoss
+    """The loss of a pass."""
+
+    def __call__(self, logits: Array, targets: Array) -> Array:
+        """Logits float32 [n,2,V] of the two passes and true words int32 [n] -> losses float32 [n]."""
+        first, second = (jax.nn.log_softmax(logits[:, number]) for number in (0, 1))
+        # The sum of KL(p, q) and KL(q, p). Words that cannot occur have -inf in both.
+        difference = jnp.where(jnp.isfinite(first), first - second, 0.0)
+        divergence = ((jnp.exp(first) - jnp.exp(second)) * difference).sum(axis=-1)
+        losses = self.word_loss(logits[:, 0], targets) + self.word_loss(logits[:, 1], targets)
+        return 0.5 * losses + 0.25 * self.weight * divergence
+
+
 @jax.custom_jvp
 def log_normaliser(logits: Array) -> Array:
     """``logsumexp`` of logits [n,V] over V: [n].
@@ -124,16 +146,17 @@ def packed_word_loss(
     computed again.
 
     Args:
-        score_words: hidden [n,F] -> logits [n,V]. It can close over float arrays, which are differentiated too, and
-            must not close over other arrays.
+        score_words: hidden [n,F] -> logits [n,V], or [n,P,V] of P passes for a loss that compares them. It can close
+            over float arrays, which are differentiated too, and must not close over other arrays.
         hidden: [...,F].
         targets: int32 [...], the true words.
         counted: float32 [...], the weight of each word; words of weight 0 are not scored.
         word_loss: the loss per word. It must not close over arrays.
 
     Returns:
-        (log_likelihood, objective), float32 [] both. Only the objective has a gradient, with respect to ``hidden`` and
-        the arrays that ``score_words`` closes over, but not to ``counted``.
+        (log_likelihood, objective), float32 [] both; the log-likelihood is that of the first pass. Only the objective
+        has a gradient, with respect to ``hidden`` and the arrays that ``score_words`` closes over, but not to
+        ``counted``.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     chunk = chunk_size(flat.shape[0])
@@ -306,10 +329,11 @@ def passes_of_loops(places: int, count: int) -> dict[Loop, int]:
 
 
 def _chunk_sums(logits: Array, targets: Array, weight: Array, word_loss: WordLoss) -> tuple[Array, Array]:
-    """Weighted sums of the losses and of the log-likelihoods of logits [n,V]."""
+    """Weighted sums of the losses and of the log-likelihoods of logits [n,V] or [n,P,V]."""
     logits = logits.astype(jnp.float32)
-    true = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    log_likelihood = jax.lax.stop_gradient(true - log_normaliser(logits))  # [n]
+    first = logits if logits.ndim == 2 else logits[:, 0]
+    true = jnp.take_along_axis(first, targets[:, None], axis=-1)[:, 0]
+    log_likelihood = jax.lax.stop_gradient(true - log_normaliser(first))  # [n]
     # Rows of weight 0 fill the last chunk. They get a target that occurs, because a loss may be infinite for pad.
     losses = word_loss(logits, jnp.where(weight != 0, targets, EOS))
     if losses.shape != targets.shape:

@@ -10,10 +10,10 @@ import pytest
 from jax.test_util import check_grads
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.special_tokens import BOS, PAD, UNK
+from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
 from imgcap_jax.training import losses
-from imgcap_jax.training.cross_entropy import CrossEntropy
-from imgcap_jax.training.losses import SmoothedCrossEntropy, caption_loss, log_normaliser
+from imgcap_jax.training.cross_entropy import CrossEntropy, _with_unknown
+from imgcap_jax.training.losses import RDrop, SmoothedCrossEntropy, caption_loss, log_normaliser
 
 B, M, T, V, N = 3, 2, 6, 9, 4
 
@@ -268,3 +268,50 @@ def test_bfloat16_with_a_tied_layer_and_accumulated_gradients() -> None:
     rounded = jax.jit(summed, static_argnums=1)(table, jnp.dtype("bfloat16"))
     assert rounded.dtype == jnp.float32
     np.testing.assert_allclose(rounded, expected, atol=0.03 * np.abs(expected).max())
+
+
+def test_r_drop_equals_the_formula_of_the_paper_in_torch() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
+    rng = np.random.default_rng(5)
+    logits, targets = rng.normal(size=(7, 2, V)).astype(np.float32), rng.integers(3, V, 7).astype(np.int32)
+    given = torch.tensor(logits, requires_grad=True)
+    logs = [torch.log_softmax(given[:, number], -1) for number in (0, 1)]
+    true = [torch.nn.functional.nll_loss(log, torch.tensor(targets).long(), reduction="none") for log in logs]
+    divergence = [
+        torch.nn.functional.kl_div(logs[1 - number], logs[number], reduction="none", log_target=True).sum(-1)
+        for number in (0, 1)
+    ]
+    expected = 0.5 * (true[0] + true[1] + 4.0 / 2 * (divergence[0] + divergence[1]))  # the paper's loss, halved
+    loss = RDrop(4.0, SmoothedCrossEntropy())
+    np.testing.assert_allclose(loss(jnp.asarray(logits), jnp.asarray(targets)), expected.detach(), rtol=1e-5)
+    expected.sum().backward()
+    gradient = jax.grad(lambda x: loss(x, jnp.asarray(targets)).sum())(jnp.asarray(logits))
+    np.testing.assert_allclose(gradient, given.grad, atol=1e-5)
+
+
+def test_r_drop_of_one_distribution_is_the_loss_of_one_pass(batch: tuple[np.ndarray, np.ndarray]) -> None:
+    """Two passes with the same scores, through the packed chunks: the divergence is 0."""
+    logits, tokens = map(jnp.asarray, batch)
+    weight = jnp.ones(B)
+    one = caption_loss(lambda x: x, logits, tokens, weight, word_loss=SmoothedCrossEntropy(0.1))
+    two = caption_loss(
+        lambda x: jnp.stack([x, x], axis=1), logits, tokens, weight, word_loss=RDrop(5.0, SmoothedCrossEntropy(0.1))
+    )
+    for name in ("objective", "log_likelihood", "words"):
+        np.testing.assert_allclose(getattr(two, name), getattr(one, name), rtol=1e-6)
+
+
+def test_word_dropout_replaces_words_by_unk_and_nothing_else() -> None:
+    rng = np.random.default_rng(6)
+    tokens = np.zeros((64, 5, 12), np.int32)
+    tokens[..., 0] = BOS
+    for row in tokens.reshape(-1, 12):
+        length = rng.integers(2, 10)
+        row[1:length], row[length] = rng.integers(UNK + 1, 20, length - 1), EOS
+    found = np.asarray(_with_unknown(jnp.asarray(tokens), 0.25, jax.random.split(jax.random.key(0), 64)))
+    words = tokens > UNK
+    np.testing.assert_array_equal(found[~words], tokens[~words])
+    changed = found != tokens
+    assert (found[changed] == UNK).all()
+    assert 0.22 < changed[words].mean() < 0.28
+    assert len({row.tobytes() for row in changed.reshape(64, -1)}) == 64  # each row has its own
