@@ -186,7 +186,9 @@ def score_files(
     whole = read_references(references)
     all_references = _only(whole, list(whole)[part])
     if not all_references:
-        raise UserError(f"--images {part.start or 0}:{part.stop} names none of the {len(whole)} images of {references}")
+        raise UserError(
+            f"--images {part.start or 0}:{part.stop or ''} names none of the {len(whole)} images of {references}"
+        )
     read = {}
     for path in (captions, compare, *(mbr.files if mbr is not None else ())):
         if path is not None and path not in read:

@@ -22,6 +22,7 @@ from flax import nnx
 from jax import Array
 
 from imgcap_jax.data.regions import RegionFiles, has_ready_regions
+from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.loops import Loop, loop_name
 from imgcap_jax.models.encoders.contract import build_encoder
@@ -116,6 +117,11 @@ class Programs:
         Raises:
             UserError: the experiment's parts do not go together.
         """
+        compared = experiment.retrieval is not None or getattr(experiment.objective, "neighbours", 0) > 0
+        if compared:
+            raise UserError(
+                "an index of training photos cannot be planned; leave out retrieval, and set objective.neighbours to 0"
+            )
         platform = devices[0].platform
         self._dtype = compute_dtype(experiment.training.dtype, platform)
         self._encoder_dtype = encoder_dtype(experiment, platform)

@@ -37,13 +37,12 @@ def average(runs: Sequence[Run], folder: Path) -> Run:
     if folder.exists():
         raise UserError(f"{shown(folder)} exists; choose another --run")
     check_ensemble(runs)
-    starts = [run.init_from for run in runs]
-    if None in starts or len(set(starts)) > 1:
-        differing = next((run for run in runs if run.init_from in (None, *starts[1:]) or run is runs[1]), runs[0])
-        raise UserError(
-            f"{shown(differing.folder)} and {shown(runs[0].folder)} did not start from the same run, so the mean of "
-            f"their parameters is useless; average runs with the same --init-from"
-        )
+    for run in runs[1:]:
+        if None in (run.init_from, runs[0].init_from) or run.init_from != runs[0].init_from:
+            raise UserError(
+                f"{shown(run.folder)} and {shown(runs[0].folder)} did not start from the same run, so the mean of "
+                f"their parameters is useless; average runs with the same --init-from"
+            )
     found = []
     for run in runs:
         run.check_weights()

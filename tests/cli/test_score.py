@@ -62,6 +62,49 @@ def test_comparison(references: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "with 3 images neither interval nor p-value is reliable" in shown
 
 
+def test_the_caption_on_which_systems_agree_is_scored(
+    references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    agreed = {1: "a dog runs", 2: "two cats sleep", 3: "people ski"}
+    one = results(tmp_path / "one.json", {**agreed, 1: "a zebra"})
+    several = [
+        {"image_id": image, "captions": [{"caption": text}, {"caption": text}]} for image, text in agreed.items()
+    ]
+    two = results(tmp_path / "two.json", several)
+    chosen = tmp_path / "chosen.json"
+    command = [
+        "score",
+        one,
+        references,
+        "--mbr",
+        two,
+        "--mbr-output",
+        str(chosen),
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
+    assert main([*command, "--compare", one]) == 0
+    assert {entry["image_id"]: entry["caption"] for entry in json.loads(chosen.read_text())} == agreed
+    document = json.loads((tmp_path / "out.json").read_text())
+    capsys.readouterr()
+    assert main(["score", str(chosen), references, "--json", str(tmp_path / "alone.json")]) == 0
+    assert document["scores"] == json.loads((tmp_path / "alone.json").read_text())["scores"]
+    assert document["compared_with"]["BLEU-1"] < document["scores"]["BLEU-1"]
+
+
+def test_a_part_of_the_images_is_scored(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captions = results(tmp_path / "captions.json", CAPTIONS)
+    command = ["score", captions, references, "--idf", references, "--json", str(tmp_path / "out.json")]
+    found = []
+    for part in (":", "1:"):
+        assert main([*command, "--images", part]) == 0
+        assert "warning" not in capsys.readouterr().out
+        found.append(json.loads((tmp_path / "out.json").read_text())["per_image"])
+    assert list(found[1]) == ["2", "3"]
+    for image, scores in found[1].items():
+        assert scores["CIDEr-D"] == pytest.approx(found[0][image]["CIDEr-D"])
+
+
 def test_document_frequencies_from_a_file(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captions = results(tmp_path / "captions.json", CAPTIONS)
     texts = ["a dog runs", "two cats", "people ski", "a hill"]
@@ -138,6 +181,11 @@ def test_diversity_of_samples(references: str, tmp_path: Path, capsys: pytest.Ca
         (["{captions}", "{references}", "--json", "{folder}"], "is a folder"),
         (["{captions}", "{references}", "--json", "{captions}"], "one of the input files"),
         (["{captions}", "{references}", "--json", "/dev/null"], "a device or a pipe"),
+        (["{captions}", "{references}", "--images", "9:"], "--images 9: names none of the 3 images of"),
+        (["{captions}", "{references}", "--images", "half"], "--images is 'half'; it must be FIRST:END"),
+        (["{captions}", "{references}", "--mbr-bleu", "2"], "--mbr-bleu requires --mbr"),
+        (["{captions}", "{references}", "--mbr", "{captions}", "--mbr-bleu", "-1"], "--mbr-bleu is -1.0; it must be"),
+        (["{captions}", "{references}", "--mbr", "{captions}", "--mbr-output", "{captions}"], "one of the input files"),
     ],
 )
 def test_mistakes_give_an_error_of_one_line(
