@@ -24,7 +24,7 @@ from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.model import parameter_count, split_trained
 from imgcap_jax.models.neighbours import NEIGHBOURS
 from imgcap_jax.precision import compute_dtype
-from imgcap_jax.remote import shown, url_of
+from imgcap_jax.remote import place, shown, url_of
 from imgcap_jax.run.evaluation import SplitEvaluator, evaluated_images
 from imgcap_jax.run.extraction import Extraction, uses_store, why_not_stored
 from imgcap_jax.run.folder import Run, find_run
@@ -36,11 +36,11 @@ from imgcap_jax.run.notes import check_objective, check_together, starting_notes
 from imgcap_jax.run.transfer import check_encoder, transfer
 from imgcap_jax.run.validation import Draw, Validation, without_best
 from imgcap_jax.terminal import Say, Work, working
-from imgcap_jax.training.checkpoints import Checkpoints, Progress
+from imgcap_jax.training.checkpoints import Checkpoints, Progress, restore_best
 from imgcap_jax.training.feed import images_of_devices
 from imgcap_jax.training.log import LogTo, MetricsLog
 from imgcap_jax.training.meter import Meter
-from imgcap_jax.training.objective import StepSetup
+from imgcap_jax.training.objective import StepSetup, Teacher
 from imgcap_jax.training.optimizer import learning_rate_of, steps_of
 from imgcap_jax.training.parallel import DataParallel, is_first_process
 from imgcap_jax.training.signals import StopRequest
@@ -245,6 +245,7 @@ class Session:
             parallel=parallel,
             folder=folder,
             checkpoints=checkpoints,
+            teachers=_teachers(run, data, parallel),
         )
         batches = train_batches(
             experiment.data,
@@ -483,6 +484,28 @@ def compiling(show: Say, stop: StopRequest, done: int) -> Iterator[None]:
     title = "compiling the training step"
     with stop.repeatable(done), working(title, shown=is_first_process(), say=show, announced=True):
         yield
+
+
+def _teachers(run: Run, data: Data, parallel: DataParallel) -> list[Teacher]:
+    """The runs that the objective learns from. Raises UserError if they cannot read the batches of this run."""
+    teachers = []
+    for folder in getattr(run.experiment.objective, "teachers", ()):
+        teacher = Run.load(place(folder))
+        check_encoder(teacher.folder, run.experiment, "objective.teachers")
+        if data.stores is None or not uses_store(teacher.experiment):
+            raise UserError(
+                f"{folder} cannot be a teacher: it and this run must have a frozen encoder and stored features"
+            )
+        for name in ("image_size", "resize"):
+            ours, theirs = (getattr(one.experiment.data, name) for one in (run, teacher))
+            if ours != theirs:
+                raise UserError(f"{folder} cannot be a teacher: its data.{name} is {theirs}, not {ours}")
+        if teacher.vocabulary.words != run.vocabulary.words:
+            raise UserError(f"{folder} cannot be a teacher: its vocabulary differs; train it on the same captions")
+        graph, params, frozen = split_trained(teacher.model(with_encoder=False, restored=True))
+        best, _ = restore_best(teacher.folder, parallel.replicate(params))
+        teachers.append(Teacher(graph, best, parallel.replicate(frozen)))
+    return teachers
 
 
 def _index_training_photos(run: Run, data: Data) -> None:

@@ -17,8 +17,8 @@ from imgcap_jax.run.folder import Run, without_weights_path
 from imgcap_jax.training.checkpoints import restore_best
 
 
-def check_encoder(source: Path, new: Experiment) -> None:
-    """Raises UserError unless the run ``source`` has the encoder of the experiment ``new``.
+def check_encoder(source: Path, new: Experiment, option: str = "--init-from") -> None:
+    """Raises UserError unless the run ``source``, which ``option`` names, has the encoder of the experiment ``new``.
 
     A decoder only understands the features that it was trained with, even if others have the same size.
     """
@@ -29,11 +29,11 @@ def check_encoder(source: Path, new: Experiment) -> None:
     changed = _encoder_differences(old_encoder, new_encoder)
     if changed:
         raise UserError(
-            f"--init-from {source}: that run has another encoder ({changed}); use the same one, except for "
+            f"{option} {source}: that run has another encoder ({changed}); use the same one, except for "
             f"trainable_stages"
         )
     if run.weights is not None and weights_digest(new.encoder) != run.weights:
-        raise UserError(f"--init-from {source}: that run has other encoder weights; use the same weights file")
+        raise UserError(f"{option} {source}: that run has other encoder weights; use the same weights file")
 
 
 def _encoder_differences(old: Any, new: Any) -> str:

@@ -1,5 +1,6 @@
 """Teacher forcing: cross-entropy, or a loss per word of your own, and its training step."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -18,7 +19,7 @@ from imgcap_jax.models.layers import row_keys
 from imgcap_jax.models.members import has_effect
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
 from imgcap_jax.special_tokens import PAD, UNK
-from imgcap_jax.training.losses import LossSums, RDrop, SmoothedCrossEntropy, WordLoss, caption_loss
+from imgcap_jax.training.losses import Distillation, LossSums, RDrop, SmoothedCrossEntropy, WordLoss, caption_loss
 from imgcap_jax.training.objective import StepSetup
 from imgcap_jax.training.parallel import Step
 from imgcap_jax.training.step import keys_of_rows, train_step
@@ -46,6 +47,11 @@ class CrossEntropy:
     r_drop: float = 0.0
     """Weight of the divergence between two passes with different dropout (Liang et al. 2021,
     https://arxiv.org/abs/2106.14448; 1 to 5 there). A step then takes twice as long; 0: one pass."""
+    teachers: tuple[str, ...] = ()
+    """The folders of runs with the same encoder and vocabulary, from whose mean distribution the model learns as well
+    (word-level distillation, Kim and Rush 2016, https://arxiv.org/abs/1606.07947)."""
+    distillation: float = 0.5
+    """The share of the teachers' distribution in the loss."""
     word_loss: WordLoss | None = None
     """Your own loss per word, in place of cross-entropy; label_smoothing must then be 0."""
 
@@ -56,6 +62,11 @@ class CrossEntropy:
                 "no effect; give objective.sampling as well"
             )
         check_range("objective.sampling", self.sampling, at_least=0, at_most=1)
+        if not self.teachers and self.distillation != 0.5:
+            raise UserError("objective.distillation has no effect without objective.teachers; give them as well")
+        if self.teachers and self.r_drop:
+            raise UserError("objective.teachers and objective.r_drop do not go together; leave one of them out")
+        check_range("objective.distillation", self.distillation, above=0, at_most=1)
         check_range("objective.word_dropout", self.word_dropout, at_least=0, below=1)
         if self.sampling and (self.word_dropout or self.r_drop):
             raise UserError("objective.sampling goes with neither word_dropout nor r_drop; leave one out")
@@ -72,6 +83,7 @@ class CrossEntropy:
         """See ``Objective``."""
         loss = "cross-entropy" if self.word_loss is None else repr(self.word_loss)
         more = [(self.sampling, "scheduled sampling"), (self.word_dropout, "word dropout"), (self.r_drop, "R-Drop")]
+        more.append((len(self.teachers), f"distillation from {len(self.teachers)}"))
         return ", ".join([loss, *(name for used, name in more if used)])
 
     def references(self, sources: Sequence[CaptionSource], vocabulary: Vocabulary) -> None:
@@ -80,9 +92,11 @@ class CrossEntropy:
     def check(self, *, dataset: str, images: int, initialised: bool) -> None:
         """Every run can be trained."""
 
-    def constants(self, setup: StepSetup) -> Frozen:
+    def constants(self, setup: StepSetup) -> "Frozen | WithTeachers":
         """See ``Objective``."""
-        return setup.frozen
+        if not setup.teachers:
+            return setup.frozen
+        return WithTeachers(setup.frozen, tuple((teacher.params, teacher.frozen) for teacher in setup.teachers))
 
     def make_step(self, setup: StepSetup) -> Step:
         """See ``Objective``."""
@@ -94,6 +108,7 @@ class CrossEntropy:
             steps_per_epoch=setup.steps_per_epoch,
             accumulate=setup.accumulate,
             ema_decay=setup.ema_decay,
+            teachers=[teacher.graph for teacher in setup.teachers],
         )
 
     def sampling_share(self, step: Array, steps_per_epoch: int) -> Array | None:
@@ -103,6 +118,13 @@ class CrossEntropy:
         risen = step / steps_per_epoch - self.sampling_start_epochs
         ramp = self.sampling_ramp_epochs
         return self.sampling * (jnp.clip(risen / ramp, 0.0, 1.0) if ramp else jnp.where(risen >= 0, 1.0, 0.0))
+
+
+class WithTeachers(NamedTuple):
+    """What a step with teachers reads and does not change: the frozen part of the model, the arrays of each teacher."""
+
+    frozen: Frozen
+    teachers: tuple[tuple[Params, Frozen], ...]
 
 
 class _Sums(NamedTuple):
@@ -126,6 +148,33 @@ def _with_unknown(tokens: Array, share: float | Array, keys: Array) -> Array:
     return jnp.where((drawn < share) & (tokens > UNK), UNK, tokens)
 
 
+def _taught(
+    model: CaptionModel, hidden: Array, teachers: Sequence[CaptionModel], batch: Mapping[str, Array]
+) -> tuple[Callable[[Array], Array], Array]:
+    """What ``Distillation`` compares.
+
+    Args:
+        model: the student.
+        hidden: [B,M,T,F], its outputs.
+        teachers: they read the batch without dropout.
+        batch: the batch.
+
+    Returns:
+        A function of the outputs of all of them, [n,F'] -> [n,2,V]: the logits of the student, and the log of the mean
+        probability of the teachers; and these outputs [B,M,T,F'].
+    """
+    outputs = [hidden, *(jax.lax.stop_gradient(teacher.teacher_forced(batch).hidden) for teacher in teachers)]
+    ends = list(itertools.accumulate(output.shape[-1] for output in outputs))
+
+    def score(every: Array) -> Array:
+        own, *others = (every[:, end - output.shape[-1] : end] for end, output in zip(ends, outputs, strict=True))
+        log_probs = [jax.nn.log_softmax(one.score_words(part)) for one, part in zip(teachers, others, strict=True)]
+        mean = jax.nn.logsumexp(jnp.stack(log_probs), axis=0)
+        return jnp.stack([model.score_words(own), mean.astype(jnp.float32)], axis=1)
+
+    return score, jnp.concatenate([output.astype(hidden.dtype) for output in outputs], axis=-1)
+
+
 def cross_entropy_step(
     graph: nnx.GraphDef[CaptionModel],
     objective: CrossEntropy,
@@ -135,11 +184,13 @@ def cross_entropy_step(
     steps_per_epoch: int = 1,
     accumulate: int = 1,
     ema_decay: float | optax.Schedule = 0.0,
+    teachers: Sequence[nnx.GraphDef[CaptionModel]] = (),
 ) -> Step:
-    """Makes ``step(state, frozen, batch) -> (state, metrics)`` for ``DataParallel.compile``; see ``train_step``.
+    """Makes ``step(state, constants, batch) -> (state, metrics)`` for ``DataParallel.compile``; see ``train_step``.
 
     The batch contains "tokens" [B,M,T], "weight" [B], "row" [B] (the index in the global batch, which determines the
-    row's dropout) and "image" or "regions". The gradient is that of the mean over all words of the global batch.
+    row's dropout) and "image" or "regions". The gradient is that of the mean over all words of the global batch. The
+    constants are the frozen part of the model, or ``WithTeachers`` if the graphs of ``teachers`` are given.
 
     Metrics, all float32 [] and the same on every device: "loss" (the objective per word), "perplexity" (of the true
     words), "gradient_norm", "words", and "captions" (without the rows of pad of images with fewer than M captions).
@@ -147,8 +198,13 @@ def cross_entropy_step(
     word_loss = objective.word_loss or SmoothedCrossEntropy(objective.label_smoothing)
     if has_effect(objective.r_drop):
         word_loss = RDrop(objective.r_drop, word_loss)
+    if teachers:
+        word_loss = Distillation(objective.distillation, word_loss)
 
-    def loss(params: Params, frozen: Frozen, batch: Mapping[str, Array], step: Array) -> tuple[Array, _Sums]:
+    def loss(
+        params: Params, constants: Frozen | WithTeachers, batch: Mapping[str, Array], step: Array
+    ) -> tuple[Array, _Sums]:
+        frozen, arrays = constants if isinstance(constants, WithTeachers) else (constants, ())
         model = nnx.merge(graph, params, frozen)
         if not model.decoder.reads_at_once:
             batch = longest_first(batch)
@@ -167,6 +223,9 @@ def cross_entropy_step(
                 return jnp.stack([model.score_words(both[:, :size]), model.score_words(both[:, size:])], axis=1)
 
             score = score_both
+        if teachers:
+            models = [nnx.merge(of, *arrays) for of, arrays in zip(teachers, arrays, strict=True)]
+            score, hidden = _taught(model, hidden, models, batch)
         sums = caption_loss(
             score,
             hidden,

@@ -70,6 +70,26 @@ class RDrop:
         return 0.5 * losses + 0.25 * self.weight * divergence
 
 
+@dataclass(frozen=True)
+class Distillation:
+    """The loss of the true word, and the cross-entropy with the distribution of a teacher.
+
+    Word-level knowledge distillation (Hinton et al. 2015, https://arxiv.org/abs/1503.02531; Kim and Rush 2016,
+    https://arxiv.org/abs/1606.07947).
+    """
+
+    weight: float
+    """The share of the teacher's distribution, 0 to 1."""
+    word_loss: WordLoss
+    """The loss of the true word."""
+
+    def __call__(self, logits: Array, targets: Array) -> Array:
+        """Logits float32 [n,2,V] of the student and the teacher, true words int32 [n] -> losses float32 [n]."""
+        student, teacher = logits[:, 0], jax.lax.stop_gradient(logits[:, 1])
+        imitation = log_normaliser(student) - (jax.nn.softmax(teacher) * student).sum(axis=-1)
+        return (1 - self.weight) * self.word_loss(student, targets) + self.weight * imitation
+
+
 @jax.custom_jvp
 def log_normaliser(logits: Array) -> Array:
     """``logsumexp`` of logits [n,V] over V: [n].

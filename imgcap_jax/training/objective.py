@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import optax
 from flax import nnx
@@ -38,6 +38,8 @@ class StepSetup:
         parallel: the devices; ``replicate`` puts constants on all of them.
         folder: the run's folder, for files that a resumed run needs.
         checkpoints: the run's checkpoints. ``checkpoints.step`` is None unless the run is resumed.
+        teachers: the runs that the objective's field ``teachers`` names, if it has one. They read the same regions, and
+            have the same vocabulary.
     """
 
     graph: nnx.GraphDef[CaptionModel]
@@ -54,6 +56,15 @@ class StepSetup:
     parallel: DataParallel
     folder: Path
     checkpoints: Checkpoints
+    teachers: Sequence["Teacher"] = ()
+
+
+class Teacher(NamedTuple):
+    """A trained model that a run learns from: its graph without arrays, its parameters, its other variables."""
+
+    graph: nnx.GraphDef[CaptionModel]
+    params: Params
+    frozen: Frozen
 
 
 class Objective(Protocol):

@@ -1,6 +1,7 @@
 """A frozen pretrained encoder: training reads a feature store, captioning reads images."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from imgcap_jax.run.folder import Run
 from imgcap_jax.text import tokenize
 from imgcap_jax.train import train
 from imgcap_jax.training.checkpoints import restore_best
+from imgcap_jax.training.cross_entropy import CrossEntropy
 
 
 class LargeRegions(nnx.Module):
@@ -189,3 +191,35 @@ def test_the_decoder_sees_the_mirror_image_as_well(trained: tuple[Run, Path]) ->
     assert [caption.text for caption in Captioner(run)(mirrored)] != [
         caption.text for caption in Captioner(run)(photos)
     ]
+
+
+def test_a_student_that_equals_its_teachers_has_nothing_to_learn(trained: tuple[Run, Path], tmp_path: Path) -> None:
+    run, cache = trained
+    training = replace(run.experiment.training, epochs=0.2, log_steps=1)
+    norms = []
+    for name, objective in (
+        ("taught", CrossEntropy(teachers=(str(run.folder), str(run.folder)), distillation=1.0)),
+        ("alone", CrossEntropy()),
+    ):
+        experiment = replace(run.experiment, objective=objective, training=training)
+        train(experiment, tmp_path / name, cache=cache, init_from=run.folder, show=lambda line: None)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        norms.append(next(line["gradient_norm"] for line in lines if "gradient_norm" in line))
+    assert norms[0] < 1e-3 * norms[1]
+
+
+def test_teachers_that_do_not_fit_are_refused(trained: tuple[Run, Path], tmp_path: Path) -> None:
+    run, cache = trained
+    objective = CrossEntropy(teachers=(str(run.folder),))
+    data = replace(run.experiment.data, min_count=30)
+    for experiment, message in (
+        (replace(run.experiment, objective=objective, data=data), "its vocabulary differs"),
+        (replace(run.experiment, objective=replace(objective, teachers=("nowhere",))), "nowhere is not a run"),
+        (
+            replace(run.experiment, objective=objective, encoder=EfficientNetLite(variant=1)),
+            "objective.teachers .* has another encoder",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(experiment, tmp_path / "run", cache=cache, show=lambda line: None)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)

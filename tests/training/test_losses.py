@@ -13,7 +13,7 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
 from imgcap_jax.training import losses
 from imgcap_jax.training.cross_entropy import CrossEntropy, _with_unknown
-from imgcap_jax.training.losses import RDrop, SmoothedCrossEntropy, caption_loss, log_normaliser
+from imgcap_jax.training.losses import Distillation, RDrop, SmoothedCrossEntropy, caption_loss, log_normaliser
 
 B, M, T, V, N = 3, 2, 6, 9, 4
 
@@ -315,3 +315,18 @@ def test_word_dropout_replaces_words_by_unk_and_nothing_else() -> None:
     assert (found[changed] == UNK).all()
     assert 0.22 < changed[words].mean() < 0.28
     assert len({row.tobytes() for row in changed.reshape(64, -1)}) == 64  # each row has its own
+
+
+def test_distillation_equals_the_formula_in_torch() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
+    rng = np.random.default_rng(7)
+    logits, targets = rng.normal(size=(7, 2, V)).astype(np.float32), rng.integers(3, V, 7).astype(np.int32)
+    student = torch.tensor(logits[:, 0], requires_grad=True)
+    taught = torch.nn.functional.cross_entropy(student, torch.tensor(logits[:, 1]).softmax(-1), reduction="sum")
+    true = torch.nn.functional.cross_entropy(student, torch.tensor(targets).long(), reduction="sum")
+    (0.7 * true + 0.3 * taught).backward()
+    loss = Distillation(0.3, SmoothedCrossEntropy())
+    value, gradient = jax.value_and_grad(lambda x: loss(x, jnp.asarray(targets)).sum())(jnp.asarray(logits))
+    np.testing.assert_allclose(value, (0.7 * true + 0.3 * taught).detach(), rtol=1e-5)
+    np.testing.assert_allclose(gradient[:, 0], student.grad, atol=1e-6)
+    assert not gradient[:, 1].any()  # the teacher does not learn
