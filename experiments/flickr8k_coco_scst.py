@@ -4,9 +4,9 @@
     imgcap train flickr8k_coco --init-from runs/flickr8k_three
     for seed in 0 1 2 3; do
       imgcap train flickr8k_coco_scst --init-from runs/flickr8k_coco \
-        --training.seed $seed --run runs/flickr8k_coco_scst/seed=$seed
+        --training.seed $seed --run runs/flickr8k_coco_scst_$seed
     done
-    imgcap average runs/flickr8k_coco_scst --run runs/flickr8k_soup
+    imgcap average runs/flickr8k_coco_scst_? --run runs/flickr8k_soup
     imgcap evaluate runs/flickr8k_soup --split val --beam 3
 
 The reward of a caption is half its CIDEr-D with the references of the photo, and half that with the captions of the ten

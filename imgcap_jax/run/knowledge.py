@@ -13,7 +13,7 @@ from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import json_digest
 from imgcap_jax.metrics.cider_device import DocumentFrequencies, document_frequencies
-from imgcap_jax.models.neighbours import NEIGHBOURS, Neighbours, index
+from imgcap_jax.models.neighbours import NEIGHBOURS, VERSION, Neighbours, index
 from imgcap_jax.run.extraction import Extraction, uses_store
 from imgcap_jax.run.folder import Run
 from imgcap_jax.special_tokens import PAD
@@ -80,7 +80,8 @@ def _neighbours(run: Run, cache: Path | None, parallel: DataParallel | None) -> 
 
 def _identity(run: Run) -> str:
     experiment = run.experiment
-    return json_digest([experiment.data.dataset, repr(experiment.encoder), experiment.data.image_size, run.weights])
+    what = [experiment.data.dataset, repr(experiment.encoder), experiment.data.image_size, run.weights]
+    return json_digest([VERSION, *what])
 
 
 def index_training_photos(run: Run, sources: Sequence[CaptionSource], stores: Sequence[RegionSource]) -> Neighbours:
