@@ -3,7 +3,7 @@
 Devlin et al. compare photos by the features of a CNN. Here a ridge regression from the mean region features of a photo
 predicts the words of its captions, and the prediction is compared with the words of the training captions. Features of
 photos then matter as far as they say something about captions. Consensus captions of Flickr8k's validation photos score
-45 CIDEr-D with plain features and 52 with predicted words.
+45 CIDEr-D with plain features and 53 with predicted words.
 
 The comparison runs on the device, within a training step or a search.
 
@@ -24,10 +24,10 @@ from imgcap_jax.files import reading, replacing
 from imgcap_jax.special_tokens import PAD
 
 NEIGHBOURS = "neighbours.npz"  # file in a run's folder
-VERSION = 3
+VERSION = 4
 """Changes with every change of what ``index`` computes."""
 COMPONENTS = 256
-_RIDGE = 0.2  # added to the variances of the standardised features
+_RIDGE = 0.1  # added to the variances of the standardised features
 _SMALLEST = 0.05  # added to the standard deviation of a feature, so that features that hardly vary count little
 _WORDS = 2000  # the most frequent words
 

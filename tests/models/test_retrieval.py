@@ -48,7 +48,7 @@ def expected_cosines(features: np.ndarray, captions: np.ndarray, queries: np.nda
     inputs, targets = (features - mean) / (features.std(0) + 0.05), words - words.mean(0)
 
     def fitted(chosen: np.ndarray) -> np.ndarray:
-        covariance = inputs[chosen].T @ inputs[chosen] / PHOTOS + 0.2 * np.eye(D)
+        covariance = inputs[chosen].T @ inputs[chosen] / PHOTOS + 0.1 * np.eye(D)
         return np.asarray(np.linalg.solve(covariance, inputs[chosen].T @ targets[chosen] / PHOTOS))
 
     everyone = np.arange(PHOTOS)
