@@ -18,8 +18,6 @@ from imgcap_jax.metrics.cider_device import DocumentFrequencies
 from imgcap_jax.models.neighbours import Neighbours
 from imgcap_jax.special_tokens import PAD
 
-_COMPARED = 2**24  # pairs of words that are compared at a time
-
 
 class Knowledge(NamedTuple):
     """What ``rerank`` knows of the training data."""
@@ -52,15 +50,7 @@ def rerank(found: Decoded, references: Array, probabilities: Array, utility: Uti
         probabilities: float32 [B,R]; see ``expected_utility``.
         utility: see ``expected_utility``.
     """
-    # Few images at a time, because all words of two captions are compared.
-    pairs = found.tokens.shape[1] * references.shape[1] * found.tokens.shape[2] * references.shape[2]
-
-    def of_image(image: tuple[Array, Array, Array]) -> Array:
-        tokens, others, weights = (leaf[None] for leaf in image)
-        return expected_utility(tokens, others, weights, utility)[0]
-
-    together = max(1, min(len(found.tokens), _COMPARED // pairs))
-    gain = jax.lax.map(of_image, (found.tokens, references, probabilities), batch_size=together)
+    gain = expected_utility(found.tokens, references, probabilities, utility)
     same = (found.tokens[:, :, None] == found.tokens[:, None]).all(-1)  # [B,K,K]
     first = jnp.argmax(same, axis=-1) == jnp.arange(same.shape[1])  # [B,K]
     kept = first & found.tokens.any(-1)

@@ -21,7 +21,7 @@ from imgcap_jax.metrics.cider_device import DocumentFrequencies, cider_d_pairs, 
 from imgcap_jax.special_tokens import EOS, PAD, UNK
 from imgcap_jax.tokenizers import DEFAULT, Tokenizer, tokens_of
 
-_COMPARED = 2**25  # pairs of words that are compared at a time, at most 256 images or at least one
+_COMPARED = 2**24  # pairs of words that are compared at a time, but those of at least one image
 
 
 class Utility(NamedTuple):
@@ -41,6 +41,18 @@ def expected_utility(candidates: Array, references: Array, probabilities: Array,
         probabilities: float32 [B,R], of the references. Those of an image sum to 1.
         utility: the weights of the metrics, and the document frequencies of CIDEr-D.
     """
+    pairs = candidates[0].size * references[0].size
+    together = max(1, min(len(candidates), _COMPARED // max(1, pairs)))
+
+    def of_image(image: tuple[Array, Array, Array]) -> Array:
+        own, others, weights = (leaf[None] for leaf in image)
+        return _of_images(own, others, weights, utility)[0]
+
+    return jax.lax.map(of_image, (candidates, references, probabilities), batch_size=together)
+
+
+def _of_images(candidates: Array, references: Array, probabilities: Array, utility: Utility) -> Array:
+    """``expected_utility`` of all images at once."""
     words, others = (jnp.where(tokens == EOS, PAD, tokens) for tokens in (candidates, references))
     prepared = prepare_references(others, jnp.ones(len(words)), utility.frequencies)
     gain = jnp.zeros(())
@@ -82,14 +94,12 @@ def most_agreed(
     utility = Utility(document_frequencies(documents, UNK + 1 + len(ids)), cider, bleu)
     most = max(map(len, candidates))
     longest = max(1, *(len(words) for texts in candidates for words in texts))
-    together = max(1, min(256, len(candidates), _COMPARED // (most * longest) ** 2))  # images
-    tokens = np.full((-(-len(candidates) // together) * together, most, longest), PAD, np.int32)
+    tokens = np.full((len(candidates), most, longest), PAD, np.int32)
     there = np.zeros(tokens.shape[:2], np.float32)
     for image, texts in enumerate(candidates):
         there[image, : len(texts)] = 1 / len(texts)
         for place, words in enumerate(texts):
             tokens[image, place, : len(words)] = words
-    gain = jax.jit(lambda tokens, there: expected_utility(tokens, tokens, there, utility))
-    parts = [gain(tokens[i : i + together], there[i : i + together]) for i in range(0, len(tokens), together)]
-    best = np.where(there > 0, np.concatenate(jax.device_get(parts)), -np.inf).argmax(axis=1)
-    return {image: texts[number] for (image, texts), number in zip(captions.items(), best.tolist(), strict=False)}
+    gain = jax.jit(lambda tokens, there: expected_utility(tokens, tokens, there, utility))(tokens, there)
+    best = np.where(there > 0, np.asarray(gain), -np.inf).argmax(axis=1)
+    return {image: texts[number] for (image, texts), number in zip(captions.items(), best.tolist(), strict=True)}
