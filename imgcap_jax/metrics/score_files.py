@@ -10,7 +10,6 @@ from typing import Any
 from imgcap_jax.errors import UserError, counted
 from imgcap_jax.files import check_writable, without_nan, write_text
 from imgcap_jax.metrics import objects, spice
-from imgcap_jax.metrics.agreement import most_agreed
 from imgcap_jax.metrics.coco_format import (
     Captions,
     check_file_names,
@@ -122,6 +121,8 @@ class OtherSystems:
         tokenizer: Tokenizer,
     ) -> dict[int, str]:
         """The caption of each image that agrees most with the others. See ``agreement.most_agreed``."""
+        from imgcap_jax.metrics.agreement import most_agreed  # JAX, which scores do not need
+
         documents = None if corpus is None else list(corpus.values())
         chosen = most_agreed(captions, documents, bleu=self.bleu, tokenizer=tokenizer)
         if self.output is not None:

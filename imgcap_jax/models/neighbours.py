@@ -137,8 +137,8 @@ def nearest_captions(
         regions: float32 [B,N,D].
         neighbours: the index.
         count: the number of photos.
-        own: int32 [B], the number of each photo if it is a training photo itself, or a view of one: it is compared as
-            if the regression had not seen it, and it is not its own neighbour; None: they are other photos.
+        own: int32 [B], the number of each photo if it is a training photo itself, or a view of one (see
+            ``nearest_to_training_photos``); None: they are other photos.
 
     Returns:
         Captions int32 [B,count*R,T], whether each exists, bool [B,count*R], and the cosine of the features of its photo
@@ -146,14 +146,28 @@ def nearest_captions(
     """
     if own is None:
         vectors = _unit((regions.mean(1) - neighbours.mean) @ neighbours.projection)
+        cosines, photos = jax.lax.top_k(vectors @ neighbours.vectors.T, count)  # [B,count] both
     else:
-        vectors = neighbours.queries[own]
-    cosines = vectors @ neighbours.vectors.T  # [B,I]
-    if own is not None:
-        cosines = jnp.where(jnp.arange(cosines.shape[1]) == own[:, None], -1.0, cosines)
-    cosines, photos = jax.lax.top_k(cosines, count)  # [B,count] both
+        cosines, photos = nearest_to_training_photos(own, neighbours, count)
     captions = neighbours.captions[photos].reshape(len(regions), -1, neighbours.captions.shape[-1])
     return captions, (captions != PAD).any(-1), jnp.repeat(cosines, neighbours.captions.shape[1], axis=1)
+
+
+def nearest_to_training_photos(own: Array, neighbours: Neighbours, count: int) -> tuple[Array, Array]:
+    """The training photos that are nearest to training photos.
+
+    A photo is compared as if the regression had not seen it, and it is not its own neighbour.
+
+    Args:
+        own: int32 [B], the numbers of the photos.
+        neighbours: the index.
+        count: the number of neighbours.
+
+    Returns:
+        Cosines float32 [B,count] and numbers of photos int32 [B,count], nearest first.
+    """
+    cosines = neighbours.queries[own] @ neighbours.vectors.T  # [B,I]
+    return jax.lax.top_k(jnp.where(jnp.arange(cosines.shape[1]) == own[:, None], -1.0, cosines), count)
 
 
 def _unit(vectors: Array) -> Array:

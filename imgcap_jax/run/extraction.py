@@ -14,6 +14,7 @@ from flax import nnx
 from imgcap_jax.data.features import FeatureStore
 from imgcap_jax.data.regions import ReadyRegions, RegionFiles, RegionSource, has_ready_regions
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.files import file_digest
@@ -30,6 +31,19 @@ def uses_store(experiment: Experiment) -> bool:
     """Whether regions are read from a store, because the encoder would compute the same ones in each epoch."""
     data, settings = experiment.data, experiment.encoder
     return has_ready_regions(settings) or (settings.frozen and (data.views > 1 or not data.augmentation.changes_images))
+
+
+def reads_stored_regions(experiment: Experiment, decodings: Sequence[Decoding]) -> bool:
+    """Whether images are captioned from stored regions. Those of mirror images are not stored.
+
+    Raises:
+        UserError: mirror images are asked for, but the regions are ready-made.
+    """
+    if not any(decoding.mirror for decoding in decodings):
+        return uses_store(experiment)
+    if has_ready_regions(experiment.encoder):
+        raise UserError("mirror needs photos, but this run was trained on ready-made regions; leave it out")
+    return False
 
 
 def why_not_stored(experiment: Experiment) -> tuple[str, str]:

@@ -11,7 +11,6 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from imgcap_jax.data.regions import has_ready_regions
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.decoding.beam import diverse_beam_search
 from imgcap_jax.decoding.constrained import constrained_beam_search, constrained_rows
@@ -32,7 +31,6 @@ from imgcap_jax.decoding.rules import (
 from imgcap_jax.decoding.sampling import sample
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
-from imgcap_jax.experiment import Experiment
 from imgcap_jax.metrics.agreement import Utility
 from imgcap_jax.metrics.degeneration import BAD_ENDINGS, CONJUNCTIONS, FUNCTION_WORDS
 from imgcap_jax.metrics.degeneration_device import FunctionWords
@@ -40,7 +38,6 @@ from imgcap_jax.models.decoders.contract import DecoderSettings, check_length
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
 from imgcap_jax.models.neighbours import nearest_captions
 from imgcap_jax.precision import matmul_precision
-from imgcap_jax.run.extraction import uses_store
 from imgcap_jax.special_tokens import BOS, PAD, UNK
 from imgcap_jax.tokenizers import tokens_of
 
@@ -49,19 +46,6 @@ def check_decoding(decoding: Decoding, vocabulary: Vocabulary, decoder: DecoderS
     """Raises UserError if a model cannot decode with these settings, before hours of training and not after them."""
     _rules(decoding, vocabulary), _must(decoding, vocabulary)
     check_length(decoder, decoding.max_words, "decoding.max_words")
-
-
-def reads_stored_regions(experiment: Experiment, decodings: Sequence[Decoding]) -> bool:
-    """Whether images are captioned from stored regions. Those of mirror images are not stored.
-
-    Raises:
-        UserError: mirror images are asked for, but the regions are ready-made.
-    """
-    if not any(decoding.mirror for decoding in decodings):
-        return uses_store(experiment)
-    if has_ready_regions(experiment.encoder):
-        raise UserError("mirror needs photos, but this run was trained on ready-made regions; leave it out")
-    return False
 
 
 def _rules(decoding: Decoding, vocabulary: Vocabulary) -> tuple[Rule, ...]:

@@ -14,9 +14,9 @@ from imgcap_jax.data.sources import CaptionSource
 from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.models.model import CaptionModel, Frozen, Params, split_trained
-from imgcap_jax.run.extraction import Extraction
+from imgcap_jax.run.extraction import Extraction, reads_stored_regions
 from imgcap_jax.run.folder import Run
-from imgcap_jax.run.generation import attention_function, reads_stored_regions
+from imgcap_jax.run.generation import attention_function
 from imgcap_jax.special_tokens import EOS, PAD
 from imgcap_jax.terminal import working
 from imgcap_jax.tokenizers import text_of, tokens_of

@@ -37,10 +37,11 @@ from imgcap_jax.metrics.degeneration_device import FunctionWords, repeated_words
 from imgcap_jax.models.layers import draw_words, row_keys
 from imgcap_jax.models.members import has_effect
 from imgcap_jax.models.model import DRAW_KEYS, START_KEYS, UNROLL_KEYS, CaptionModel, Frozen, Params
-from imgcap_jax.models.neighbours import NEIGHBOURS, Neighbours, nearest_captions
+from imgcap_jax.models.neighbours import NEIGHBOURS, Neighbours
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 from imgcap_jax.training.checkpoints import Checkpoints
 from imgcap_jax.training.losses import CROSS_ENTROPY, packed_word_loss
+from imgcap_jax.training.neighbour_captions import NeighbourCaptions, captions_of_neighbours
 from imgcap_jax.training.objective import StepSetup
 from imgcap_jax.training.parallel import Step
 from imgcap_jax.training.step import keys_of_rows, train_step
@@ -97,8 +98,8 @@ class SelfCritical:
     """Weight of the penalty for repeated words, such as the second "car" of "a car in a car": subtracted from the
     reward for each of them."""
     neighbours: int = 0
-    """The captions of this many training photos, those that look most like the photo, are further references. The
-    reward is then smoother, and the policy learns the captions of single photos by heart more slowly."""
+    """The captions of this many nearest training photos (``models/neighbours.py``) are further references. The reward
+    is then smoother, and the policy learns the captions of single photos by heart more slowly."""
     neighbours_weight: float = 0.5
     """The share of the reward that comes from these references."""
     reward_eos: bool = True
@@ -190,8 +191,12 @@ class SelfCritical:
         if setup.references.norms is None:  # computed once, and not at every step
             setup.references.norms = reference_norms(setup.references.tokens, frequencies)
         start = _start(setup.params, setup.checkpoints) if self.kl else None
-        neighbours = Neighbours.load(setup.folder / NEIGHBOURS) if self.neighbours else None
-        return Constants(setup.frozen, *setup.parallel.replicate((frequencies, start, neighbours)))
+        others = None
+        if self.neighbours:
+            index = Neighbours.load(setup.folder / NEIGHBOURS)
+            assert index is not None  # the session has made it
+            others = captions_of_neighbours(index, self.neighbours, frequencies, eos=self.reward_eos)
+        return Constants(setup.frozen, *setup.parallel.replicate((frequencies, start, others)))
 
     def make_step(self, setup: StepSetup) -> Step:
         """See ``Objective``."""
@@ -251,14 +256,14 @@ class Constants(NamedTuple):
     """What a step reads and does not change.
 
     frozen: the frozen part of the model. frequencies: the document frequencies of the training captions.
-    start: the initial parameters, for a KL penalty; else None. neighbours: the training photos, if their captions are
-    further references; else None.
+    start: the initial parameters, for a KL penalty; else None. neighbours: the captions of each training photo's
+    neighbours, if they are further references; else None.
     """
 
     frozen: Frozen
     frequencies: DocumentFrequencies
     start: Params | None
-    neighbours: Neighbours | None = None
+    neighbours: NeighbourCaptions | None = None
 
 
 class _Sums(NamedTuple):
@@ -386,7 +391,7 @@ def self_critical_step(
 
         others = None
         if constants.neighbours is not None:
-            others = _captions_of_neighbours(batch, constants.neighbours, constants.frequencies, objective)
+            others = constants.neighbours.references(batch["number"])
 
         def rewarded(tokens: Array) -> tuple[Array, Array]:
             """The rewards of captions [B,M,T], and the number of repeated words of each, both [B,M]."""
@@ -466,21 +471,6 @@ def self_critical_step(
         return captions, metrics
 
     return train_step(loss, measure, transformation, accumulate=accumulate, ema_decay=ema_decay)
-
-
-def _captions_of_neighbours(
-    batch: Mapping[str, Array], neighbours: Neighbours, frequencies: DocumentFrequencies, objective: SelfCritical
-) -> DeviceReferences:
-    """The captions of the training photos that look most like each photo, as references."""
-    captions, there, _ = nearest_captions(batch["regions"], neighbours, objective.neighbours, batch["number"])
-    if objective.reward_eos:
-        captions = jnp.pad(captions, ((0, 0), (0, 0), (0, 1)))
-        end = (captions != PAD).sum(-1, keepdims=True)
-        captions = jnp.where((jnp.arange(captions.shape[-1]) == end) & there[..., None], EOS, captions)
-    # The references that exist come first, as DeviceReferences asks for.
-    order = jnp.argsort(~there, axis=-1, stable=True)
-    captions = jnp.take_along_axis(captions, order[..., None], axis=1)
-    return prepare_references(captions, there.sum(-1), frequencies)
 
 
 def _above_others(values: Array) -> Array:

@@ -130,10 +130,12 @@ def test_the_rows_of_a_batch_belong_together() -> None:
     assert {name: (values.shape, values.dtype) for name, values in batch.items()} == {
         "image": ((6, SIZE, SIZE, 3), np.uint8),
         "tokens": ((6, 3, 5), np.int32),
+        "number": ((6,), np.int32),
         "image_id": ((6,), np.int64),
         "weight": ((6,), np.float32),
     }
     np.testing.assert_array_equal(batch["weight"], 1)
+    np.testing.assert_array_equal(batch["number"], batch["image_id"] - 1000)
     for image_id, tokens in zip(batch["image_id"], batch["tokens"], strict=True):
         there = 1 + (image_id - 1000) % 5
         count = min(3, there)

@@ -27,8 +27,10 @@ from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.decoders.transformer import Transformer
 from imgcap_jax.models.encoders.small_cnn import SmallCNN
 from imgcap_jax.models.model import CaptionModel, split_trained
+from imgcap_jax.models.neighbours import Neighbours
 from imgcap_jax.special_tokens import BOS, EOS, PAD
 from imgcap_jax.text import tokenize
+from imgcap_jax.training.neighbour_captions import captions_of_neighbours
 from imgcap_jax.training.optimizer import Optimizer
 from imgcap_jax.training.parallel import DataParallel
 from imgcap_jax.training.self_critical import Constants, SelfCritical, self_critical_step
@@ -123,6 +125,66 @@ def test_known_norms_of_the_references_give_the_same_step() -> None:
         np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-7)
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
     assert found[0][1] != pytest.approx(found[2][1], rel=1e-3)  # the norms are read
+
+
+# Captions [I,R,T] of training photos; the third photo has one caption, the others two. 6 and 7 are unknown words.
+CAPTIONS = np.array([[[4, 5, 0], [4, 0, 0]], [[5, 0, 0], [5, 4, 6]], [[5, 4, 4], [0, 0, 0]], [[4, 4, 0], [7, 5, 0]]])
+
+
+def indexed() -> tuple[Neighbours, list[list[int]]]:
+    """An index of training photos, and the other photos in the order of their cosine with each."""
+    rng = np.random.default_rng(5)
+    queries, vectors = (rng.normal(size=(len(CAPTIONS), 3)).astype(np.float32) for _ in range(2))
+    queries, vectors = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (queries, vectors))
+    cosines = queries @ vectors.T
+    order = [[other for other in np.argsort(-cosines[own]).tolist() if other != own] for own in range(len(CAPTIONS))]
+    given = (vectors, queries, np.zeros(D, "f"), np.zeros((D, 3), "f"), CAPTIONS.astype(np.int32))
+    return Neighbours(*map(jnp.asarray, given)), order
+
+
+def nearest_references(order: list[int], count: int, eos: bool) -> list[list[int]]:
+    """The captions of the first photos, by a plain computation."""
+    texts = [[int(word) for word in text if word] for photo in order[:count] for text in CAPTIONS[photo]]
+    return [text + [EOS] * eos for text in texts if text]
+
+
+@pytest.mark.parametrize("eos", [True, False])
+def test_captions_of_neighbours_are_those_of_the_nearest_other_photos(eos: bool) -> None:
+    neighbours, order = indexed()
+    found = captions_of_neighbours(neighbours, 2, FREQUENCIES, eos=eos).references(jnp.array([3, 0, 1, 2, 3]))
+    for place, photo in enumerate([3, 0, 1, 2, 3]):
+        texts = nearest_references(order[photo], 2, eos)
+        assert [[word for word in row.tolist() if word] for row in found.tokens[place][: len(texts)]] == texts
+        assert not found.tokens[place][len(texts) :].any()
+        assert found.per_image[place] == len(texts)
+    expected = prepare_references(found.tokens, found.per_image, FREQUENCIES)
+    np.testing.assert_allclose(found.norm, expected.norm, rtol=1e-6)
+    with pytest.raises(UserError, match=r"neighbours is 4; it must be below the number of training photos, 4"):
+        captions_of_neighbours(neighbours, 4, FREQUENCIES, eos=eos)
+
+
+def test_reward_is_a_weighted_mean_of_the_own_references_and_those_of_the_neighbours() -> None:
+    graph, params, frozen = reading(small(dropout=0.3), sharper=3.0)
+    neighbours, order = indexed()
+    number = np.array([2, 0, 3, 1], np.int32)
+    width = captions_of_neighbours(neighbours, 2, FREQUENCIES, eos=True)
+    theirs = np.zeros((4, 4, T + 1), np.int32)
+    for place, photo in enumerate(number):
+        for row, text in enumerate(nearest_references(order[photo], 2, eos=True)):
+            theirs[place, row, : len(text)] = text
+    as_own = {"references": theirs, "reference_count": theirs.any(-1).sum(-1).astype(np.float32)}
+    batch = {**batch_of(4), "number": number}
+
+    def reward(objective: SelfCritical, batch: dict[str, np.ndarray]) -> float:
+        parallel, step = compiled(graph, objective)
+        state = parallel.replicate(first_state(jax.tree.map(jnp.copy, params), SGD, ema=False))
+        constants = parallel.replicate(Constants(frozen, FREQUENCIES, None, width if objective.neighbours else None))
+        return float(step(state, constants, parallel.put(batch))[1]["reward"])
+
+    own, others = (reward(SelfCritical(samples=8), one) for one in (batch, {**batch, **as_own}))
+    assert abs(own - others) > 0.1
+    mixed = reward(SelfCritical(samples=8, neighbours=2, neighbours_weight=0.3), batch)
+    assert mixed == pytest.approx(0.7 * own + 0.3 * others, rel=1e-5)
 
 
 _SLOW = pytest.mark.slow
