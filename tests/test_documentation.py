@@ -25,7 +25,11 @@ from imgcap_jax.data.scenes.language import scene_captions
 from imgcap_jax.data.scenes.world import draw_scene, sample_scene
 from imgcap_jax.experiment import Experiment
 from imgcap_jax.metrics.meteor.tables import HOW_TO_ADD
+from imgcap_jax.models.neighbours import NEIGHBOURS, index
 from imgcap_jax.plan.chips import CHIPS
+from imgcap_jax.run.folder import INIT_FROM, Run
+from imgcap_jax.run.knowledge import identity
+from imgcap_jax.special_tokens import UNK
 from imgcap_jax.study import Study
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -37,15 +41,34 @@ STANDS_FOR = {
     "dog|dogs,frisbee": "circle|circles,red",
     "FOLDER": "photos",
     "~/flickr8k": "photos",
+    "~/coco_subset": "photos",
     "HOST:PORT,COUNT,INDEX": "127.0.0.1:1234,2,0",
     "gs://BUCKET/runs/coco": "runs/another",
     "gs://BUCKET/data": "data",
 }
 
 
+@pytest.fixture(scope="module")
+def neighbours(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of similar training photos for the small run, whose encoder is not frozen, so that it makes none."""
+    run = Run.load(trained)
+    encoder = run.model(with_encoder=True).encoder
+    assert encoder is not None
+    rng = np.random.default_rng(0)
+    captions = rng.integers(UNK + 1, len(run.vocabulary), (30, 2, 8)).astype(np.int32)
+    path = tmp_path_factory.mktemp("neighbours") / NEIGHBOURS
+    index(rng.normal(size=(30, encoder.region_size)).astype(np.float32), captions).save(path, identity(run))
+    return path
+
+
 @pytest.fixture
 def place(
-    trained: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_code: Callable[[], None]
+    trained: Path,
+    neighbours: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forget_code: Callable[[], None],
 ) -> Path:
     """A folder with the files that the pages name."""
     monkeypatch.chdir(tmp_path)
@@ -54,7 +77,13 @@ def place(
     populations = [f"{name}_population/seed=0" for name in ("flickr8k", "narrow", "wide")]
     for name in ("flickr8k", "flickr8k_scst", "another", "my_experiment", *populations):
         shutil.copytree(trained, Path("runs") / name)
+        shutil.copyfile(neighbours, Path("runs") / name / NEIGHBOURS)
     shutil.copytree(trained, Path("runs") / "my_study" / "base" / "seed=0")
+    for name in ("flickr8k_scst_population", "flickr8k_coco_scst_population"):
+        for seed in range(2):
+            folder = Path("runs") / name / f"seed={seed}"
+            shutil.copytree(trained, folder)
+            (folder / INIT_FROM).write_text(json.dumps({"run": "runs/start"}))
     for folder in ("holiday", "test2014", "photos/images"):
         Path(folder).mkdir(parents=True)
     scenes = {number: sample_scene("test", number) for number in range(8)}

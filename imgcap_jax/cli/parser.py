@@ -29,7 +29,7 @@ _EPILOG = """examples:
   imgcap evaluate runs/flickr8k --split val --beam 3
   imgcap evaluate runs/flickr8k --decode.beam 1 3 5 --decode.length-norm 0 0.7
   imgcap compare runs/flickr8k runs/flickr8k_scst
-  imgcap average runs/flickr8k_scst_seeds --run runs/flickr8k_soup
+  imgcap average runs/flickr8k_scst_population --run runs/flickr8k_soup
   imgcap caption photo.jpg holiday/ --run runs/flickr8k
   imgcap caption photo.jpg --run runs/flickr8k --attention
   imgcap caption photo.jpg --run runs/flickr8k --n-best 3 --decode.must frisbee

@@ -69,8 +69,7 @@ class Decoding:
     mbr_temperature: float = 1.0
     """The scores of a search, divided by it, are the logits of the captions' probabilities; large: all count alike."""
     mbr_neighbours: int = 0
-    """The captions of this many training photos, those that look most like the photo, also count in the agreement
-    (Devlin et al. 2015)."""
+    """The captions of this many nearest training photos also count in the agreement (Devlin et al. 2015)."""
     mbr_neighbours_weight: float = 0.5
     """Their share of the agreement; the rest belongs to the beams or samples."""
     pool: bool = False

@@ -63,7 +63,7 @@ def _frequencies(run: Run) -> DocumentFrequencies:
 
 def _neighbours(run: Run, cache: Path | None, parallel: DataParallel | None) -> Neighbours:
     path = run.folder / NEIGHBOURS
-    found = Neighbours.load(path, _identity(run)) if path.is_file() else None
+    found = Neighbours.load(path, identity(run)) if path.is_file() else None
     if found is not None:
         return found
     if cache is None or not uses_store(run.experiment):
@@ -78,7 +78,8 @@ def _neighbours(run: Run, cache: Path | None, parallel: DataParallel | None) -> 
     return index_training_photos(run, sources, stores)
 
 
-def _identity(run: Run) -> str:
+def identity(run: Run) -> str:
+    """What the index of a run's training photos depends on, as a digest."""
     experiment = run.experiment
     what = [experiment.data.dataset, repr(experiment.encoder), experiment.data.image_size, run.weights]
     return json_digest([VERSION, *what])
@@ -110,7 +111,7 @@ def index_training_photos(run: Run, sources: Sequence[CaptionSource], stores: Se
     captions[(captions != PAD).sum(-1) > _LONGEST] = PAD
     neighbours = index(np.concatenate(features), captions[..., :_LONGEST])
     if is_first_process():
-        neighbours.save(run.folder / NEIGHBOURS, _identity(run))
+        neighbours.save(run.folder / NEIGHBOURS, identity(run))
     return neighbours
 
 
