@@ -117,8 +117,8 @@ class Captioner:
             self._params.append(restore_best(run.folder, params)[0])
             self._graphs.append(graph)
             self._frozen.append(frozen)
-        knowledge = knowledge_of(runs[0], self.decoding)
-        self._captions = caption_function(self._graphs, self.decoding, runs[0].vocabulary, knowledge)
+        self._knowledge = knowledge_of(runs[0], self.decoding)
+        self._captions = caption_function(self._graphs, self.decoding, runs[0].vocabulary)
         self._attention = [attention_function(graph) for graph in self._graphs] if attention else []
         self._check_attention()
 
@@ -238,7 +238,7 @@ class Captioner:
     def _caption(self, batch: _Batch) -> list[list[Caption]]:
         """All captions of each image of a batch."""
         parts = [{"image": own, "row": batch.rows} for own in batch.images]
-        decoded = jax.device_get(self._captions(self._params, self._frozen, parts))
+        decoded = jax.device_get(self._captions(self._params, self._frozen, parts, self._knowledge))
         maps = self._maps(batch.images, decoded.tokens)
         return [self._hypotheses(decoded, maps, row) for row in range(batch.real)]
 

@@ -188,6 +188,7 @@ class Session:
             run = _open_run(experiment, folder, data, init_from)
         check_decoding(experiment.decoding, run.vocabulary, experiment.decoder)
         check_objective(experiment.objective, run.vocabulary)
+        teachers = _teachers(run)
         check_length(experiment.decoder, experiment.data.max_words + 1, "data.max_words")
         if not run.resumable:
             # Shares of the few captions of a smoke run mean nothing.
@@ -200,7 +201,7 @@ class Session:
                 show(f"note: {note}")
         data = with_features(data, experiment, cache, parallel)
         needed = experiment.retrieval is not None or getattr(experiment.objective, "neighbours", 0) > 0
-        if needed and not (folder / NEIGHBOURS).is_file():
+        if needed and not (run.resumable and (folder / NEIGHBOURS).is_file()):
             _index_training_photos(run, data)
 
         # The model (encoder and decoder, see run/folder.py), on all devices. The state of a resumed run has no values
@@ -245,7 +246,7 @@ class Session:
             parallel=parallel,
             folder=folder,
             checkpoints=checkpoints,
-            teachers=_teachers(run, data, parallel),
+            teachers=[_loaded(teacher, parallel) for teacher in teachers],
         )
         batches = train_batches(
             experiment.data,
@@ -486,13 +487,13 @@ def compiling(show: Say, stop: StopRequest, done: int) -> Iterator[None]:
         yield
 
 
-def _teachers(run: Run, data: Data, parallel: DataParallel) -> list[Teacher]:
+def _teachers(run: Run) -> list[Run]:
     """The runs that the objective learns from. Raises UserError if they cannot read the batches of this run."""
     teachers = []
     for folder in getattr(run.experiment.objective, "teachers", ()):
         teacher = Run.load(place(folder))
         check_encoder(teacher.folder, run.experiment, "objective.teachers")
-        if data.stores is None or not uses_store(teacher.experiment):
+        if not (uses_store(run.experiment) and uses_store(teacher.experiment)):
             raise UserError(
                 f"{folder} cannot be a teacher: it and this run must have a frozen encoder and stored features"
             )
@@ -502,10 +503,17 @@ def _teachers(run: Run, data: Data, parallel: DataParallel) -> list[Teacher]:
                 raise UserError(f"{folder} cannot be a teacher: its data.{name} is {theirs}, not {ours}")
         if teacher.vocabulary.words != run.vocabulary.words:
             raise UserError(f"{folder} cannot be a teacher: its vocabulary differs; train it on the same captions")
-        graph, params, frozen = split_trained(teacher.model(with_encoder=False, restored=True))
-        best, _ = restore_best(teacher.folder, parallel.replicate(params))
-        teachers.append(Teacher(graph, best, parallel.replicate(frozen)))
+        # Its retrieval excludes a training photo by the number of the photo.
+        if teacher.experiment.retrieval is not None and teacher.experiment.data.dataset != run.experiment.data.dataset:
+            raise UserError(f"{folder} cannot be a teacher: it has retrieval, and its data.dataset differs")
+        teachers.append(teacher)
     return teachers
+
+
+def _loaded(teacher: Run, parallel: DataParallel) -> Teacher:
+    graph, params, frozen = split_trained(teacher.model(with_encoder=False, restored=True))
+    best, _ = restore_best(teacher.folder, parallel.replicate(params))
+    return Teacher(graph, best, parallel.replicate(frozen))
 
 
 def _index_training_photos(run: Run, data: Data) -> None:

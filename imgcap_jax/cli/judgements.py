@@ -11,9 +11,9 @@ def judge(options: argparse.Namespace, tokenizer: Tokenizer) -> int:
     from imgcap_jax.metrics.judgement_files import judge_metrics
     from imgcap_jax.report.judgements import lines
 
-    for name in ("compare", "training", "samples"):
+    for name in ("compare", "training", "samples", "mbr", "mbr_bleu", "mbr_output", "images"):
         if getattr(options, name) is not None:
-            raise UserError(f"--{name} has no effect with --judgements; leave it out")
+            raise UserError(f"--{name.replace('_', '-')} has no effect with --judgements; leave it out")
     report = judge_metrics(
         options.captions,
         options.references,

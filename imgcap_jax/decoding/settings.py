@@ -79,7 +79,7 @@ class Decoding:
     """Your own logit rules, applied after the others in this order."""
 
     def plain(self, beam: int) -> "Decoding":
-        """The same lengths and rules, by plain beam search."""
+        """The same lengths and rules, by plain beam search, without the mirror image."""
         others = (
             "n_best",
             "groups",
@@ -90,6 +90,7 @@ class Decoding:
             "top_k",
             "top_p",
             "seed",
+            "mirror",
             *_OF_RERANK,
         )
         return replace(self, beam=beam, **{name: _DEFAULTS[name] for name in others})
@@ -152,11 +153,17 @@ class Decoding:
             raise UserError("mbr_cider and mbr_bleu are both 0; set one of them")
         if not self.mbr_neighbours and self.mbr_neighbours_weight != _DEFAULTS["mbr_neighbours_weight"]:
             raise UserError("mbr_neighbours_weight only affects mbr_neighbours; set mbr_neighbours as well")
+        if self.mbr_neighbours and not self.mbr_neighbours_weight:
+            raise UserError("mbr_neighbours has no effect if mbr_neighbours_weight is 0; leave both out")
+        if self.samples and self.mbr_temperature != _DEFAULTS["mbr_temperature"]:
+            raise UserError("mbr_temperature has no effect on samples, which all count alike; leave it out")
         if self.rerank == "consensus":
             if not self.mbr_neighbours:
                 raise UserError("rerank is consensus, but mbr_neighbours is 0; set it to the number of photos, as 20")
-            if self.pool or self.samples or self.mbr_neighbours_weight != _DEFAULTS["mbr_neighbours_weight"]:
-                raise UserError("pool, samples and mbr_neighbours_weight have no effect on consensus; leave them out")
+            unused = ("pool", "must", "prefix", "samples", "mbr_temperature", "mbr_neighbours_weight")
+            for name in unused:
+                if getattr(self, name) != _DEFAULTS[name]:
+                    raise UserError(f"{name} has no effect on consensus, which searches nothing; leave it out")
         elif not self.pool and (self.samples or self.beam) < 2:
             raise UserError("rerank chooses among the beams or samples of an image, of which there is one; use more")
 
@@ -172,6 +179,8 @@ class Decoding:
         if self.samples:
             kind = f"{self.samples} samples" if self.samples > 1 else "sampled"
         stated = {"beam", "samples", "n_best", "length_norm"}
+        if self.rerank == "consensus":
+            return f"consensus of {self.mbr_neighbours} neighbours"
         if kind == "greedy" or self.samples:
             stated |= {"length_penalty"}
         else:

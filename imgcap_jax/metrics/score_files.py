@@ -124,6 +124,10 @@ class OtherSystems:
         from imgcap_jax.metrics.agreement import most_agreed  # JAX, which scores do not need
 
         documents = None if corpus is None else list(corpus.values())
+        if len(documents or captions) < 2:
+            raise UserError(
+                "--mbr needs the document frequencies of at least two images: score more images, or give --training"
+            )
         chosen = most_agreed(captions, documents, bleu=self.bleu, tokenizer=tokenizer)
         if self.output is not None:
             write_results(self.output, chosen)
@@ -199,7 +203,7 @@ def score_files(
     corpus = read_references(idf) if idf is not None else None
     trained = read_references(training) if training is not None else None
     seen = [text for texts in trained.values() for text in texts] if trained is not None else None
-    sets = _sets(samples, references, all_references, tokenizer, warnings) if samples is not None else None
+    sets = _sets(samples, references, whole, all_references, tokenizer, warnings) if samples is not None else None
     annotated = read_instances(instances) if instances is not None else None
     images = _common(all_references, read, warnings)
     theirs = {image_id: all_references[image_id] for image_id in images}
@@ -219,6 +223,8 @@ def score_files(
     else:
         pool = [read[path] for path in dict.fromkeys((captions, *mbr.files))]
         candidates = {image: [text for texts in pool for text in texts[image]] for image in images}
+        if all(len(texts) == 1 for texts in candidates.values()):
+            raise UserError(f"--mbr names only {captions} itself; give the captions of other systems")
         ours = mbr.choose(candidates, trained or corpus, tokenizer)
     scores = scorer.score(ours)
     scores = replace(scores, missing={**scores.missing, **reasons})
@@ -236,6 +242,9 @@ def score_files(
                 f"with {counted(len(images), 'image')} neither interval nor p-value is reliable: compare on at least "
                 f"{_FEW} images"
             )
+    named_files = {name: str(path) for name, path in files.items()}
+    if mbr is not None:
+        named_files |= {f"mbr_{number}": str(path) for number, path in enumerate(mbr.files)}
     named, named_other = None, None
     if with_objects and english:
         named = object_scores(ours, theirs, annotated)
@@ -243,7 +252,7 @@ def score_files(
         if not any(named.mentioned.values()):
             warnings.append("no caption names one of COCO's 80 objects: CHAIRi is undefined and printed as 0")
     return ScoreReport(
-        files={name: str(path) for name, path in files.items()},
+        files=named_files,
         scores=scores,
         diversity=diversity(ours.values(), seen, tokenizer),
         other=other,
@@ -325,16 +334,18 @@ def not_annotated(images: Sequence[int], annotated: Mapping[int, object], path: 
 
 
 def _sets(
-    path: Path, references_path: Path, references: Captions, tokenizer: Tokenizer, warnings: list[str]
+    path: Path, references_path: Path, whole: Captions, part: Captions, tokenizer: Tokenizer, warnings: list[str]
 ) -> SetDiversity:
+    """The diversity of several captions per image, of the images of ``part``, which is a part of ``whole``."""
     captions = read_captions(path)
-    warnings += check_file_names(path, captions, references_path, references)
-    strange = [image_id for image_id in captions if image_id not in references]
+    warnings += check_file_names(path, captions, references_path, whole)
+    strange = [image_id for image_id in captions if image_id not in whole]
     if strange:
         warnings.append(
             f"{path}: {len(strange)} of {len(captions)} images have no references (first: image {strange[0]})"
         )
-    found = set_diversity(captions, references, tokenizer)
+    captions = _only(captions, [image_id for image_id in captions if image_id in part])
+    found = set_diversity(captions, part, tokenizer)
     if found is None:
         raise UserError(
             f"{path} has no image with two captions: give several captions per image, for example those of "

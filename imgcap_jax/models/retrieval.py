@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from imgcap_jax.errors import check_range
+from imgcap_jax.errors import UserError, check_range
 from imgcap_jax.models.encoders.pretrained.weights import FrozenVariable
 from imgcap_jax.models.layers import Projection
 from imgcap_jax.models.neighbours import Neighbours, nearest_captions
@@ -53,7 +53,15 @@ class Retrieval:
             vocabulary_size: V.
             dtype: type that matrix products are computed in.
             rngs: the stream ``params`` initialises parameters.
+
+        Raises:
+            UserError: there are not more training photos than neighbours.
         """
+        photos = len(neighbours.vectors)
+        if self.neighbours >= photos:
+            raise UserError(
+                f"retrieval.neighbours is {self.neighbours}; it must be below the number of training photos, {photos}"
+            )
         return Retriever(self, neighbours, region_size, vocabulary_size, dtype=dtype, rngs=rngs)
 
 

@@ -122,6 +122,8 @@ class Programs:
             raise UserError(
                 "an index of training photos cannot be planned; leave out retrieval, and set objective.neighbours to 0"
             )
+        if getattr(experiment.objective, "teachers", ()):
+            raise UserError("teachers cannot be planned; leave out objective.teachers")
         platform = devices[0].platform
         self._dtype = compute_dtype(experiment.training.dtype, platform)
         self._encoder_dtype = encoder_dtype(experiment, platform)

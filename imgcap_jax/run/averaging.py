@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.models.neighbours import NEIGHBOURS
-from imgcap_jax.remote import shown
+from imgcap_jax.remote import shown, url_of
 from imgcap_jax.run.extraction import uses_store
 from imgcap_jax.run.folder import Run, check_ensemble
 from imgcap_jax.training.checkpoints import Checkpoints, restore_best
@@ -36,6 +36,10 @@ def average(runs: Sequence[Run], folder: Path) -> Run:
     """
     if len(runs) < 2:
         raise UserError("an average needs at least two runs")
+    if url_of(folder) is not None:
+        raise UserError(f"{shown(folder)}: averages are written on this machine; give a local folder as --run")
+    if len({run.folder.resolve() for run in runs}) < len(runs):
+        raise UserError("a run is given twice; give each run once")
     if folder.exists():
         raise UserError(f"{shown(folder)} exists; choose another --run")
     check_ensemble(runs)

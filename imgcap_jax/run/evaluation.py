@@ -148,19 +148,24 @@ class SplitEvaluator:
 
     def caption(self, params: Sequence[Params], frozen: Sequence[Frozen], decoding: Decoding) -> Captioned:
         """Decodes the whole split with the parameters of each member."""
+        knowledge = self._parallel.replicate(self._knowledge.get(decoding))
         if decoding not in self._functions:
             graphs = [member.graph for member in self._members]
-            captions_of = caption_function(graphs, decoding, self._vocabulary, self._knowledge.get(decoding))
-            function = self._functions[decoding] = self._parallel.map_rows(captions_of)
+            captions_of = caption_function(graphs, decoding, self._vocabulary)
+
+            def with_knowledge(params: Any, frozen: Any, knowledge: Any, batches: Any) -> Any:
+                return captions_of(params, frozen, batches, knowledge)
+
+            function = self._functions[decoding] = self._parallel.map_rows(with_knowledge)
             # Compiled before the time is measured.
             with self._working(f"compiling decoding ({decoding.title})", announced=self.say is not None):
                 first = [next(self._on_devices(images))[0] for images in self._images]
-                jax.block_until_ready(function(params, frozen, first).tokens)
+                jax.block_until_ready(function(params, frozen, knowledge, first).tokens)
         start = time.perf_counter()
         parts: list[tuple[np.ndarray, ...]] = []
         with self._working("decoding", len(self._ids)) as work:
             for batches in zip(*map(self._on_devices, self._images), strict=True):
-                decoded = self._functions[decoding](params, frozen, [batch for batch, _ in batches])
+                decoded = self._functions[decoding](params, frozen, knowledge, [batch for batch, _ in batches])
                 found = self._parallel.own((decoded.tokens, decoded.log_prob, decoded.score, decoded.steps))
                 parts.append((batches[0][1] + self._rows, *found))
                 work.update(min(batches[0][1] + self._size, len(self._ids)))

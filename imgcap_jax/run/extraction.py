@@ -16,7 +16,7 @@ from imgcap_jax.data.regions import ReadyRegions, RegionFiles, RegionSource, has
 from imgcap_jax.data.sources import CaptionSource, open_source, parse_mixture
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
-from imgcap_jax.experiment import Experiment
+from imgcap_jax.experiment import Experiment, classes
 from imgcap_jax.files import file_digest
 from imgcap_jax.models.encoders.contract import build_encoder
 from imgcap_jax.models.encoders.pretrained.weights import fingerprint
@@ -100,7 +100,7 @@ def extract(experiment: Experiment, splits: Sequence[str], cache: Path) -> None:
 def _identity(settings: Any) -> str:
     """The settings of an encoder that determine its features."""
     same = {"checkpoint_stages": False} if hasattr(settings, "checkpoint_stages") else {}
-    files = source_files([type(settings)])  # of a user's own encoder, whose code determines its features too
+    files = source_files(classes(settings))  # of a user's own encoder, whose code determines its features too
     return " ".join([repr(replace(settings, **same)), *map(file_digest, files.values())])
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from imgcap_jax.models.decoders.contract import DecoderSettings, check_length
 from imgcap_jax.models.model import CaptionModel, Frozen, Params
 from imgcap_jax.models.neighbours import nearest_captions
 from imgcap_jax.precision import matmul_precision
-from imgcap_jax.special_tokens import BOS, PAD, UNK
+from imgcap_jax.special_tokens import BOS, EOS, PAD, UNK
 from imgcap_jax.tokenizers import tokens_of
 
 
@@ -110,16 +110,25 @@ def _must(decoding: Decoding, vocabulary: Vocabulary) -> list[tuple[int, ...]]:
     return words
 
 
-CaptionFunction = Callable[[Sequence[Params], Sequence[Frozen], Sequence[Mapping[str, ArrayLike]]], Decoded]
+class CaptionFunction(Protocol):
+    """Captions a batch. See ``caption_function``."""
+
+    def __call__(
+        self,
+        params: Sequence[Params],
+        frozen: Sequence[Frozen],
+        batches: Sequence[Mapping[str, ArrayLike]],
+        knowledge: Knowledge | None = None,
+        /,
+    ) -> Decoded:
+        """One of each per model -> captions [B,K,T]. ``decoding.rerank`` needs the knowledge."""
+        ...
 
 
 def caption_function(
-    graphs: Sequence[nnx.GraphDef[CaptionModel]],
-    decoding: Decoding,
-    vocabulary: Vocabulary,
-    knowledge: Knowledge | None = None,
+    graphs: Sequence[nnx.GraphDef[CaptionModel]], decoding: Decoding, vocabulary: Vocabulary
 ) -> CaptionFunction:
-    """Makes the jitted function (params, frozen parts, batches), one of each per model -> Decoded [B,K,T].
+    """Makes the jitted function (params, frozen parts, batches, knowledge) -> Decoded [B,K,T].
 
     Several models with one vocabulary are an ensemble: the probability of a word is the mean of theirs, and each model
     has its own encoder. With ``decoding.pool``, each model searches on its own, and K is the sum of their captions. A
@@ -132,17 +141,19 @@ def caption_function(
         graphs: the models without their arrays.
         decoding: the search settings.
         vocabulary: the words of the models.
-        knowledge: what ``decoding.rerank`` needs; None: it reranks nothing.
 
     Raises:
-        UserError: the vocabulary lacks a word of the settings.
+        UserError: the vocabulary lacks a word of the settings, or ``decoding.pool`` is set for one model.
     """
+    if decoding.pool and len(graphs) < 2:
+        raise UserError("pool joins the captions of several runs, and there is one; leave it out")
     rules, must = _rules(decoding, vocabulary), _must(decoding, vocabulary)
     parallel = decoding.samples or constrained_rows(decoding.beam, must)
 
     reranks = decoding.rerank != "none"
 
-    def search(models: Sequence[CaptionModel], batches: Sequence[Mapping[str, Array]]) -> Decoded:
+    def search(models: Sequence[CaptionModel], batches: Sequence[Mapping[str, Array]], place: int) -> Decoded:
+        """The captions of one search. ``place`` is its number among those that are pooled."""
         steps = decoding.max_words  # a longer caption is cut there and has no eos
         starts = []
         for model, batch in zip(models, batches, strict=True):
@@ -163,7 +174,9 @@ def caption_function(
 
         if decoding.samples:
             rows = batches[0].get("row", jnp.arange(jax.tree.leaves(carry)[0].shape[0]))
-            keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(decoding.seed)))(rows)
+            key = jax.random.key(decoding.seed)
+            key = jax.random.fold_in(key, place) if place else key  # pooled models draw independently
+            keys = jax.vmap(partial(jax.random.fold_in, key))(rows)
             return sample(step, carry, keys, max_steps=steps, temperature=decoding.temperature, rules=rules)
         if parallel == 1:
             return greedy(step, carry, max_steps=steps, rules=rules)
@@ -180,13 +193,18 @@ def caption_function(
         return diverse_beam_search(step, carry, groups=decoding.groups, diversity=decoding.diversity, **shared)
 
     @jax.jit
-    def captions(params: Sequence[Params], frozen: Sequence[Frozen], batches: Sequence[Mapping[str, Array]]) -> Decoded:
+    def captions(
+        params: Sequence[Params],
+        frozen: Sequence[Frozen],
+        batches: Sequence[Mapping[str, Array]],
+        knowledge: Knowledge | None = None,
+    ) -> Decoded:
         models = [nnx.merge(*parts) for parts in zip(graphs, params, frozen, strict=True)]
         batches = [_with_regions(model, batch, decoding.mirror) for model, batch in zip(models, batches, strict=True)]
         if decoding.rerank == "consensus":
             return _consensus(batches[0]["regions"], decoding, knowledge, len(vocabulary))
         groups = [slice(i, i + 1) for i in range(len(models))] if decoding.pool else [slice(None)]
-        searches = [search(models[group], batches[group]) for group in groups]
+        searches = [search(models[group], batches[group], place) for place, group in enumerate(groups)]
         return _reranked(searches, batches[0], decoding, knowledge) if reranks else searches[0]
 
     return captions
@@ -204,15 +222,22 @@ def _with_regions(model: CaptionModel, batch: Mapping[str, Array], mirror: bool)
 def _consensus(regions: Array, decoding: Decoding, knowledge: Knowledge | None, words: int) -> Decoded:
     """The captions of the training photos that are nearest to regions [B,N,D], by their agreement.
 
-    Captions with words that are not among the first ``words`` ids, those of the vocabulary, are not returned.
+    Words that are not among the first ``words`` ids, those of the vocabulary, become unk.
     """
     assert knowledge is not None
     assert knowledge.neighbours is not None
     captions, there, _ = nearest_captions(regions, knowledge.neighbours, decoding.mbr_neighbours)
-    candidates = jnp.where((captions < words).all(-1, keepdims=True), captions, PAD)[..., : decoding.max_words]
+    candidates = jnp.where(captions < words, captions, UNK)[..., : decoding.max_words]
+    length = (candidates != PAD).sum(-1, keepdims=True)  # a caption that is cut has no eos
+    candidates = jnp.where((jnp.arange(candidates.shape[-1]) == length) & there[..., None], EOS, candidates)
     unknown = jnp.zeros(candidates.shape)  # they have no log-probabilities
     found = Decoded(candidates, unknown, unknown[..., 0], unknown[..., 0], jnp.int32(0))
-    return rerank(found, captions, there / there.sum(-1, keepdims=True), _utility(decoding, knowledge))
+    return rerank(found, captions, _shares(there), _utility(decoding, knowledge))
+
+
+def _shares(there: Array) -> Array:
+    """The same probability for each caption that exists, float32 [B,R]."""
+    return there / jnp.maximum(there.sum(-1, keepdims=True), 1)
 
 
 def _utility(decoding: Decoding, knowledge: Knowledge) -> Utility:
@@ -231,7 +256,7 @@ def _reranked(
     if decoding.mbr_neighbours:
         assert knowledge.neighbours is not None
         captions, there, _ = nearest_captions(batch["regions"], knowledge.neighbours, decoding.mbr_neighbours)
-        share = decoding.mbr_neighbours_weight * there / there.sum(-1, keepdims=True)
+        share = decoding.mbr_neighbours_weight * _shares(there)
         length = max(references.shape[-1], captions.shape[-1])
         both = [jnp.pad(tokens, ((0, 0), (0, 0), (0, length - tokens.shape[-1]))) for tokens in (references, captions)]
         references = jnp.concatenate(both, axis=1)

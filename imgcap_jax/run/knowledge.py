@@ -15,7 +15,7 @@ from imgcap_jax.files import json_digest
 from imgcap_jax.metrics.cider_device import DocumentFrequencies, document_frequencies
 from imgcap_jax.models.neighbours import NEIGHBOURS, VERSION, Neighbours, index
 from imgcap_jax.run.extraction import Extraction, uses_store
-from imgcap_jax.run.folder import Run
+from imgcap_jax.run.folder import Run, without_weights_path
 from imgcap_jax.special_tokens import PAD
 from imgcap_jax.terminal import working
 from imgcap_jax.training.parallel import DataParallel, is_first_process
@@ -47,7 +47,13 @@ def knowledge_of(
     frequencies = _frequencies(run)
     if not decoding.mbr_neighbours:
         return Knowledge(frequencies)
-    return Knowledge(frequencies, _neighbours(run, cache, parallel))
+    neighbours = _neighbours(run, cache, parallel)
+    photos = len(neighbours.vectors)
+    if decoding.mbr_neighbours > photos:
+        raise UserError(
+            f"mbr_neighbours is {decoding.mbr_neighbours}; it must be at most {photos}, the training photos"
+        )
+    return Knowledge(frequencies, neighbours)
 
 
 def _frequencies(run: Run) -> DocumentFrequencies:
@@ -63,7 +69,10 @@ def _frequencies(run: Run) -> DocumentFrequencies:
 
 def _neighbours(run: Run, cache: Path | None, parallel: DataParallel | None) -> Neighbours:
     path = run.folder / NEIGHBOURS
-    found = Neighbours.load(path, identity(run)) if path.is_file() else None
+    # The model or the reward was made with the index of the training: it is never replaced.
+    experiment = run.experiment
+    trained_with = experiment.retrieval is not None or getattr(experiment.objective, "neighbours", 0) > 0
+    found = Neighbours.load(path, None if trained_with else identity(run)) if path.is_file() else None
     if found is not None:
         return found
     if cache is None or not uses_store(run.experiment):
@@ -81,8 +90,9 @@ def _neighbours(run: Run, cache: Path | None, parallel: DataParallel | None) -> 
 def identity(run: Run) -> str:
     """What the index of a run's training photos depends on, as a digest."""
     experiment = run.experiment
-    what = [experiment.data.dataset, repr(experiment.encoder), experiment.data.image_size, run.weights]
-    return json_digest([VERSION, *what])
+    data = experiment.data
+    what = [data.dataset, repr(without_weights_path(experiment.encoder)), run.weights, run.vocabulary.words]
+    return json_digest([VERSION, *what, data.image_size, data.resize, data.feature_dtype])
 
 
 def index_training_photos(run: Run, sources: Sequence[CaptionSource], stores: Sequence[RegionSource]) -> Neighbours:
@@ -109,10 +119,13 @@ def index_training_photos(run: Run, sources: Sequence[CaptionSource], stores: Se
     references = CaptionTable.as_references(sources, run.vocabulary, eos=False)
     captions = references.read(references.first_rows(np.arange(sum(map(len, sources))), references.most))
     captions[(captions != PAD).sum(-1) > _LONGEST] = PAD
-    neighbours = index(np.concatenate(features), captions[..., :_LONGEST])
-    if is_first_process():
-        neighbours.save(run.folder / NEIGHBOURS, identity(run))
-    return neighbours
+    made = index(np.concatenate(features), captions[..., :_LONGEST])
+    if not is_first_process():
+        return made
+    made.save(run.folder / NEIGHBOURS, identity(run))
+    written = Neighbours.load(run.folder / NEIGHBOURS)  # rounded as it will be read
+    assert written is not None
+    return written
 
 
 def _training(run: Run) -> list[CaptionSource]:

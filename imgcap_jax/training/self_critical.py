@@ -126,7 +126,9 @@ class SelfCritical:
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"objective.{name} is {getattr(self, name)}; it must be finite and not negative")
         check_range("objective.neighbours", self.neighbours, at_least=0)
-        check_range("objective.neighbours_weight", self.neighbours_weight, at_least=0, at_most=1)
+        check_range("objective.neighbours_weight", self.neighbours_weight, above=0, at_most=1)
+        if not self.neighbours and self.neighbours_weight != SelfCritical.neighbours_weight:
+            raise UserError("objective.neighbours_weight has no effect without objective.neighbours; give both")
         if not self.cider + self.bleu and self.reward is None:
             raise UserError("objective: cider and bleu are both 0; set one of them, or a reward of your own")
         if self.samples == 1 and (self.baseline == "mean" or self.entropy or self.kl):

@@ -186,6 +186,10 @@ def test_diversity_of_samples(references: str, tmp_path: Path, capsys: pytest.Ca
         (["{captions}", "{references}", "--mbr-bleu", "2"], "--mbr-bleu requires --mbr"),
         (["{captions}", "{references}", "--mbr", "{captions}", "--mbr-bleu", "-1"], "--mbr-bleu is -1.0; it must be"),
         (["{captions}", "{references}", "--mbr", "{captions}", "--mbr-output", "{captions}"], "one of the input files"),
+        (["{captions}", "{references}", "--mbr", "{captions}"], "names only .*captions.json itself"),
+        (["{captions}", "{references}", "--mbr", "{captions}", "--images", ":1"], "names only .*captions.json itself"),
+        (["{captions}", "{references}", "--mbr", "{other}", "--images", ":1"], "of at least two images"),
+        (["{captions}", "{references}", "--judgements", "--images", "1:"], "--images has no effect with --judgements"),
     ],
 )
 def test_mistakes_give_an_error_of_one_line(
@@ -195,6 +199,7 @@ def test_mistakes_give_an_error_of_one_line(
         "references": references,
         "captions": results(tmp_path / "captions.json", CAPTIONS),
         "strange": results(tmp_path / "strange.json", {77: "a cow"}),
+        "other": results(tmp_path / "other.json", dict.fromkeys(CAPTIONS, "a man walks")),
         "one": str(tmp_path / "one.json"),
         "folder": str(tmp_path),
     }

@@ -11,6 +11,8 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding.mbr import candidate_probabilities, joined, rerank
 from imgcap_jax.decoding.rules import FORBIDDEN
+from imgcap_jax.decoding.settings import Decoding
+from imgcap_jax.errors import UserError
 from imgcap_jax.metrics import cider
 from imgcap_jax.metrics.agreement import Utility, expected_utility, most_agreed
 from imgcap_jax.metrics.cider_device import document_frequencies
@@ -115,3 +117,27 @@ def test_the_caption_that_agrees_most_is_chosen_for_each_image() -> None:
     best = {7: texts[7][equal.sum(1).argmax()], 3: texts[7][equal.sum(1).argmax()], 5: "alone"}
     assert best[3] != texts[3][0]
     assert most_agreed(texts, CORPUS) == best
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mbr_neighbours": 3}, "mbr_neighbours only affects rerank"),
+        ({"rerank": "mbr", "beam": 1}, "of which there is one"),
+        ({"rerank": "mbr", "mbr_neighbours_weight": 0.3}, "only affects mbr_neighbours"),
+        ({"rerank": "mbr", "mbr_neighbours": 3, "mbr_neighbours_weight": 0.0}, "mbr_neighbours has no effect"),
+        ({"rerank": "mbr", "samples": 4, "mbr_temperature": 2.0}, "mbr_temperature has no effect on samples"),
+        ({"rerank": "mbr", "mbr_cider": 0.0}, "mbr_cider and mbr_bleu are both 0"),
+        ({"rerank": "consensus"}, "mbr_neighbours is 0"),
+        ({"rerank": "consensus", "mbr_neighbours": 3, "must": ("dog",)}, "must has no effect on consensus"),
+        ({"rerank": "consensus", "mbr_neighbours": 3, "pool": True}, "pool has no effect on consensus"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Decoding(**settings)
+
+
+def test_validation_during_training_searches_plainly() -> None:
+    decoding = Decoding(beam=4, mirror=True, rerank="mbr", mbr_neighbours=3, forbid_repeated_words=True)
+    assert decoding.plain(2) == Decoding(beam=2, forbid_repeated_words=True)

@@ -53,6 +53,7 @@ def test_parameters_are_the_mean_of_those_of_the_runs(
     ("runs", "message"),
     [
         (["seed=0"], "an average needs at least two runs"),
+        (["seed=0", "seed=0"], "a run is given twice"),
         (["seed=0", "other"], "other and .*seed=0 did not start from the same run"),
     ],
 )

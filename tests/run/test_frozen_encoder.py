@@ -21,14 +21,16 @@ from imgcap_jax.experiment import Experiment, Training
 from imgcap_jax.models.decoders.show_tell import ShowTell
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.models.model import split_trained
+from imgcap_jax.models.neighbours import Neighbours
 from imgcap_jax.models.retrieval import Retrieval
-from imgcap_jax.run.evaluation import evaluate
+from imgcap_jax.run.evaluation import evaluate, sweep
 from imgcap_jax.run.extraction import Extraction
 from imgcap_jax.run.folder import Run
 from imgcap_jax.text import tokenize
 from imgcap_jax.train import train
 from imgcap_jax.training.checkpoints import restore_best
 from imgcap_jax.training.cross_entropy import CrossEntropy
+from imgcap_jax.training.self_critical import SelfCritical
 
 
 class LargeRegions(nnx.Module):
@@ -165,17 +167,61 @@ def test_retrieved_words_change_captions_from_the_store_and_from_images_alike(
 
 def test_captions_can_be_chosen_by_those_of_similar_training_photos(trained: tuple[Run, Path]) -> None:
     run, cache = trained
-    chosen = replace(run.experiment.decoding, beam=4, rerank="mbr", mbr_neighbours=3, mbr_neighbours_weight=0.9)
+    chosen = Decoding(samples=8, rerank="mbr", mbr_neighbours=3, mbr_neighbours_weight=0.9)
     shown = evaluate(run, "test", cache=cache, decoding=chosen, write=False)
     photos = [example.image for example in shown.source]
     captions = list(shown.captioned.captions.values())
     assert [caption.text for caption in Captioner(run, chosen)(photos)] == captions
-    assert captions != list(evaluate(run, "test", cache=cache, write=False).captioned.captions.values())
+    alone = replace(chosen, mbr_neighbours=0, mbr_neighbours_weight=0.5)
+    found = evaluate(run, "test", cache=cache, decoding=alone, write=False)
+    assert captions != list(found.captioned.captions.values())
     consensus = replace(run.experiment.decoding, rerank="consensus", mbr_neighbours=3)
     found = evaluate(run, "test", cache=cache, decoding=consensus, write=False)
     source = open_source("scenes", "train", run.experiment.data.data_dir)
     written = {" ".join(tokenize(text)) for i in range(len(source)) for text in source.captions(i)}
     assert set(found.captioned.captions.values()) <= written
+    assert found.captioned.unfinished == 0
+    with pytest.raises(UserError, match="mbr_neighbours is 41; it must be at most 40, the training photos"):
+        evaluate(run, "test", cache=cache, decoding=replace(consensus, mbr_neighbours=41), write=False)
+
+
+def test_pooled_models_each_write_captions(trained: tuple[Run, Path], retrieving: Run) -> None:
+    """With one beam per model, the choice is between the greedy captions of both."""
+    run, cache = trained
+    greedy = replace(run.experiment.decoding, beam=1)
+    each = [evaluate(one, "test", cache=cache, decoding=greedy, write=False) for one in (run, retrieving)]
+    own, other = (list(found.captioned.captions.values()) for found in each)
+    pool = replace(greedy, rerank="mbr", pool=True, mbr_neighbours=3)
+    both = next(sweep([run, retrieving], "test", cache=cache, decodings=[pool], write=False))
+    found = list(both.captioned.captions.values())
+    assert own != other
+    assert all(caption in pair for caption, *pair in zip(found, own, other, strict=True))
+    # A caption that both models write counts twice, but two different ones count alike: neighbours decide.
+    assert found != own
+
+
+def test_a_training_that_is_refused_leaves_no_index(trained: tuple[Run, Path], tmp_path: Path) -> None:
+    run, cache = trained
+    experiment = replace(run.experiment, objective=SelfCritical(neighbours=40))
+    with pytest.raises(UserError, match=r"objective\.neighbours is 40; it must be below the number of training photos"):
+        train(experiment, tmp_path / "run", cache=cache, init_from=run.folder, show=lambda line: None)
+    assert not list((tmp_path / "run").glob("*"))
+    experiment = replace(run.experiment, retrieval=Retrieval(neighbours=40))
+    with pytest.raises(UserError, match=r"retrieval\.neighbours is 40; it must be below the number"):
+        train(experiment, tmp_path / "run", cache=cache, show=lambda line: None)
+
+
+def test_an_index_that_training_has_used_is_not_replaced(retrieving: Run, trained: tuple[Run, Path]) -> None:
+    _, cache = trained
+    path = retrieving.folder / "neighbours.npz"
+    before = path.read_bytes()
+    found = Neighbours.load(path)
+    assert found is not None
+    found.save(path, "an earlier version")
+    decoding = replace(retrieving.experiment.decoding, beam=4, rerank="mbr", mbr_neighbours=3)
+    evaluate(retrieving, "test", cache=cache, decoding=decoding, write=False)
+    assert Neighbours.load(path, "an earlier version") is not None
+    path.write_bytes(before)
 
 
 def test_the_decoder_sees_the_mirror_image_as_well(trained: tuple[Run, Path]) -> None:
@@ -193,19 +239,44 @@ def test_the_decoder_sees_the_mirror_image_as_well(trained: tuple[Run, Path]) ->
     ]
 
 
-def test_a_student_that_equals_its_teachers_has_nothing_to_learn(trained: tuple[Run, Path], tmp_path: Path) -> None:
+def test_a_student_that_equals_its_teachers_has_nothing_to_learn(
+    trained: tuple[Run, Path], retrieving: Run, tmp_path: Path
+) -> None:
+    alone = first_step(trained, CrossEntropy(), tmp_path / "alone")["gradient_norm"]
+    own, other = str(trained[0].folder), str(retrieving.folder)
+
+    def norm(*teachers: str) -> float:
+        objective = CrossEntropy(teachers=teachers, distillation=1.0)
+        return first_step(trained, objective, tmp_path / "taught")["gradient_norm"]
+
+    assert norm(own, own) < 1e-3 * alone
+    both = norm(own, other)
+    assert both == pytest.approx(norm(other, own), rel=1e-4)  # their mean, in any order
+    assert 1e-3 * alone < both < norm(other, other)
+
+
+def test_r_drop_without_dropout_changes_nothing_and_word_dropout_hides_words(
+    trained: tuple[Run, Path], tmp_path: Path
+) -> None:
+    plain, twice, hidden = (
+        first_step(trained, objective, tmp_path / "run")
+        for objective in (CrossEntropy(), CrossEntropy(r_drop=3.0), CrossEntropy(word_dropout=0.5))
+    )
+    for name in ("loss", "gradient_norm"):
+        assert twice[name] == pytest.approx(plain[name], rel=1e-4)
+    assert abs(hidden["loss"] - plain["loss"]) > 1e-3 * plain["loss"]
+
+
+def first_step(trained: tuple[Run, Path], objective: CrossEntropy, folder: Path) -> dict[str, float]:
+    """The metrics of the first step of a training that starts from a run."""
     run, cache = trained
     training = replace(run.experiment.training, epochs=0.2, log_steps=1)
-    norms = []
-    for name, objective in (
-        ("taught", CrossEntropy(teachers=(str(run.folder), str(run.folder)), distillation=1.0)),
-        ("alone", CrossEntropy()),
-    ):
-        experiment = replace(run.experiment, objective=objective, training=training)
-        train(experiment, tmp_path / name, cache=cache, init_from=run.folder, show=lambda line: None)
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        norms.append(next(line["gradient_norm"] for line in lines if "gradient_norm" in line))
-    assert norms[0] < 1e-3 * norms[1]
+    shutil.rmtree(folder, ignore_errors=True)
+    experiment = replace(run.experiment, objective=objective, training=training)
+    train(experiment, folder, cache=cache, init_from=run.folder, show=lambda line: None)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found: dict[str, float] = next(line for line in lines if "gradient_norm" in line)
+    return found
 
 
 def test_teachers_that_do_not_fit_are_refused(trained: tuple[Run, Path], tmp_path: Path) -> None:

@@ -399,6 +399,8 @@ def test_invalid_settings_are_an_error() -> None:
         ({"repetition": -0.5}, "finite and not negative"),
         ({"temperature": 0.0}, "at least 0.01"),
         ({"baseline": "other"}, "mean or greedy"),
+        ({"neighbours_weight": 0.3}, "no effect without objective.neighbours"),
+        ({"neighbours": 5, "neighbours_weight": 0.0}, "must be above 0"),
     ):
         with pytest.raises(UserError, match=said):
             SelfCritical(**wrong)  # type: ignore[arg-type]
