@@ -41,10 +41,21 @@ def _encoder_differences(old: Any, new: Any) -> str:
     if type(old) is not type(new):
         return f"{type(old).__name__} -> {type(new).__name__}"
     for item in dataclasses.fields(old):
+        if item.name in ("trainable_stages", "checkpoint_stages", "folder"):
+            continue
         before, after = getattr(old, item.name), getattr(new, item.name)
-        if item.name not in ("trainable_stages", "checkpoint_stages", "folder") and before != after:
+        if _are_settings(before) and _are_settings(after) and len(before) == len(after):
+            changed = next(filter(None, map(_encoder_differences, before, after)), "")
+            if changed:
+                return changed
+        elif before != after:
             return f"{item.name}: {before} -> {after}"
     return ""
+
+
+def _are_settings(value: Any) -> bool:
+    """Whether a field contains the settings of several encoders, as that of ``Concatenated`` does."""
+    return isinstance(value, tuple) and bool(value) and all(map(dataclasses.is_dataclass, value))
 
 
 def transfer(source: Path, run: Run, *, with_encoder: bool) -> tuple[CaptionModel, str]:

@@ -13,8 +13,10 @@ from imgcap_jax.data.sources import open_source
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, from_json, to_json
 from imgcap_jax.models.encoders.concatenated import Concatenated
+from imgcap_jax.models.encoders.contract import with_weights
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.run.extraction import Extraction
+from imgcap_jax.run.transfer import _encoder_differences
 
 
 class Patches(nnx.Module):
@@ -65,6 +67,8 @@ def test_encoders_that_do_not_go_together_are_refused() -> None:
         Concatenated(())
     with pytest.raises(UserError, match=r"encoder\.encoders\.1 is int, which does not encode photos"):
         Concatenated((PatchesSettings(), 3))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="each of the concatenated encoders reads its own weights file"):
+        with_weights(Concatenated((PatchesSettings(), PatchesSettings())), Path("file"))
 
 
 def test_experiment_is_stored_and_read_with_its_encoders() -> None:
@@ -83,3 +87,16 @@ def test_stored_features_belong_to_these_encoders_in_this_order(tiny_data: Path,
         stored = store.read(0, 0)[0][0].astype(np.float32)
         factors = np.repeat([factor for _, factor in encoders], [size for size, _ in encoders])
         np.testing.assert_allclose(stored / stored[0], factors / factors[0], rtol=1e-2)
+
+
+def test_encoders_may_only_differ_in_the_stages_that_are_trained() -> None:
+    """``--init-from`` accepts a frozen run as the start of a fine-tuned one, but no run with other features."""
+    frozen = Concatenated((EfficientNetLite(variant=0), EfficientNetLite(variant=1)))
+    tuned = Concatenated((EfficientNetLite(variant=0), EfficientNetLite(variant=1, trainable_stages=2)))
+    assert _encoder_differences(frozen, tuned) == ""
+    for other, message in (
+        (Concatenated((EfficientNetLite(variant=0), EfficientNetLite(variant=2))), "variant: 1 -> 2"),
+        (Concatenated((EfficientNetLite(variant=0),)), "encoders: "),
+        (Concatenated((EfficientNetLite(variant=0), PatchesSettings())), "EfficientNetLite -> PatchesSettings"),
+    ):
+        assert _encoder_differences(frozen, other).startswith(message)

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,13 @@ class Concatenated:
         """A digest of the weights files of all encoders; None if none of them reads a file."""
         digests = [weights_digest(settings) for settings in self.encoders]
         return json_digest(digests) if any(digests) else None
+
+    def with_weights(self, path: Path) -> Self:
+        """See `contract.with_weights`. Raises UserError, because each encoder has a file of its own."""
+        raise UserError(
+            "encoder: each of the concatenated encoders reads its own weights file, and --weights cannot say which of "
+            "them it replaces; leave it out"
+        )
 
     def build(self, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> "ConcatenatedEncoder":
         """Builds the encoders for square images of `image_size` pixels.
