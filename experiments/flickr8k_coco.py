@@ -9,7 +9,9 @@
 
 `coco_subset` has 5,758 photos with 10,800 captions. Any other captioned photos can take its place.
 
-Scores, time and hardware: docs/flickr8k.md.
+Scores on validation, 1,000 photos of Flickr8k, beam 3, seeds 0 and 1: CIDEr-D 60.2, 60.0, BLEU-4 23.6, 23.7. On the 300
+validation photos of `coco_subset`, CIDEr-D is 74.6 and 41.5: of seed 1, the checkpoint after the first epoch was best
+on Flickr8k. Time and hardware: docs/flickr8k.md.
 """
 
 from dataclasses import replace
