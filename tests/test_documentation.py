@@ -75,7 +75,7 @@ def place(
     shutil.copytree(tiny_data, "data")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
     populations = [f"{name}_population/seed=0" for name in ("flickr8k", "narrow", "wide")]
-    for name in ("flickr8k", "flickr8k_scst", "another", "my_experiment", *populations):
+    for name in ("flickr8k", "flickr8k_scst", "flickr8k_coco", "another", "my_experiment", *populations):
         shutil.copytree(trained, Path("runs") / name)
         shutil.copyfile(neighbours, Path("runs") / name / NEIGHBOURS)
     shutil.copytree(trained, Path("runs") / "my_study" / "base" / "seed=0")
@@ -83,6 +83,7 @@ def place(
         for seed in range(2):
             folder = Path("runs") / name / f"seed={seed}"
             shutil.copytree(trained, folder)
+            shutil.copyfile(neighbours, folder / NEIGHBOURS)
             (folder / INIT_FROM).write_text(json.dumps({"run": "runs/start"}))
     for folder in ("holiday", "test2014", "photos/images"):
         Path(folder).mkdir(parents=True)
