@@ -4,7 +4,7 @@
     imgcap train flickr8k_three
     imgcap evaluate runs/flickr8k_three --split val --beam 3
 
-The three networks have 12.4 million weights together, and the decoder has 7.3 million. The features take 15 GB on the
+The three networks have 12.2 million weights together, and the decoder has 7.3 million. The features take 15 GB on the
 disk. The checkpoint is chosen on the first 500 validation photos.
 
 Scores on validation, 1,000 photos, beam 3, seeds 0 and 1: CIDEr-D 59.6, 58.6, BLEU-4 23.5, 22.8. Time, hardware

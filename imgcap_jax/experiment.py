@@ -109,6 +109,11 @@ class Experiment:
     metrics: tuple[CustomMetric, ...] = ()
     """Your own metrics, reported next to BLEU, METEOR, ROUGE-L and CIDEr-D."""
 
+    @property
+    def compares_photos(self) -> bool:
+        """Whether training reads the captions of similar training photos, from the index in the run's folder."""
+        return self.retrieval is not None or getattr(self.objective, "neighbours", 0) > 0
+
     def __post_init__(self) -> None:
         for name, kind in (("data", CaptionData), ("training", Training), ("decoding", Decoding)):
             if not isinstance(getattr(self, name), kind):

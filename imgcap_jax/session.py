@@ -200,8 +200,7 @@ class Session:
             for note in about:
                 show(f"note: {note}")
         data = with_features(data, experiment, cache, parallel)
-        needed = experiment.retrieval is not None or getattr(experiment.objective, "neighbours", 0) > 0
-        if needed and not (run.resumable and (folder / NEIGHBOURS).is_file()):
+        if experiment.compares_photos and not (run.resumable and (folder / NEIGHBOURS).is_file()):
             _index_training_photos(run, data)
 
         # The model (encoder and decoder, see run/folder.py), on all devices. The state of a resumed run has no values

@@ -160,8 +160,7 @@ class Decoding:
         if self.rerank == "consensus":
             if not self.mbr_neighbours:
                 raise UserError("rerank is consensus, but mbr_neighbours is 0; set it to the number of photos, as 20")
-            unused = ("pool", "must", "prefix", "samples", "mbr_temperature", "mbr_neighbours_weight")
-            for name in unused:
+            for name in ("pool", "must", "prefix", "samples", "mbr_temperature", "mbr_neighbours_weight"):
                 if getattr(self, name) != _DEFAULTS[name]:
                     raise UserError(f"{name} has no effect on consensus, which searches nothing; leave it out")
         elif not self.pool and (self.samples or self.beam) < 2:
@@ -175,12 +174,12 @@ class Decoding:
     @property
     def title(self) -> str:
         """The search in a few words: its kind, the length norm, and all settings that differ from the defaults."""
+        if self.rerank == "consensus":
+            return f"consensus of {self.mbr_neighbours} neighbours"
         kind = "greedy" if self.beam == 1 and not self.must else f"beam {self.beam}"
         if self.samples:
             kind = f"{self.samples} samples" if self.samples > 1 else "sampled"
         stated = {"beam", "samples", "n_best", "length_norm"}
-        if self.rerank == "consensus":
-            return f"consensus of {self.mbr_neighbours} neighbours"
         if kind == "greedy" or self.samples:
             stated |= {"length_penalty"}
         else:

@@ -182,10 +182,12 @@ def score_files(
     given = {"captions": captions, "references": references, "compare": compare, "idf": idf, "training": training}
     given |= {"samples": samples, "instances": instances}
     files = {name: path for name, path in given.items() if path is not None}
+    if mbr is not None:
+        files |= {f"mbr_{number}": path for number, path in enumerate(mbr.files)}
     if output is not None:
         check_output(output, files.values())
     if mbr is not None and mbr.output is not None:
-        check_output(mbr.output, [*files.values(), *mbr.files])
+        check_output(mbr.output, files.values())
     # All files are read before anything is computed, because the computation can take minutes.
     warnings: list[str] = []
     whole = read_references(references)
@@ -242,9 +244,6 @@ def score_files(
                 f"with {counted(len(images), 'image')} neither interval nor p-value is reliable: compare on at least "
                 f"{_FEW} images"
             )
-    named_files = {name: str(path) for name, path in files.items()}
-    if mbr is not None:
-        named_files |= {f"mbr_{number}": str(path) for number, path in enumerate(mbr.files)}
     named, named_other = None, None
     if with_objects and english:
         named = object_scores(ours, theirs, annotated)
@@ -252,7 +251,7 @@ def score_files(
         if not any(named.mentioned.values()):
             warnings.append("no caption names one of COCO's 80 objects: CHAIRi is undefined and printed as 0")
     return ScoreReport(
-        files=named_files,
+        files={name: str(path) for name, path in files.items()},
         scores=scores,
         diversity=diversity(ours.values(), seen, tokenizer),
         other=other,

@@ -117,8 +117,7 @@ class Programs:
         Raises:
             UserError: the experiment's parts do not go together.
         """
-        compared = experiment.retrieval is not None or getattr(experiment.objective, "neighbours", 0) > 0
-        if compared:
+        if experiment.compares_photos:
             raise UserError(
                 "an index of training photos cannot be planned; leave out retrieval, and set objective.neighbours to 0"
             )

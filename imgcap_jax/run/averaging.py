@@ -10,12 +10,10 @@ import jax.numpy as jnp
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.model import split_trained
-from imgcap_jax.models.neighbours import NEIGHBOURS
 from imgcap_jax.remote import shown, url_of
 from imgcap_jax.run.extraction import uses_store
-from imgcap_jax.run.folder import Run, check_ensemble
+from imgcap_jax.run.folder import OF_DATA, Run, check_ensemble
 from imgcap_jax.training.checkpoints import Checkpoints, restore_best
-from imgcap_jax.training.self_critical import FREQUENCIES
 
 
 def average(runs: Sequence[Run], folder: Path) -> Run:
@@ -65,7 +63,7 @@ def average(runs: Sequence[Run], folder: Path) -> Run:
     averaged = replace(runs[0], folder=folder)
     try:
         averaged.save()
-        for name in (FREQUENCIES, NEIGHBOURS):  # of the training data
+        for name in OF_DATA:
             if (runs[0].folder / name).is_file():
                 shutil.copyfile(runs[0].folder / name, folder / name)
         checkpoints = Checkpoints(folder, writing=True)

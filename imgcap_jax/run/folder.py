@@ -53,7 +53,7 @@ WEIGHTS = "weights.json"
 _RETRIEVER = 0x52455452  # folded into the seed for the retriever's parameters
 CODE = "code"  # copies of users' files, and their digests
 SMOKE = ".smoke"  # marks the folder of a smoke run, which the next one empties
-_OF_DATA = (FREQUENCIES, NEIGHBOURS)  # computed from the training data
+OF_DATA = (FREQUENCIES, NEIGHBOURS)  # computed from the training data
 _WRITTEN = (METRICS, SAMPLES, TENSORBOARD, LOG_ID, CHECKPOINTS, VOCABULARY, INIT_FROM, WEIGHTS, CODE)
 
 
@@ -431,7 +431,7 @@ def empty_smoke(folder: Path) -> None:
     """
     if not (folder / SMOKE).is_file() and any(path.name != OWNER for path in folder.iterdir()):
         raise UserError(f"{folder} was not written by --smoke, which would empty it; move it away")
-    _delete(folder, (EXPERIMENT, *_OF_DATA, *_WRITTEN))
+    _delete(folder, (EXPERIMENT, *OF_DATA, *_WRITTEN))
     write_text(folder / SMOKE, "")
 
 
@@ -441,7 +441,7 @@ def nothing_left_if_refused(folder: Path) -> Iterator[None]:
 
     The files of an earlier smoke run are not restored.
     """
-    names = (EXPERIMENT, *_OF_DATA, SMOKE, *_WRITTEN)
+    names = (EXPERIMENT, *OF_DATA, SMOKE, *_WRITTEN)
     new = [name for name in names if not os.path.lexists(folder / name)]
     before = {} if (folder / SMOKE).exists() else {path: path.read_bytes() for path in _small_files(folder)}
     try:
@@ -461,7 +461,7 @@ def nothing_left_if_refused(folder: Path) -> Iterator[None]:
 
 def _small_files(folder: Path) -> list[Path]:
     """The files that training replaces if it was killed before its first checkpoint."""
-    paths = [folder / name for name in (EXPERIMENT, *_OF_DATA, VOCABULARY, INIT_FROM, WEIGHTS)]
+    paths = [folder / name for name in (EXPERIMENT, *OF_DATA, VOCABULARY, INIT_FROM, WEIGHTS)]
     code = folder / CODE
     paths += sorted(code.iterdir()) if code.is_dir() and not code.is_symlink() else []
     return [path for path in paths if path.is_file() and not path.is_symlink()]

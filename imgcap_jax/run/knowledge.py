@@ -70,9 +70,8 @@ def _frequencies(run: Run) -> DocumentFrequencies:
 def _neighbours(run: Run, cache: Path | None, parallel: DataParallel | None) -> Neighbours:
     path = run.folder / NEIGHBOURS
     # The model or the reward was made with the index of the training: it is never replaced.
-    experiment = run.experiment
-    trained_with = experiment.retrieval is not None or getattr(experiment.objective, "neighbours", 0) > 0
-    found = Neighbours.load(path, None if trained_with else identity(run)) if path.is_file() else None
+    of = None if run.experiment.compares_photos else identity(run)
+    found = Neighbours.load(path, of) if path.is_file() else None
     if found is not None:
         return found
     if cache is None or not uses_store(run.experiment):

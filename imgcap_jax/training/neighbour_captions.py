@@ -66,9 +66,11 @@ def captions_of_neighbours(
     if eos:
         ends = np.flatnonzero(exists)
         tokens[ends, (tokens[ends] != PAD).sum(-1)] = EOS
-    nearest = jax.jit(nearest_to_training_photos, static_argnums=2)
-    parts = [np.arange(start, min(start + _COMPARED, images)) for start in range(0, images, _COMPARED)]
-    photos = np.concatenate([np.asarray(nearest(jnp.asarray(part), index, count)[1]) for part in parts])
+
+    def nearest(own: Array) -> Array:
+        return nearest_to_training_photos(own[None], index, count)[1][0]
+
+    photos = np.asarray(jax.lax.map(nearest, jnp.arange(images), batch_size=_COMPARED))  # [I,count]
     rows = (photos[..., None] * most + np.arange(most)).reshape(images, -1)  # [I,K]
     there = exists[rows]
     rows = np.take_along_axis(rows, np.argsort(~there, axis=1, kind="stable"), axis=1)  # those that exist come first

@@ -167,7 +167,7 @@ def test_reward_is_a_weighted_mean_of_the_own_references_and_those_of_the_neighb
     graph, params, frozen = reading(small(dropout=0.3), sharper=3.0)
     neighbours, order = indexed()
     number = np.array([2, 0, 3, 1], np.int32)
-    width = captions_of_neighbours(neighbours, 2, FREQUENCIES, eos=True)
+    captions = captions_of_neighbours(neighbours, 2, FREQUENCIES, eos=True)
     theirs = np.zeros((4, 4, T + 1), np.int32)
     for place, photo in enumerate(number):
         for row, text in enumerate(nearest_references(order[photo], 2, eos=True)):
@@ -178,7 +178,7 @@ def test_reward_is_a_weighted_mean_of_the_own_references_and_those_of_the_neighb
     def reward(objective: SelfCritical, batch: dict[str, np.ndarray]) -> float:
         parallel, step = compiled(graph, objective)
         state = parallel.replicate(first_state(jax.tree.map(jnp.copy, params), SGD, ema=False))
-        constants = parallel.replicate(Constants(frozen, FREQUENCIES, None, width if objective.neighbours else None))
+        constants = parallel.replicate(Constants(frozen, FREQUENCIES, None, captions if objective.neighbours else None))
         return float(step(state, constants, parallel.put(batch))[1]["reward"])
 
     own, others = (reward(SelfCritical(samples=8), one) for one in (batch, {**batch, **as_own}))
