@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from imgcap_jax.data.caption_tokens import CaptionTokens, total_counts
+from imgcap_jax.data.images import Augmentation
 from imgcap_jax.data.mixtures import describe_mixture, rows_per_epoch
 from imgcap_jax.data.pipeline import train_batches
 from imgcap_jax.data.regions import RegionSource, has_ready_regions
@@ -20,7 +21,7 @@ from imgcap_jax.data.vocabulary import Vocabulary
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, differences, settings_of, signature
 from imgcap_jax.models.decoders.contract import check_length
-from imgcap_jax.models.encoders.contract import weights_digest
+from imgcap_jax.models.encoders.contract import pretrained, weights_digest
 from imgcap_jax.models.model import parameter_count, split_trained
 from imgcap_jax.models.neighbours import NEIGHBOURS
 from imgcap_jax.precision import compute_dtype
@@ -201,7 +202,7 @@ class Session:
                 show(f"note: {note}")
         data = with_features(data, experiment, cache, parallel)
         if experiment.compares_photos and not (run.resumable and (folder / NEIGHBOURS).is_file()):
-            _index_training_photos(run, data)
+            _index_training_photos(run, data, cache)
 
         # The model (encoder and decoder, see run/folder.py), on all devices. The state of a resumed run has no values
         # yet.
@@ -515,11 +516,21 @@ def _loaded(teacher: Run, parallel: DataParallel) -> Teacher:
     return Teacher(graph, best, parallel.replicate(frozen))
 
 
-def _index_training_photos(run: Run, data: Data) -> None:
-    """Writes the index of the training photos. Raises UserError if the experiment has no stored regions."""
+def _index_training_photos(run: Run, data: Data, cache: Path) -> None:
+    """Writes the index of the training photos, by stored regions or else by the pretrained features of the encoder.
+
+    Raises UserError if there are several processes, or if the encoder is trained from scratch.
+    """
     if jax.process_count() > 1:
         raise UserError("the training photos are compared in one process; leave out --distributed, or neighbours")
-    if data.stores is None:
-        why, remedy = why_not_stored(run.experiment)
-        raise UserError(f"neighbours are found by stored features, but {why}; {remedy}, or leave out neighbours")
-    index_training_photos(run, data.sources, data.stores)
+    stores = data.stores
+    if stores is None:
+        try:
+            encoder = pretrained(run.experiment.encoder)
+        except UserError as error:
+            raise UserError(f"neighbours are found by pretrained features: {error}; leave out neighbours") from error
+        # Of the photos themselves: view 0.
+        plain = replace(run.experiment.data, views=1, augmentation=Augmentation())
+        extraction = Extraction(replace(run.experiment, encoder=encoder, data=plain), cache)
+        stores = [extraction.regions(source, views=1) for source in data.sources]
+    index_training_photos(run, data.sources, stores)

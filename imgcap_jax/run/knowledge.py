@@ -14,6 +14,7 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.files import json_digest
 from imgcap_jax.metrics.cider_device import DocumentFrequencies, document_frequencies
 from imgcap_jax.models.neighbours import NEIGHBOURS, VERSION, Neighbours, index
+from imgcap_jax.remote import shown
 from imgcap_jax.run.extraction import Extraction, uses_store
 from imgcap_jax.run.folder import Run, without_weights_path
 from imgcap_jax.special_tokens import PAD
@@ -69,16 +70,20 @@ def _frequencies(run: Run) -> DocumentFrequencies:
 
 def _neighbours(run: Run, cache: Path | None, parallel: DataParallel | None) -> Neighbours:
     path = run.folder / NEIGHBOURS
+    if not uses_store(run.experiment):
+        raise UserError(
+            f"mbr_neighbours compares the stored features of a frozen encoder, and {shown(run.folder)} stores none; "
+            f"leave it out"
+        )
     # The model or the reward was made with the index of the training: it is never replaced.
     of = None if run.experiment.compares_photos else identity(run)
     found = Neighbours.load(path, of) if path.is_file() else None
     if found is not None:
         return found
-    if cache is None or not uses_store(run.experiment):
-        how = f"run: imgcap evaluate {run.folder} --decode.rerank mbr --decode.mbr-neighbours 20"
+    if cache is None:
         raise UserError(
-            f"mbr_neighbours needs {path}, which is made from the stored features of a frozen encoder; "
-            + (how if uses_store(run.experiment) else "this run stores none; leave mbr_neighbours out")
+            f"mbr_neighbours needs {path}, which is made from the stored features of the training photos; run: "
+            f"imgcap evaluate {run.folder} --decode.rerank mbr --decode.mbr-neighbours 20"
         )
     sources = _training(run)
     extraction = Extraction(run.experiment, cache, progress=is_first_process(), parallel=parallel)

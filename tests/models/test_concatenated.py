@@ -13,7 +13,7 @@ from imgcap_jax.data.sources import open_source
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, from_json, to_json
 from imgcap_jax.models.encoders.concatenated import Concatenated
-from imgcap_jax.models.encoders.contract import with_weights
+from imgcap_jax.models.encoders.contract import pretrained, with_weights
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.run.extraction import Extraction
 from imgcap_jax.run.transfer import _encoder_differences
@@ -57,6 +57,15 @@ def test_features_are_joined_region_by_region_in_the_order_of_the_encoders() -> 
 def test_it_is_frozen_if_all_encoders_are() -> None:
     assert Concatenated((PatchesSettings(), PatchesSettings())).frozen
     assert not Concatenated((PatchesSettings(), PatchesSettings(frozen=False))).frozen
+
+
+def test_pretrained_encoders_train_nothing() -> None:
+    tuned = Concatenated((EfficientNetLite(variant=0, trainable_stages=3, checkpoint_stages=True), PatchesSettings()))
+    assert pretrained(tuned) == Concatenated((EfficientNetLite(variant=0), PatchesSettings()))
+    with pytest.raises(UserError, match="PatchesSettings has no pretrained weights"):
+        pretrained(Concatenated((PatchesSettings(frozen=False), PatchesSettings())))
+    with pytest.raises(UserError, match=r"encoder\.weights is random"):
+        pretrained(EfficientNetLite(weights="random", trainable_stages=1))
 
 
 def test_encoders_that_do_not_go_together_are_refused() -> None:

@@ -224,6 +224,27 @@ def test_an_index_that_training_has_used_is_not_replaced(retrieving: Run, traine
     path.write_bytes(before)
 
 
+def test_a_trained_encoder_finds_neighbours_by_its_pretrained_features(
+    trained: tuple[Run, Path], tmp_path: Path
+) -> None:
+    run, cache = trained
+    tuned = replace(run.experiment.encoder, trainable_stages=1)  # type: ignore[type-var]
+    objective = SelfCritical(neighbours=3)
+    training = replace(run.experiment.training, epochs=0.2)
+    experiment = replace(run.experiment, encoder=tuned, objective=objective, training=training)
+    train(experiment, tmp_path / "tuned", cache=cache, init_from=run.folder, show=lambda line: None)
+    frozen = replace(experiment, encoder=run.experiment.encoder)
+    train(frozen, tmp_path / "frozen", cache=cache, init_from=run.folder, show=lambda line: None)
+    ours, theirs = (Neighbours.load(tmp_path / name / "neighbours.npz") for name in ("tuned", "frozen"))
+    assert ours is not None
+    assert theirs is not None
+    np.testing.assert_allclose(ours.vectors, theirs.vectors, atol=1e-3)
+    # Its new features cannot be compared with those of the index.
+    chosen = Decoding(beam=2, rerank="mbr", mbr_neighbours=3)
+    with pytest.raises(UserError, match=r"tuned stores none; leave it out"):
+        evaluate(Run.load(tmp_path / "tuned"), "test", cache=cache, decoding=chosen, write=False)
+
+
 def test_the_decoder_sees_the_mirror_image_as_well(trained: tuple[Run, Path]) -> None:
     run, cache = trained
     decoding = replace(run.experiment.decoding, mirror=True)

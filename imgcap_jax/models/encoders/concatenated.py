@@ -1,7 +1,7 @@
 """Several encoders of the same photo, whose features are concatenated region by region."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import json_digest
-from imgcap_jax.models.encoders.contract import EncoderSettings, build_encoder, weights_digest
+from imgcap_jax.models.encoders.contract import EncoderSettings, build_encoder, pretrained, weights_digest
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class Concatenated:
         """A digest of the weights files of all encoders; None if none of them reads a file."""
         digests = [weights_digest(settings) for settings in self.encoders]
         return json_digest(digests) if any(digests) else None
+
+    def pretrained(self) -> Self:
+        """See `contract.pretrained`."""
+        return replace(self, encoders=tuple(map(pretrained, self.encoders)))
 
     def with_weights(self, path: Path) -> Self:
         """See `contract.with_weights`. Raises UserError, because each encoder has a file of its own."""

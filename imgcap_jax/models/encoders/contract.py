@@ -47,8 +47,8 @@ class EncoderSettings(Protocol):
     ``--init-from`` requires that all fields except ``trainable_stages``, ``checkpoint_stages`` and ``folder`` are equal
     in both runs, because a decoder only understands the features it was trained with.
 
-    Settings whose encoder reads a weights file also have ``weights_digest`` and ``with_weights``, which take the place
-    of the functions of this module.
+    Settings whose encoder reads a weights file also have ``weights_digest``, ``with_weights`` and ``pretrained``, which
+    take the place of the functions of this module.
     """
 
     @property
@@ -123,6 +123,23 @@ def _method(settings: Any, name: str) -> Any:
     if found is not None and not callable(found):
         raise UserError(f"encoder: {name} of {type(settings).__name__} is not a method; define it without @property")
     return found
+
+
+def pretrained(settings: Any) -> Any:
+    """The settings of the same encoder with its pretrained weights, none of which is trained.
+
+    Args:
+        settings: an encoder's settings.
+
+    Raises:
+        UserError: the encoder has no pretrained weights.
+    """
+    if settings.frozen:
+        return settings
+    own = _method(settings, "pretrained")
+    if own is None:
+        raise UserError(f"encoder: {type(settings).__name__} has no pretrained weights")
+    return own()
 
 
 def with_weights(settings: Any, path: Path) -> Any:

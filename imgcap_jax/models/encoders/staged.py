@@ -55,6 +55,12 @@ class Staged:
         network = self.architecture()
         return weights_digest(self.weights, family=network.family, network=network.name, shapes=network.shapes())
 
+    def pretrained(self) -> Self:
+        """See `contract.pretrained`."""
+        if self.weights == "random":
+            raise UserError("encoder.weights is random, so the encoder has no pretrained features")
+        return replace(self, trainable_stages=0, checkpoint_stages=False)
+
     def with_weights(self, path: Path) -> Self:
         """See `contract.with_weights`."""
         if self.weights == "random":
