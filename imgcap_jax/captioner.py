@@ -29,7 +29,8 @@ from imgcap_jax.metrics.coco_format import write_results
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.remote import place
 from imgcap_jax.report.attention import attention_picture
-from imgcap_jax.run.folder import Run, check_ensemble, use_weights
+from imgcap_jax.run.confidence import Confidence
+from imgcap_jax.run.folder import Run, check_ensemble, shipped_model, use_weights
 from imgcap_jax.run.generation import attention_function, caption_function, caption_rows, check_decoding
 from imgcap_jax.run.knowledge import knowledge_of
 from imgcap_jax.terminal import on_terminal, working
@@ -61,6 +62,8 @@ class Caption:
         words: its words.
         log_probs: the log-probability of each word.
         score: what the search ranked, with length penalty and rules; for a sample, its log-probability as drawn.
+        confidence: the probability that the caption is right (see ``run.confidence``). None: the run was not
+            calibrated, captions are sampled or chosen by rerank, or there are several runs.
         attention: float32 [words,N], the attention of each word; rows can sum to less than 1 (the rest goes to a
             sentinel). None: not requested, or the decoder has no attention.
     """
@@ -70,6 +73,7 @@ class Caption:
     words: tuple[str, ...]
     log_probs: tuple[float, ...]
     score: float
+    confidence: float | None = None
     attention: np.ndarray | None = None
 
 
@@ -86,7 +90,7 @@ class Captioner:
 
     Example::
 
-        captioner = Captioner.load("runs/flickr8k")
+        captioner = Captioner.load()  # the model that comes with the package, or Captioner.load("runs/flickr8k")
         for caption in captioner(["dog.jpg", "beach.jpg"]):
             print(caption.text)
     """
@@ -117,6 +121,8 @@ class Captioner:
             self._params.append(restore_best(run.folder, params)[0])
             self._graphs.append(graph)
             self._frozen.append(frozen)
+        searches = not self.decoding.samples and self.decoding.rerank == "none"
+        self._confidence = Confidence.load(runs[0].folder) if searches and len(runs) == 1 else None
         self._knowledge = knowledge_of(runs[0], self.decoding)
         self._captions = caption_function(self._graphs, self.decoding, runs[0].vocabulary)
         self._attention = [attention_function(graph) for graph in self._graphs] if attention else []
@@ -131,10 +137,10 @@ class Captioner:
         code: str | Path | Sequence[str | Path] = (),
         weights: str | Path | Sequence[str | Path] = (),
     ) -> "Captioner":
-        """Loads the runs in ``folders``.
+        """Loads the runs in ``folders``, or the model that comes with the package.
 
         Args:
-            folders: one run, or several for an ensemble.
+            folders: one run, or several for an ensemble; none: the model that comes with the package.
             decoding: see ``Captioner``.
             attention: see ``Captioner``.
             code: Python files (or modules) that define classes of the runs. They are executed. Classes in modules that
@@ -145,7 +151,8 @@ class Captioner:
             UserError: a run needs code that was not given; see also ``Captioner``.
         """
         load_all_code([code] if isinstance(code, str | Path) else code)
-        runs = [Run.load(place(str(folder))) for folder in folders]
+        places = [place(str(folder)) for folder in folders] or [shipped_model()]
+        runs = [Run.load(folder) for folder in places]
         runs = use_weights(runs, [Path(file) for file in ([weights] if isinstance(weights, str | Path) else weights)])
         for note in (note for run in runs for note in run.code_changes()):
             warnings.warn(note, stacklevel=2)
@@ -247,13 +254,18 @@ class Captioner:
         for m in caption_rows(np.asarray(decoded.tokens[row]), self.decoding):
             vocabulary = self.runs[0].vocabulary
             words = tuple(vocabulary.decode_words(decoded.tokens[row, m]))
+            text, log_prob = text_of(words, vocabulary.tokenizer), float(decoded.log_prob[row, m])
+            confidence = None
+            if self._confidence is not None:
+                confidence = float(self._confidence.of(log_prob, len(text.split())))
             captions.append(
                 Caption(
-                    text_of(words, vocabulary.tokenizer),
-                    float(decoded.log_prob[row, m]),
+                    text,
+                    log_prob,
                     words,
                     tuple(map(float, decoded.word_log_probs[row, m, : len(words)])),
                     float(decoded.score[row, m]),
+                    confidence,
                     None if maps is None else maps[row, m, : len(words)],
                 )
             )

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libtpu()
     given = list(sys.argv[1:] if arguments is None else arguments)
     decoding: list[str] = []
-    if given[:1] in (["evaluate"], ["caption"], ["compare"]) and any(
+    if given[:1] in (["evaluate"], ["caption"], ["compare"], ["calibrate"]) and any(
         argument.startswith("--decode.") for argument in given
     ):
         from imgcap_jax.cli.sweeps import split_options
@@ -114,7 +114,7 @@ def _unknown_argument(argument: str, parser: argparse.ArgumentParser, command: s
     if not argument.startswith("-"):
         return UserError(f"unexpected argument {argument!r}; {parser.prog} --help lists the arguments")
     known = re.findall(r"--[a-z][a-z.-]+", parser.format_usage())
-    if command in ("evaluate", "caption", "compare"):
+    if command in ("evaluate", "caption", "compare", "calibrate"):
         from imgcap_jax.decoding.settings import Decoding
 
         known += option_names(Decoding(), prefix="decode")
@@ -223,7 +223,7 @@ def _load_runs(folders: Sequence[Path], options: argparse.Namespace) -> list[Any
     load_all_code(options.code)
     runs = use_weights([Run.load(folder) for folder in folders], options.weights)
     notes = [note for run in runs for note in run.code_changes()]
-    if options.command in ("evaluate", "compare"):
+    if options.command in ("evaluate", "compare", "calibrate"):
         # An ensemble reads its images with the settings of its first run.
         for number in range(1 if getattr(options, "ensemble", []) else len(runs)):
             runs[number], note = use_data_dir(runs[number], options.data_dir)
@@ -467,6 +467,24 @@ def _average(options: argparse.Namespace) -> int:
     return 0
 
 
+def _calibrate(options: argparse.Namespace) -> int:
+    from imgcap_jax.cli.sharing import calibrate
+
+    (run,) = _load_runs([options.run], options)
+    decodings, swept = _decodings(options, run)
+    if swept:
+        raise UserError(f"--decode.{swept[0]} has several values; only imgcap evaluate sweeps")
+    _keep_compiled()
+    return calibrate(run, decodings[0], _features_cache(options, run.folder), options)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from imgcap_jax.cli.sharing import export
+
+    (run,) = _load_runs([options.run], options)
+    return export(run, options)
+
+
 def _caption(options: argparse.Namespace) -> int:
     from imgcap_jax.data.photo_files import photo_files
 
@@ -478,7 +496,9 @@ def _caption(options: argparse.Namespace) -> int:
         from imgcap_jax.captioner import Captioner, caption_files
         from imgcap_jax.terminal import on_terminal, working
 
-    runs = _load_runs(options.run, options)
+    from imgcap_jax.run.folder import shipped_model
+
+    runs = _load_runs(options.run or [shipped_model()], options)
     decodings, swept = _decodings(options, runs[0])
     if swept:
         raise UserError(f"--decode.{swept[0]} has several values; only imgcap evaluate sweeps")
@@ -694,6 +714,8 @@ _COMMANDS = {
     "compare": _compare,
     "average": _average,
     "caption": _caption,
+    "calibrate": _calibrate,
+    "export": _export,
     "score": _score,
     "report": _report,
     "prepare": _prepare,

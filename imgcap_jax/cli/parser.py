@@ -30,9 +30,12 @@ _EPILOG = """examples:
   imgcap evaluate runs/flickr8k --decode.beam 1 3 5 --decode.length-norm 0 0.7
   imgcap compare runs/flickr8k runs/flickr8k_scst
   imgcap average runs/flickr8k_scst_population --run runs/flickr8k_soup
+  imgcap calibrate runs/flickr8k_coco --dataset flickr8k --dataset coco_subset
+  imgcap caption photo.jpg holiday/
   imgcap caption photo.jpg holiday/ --run runs/flickr8k
   imgcap caption photo.jpg --run runs/flickr8k --attention
   imgcap caption photo.jpg --run runs/flickr8k --n-best 3 --decode.must frisbee
+  imgcap export runs/flickr8k_soup my_model
   imgcap score captions.json references.json --compare other.json
   imgcap score a.json references.json --mbr b.json c.json --training references_train.json
   imgcap score captions.json references.json --objects
@@ -99,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     adders = (_add_train, _add_ablate, _add_features, _add_plan, _add_runs, _add_evaluate, _add_compare, _add_average)
-    for add in (*adders, _add_caption, _add_score, _add_report):
+    for add in (*adders, _add_calibrate, _add_caption, _add_export, _add_score, _add_report):
         add(commands)
     data = commands.add_parser("data", allow_abbrev=False, help="prepare, inspect and list datasets")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -384,11 +387,16 @@ def _add_caption(commands: Commands) -> None:
         "caption",
         add_help=False,
         help="caption photos",
-        description="Caption photos with the best parameters of a run, or of an ensemble.",
+        description="Caption photos with the model that comes with imgcap_jax, with the best parameters of a run, or "
+        "with an ensemble.",
     )
     caption.add_argument("photos", nargs="+", type=_photo, help="image files, or folders of them")
     caption.add_argument(
-        "--run", type=_folder, required=True, action="append", help="the run's folder; several make an ensemble"
+        "--run",
+        type=_folder,
+        action="append",
+        default=[],
+        help="the run's folder (default: the model that comes with imgcap_jax); several make an ensemble",
     )
     caption.add_argument("--attention", action="store_true", help="draw the attention of each word of the best caption")
     caption.add_argument(
@@ -407,6 +415,51 @@ def _add_caption(commands: Commands) -> None:
     _add_decoding(caption)
     _add_code(caption)
     _add_weights(caption)
+
+
+def _add_calibrate(commands: Commands) -> None:
+    calibrate = _add_command(
+        commands,
+        "calibrate",
+        add_help=False,
+        help="fit the confidence of captions",
+        description="Caption validation splits with a run, fit the probability that a caption is right to their "
+        "CIDEr-D, and write it into the run's folder. imgcap caption then shows the confidence of each caption.",
+    )
+    calibrate.add_argument("run", type=_folder, metavar="RUN", help="the run's folder")
+    calibrate.add_argument("--split", default="val", help="a split that the run was not trained on (default: val)")
+    calibrate.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        help="a dataset other than the run's; can be repeated: all count alike, whatever their number of images",
+    )
+    _add_decoding(calibrate)
+    _add_code(calibrate)
+    _add_cache(calibrate)
+    _add_weights(calibrate)
+    _add_data_dir(calibrate, "that of the run if it exists, or else ")
+
+
+def _add_export(commands: Commands) -> None:
+    export = _add_command(
+        commands,
+        "export",
+        help="write a run as a folder to share",
+        description="Write the best parameters of a run, and what is needed to use them, into a new folder: the "
+        "experiment, the vocabulary, model.safetensors, the scores of evaluations, and a model card. The folder can "
+        "be used as a run, but its training cannot be resumed.",
+    )
+    export.add_argument("run", type=_folder, metavar="RUN", help="the run's folder")
+    export.add_argument("folder", type=_path, metavar="FOLDER", help="the new folder")
+    export.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="float16",
+        help="the type of the parameters in the file (default: float16)",
+    )
+    _add_code(export)
+    _add_weights(export)
 
 
 def _add_score(commands: Commands) -> None:

@@ -43,10 +43,12 @@ from imgcap_jax.run.mirror import pull
 from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
 from imgcap_jax.training.log import LOG_ID, SAMPLES, TENSORBOARD
 from imgcap_jax.training.metrics_file import METRICS
+from imgcap_jax.training.parameter_file import PARAMETERS
 from imgcap_jax.training.self_critical import FREQUENCIES
 from imgcap_jax.user_code import source_files
 
 RUNS = Path("runs")  # the default folder of all runs
+_SHIPPED = Path(__file__).parent.parent / "shipped_model"
 VOCABULARY = "vocabulary.json"
 INIT_FROM = "init_from.json"
 WEIGHTS = "weights.json"
@@ -258,6 +260,13 @@ class Run:
         return parameter_count(split_trained(model)[1])
 
 
+def shipped_model() -> Path:
+    """The folder of the model that comes with the package. Raises UserError if this installation has none."""
+    if not is_run(_SHIPPED):
+        raise UserError("this installation of imgcap_jax has no model; train one, and give its folder with --run")
+    return _SHIPPED
+
+
 def _can_be_traced(settings: Any) -> bool:
     """Whether a part with these settings can be built without values: all of its code is the package's own.
 
@@ -381,6 +390,11 @@ def find_run(folder: Path) -> "Run | None":
                 f"{path} is a symbolic link, and training writes to no other place than --run; to use another disk, "
                 f"put --run there"
             )
+    if (folder / PARAMETERS).is_file():
+        raise UserError(
+            f"{shown(folder)} is an exported run, which cannot be trained further in its folder; choose another --run "
+            f"and --init-from {shown(folder)}"
+        )
     newest, best = latest_step(checkpoints / "newest"), latest_step(checkpoints / "best")
     experiment, vocabulary = (folder / EXPERIMENT).is_file(), (folder / VOCABULARY).is_file()
     if newest is not None or best is not None:

@@ -19,7 +19,8 @@ from imgcap_jax.files import add_digests, damages, disk_errors, read_digests, re
 from imgcap_jax.remote import shown, url_of
 from imgcap_jax.terminal import Say
 from imgcap_jax.training.background import BackgroundJobs
-from imgcap_jax.training.orbax_files import Writer, quiet_orbax, read_arrays, read_progress, snapshot
+from imgcap_jax.training.orbax_files import Writer, placed_as, quiet_orbax, read_arrays, read_progress, snapshot
+from imgcap_jax.training.parameter_file import PARAMETERS, read_parameters
 
 CHECKPOINTS = "checkpoints"  # folder in a run's folder
 DAMAGED = "damaged"  # folder in it, of damaged checkpoints that were moved aside
@@ -433,14 +434,16 @@ def _steps(folder: Path) -> list[int]:
 
 
 def restore_best(run: Path, template: Any, step: int | None = None) -> tuple[Any, int]:
-    """The best parameters of a run, placed as ``template`` is, and their step. See ``Checkpoints.restore_best``.
+    """The best parameters of a run, or those of an exported one, placed as ``template`` is, and their step.
 
     Raises:
-        UserError: see ``Checkpoints.restore_best``.
+        UserError: see ``Checkpoints.restore_best`` and ``parameter_file.read_parameters``.
     """
     checkpoints = Checkpoints(run)
     try:
         step = checkpoints.best_step if step is None else step
+        if step is None and (run / PARAMETERS).is_file():
+            return read_parameters(run / PARAMETERS, template, placed_as)
         params = checkpoints.restore_best(template, step)
         assert step is not None
         return params, step

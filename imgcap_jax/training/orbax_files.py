@@ -109,12 +109,13 @@ def read_arrays(folder: Path, template: Any) -> Any:
         },
     )
     found = handler.restore(place, args=arguments)
-    default = jnp.zeros(()).sharding
-    placed = [_placed(found[name], leaf.sharding or default) for name, leaf in wanted.items()]
+    placed = [placed_as(found[name], leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(template), placed)
 
 
-def _placed(value: np.ndarray, sharding: jax.sharding.Sharding) -> Array:
+def placed_as(value: np.ndarray, leaf: Any) -> Array:
+    """The array on the devices of ``leaf``, or on the default device if it has none."""
+    sharding = leaf.sharding or jnp.zeros(()).sharding
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding, may_alias=False)  # a step could not take the buffer of NumPy
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

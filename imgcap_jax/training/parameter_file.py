@@ -1,0 +1,90 @@
+"""``model.safetensors``: the parameters of a run in one file, to share. Reading it executes no code.
+
+A folder with this file in place of checkpoints can be evaluated, captioned with, and started from (``--init-from``).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imgcap_jax.errors import UserError
+from imgcap_jax.files import disk_errors, reading, replacing
+from imgcap_jax.remote import shown
+
+PARAMETERS = "model.safetensors"  # file in the folder of an exported run
+_FORMAT = "imgcap_jax parameters 1"
+_ADVICE = "export the run again, or download it again"
+
+ParameterDtype = Literal["float16", "bfloat16", "float32"]
+
+
+def write_parameters(path: Path, params: Any, step: int, dtype: ParameterDtype) -> None:
+    """Writes a tree of parameters.
+
+    Args:
+        path: the file.
+        params: the parameters, named by their places in the model, as in "decoder.embedding.kernel".
+        step: the training step that they are from.
+        dtype: the type that they are rounded to.
+
+    Raises:
+        UserError: a parameter is too large for the type, or the file can't be written.
+    """
+    from safetensors.numpy import save_file
+
+    arrays = {}
+    for name, leaf in _named(params).items():
+        values = np.asarray(leaf, np.float32)
+        with np.errstate(over="ignore"):
+            rounded = values.astype(jnp.dtype(dtype))
+        if not np.isfinite(rounded.astype(np.float32)).all():
+            raise UserError(f"{name} does not fit {dtype}; use --dtype float32")
+        arrays[name] = np.ascontiguousarray(rounded)
+    with disk_errors(f"writing {path}"), replacing(path) as temporary:
+        save_file(arrays, temporary, {"format": _FORMAT, "step": str(step)})
+        temporary.chmod(0o644)  # the library makes it private
+
+
+def read_parameters(path: Path, template: Any, place: Callable[[np.ndarray, Any], Any]) -> tuple[Any, int]:
+    """The parameters in a file, as float32, and the training step that they are from.
+
+    Args:
+        path: the file.
+        template: arrays or ``jax.ShapeDtypeStruct``, of which the names and shapes must be those in the file.
+        place: puts an array where a leaf of ``template`` is.
+
+    Raises:
+        UserError: the file is damaged, or it belongs to another model.
+    """
+    import safetensors
+
+    wanted = _named(template)
+    with reading(path, _ADVICE), safetensors.safe_open(path, framework="np") as file:
+        about = file.metadata() or {}
+        if about.get("format") != _FORMAT:
+            raise ValueError(f"its format is {about.get('format', 'not given')!r:.40}, not {_FORMAT!r}")
+        step = int(about["step"])
+        names = set(file.keys())
+        for name in [*wanted, *sorted(names)]:
+            ours = list(wanted[name].shape) if name in wanted else "missing"
+            theirs = file.get_slice(name).get_shape() if name in names else "missing"
+            if ours != theirs:
+                raise UserError(
+                    f"{shown(path)}: {name} is {theirs} in the file and {ours} in the model of its folder; {_ADVICE}"
+                )
+        found = {name: np.asarray(file.get_tensor(name), np.float32) for name in wanted}
+        for name, values in found.items():
+            if not np.isfinite(values).all():
+                raise ValueError(f"{name} has values that are not finite")
+    leaves = [place(found[name], leaf) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves), step
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves by their places in the model, in the order of the tree."""
+    paths = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in paths}
