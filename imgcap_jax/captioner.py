@@ -1,14 +1,10 @@
 """Captioner: load a run and caption photos. The Python API for using a trained model."""
 
-import json
-import os
-import re
 import threading
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -16,24 +12,19 @@ import jax
 import numpy as np
 from PIL import Image
 
-from imgcap_jax.data.image_files import AnyImage, ImageError, read_file
+from imgcap_jax.data.image_files import AnyImage, read_file
 from imgcap_jax.data.images import decode, view
 from imgcap_jax.data.photo_files import photo_path
 from imgcap_jax.data.prefetch import map_ahead
 from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding.settings import Decoding
-from imgcap_jax.errors import UserError, printable
-from imgcap_jax.files import check_writable, reason
-from imgcap_jax.image_ids import LIMIT
-from imgcap_jax.metrics.coco_format import write_results
+from imgcap_jax.errors import UserError
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.remote import place
-from imgcap_jax.report.attention import attention_picture
 from imgcap_jax.run.confidence import Confidence
 from imgcap_jax.run.folder import Run, check_ensemble, shipped_model, use_weights
 from imgcap_jax.run.generation import attention_function, caption_function, caption_rows, check_decoding
 from imgcap_jax.run.knowledge import knowledge_of
-from imgcap_jax.terminal import on_terminal, working
 from imgcap_jax.tokenizers import text_of
 from imgcap_jax.training.checkpoints import restore_best
 from imgcap_jax.user_code import load_all_code
@@ -41,7 +32,6 @@ from imgcap_jax.user_code import load_all_code
 Photo = str | Path | AnyImage
 BATCH, SMALL_BATCH = 32, 8  # images per batch
 _BATCHES_AT_ONCE = 2
-_READERS = 8  # threads at most, each with a photo in memory
 # JAX's settings that a context manager changes in one thread only, and that change what is computed or where.
 _THREAD_SETTINGS = ("default_device", "default_matmul_precision", "enable_x64", "debug_nans")
 _VIEW = 512  # the longer side of a photo in a picture of attention, in pixels
@@ -62,10 +52,10 @@ class Caption:
         words: its words.
         log_probs: the log-probability of each word.
         score: what the search ranked, with length penalty and rules; for a sample, its log-probability as drawn.
-        confidence: the probability that the caption is right (see ``run.confidence``). None: the run was not
-            calibrated, captions are sampled or chosen by rerank, or there are several runs.
         attention: float32 [words,N], the attention of each word; rows can sum to less than 1 (the rest goes to a
             sentinel). None: not requested, or the decoder has no attention.
+        confidence: the probability that the caption is right (see ``run.confidence``). None: the run was not
+            calibrated, captions are sampled or chosen by rerank, or there are several runs.
     """
 
     text: str
@@ -73,8 +63,8 @@ class Caption:
     words: tuple[str, ...]
     log_probs: tuple[float, ...]
     score: float
-    confidence: float | None = None
     attention: np.ndarray | None = None
+    confidence: float | None = None
 
 
 class _Batch(NamedTuple):
@@ -265,8 +255,8 @@ class Captioner:
                     words,
                     tuple(map(float, decoded.word_log_probs[row, m, : len(words)])),
                     float(decoded.score[row, m]),
-                    confidence,
                     None if maps is None else maps[row, m, : len(words)],
+                    confidence,
                 )
             )
         return captions
@@ -321,145 +311,3 @@ def _image(photo: Photo) -> AnyImage:
 
 def _is_batch(photos: object) -> bool:
     return isinstance(photos, np.ndarray) and photos.ndim == 4
-
-
-def caption_files(
-    captioner: Captioner,
-    files: Sequence[Path],
-    *,
-    as_json: bool,
-    pictures: Path | None = None,
-    results: Path | None = None,
-) -> Iterator[tuple[str, bool]]:
-    """Captions image files. Yields (line to print, whether it reports a failure).
-
-    An unreadable file is reported by name; the other files are still captioned. So is a picture that cannot be drawn or
-    written; its photo keeps its caption.
-
-    Lines are printable: control characters in file names are escaped, and so are bytes that are not UTF-8.
-
-    Args:
-        captioner: the model.
-        files: image files (see ``data.photo_files``), which can be missing.
-        as_json: yield lines of JSON instead of text.
-        pictures: folder for a picture of each photo with the attention of its words; None: no pictures.
-        results: file for the best captions in COCO's format, where `COCO_test2014_000000000016.jpg` is image 16; None:
-            no file.
-
-    Raises:
-        UserError: results are requested, and a file name does not end in a number, or two end in the same one.
-    """
-    image_ids = _image_ids(files) if results is not None else {}
-    if results is not None:
-        check_writable(results)
-    found_results: dict[int, str] = {}
-    names: set[str] = set()
-    # On a terminal the captions themselves are shown.
-    progress = working("captioning", len(files), "photos", shown=not on_terminal())
-    try:
-        with progress as work:
-            for path, found in _captioned(captioner, files):
-                work.advance()
-                if isinstance(found, str):
-                    yield f"imgcap: {_shown(path)}: {found}; not captioned", True
-                    continue
-                if results is not None:
-                    found_results[image_ids[path]] = found[0].text
-                picture = None
-                if pictures is not None:
-                    picture = pictures / _new_name(path, names)
-                    try:
-                        _draw(captioner, path, found[0], picture)
-                    except (ImageError, OSError, UserError) as error:
-                        yield f"imgcap: {_shown(path)}: {reason(error)}; no picture of its attention", True
-                        picture = None
-                for line in _lines(path, found, picture, as_json=as_json):
-                    yield line, False
-    finally:  # also after an interruption
-        if results is not None and found_results:
-            write_results(results, found_results)
-    if results is not None and len(found_results) < len(files):
-        yield f"imgcap: {_shown(results)} has captions of {len(found_results)} of {len(files)} photos", True
-
-
-def _captioned(captioner: Captioner, files: Sequence[Path]) -> Iterator[tuple[Path, Sequence[Caption] | str]]:
-    """The captions of each file, or the reason why it has none, in order. The next files are read in threads."""
-    read: deque[tuple[Path, str]] = deque()  # with the reason of each file that cannot be read, else ""
-
-    def pixels(path: Path) -> list[np.ndarray] | str:
-        try:
-            return captioner.pixels(path)
-        except (ImageError, OSError) as error:
-            return reason(error)
-
-    def images() -> Iterator[list[np.ndarray] | None]:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        found = map_ahead(pixels, files, threads=min(cores, _READERS), ahead=2 * BATCH, at_once=False)
-        for path, image in zip(files, found, strict=True):
-            assert image is not None
-            read.append((path, image if isinstance(image, str) else ""))
-            yield None if isinstance(image, str) else image
-
-    for batch in captioner.turns(images()):
-        for captions in batch:
-            while read[0][1]:
-                yield read.popleft()
-            yield read.popleft()[0], captions
-        while read and read[0][1]:
-            yield read.popleft()
-    yield from read
-
-
-def _draw(captioner: Captioner, path: Path, caption: Caption, picture: Path) -> None:
-    assert caption.attention is not None
-    attention_picture(captioner.view(path), caption.words, caption.log_probs, caption.attention, picture)
-
-
-def _shown(path: Path) -> str:
-    return printable(str(path))
-
-
-def _image_ids(files: Sequence[Path]) -> dict[Path, int]:
-    """COCO's image ids: the numbers at the end of file names, after a separator (the end of a hash is not an id)."""
-    image_ids: dict[Path, int] = {}
-    named: dict[int, Path] = {}
-    for path in files:
-        if not path.exists():
-            raise UserError(f"{_shown(path)}: no such file or folder")
-        found = re.search(r"(?<![0-9A-Za-z])[0-9]{1,19}\Z", path.stem)
-        if found is None or int(found[0]) >= LIMIT:
-            raise UserError(f"{_shown(path)}: its name does not end in an image id, as COCO's do; leave out --results")
-        number = int(found[0])
-        if number in named:
-            both = f"{_shown(path)} and {_shown(named[number])}"
-            raise UserError(f"{both} are both image {number}; leave one of them out")
-        named[number], image_ids[path] = path, number
-    return image_ids
-
-
-def _lines(path: Path, captions: Sequence[Caption], picture: Path | None, *, as_json: bool) -> Iterator[str]:
-    if as_json:
-        for rank, caption in enumerate(captions, 1):
-            maps = None if caption.attention is None else np.round(caption.attention.astype(float), 5).tolist()
-            shown = {"picture": _text(picture)} if picture is not None and rank == 1 else {}
-            yield json.dumps({"file": _text(path), "rank": rank, **asdict(caption), "attention": maps, **shown})
-        return
-    for number, caption in enumerate(captions, 1):
-        place = f" {number}. [score {caption.score:.2f}]" if len(captions) > 1 else ""
-        yield f"{_shown(path)}:{place} {printable(caption.text)}"
-    if picture is not None:
-        yield f"{_shown(path)}: attention of its words: {_shown(picture)}"
-
-
-def _text(path: Path) -> str:
-    """A path for JSON. Bytes that are not UTF-8 are escaped, because JSON has only whole characters."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _new_name(path: Path, taken: set[str]) -> str:
-    """The name of a picture: that of the photo, numbered if photos of several folders share a name."""
-    name, number = f"{path.stem}_attention.png", 2
-    while name in taken:
-        name, number = f"{path.stem}_{number}_attention.png", number + 1
-    taken.add(name)
-    return name

@@ -486,17 +486,17 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _caption(options: argparse.Namespace) -> int:
+    from imgcap_jax.cli.caption import caption, check
     from imgcap_jax.data.photo_files import photo_files
 
     _set_largest_image(options)
-    if options.attention_dir is not None and not options.attention:
-        raise UserError("--attention-dir has no effect without --attention; give both")
-    files = photo_files(options.photos)  # before the model is loaded, in case there are none
+    check(options)
+    # Before the model is loaded, in case there are none.
+    files = photo_files(options.photos, recursive=options.recursive)
     with _importing(options):
-        from imgcap_jax.captioner import Captioner, caption_files
+        from imgcap_jax.captioner import Captioner
+        from imgcap_jax.run.folder import shipped_model
         from imgcap_jax.terminal import on_terminal, working
-
-    from imgcap_jax.run.folder import shipped_model
 
     runs = _load_runs(options.run or [shipped_model()], options)
     decodings, swept = _decodings(options, runs[0])
@@ -505,18 +505,7 @@ def _caption(options: argparse.Namespace) -> int:
     _keep_compiled()
     with working("loading the model", shown=not on_terminal()):
         captioner = Captioner(runs, decodings[0], attention=options.attention)
-    pictures = (options.attention_dir or Path()) if options.attention else None
-    bad = 0
-    for line, failed in caption_files(
-        captioner,
-        files,
-        as_json=options.json,
-        pictures=pictures,
-        results=options.results,
-    ):
-        print(line, file=sys.stderr if failed else sys.stdout, flush=True)
-        bad += failed
-    return 2 if bad else 0
+    return caption(captioner, files, options)
 
 
 def _decodings(options: argparse.Namespace, run: Any) -> tuple[list[Any], list[str]]:

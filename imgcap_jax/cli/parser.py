@@ -32,6 +32,7 @@ _EPILOG = """examples:
   imgcap average runs/flickr8k_scst_population --run runs/flickr8k_soup
   imgcap calibrate runs/flickr8k_coco --dataset flickr8k --dataset coco_subset
   imgcap caption photo.jpg holiday/
+  imgcap caption -r photos/ --csv captions.csv --html captions.html
   imgcap caption photo.jpg holiday/ --run runs/flickr8k
   imgcap caption photo.jpg --run runs/flickr8k --attention
   imgcap caption photo.jpg --run runs/flickr8k --n-best 3 --decode.must frisbee
@@ -404,6 +405,27 @@ def _add_caption(commands: Commands) -> None:
     )
     caption.add_argument(
         "--json", action="store_true", help="one JSON object per line, with words and log-probabilities"
+    )
+    caption.add_argument(
+        "-r", "--recursive", action="store_true", help="also the photos in subfolders, except in hidden ones"
+    )
+    caption.add_argument("--csv", type=_path, metavar="FILE", help="write a table, which grows meanwhile")
+    caption.add_argument("--html", type=_path, metavar="FILE", help="write a page with the photos in it")
+    caption.add_argument(
+        "--sidecar", action="store_true", help="write the caption of dog.jpg into dog.txt beside the photo"
+    )
+    caption.add_argument(
+        "--write-exif",
+        action="store_true",
+        help="write the caption into the photo itself, as alternative text (XMP) and description (EXIF); needs pyexiv2",
+    )
+    caption.add_argument(
+        "--overwrite", action="store_true", help="replace text files and descriptions that are already there"
+    )
+    caption.add_argument(
+        "--resume",
+        action="store_true",
+        help="leave out photos that --csv FILE contains; without --csv, those with a text file beside them",
     )
     caption.add_argument(
         "--results",

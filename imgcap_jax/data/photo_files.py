@@ -18,23 +18,34 @@ def photo_path(text: str) -> Path:
     return local_path(text, "download the photo first")
 
 
-def photo_files(paths: Sequence[Path]) -> list[Path]:
+def photo_files(paths: Sequence[Path], *, recursive: bool = False) -> list[Path]:
     """The files that are given, which can be missing, and the image files in the folders, each sorted by name.
+
+    Args:
+        paths: files and folders. A file that is found twice is returned once.
+        recursive: whether subfolders are searched, except hidden ones and links.
 
     Raises:
         UserError: there are none, or all are missing.
     """
-    files = [file for path in paths for file in _files(path)]
+    files = list(dict.fromkeys(file for path in paths for file in _files(path, recursive)))
     if not files:
-        raise UserError(f"no images in {', '.join(map(str, paths))}; give image files, or folders of them")
+        raise UserError(
+            f"no images in {', '.join(map(str, paths))}; give image files, or folders of them"
+            + ("" if recursive else " (--recursive searches subfolders)")
+        )
     if not any(file.exists() or file.is_symlink() for file in files):
         more = f" and {len(files) - 3} more" if len(files) > 3 else ""
         raise UserError(f"{', '.join(map(str, files[:3]))}{more}: no such file or folder; check the path")
     return files
 
 
-def _files(path: Path) -> Iterator[Path]:
+def _files(path: Path, recursive: bool) -> Iterator[Path]:
     if not path.is_dir():
         yield path
         return
-    yield from sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES and not file.is_dir())
+    inside = sorted(path.iterdir())
+    yield from (file for file in inside if file.suffix.lower() in _SUFFIXES and not file.is_dir())
+    for folder in inside if recursive else ():
+        if folder.is_dir() and not folder.is_symlink() and not folder.name.startswith("."):
+            yield from _files(folder, recursive)

@@ -17,7 +17,10 @@ import pytest
 from PIL import Image
 
 from imgcap_jax import captioner as module
-from imgcap_jax.captioner import Caption, Captioner, caption_files
+from imgcap_jax.captioner import Caption, Captioner
+from imgcap_jax.captioning import outputs as outputs_module
+from imgcap_jax.captioning.files import caption_files
+from imgcap_jax.captioning.outputs import CocoResults, Lines, Output, Pictures
 from imgcap_jax.cli.main import main
 from imgcap_jax.data import image_files
 from imgcap_jax.data.photo_files import photo_files
@@ -48,10 +51,31 @@ def photo(path: Path | bytes, red: int = 200, size: tuple[int, int] = (8, 8), ki
         Image.new("RGB", size, (red, 0, 0)).save(file, kind)
 
 
-def caption(*paths: Path, **options: object) -> tuple[list[str], list[str]]:
+def caption(
+    *paths: Path,
+    captioner: Captioner | None = None,
+    as_json: bool = False,
+    pictures: Path | None = None,
+    results: Path | None = None,
+    more: Sequence[Output] = (),
+) -> tuple[list[str], list[str]]:
     """The lines of captions and the lines of failures."""
-    lines = list(caption_files(Stub(), photo_files(paths), **{"as_json": False, **options}))  # type: ignore[arg-type]
+    lines = list(captioned(captioner or Stub(), photo_files(paths), as_json, pictures, results, more))
     return [line for line, failed in lines if not failed], [line for line, failed in lines if failed]
+
+
+def captioned(
+    captioner: Captioner,
+    files: Sequence[Path],
+    as_json: bool = False,
+    pictures: Path | None = None,
+    results: Path | None = None,
+    more: Sequence[Output] = (),
+) -> Iterator[tuple[str, bool]]:
+    drawn = None if pictures is None else Pictures(captioner, pictures)
+    outputs: list[Output] = [] if drawn is None else [drawn]
+    outputs += [] if results is None else [CocoResults(results, files)]
+    return caption_files(captioner, files, [*outputs, *more, Lines(as_json=as_json, pictures=drawn)])
 
 
 NAMES = {  # as bytes on the disk, as printed, and as JSON
@@ -101,6 +125,7 @@ def test_all_photos_of_a_folder_are_captioned_or_reported(tmp_path: Path) -> Non
         f"imgcap: {tmp_path}/phone.heic: a HEIC image; convert it to JPEG ("
         f"{image_files.READS} are read); not captioned",
         f"imgcap: {tmp_path}/pipe.png: is a device or a pipe, not a file; not captioned",
+        "imgcap: captioned 3 of 8 photos; left out 5",
     ]
 
 
@@ -113,7 +138,9 @@ def test_captions_and_failures_come_in_the_order_of_the_files(tmp_path: Path) ->
             path.write_bytes(b"no image")
         else:
             photo(path, number, (8, 8) if number % 3 else (900, 900))
-    found = list(caption_files(Stub(), photo_files([tmp_path]), as_json=False))
+    found = list(captioned(Stub(), photo_files([tmp_path])))
+    *found, (last, _) = found
+    assert last == "imgcap: captioned 93 of 100 photos; left out 7"
     assert [failed for _, failed in found] == [number in bad for number in range(100)]
     for number, (line, failed) in enumerate(found):
         assert f"{number:02}.png: " + ("unknown image format" if failed else f"red {number}") in line
@@ -150,7 +177,7 @@ def test_samples_of_a_photo_in_a_folder_depend_on_its_place_only(trained: Path, 
         (tmp_path / f"{number:02}.png").write_bytes(encode_png(draw_scene(sample_scene("test", number % 5), 32)))
     files = photo_files([tmp_path])
     captioner = Captioner(Run.load(trained), Decoding(samples=2, max_words=6))
-    lines = [json.loads(line) for line, _ in caption_files(captioner, files, as_json=True)]
+    lines = [json.loads(line) for line, _ in captioned(captioner, files, as_json=True)]
     assert captioner._captions._cache_size() == 2  # type: ignore[attr-defined]
     for place in (0, 35, 69):
         [[alone]] = captioner.stream([captioner.pixels(files[place])], place)
@@ -169,7 +196,7 @@ def test_an_interruption_in_the_third_batch_leaves_the_lines_and_results_of_the_
 
         turns = Captioner.turns
 
-    found = caption_files(Interrupted(), photo_files([tmp_path]), as_json=False, results=tmp_path / "results.json")
+    found = captioned(Interrupted(), photo_files([tmp_path]), results=tmp_path / "results.json")
     lines: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         lines.extend(line for line, _ in found)  # keeps those before the error
@@ -195,10 +222,10 @@ def test_lines_and_failures_do_not_wait_for_photos_after_them(tmp_path: Path, mo
 
         turns = Captioner.turns
 
-    found = caption_files(Slow(), photo_files([tmp_path]), as_json=False)
+    found = captioned(Slow(), photo_files([tmp_path]))
     assert next(found)[1]
     go_on.set()
-    assert [line.partition(": ")[2] for line, _ in found] == ["red 1", "red 2", "red 3", "red 4"]
+    assert [line.partition(": ")[2] for line, failed in found if not failed] == ["red 1", "red 2", "red 3", "red 4"]
 
 
 def test_batches_are_captioned_with_the_settings_of_jax_in_the_callers_thread() -> None:
@@ -248,11 +275,11 @@ def test_a_picture_that_fails_loses_neither_its_caption_nor_the_photos_after_it(
     reds = (10, 20, 30, 40)
     for red in reds:
         photo(tmp_path / f"photo_{red}.png", red)
-    draw = module.attention_picture
+    draw = outputs_module.attention_picture
     errors: dict[int, Exception] = {
         10: OSError(28, "No space left on device"),
         20: image_files.ImageError("damaged\nin two lines"),
-        30: module.UserError("the folder can't be written"),
+        30: UserError("the folder can't be written"),
     }
 
     def drawn(pixels: np.ndarray, *rest: object) -> None:
@@ -260,7 +287,7 @@ def test_a_picture_that_fails_loses_neither_its_caption_nor_the_photos_after_it(
             raise error
         draw(pixels, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "attention_picture", drawn)
+    monkeypatch.setattr(outputs_module, "attention_picture", drawn)
     results = tmp_path / "results.json"
     lines, failures = caption(tmp_path, pictures=tmp_path / "maps", results=results)
     assert [line for line in lines if "attention of its words" not in line] == [
@@ -288,14 +315,14 @@ def test_the_picture_of_a_huge_jpeg_is_drawn_at_a_reduced_scale(
     lines, failures = caption(tmp_path, pictures=tmp_path / "maps")
     assert {path.name for path in (tmp_path / "maps").iterdir()} == {"pano_attention.png", "zebra_attention.png"}
     assert len(lines) == 4
-    assert len(failures) == 1
+    assert len(failures) == 2
     assert "pano.png: the image has 2000 x 1000 pixels (2 megapixels); images of at most 0.3 megapixels" in failures[0]
 
 
 def test_ids_of_results_are_at_the_very_end_of_a_name_and_fit_64_bits(tmp_path: Path) -> None:
     for name in ("photo_7\n.png", f"photo_{2**63}.png"):
         photo(tmp_path / name)
-        with pytest.raises(module.UserError, match="does not end in an image id") as raised:
+        with pytest.raises(UserError, match="does not end in an image id") as raised:
             caption(tmp_path / name, results=tmp_path / "results.json")
         assert len(str(raised.value).splitlines()) == 1
         (tmp_path / name).unlink()
