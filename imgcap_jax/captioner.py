@@ -20,10 +20,10 @@ from imgcap_jax.decoding.decoded import Decoded
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.model import split_trained
-from imgcap_jax.remote import place
 from imgcap_jax.run.confidence import Confidence
 from imgcap_jax.run.folder import Run, check_ensemble, shipped_model, use_weights
 from imgcap_jax.run.generation import attention_function, caption_function, caption_rows, check_decoding
+from imgcap_jax.run.hub import run_place
 from imgcap_jax.run.knowledge import knowledge_of
 from imgcap_jax.tokenizers import text_of
 from imgcap_jax.training.checkpoints import restore_best
@@ -141,7 +141,7 @@ class Captioner:
             UserError: a run needs code that was not given; see also ``Captioner``.
         """
         load_all_code([code] if isinstance(code, str | Path) else code)
-        places = [place(str(folder)) for folder in folders] or [shipped_model()]
+        places = [run_place(str(folder)) for folder in folders] or [shipped_model()]
         runs = [Run.load(folder) for folder in places]
         runs = use_weights(runs, [Path(file) for file in ([weights] if isinstance(weights, str | Path) else weights)])
         for note in (note for run in runs for note in run.code_changes()):

@@ -24,6 +24,7 @@ from imgcap_jax.remote import place
 from imgcap_jax.report.attention import sample_picture
 from imgcap_jax.run.extraction import uses_store, why_not_stored
 from imgcap_jax.run.folder import nothing_left_if_refused
+from imgcap_jax.run.hub import run_place
 from imgcap_jax.run.mirror import Mirror
 from imgcap_jax.session import Session, check_feed, compiling, open_data
 from imgcap_jax.terminal import Say, Work, working
@@ -80,7 +81,7 @@ def train_population(
         UserError: a setting cannot differ between members, or an error of ``train``.
     """
     folder = place(str(folder))
-    init_from = None if init_from is None else place(str(init_from))
+    init_from = None if init_from is None else run_place(str(init_from))
     folders = [folder / variant.name for variant in variants]
     for path in folders:
         check_name(path.absolute())

@@ -17,6 +17,7 @@ from imgcap_jax.report import smoke as smoke_report
 from imgcap_jax.report.attention import sample_picture
 from imgcap_jax.run.extraction import why_not_stored
 from imgcap_jax.run.folder import empty_smoke, nothing_left_if_refused
+from imgcap_jax.run.hub import run_place
 from imgcap_jax.run.mirror import Mirror, pull
 from imgcap_jax.session import Data, Session, check_feed, compiling, open_data
 from imgcap_jax.terminal import Say, working
@@ -68,7 +69,7 @@ def train(
             finite, or a full disk.
     """
     folder = place(str(folder))
-    init_from = None if init_from is None else place(str(init_from))
+    init_from = None if init_from is None else run_place(str(init_from))
     for path in (folder.absolute(), *([] if init_from is None else [init_from.absolute()])):
         check_name(path)
     together = DataParallel(experiment.training.parallel)

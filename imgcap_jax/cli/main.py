@@ -478,6 +478,19 @@ def _calibrate(options: argparse.Namespace) -> int:
     return calibrate(run, decodings[0], _features_cache(options, run.folder), options)
 
 
+def _push(options: argparse.Namespace) -> int:
+    from imgcap_jax.cli.sharing import push
+
+    (run,) = _load_runs([options.run], options)
+    return push(run, options)
+
+
+def _pull(options: argparse.Namespace) -> int:
+    from imgcap_jax.cli.sharing import pull
+
+    return pull(options)
+
+
 def _export(options: argparse.Namespace) -> int:
     from imgcap_jax.cli.sharing import export
 
@@ -705,6 +718,8 @@ _COMMANDS = {
     "caption": _caption,
     "calibrate": _calibrate,
     "export": _export,
+    "push": _push,
+    "pull": _pull,
     "score": _score,
     "report": _report,
     "prepare": _prepare,

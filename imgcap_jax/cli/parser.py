@@ -37,6 +37,8 @@ _EPILOG = """examples:
   imgcap caption photo.jpg --run runs/flickr8k --attention
   imgcap caption photo.jpg --run runs/flickr8k --n-best 3 --decode.must frisbee
   imgcap export runs/flickr8k_soup my_model
+  imgcap push runs/flickr8k_soup me/my_model
+  imgcap caption photo.jpg --run hf://me/my_model
   imgcap score captions.json references.json --compare other.json
   imgcap score a.json references.json --mbr b.json c.json --training references_train.json
   imgcap score captions.json references.json --objects
@@ -103,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     adders = (_add_train, _add_ablate, _add_features, _add_plan, _add_runs, _add_evaluate, _add_compare, _add_average)
-    for add in (*adders, _add_calibrate, _add_caption, _add_export, _add_score, _add_report):
+    for add in (*adders, _add_calibrate, _add_caption, _add_export, _add_push, _add_pull, _add_score, _add_report):
         add(commands)
     data = commands.add_parser("data", allow_abbrev=False, help="prepare, inspect and list datasets")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -140,6 +142,18 @@ def _folder(text: str) -> Path:
     return path
 
 
+def _run(text: str) -> Path:
+    """The type of options that name a trained run, which can be in a bucket or on the Hugging Face Hub."""
+    from imgcap_jax.run.hub import run_place
+
+    try:
+        path = run_place(text)
+        check_name(path)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
+
+
 def _add_command(commands: Commands, name: str, **options: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, allow_abbrev=False, **options)
     parser.set_defaults(command=name, parser=parser)
@@ -159,7 +173,7 @@ def _add_train(commands: Commands) -> None:
     train.add_argument(
         "--run", type=_folder, help="the run's folder, also gs://BUCKET/FOLDER (default: runs/<experiment>)"
     )
-    train.add_argument("--init-from", type=_folder, metavar="RUN", help="start from the best parameters of another run")
+    train.add_argument("--init-from", type=_run, metavar="RUN", help="start from the best parameters of another run")
     train.add_argument(
         "--smoke",
         action="store_true",
@@ -204,9 +218,7 @@ def _add_ablate(commands: Commands) -> None:
     )
     ablate.add_argument("study", help="a Python file, or the name of a study that comes with the package")
     ablate.add_argument("--run", type=_folder, help="the folder of all runs (default: runs/<study>)")
-    ablate.add_argument(
-        "--init-from", type=_folder, metavar="RUN", help="start all runs from the best parameters of RUN"
-    )
+    ablate.add_argument("--init-from", type=_run, metavar="RUN", help="start all runs from the best parameters of RUN")
     ablate.add_argument(
         "--dry-run", action="store_true", help="say what would run and, from a few timed steps, how long"
     )
@@ -312,13 +324,13 @@ def _add_evaluate(commands: Commands) -> None:
         "A text (prefix, must) is swept by repeating its option.",
     )
     evaluate.add_argument(
-        "run", type=_folder, help="the run's folder, or a folder of runs, such as a population: evaluates each"
+        "run", type=_run, help="the run's folder, or a folder of runs, such as a population: evaluates each"
     )
     evaluate.add_argument("--split", default="val", help="train, val, test, ... (default: val)")
     evaluate.add_argument("--dataset", help="a dataset other than the run's")
     evaluate.add_argument(
         "--ensemble",
-        type=_folder,
+        type=_run,
         action="append",
         default=[],
         metavar="RUN",
@@ -354,8 +366,8 @@ def _add_compare(commands: Commands) -> None:
         "to date; otherwise the split is captioned first. If both are folders of runs that differ in their seeds, such "
         "as populations, means over seeds are compared.",
     )
-    compare.add_argument("a", type=_folder, metavar="A", help="a run, or a folder of runs that differ in training.seed")
-    compare.add_argument("b", type=_folder, metavar="B", help="the other one; differences are B - A")
+    compare.add_argument("a", type=_run, metavar="A", help="a run, or a folder of runs that differ in training.seed")
+    compare.add_argument("b", type=_run, metavar="B", help="the other one; differences are B - A")
     compare.add_argument("--split", default="val", help="train, val, test, ... (default: val)")
     compare.add_argument(
         "--captions", type=int, default=3, metavar="N", help="captions that are shown in each direction (default: 3)"
@@ -376,7 +388,7 @@ def _add_average(commands: Commands) -> None:
         description="Write a run with the mean of the best parameters of several runs, such as seeds of self-critical "
         "training from one start (a model soup). It captions as fast as one of them.",
     )
-    average.add_argument("runs", nargs="+", type=_folder, metavar="RUN", help="runs, or folders of runs")
+    average.add_argument("runs", nargs="+", type=_run, metavar="RUN", help="runs, or folders of runs")
     average.add_argument("--run", type=_folder, required=True, metavar="NEW", help="the folder of the new run")
     _add_code(average)
     _add_weights(average)
@@ -394,10 +406,11 @@ def _add_caption(commands: Commands) -> None:
     caption.add_argument("photos", nargs="+", type=_photo, help="image files, or folders of them")
     caption.add_argument(
         "--run",
-        type=_folder,
+        type=_run,
         action="append",
         default=[],
-        help="the run's folder (default: the model that comes with imgcap_jax); several make an ensemble",
+        help="the run's folder, or hf://USER/NAME (default: the model that comes with imgcap_jax); several make an "
+        "ensemble",
     )
     caption.add_argument("--attention", action="store_true", help="draw the attention of each word of the best caption")
     caption.add_argument(
@@ -448,7 +461,7 @@ def _add_calibrate(commands: Commands) -> None:
         description="Caption validation splits with a run, fit the probability that a caption is right to their "
         "CIDEr-D, and write it into the run's folder. imgcap caption then shows the confidence of each caption.",
     )
-    calibrate.add_argument("run", type=_folder, metavar="RUN", help="the run's folder")
+    calibrate.add_argument("run", type=_run, metavar="RUN", help="the run's folder")
     calibrate.add_argument("--split", default="val", help="a split that the run was not trained on (default: val)")
     calibrate.add_argument(
         "--dataset",
@@ -463,6 +476,44 @@ def _add_calibrate(commands: Commands) -> None:
     _add_data_dir(calibrate, "that of the run if it exists, or else ")
 
 
+def _add_push(commands: Commands) -> None:
+    push = _add_command(
+        commands,
+        "push",
+        help="put a run on the Hugging Face Hub",
+        description="Export a run and put it on the Hugging Face Hub, with its model card. Everybody can then use it "
+        "as hf://USER/NAME. Needs huggingface_hub, and a token (HF_TOKEN, or hf auth login).",
+    )
+    push.add_argument("run", type=_run, metavar="RUN", help="the run's folder, or an exported one, whose card is kept")
+    push.add_argument("name", metavar="USER/NAME", help="where to")
+    push.add_argument("--private", action="store_true", help="a new folder is private")
+    push.add_argument("--message", default="Upload a model of imgcap_jax", help="the message of the commit")
+    _add_dtype(push)
+    _add_code(push)
+    _add_weights(push)
+
+
+def _add_pull(commands: Commands) -> None:
+    pull = _add_command(
+        commands,
+        "pull",
+        help="copy a run from the Hugging Face Hub",
+        description="Copy an exported run from the Hugging Face Hub. Nothing in it is executed. Every command also "
+        "reads hf://USER/NAME directly.",
+    )
+    pull.add_argument("name", metavar="USER/NAME[@REVISION]", help="the run")
+    pull.add_argument("folder", nargs="?", type=_path, help="the new folder (default: runs/NAME)")
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="float16",
+        help="the type of the parameters in the file (default: float16)",
+    )
+
+
 def _add_export(commands: Commands) -> None:
     export = _add_command(
         commands,
@@ -472,14 +523,9 @@ def _add_export(commands: Commands) -> None:
         "experiment, the vocabulary, model.safetensors, the scores of evaluations, and a model card. The folder can "
         "be used as a run, but its training cannot be resumed.",
     )
-    export.add_argument("run", type=_folder, metavar="RUN", help="the run's folder")
+    export.add_argument("run", type=_run, metavar="RUN", help="the run's folder")
     export.add_argument("folder", type=_path, metavar="FOLDER", help="the new folder")
-    export.add_argument(
-        "--dtype",
-        choices=("float16", "bfloat16", "float32"),
-        default="float16",
-        help="the type of the parameters in the file (default: float16)",
-    )
+    _add_dtype(export)
     _add_code(export)
     _add_weights(export)
 
@@ -566,7 +612,7 @@ def _add_report(commands: Commands) -> None:
         "with the run's own settings, as by imgcap evaluate.",
     )
     report.add_argument(
-        "runs", nargs="+", type=_folder, metavar="RUN", help="runs, or folders of runs such as populations and studies"
+        "runs", nargs="+", type=_run, metavar="RUN", help="runs, or folders of runs such as populations and studies"
     )
     report.add_argument("--split", default="val", help="the split whose captions are shown (default: val)")
     report.add_argument(

@@ -1,7 +1,9 @@
-"""``imgcap calibrate`` and ``imgcap export``: the confidence of captions, and a run as a folder to share."""
+"""Runs for others: ``imgcap calibrate``, ``imgcap export``, ``imgcap push`` and ``imgcap pull``."""
 
 import argparse
 import shlex
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +47,60 @@ def export(run: Any, options: argparse.Namespace) -> int:
     Raises:
         UserError: see ``export_run``.
     """
+    _write(run, options.folder, options.dtype)
+    size = sum(path.stat().st_size for path in options.folder.rglob("*") if path.is_file())
+    print(f"{options.folder}: {size / 1e6:.1f} MB; edit README.md, its model card, before you share it")
+    print(f"next: {shlex.join(['imgcap', 'push', str(options.folder), 'USER/NAME'])}")
+    return 0
+
+
+def push(run: Any, options: argparse.Namespace) -> int:
+    """Exports the run and puts it on the Hub. The card of an exported run is kept.
+
+    Raises:
+        UserError: see ``export_run`` and ``hub.upload``.
+    """
+    from imgcap_jax.run.exporting import CARD
+    from imgcap_jax.run.hub import split_name, upload
+    from imgcap_jax.training.parameter_file import PARAMETERS
+
+    name, revision = split_name(options.name)
+    if revision is not None:
+        raise UserError(f"{options.name}: a revision is made by the push; leave out @{revision}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / name.rpartition("/")[2]
+        _write(run, folder, options.dtype)
+        if (run.folder / PARAMETERS).is_file() and (run.folder / CARD).is_file():
+            shutil.copyfile(run.folder / CARD, folder / CARD)
+        where = upload(folder, name, private=options.private, message=options.message)
+    print(f"{where}")
+    print(f"next: {shlex.join(['imgcap', 'caption', 'photo.jpg', '--run', f'hf://{name}'])}")
+    return 0
+
+
+def pull(options: argparse.Namespace) -> int:
+    """Copies a run from the Hub into a new folder.
+
+    Raises:
+        UserError: the folder exists; see also ``hub.download``.
+    """
+    from imgcap_jax.run.folder import RUNS, Run
+    from imgcap_jax.run.hub import download, split_name
+
+    name, revision = split_name(options.name)
+    folder = options.folder or RUNS / name.rpartition("/")[2]
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists; give a new folder")
+    download(name, revision, folder)
+    Run.load(folder)
+    print(f"{folder}: hf://{options.name.removeprefix('hf://')}")
+    print(f"next: {shlex.join(['imgcap', 'caption', 'photo.jpg', '--run', str(folder)])}")
+    return 0
+
+
+def _write(run: Any, folder: Path, dtype: Any) -> None:
     from imgcap_jax.report.model_card import model_card
     from imgcap_jax.run.exporting import CARD, export_run
 
-    export_run(run, options.folder, dtype=options.dtype)
-    card = options.folder / CARD
-    card.write_text(model_card(options.folder), encoding="utf-8")
-    size = sum(path.stat().st_size for path in options.folder.rglob("*") if path.is_file())
-    print(f"{shown(options.folder)}: {size / 1e6:.1f} MB; edit {CARD}, its model card, before you share it")
-    print(f"next: {shlex.join(['imgcap', 'caption', 'photo.jpg', '--run', shown(options.folder)])}")
-    return 0
+    export_run(run, folder, dtype=dtype)
+    (folder / CARD).write_text(model_card(folder), encoding="utf-8")

@@ -19,16 +19,13 @@ from imgcap_jax.models.neighbours import NEIGHBOURS
 from imgcap_jax.remote import shown, url_of
 from imgcap_jax.run.confidence import CONFIDENCE
 from imgcap_jax.run.extraction import uses_store
-from imgcap_jax.run.finder import EXPERIMENT
-from imgcap_jax.run.folder import CODE, VOCABULARY, WEIGHTS, Run
+from imgcap_jax.run.folder import Run
 from imgcap_jax.training.checkpoints import restore_best
 from imgcap_jax.training.parameter_file import PARAMETERS, ParameterDtype, write_parameters
 from imgcap_jax.training.self_critical import FREQUENCIES
 
 CARD = "README.md"  # the model card
 SCORES = "scores_*.json"
-# What an exported folder can contain; anything else in a folder of a stranger is not read.
-FILES = (EXPERIMENT, VOCABULARY, WEIGHTS, PARAMETERS, FREQUENCIES, NEIGHBOURS, CONFIDENCE, CARD, SCORES, f"{CODE}/*")
 
 
 def export_run(run: Run, folder: Path, *, dtype: ParameterDtype = "float16") -> int:

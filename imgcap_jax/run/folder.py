@@ -39,6 +39,7 @@ from imgcap_jax.precision import compute_dtype
 from imgcap_jax.remote import place, removal, shown, url_of
 from imgcap_jax.run.extraction import encoder_dtype, uses_store
 from imgcap_jax.run.finder import EXPERIMENT, is_run
+from imgcap_jax.run.hub import run_place
 from imgcap_jax.run.mirror import pull
 from imgcap_jax.training.checkpoints import CHECKPOINTS, latest_step
 from imgcap_jax.training.log import LOG_ID, SAMPLES, TENSORBOARD
@@ -80,7 +81,7 @@ class Run:
         Raises:
             UserError: the folder is not a run, its files cannot be read, or it needs code that is not imported.
         """
-        folder = place(str(folder))
+        folder = run_place(str(folder))
         pull(folder)
         if not is_run(folder):
             near = RUNS / folder.name.removesuffix(".py")
