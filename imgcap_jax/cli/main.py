@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libtpu()
     given = list(sys.argv[1:] if arguments is None else arguments)
     decoding: list[str] = []
-    if given[:1] in (["evaluate"], ["caption"], ["compare"], ["calibrate"]) and any(
+    if given[:1] in (["evaluate"], ["caption"], ["compare"], ["calibrate"], ["export"]) and any(
         argument.startswith("--decode.") for argument in given
     ):
         from imgcap_jax.cli.sweeps import split_options
@@ -492,10 +492,14 @@ def _pull(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from imgcap_jax.cli.sharing import export
+    from imgcap_jax.cli.sharing import export, opened
 
-    (run,) = _load_runs([options.run], options)
-    return export(run, options)
+    with opened(options.run) as folder:
+        (run,) = _load_runs([folder], options)
+        decodings, swept = _decodings(options, run)
+        if swept:
+            raise UserError(f"--decode.{swept[0]} has several values; only imgcap evaluate sweeps")
+        return export(run, decodings[0], options)
 
 
 def _caption(options: argparse.Namespace) -> int:

@@ -518,13 +518,17 @@ def _add_export(commands: Commands) -> None:
     export = _add_command(
         commands,
         "export",
-        help="write a run as a folder to share",
+        add_help=False,
+        help="write a run as a folder to share, or as one file with a compiled program",
         description="Write the best parameters of a run, and what is needed to use them, into a new folder: the "
         "experiment, the vocabulary, model.safetensors, the scores of evaluations, and a model card. The folder can "
-        "be used as a run, but its training cannot be resumed.",
+        "be used as a run, but its training cannot be resumed. If the name ends in .imgcap, write one file that also "
+        "contains the compiled program (StableHLO, with the search) and a loader, which needs jax, flatbuffers, numpy "
+        "and pillow only.",
     )
-    export.add_argument("run", type=_run, metavar="RUN", help="the run's folder")
-    export.add_argument("folder", type=_path, metavar="FOLDER", help="the new folder")
+    export.add_argument("run", type=_run, metavar="RUN", help="the run's folder, or a file FILE.imgcap to write again")
+    export.add_argument("output", type=_path, metavar="FOLDER|FILE.imgcap", help="the new folder or file")
+    _add_decoding(export)
     _add_dtype(export)
     _add_code(export)
     _add_weights(export)

@@ -4,6 +4,8 @@ import argparse
 import shlex
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +43,43 @@ def calibrate(run: Any, decoding: Any, cache: Path, options: argparse.Namespace)
     return 0
 
 
-def export(run: Any, options: argparse.Namespace) -> int:
-    """Writes the folder, with a model card.
+@contextmanager
+def opened(path: Path) -> Iterator[Path]:
+    """The folder of a run, or that of the run in a program's file."""
+    from imgcap_jax.programs.stablehlo import SUFFIX, extract_run
+
+    if path.suffix != SUFFIX or not path.is_file():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / path.stem
+        folder.mkdir()
+        extract_run(path, folder)
+        yield folder
+
+
+def export(run: Any, decoding: Any, options: argparse.Namespace) -> int:
+    """Writes the folder with a model card, or the file with the program.
 
     Raises:
-        UserError: see ``export_run``.
+        UserError: see ``export_run`` and ``export_program``.
     """
-    _write(run, options.folder, options.dtype)
-    size = sum(path.stat().st_size for path in options.folder.rglob("*") if path.is_file())
-    print(f"{options.folder}: {size / 1e6:.1f} MB; edit README.md, its model card, before you share it")
-    print(f"next: {shlex.join(['imgcap', 'push', str(options.folder), 'USER/NAME'])}")
+    from imgcap_jax.programs.stablehlo import SUFFIX, export_program
+
+    output: Path = options.output
+    if output.suffix == SUFFIX:
+        export_program(run, output, decoding, dtype=options.dtype)
+        print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {decoding.title}")
+        print(
+            f"next: unzip {shlex.quote(str(output))} loader.py; python loader.py {shlex.quote(str(output))} photo.jpg"
+        )
+        return 0
+    if decoding != run.experiment.decoding:
+        raise UserError(f"decoding options are for a program; give a file that ends in {SUFFIX}, or leave them out")
+    _write(run, output, options.dtype)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(f"{output}: {size / 1e6:.1f} MB; edit README.md, its model card, before you share it")
+    print(f"next: {shlex.join(['imgcap', 'push', str(output), 'USER/NAME'])}")
     return 0
 
 

@@ -51,7 +51,6 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from imgcap_jax.decoding.limits import check_limits
@@ -193,7 +192,8 @@ class ForbidRepeatedWords:
     def __call__(self, logits: Array, tokens: Array, t: Array) -> Array:
         words = repeating_words(tokens, t, self.function_words)  # [B,M,N], between pads
         words = jnp.where(words == PAD, logits.shape[-1], words)  # mode="drop" ignores the id V
-        b, m = np.indices(tokens.shape[:2])[..., None]  # [B,M,1] both
+        # Not NumPy's: the number of images is symbolic in exported programs.
+        b, m = jnp.arange(tokens.shape[0])[:, None, None], jnp.arange(tokens.shape[1])[:, None]
         return logits.at[b, m, words].set(FORBIDDEN, mode="drop")  # [B,M,V]
 
 

@@ -3,7 +3,8 @@
 A folder with this file in place of checkpoints can be evaluated, captioned with, and started from (``--init-from``).
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ from imgcap_jax.files import disk_errors, reading, replacing
 from imgcap_jax.remote import shown
 
 PARAMETERS = "model.safetensors"  # file in the folder of an exported run
-_FORMAT = "imgcap_jax parameters 1"
+_FORMAT = 1
+_ABOUT = "imgcap_jax"  # one entry of the metadata: the library writes several in random order
 _ADVICE = "export the run again, or download it again"
 
 ParameterDtype = Literal["float16", "bfloat16", "float32"]
@@ -34,18 +36,24 @@ def write_parameters(path: Path, params: Any, step: int, dtype: ParameterDtype) 
     Raises:
         UserError: a parameter is too large for the type, or the file can't be written.
     """
-    from safetensors.numpy import save_file
-
     arrays = {}
-    for name, leaf in _named(params).items():
+    for name, leaf in named(params).items():
         values = np.asarray(leaf, np.float32)
         with np.errstate(over="ignore"):
             rounded = values.astype(jnp.dtype(dtype))
         if not np.isfinite(rounded.astype(np.float32)).all():
             raise UserError(f"{name} does not fit {dtype}; use --dtype float32")
-        arrays[name] = np.ascontiguousarray(rounded)
+        arrays[name] = rounded
+    write_arrays(path, arrays, {_ABOUT: json.dumps({"format": _FORMAT, "step": step})})
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any], about: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file. about: its metadata. Raises UserError if the file can't be written."""
+    from safetensors.numpy import save_file
+
+    held = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
     with disk_errors(f"writing {path}"), replacing(path) as temporary:
-        save_file(arrays, temporary, {"format": _FORMAT, "step": str(step)})
+        save_file(held, temporary, dict(about) if about else None)
         temporary.chmod(0o644)  # the library makes it private
 
 
@@ -62,9 +70,9 @@ def read_parameters(path: Path, template: Any, place: Callable[[np.ndarray, Any]
     """
     import safetensors
 
-    wanted = _named(template)
+    wanted = named(template)
     with reading(path, _ADVICE), safetensors.safe_open(path, framework="np") as file:
-        about = file.metadata() or {}
+        about = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
         if about.get("format") != _FORMAT:
             raise ValueError(f"its format is {about.get('format', 'not given')!r:.40}, not {_FORMAT!r}")
         step = int(about["step"])
@@ -84,7 +92,7 @@ def read_parameters(path: Path, template: Any, place: Callable[[np.ndarray, Any]
     return jax.tree.unflatten(jax.tree.structure(template), leaves), step
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def named(tree: Any) -> dict[str, Any]:
     """The leaves by their places in the model, in the order of the tree."""
     paths = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in paths}

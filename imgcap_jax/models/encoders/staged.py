@@ -106,7 +106,7 @@ class StagedEncoder(nnx.Module):
             mean: subtracted from the pixels (0..255), one value per channel.
             std: the divisor after that, one value per channel.
             dtype: dtype of the convolutions; weights and features are float32.
-            chunk: the number of images that pass through the frozen stages at once on a CPU.
+            chunk: the number of images that pass through the frozen stages at once on a CPU; 0: all.
         """
         self.image_size = image_size
         self.grid = None if settings.grid in (None, side) else settings.grid
@@ -174,7 +174,9 @@ class StagedEncoder(nnx.Module):
 
 
 def _in_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array, size: int) -> jax.Array:
-    """Applies a function of x [B,...] to `size` rows at a time, and then to the remaining rows."""
+    """Applies a function of x [B,...] to `size` rows at a time, and then to the remaining rows; 0: to all rows."""
+    if not size:
+        return function(x)
     whole = x.shape[0] // size * size
     parts = []
     if whole:
