@@ -524,10 +524,10 @@ def _add_export(commands: Commands) -> None:
         "experiment, the vocabulary, model.safetensors, the scores of evaluations, and a model card. The folder can "
         "be used as a run, but its training cannot be resumed. If the name ends in .imgcap, write one file that also "
         "contains the compiled program (StableHLO, with the search) and a loader, which needs jax, flatbuffers, numpy "
-        "and pillow only.",
+        "and pillow only. If it ends in .onnx, write an ONNX file.",
     )
     export.add_argument("run", type=_run, metavar="RUN", help="the run's folder, or a file FILE.imgcap to write again")
-    export.add_argument("output", type=_path, metavar="FOLDER|FILE.imgcap", help="the new folder or file")
+    export.add_argument("output", type=_path, metavar="FOLDER|FILE.imgcap|FILE.onnx", help="the new folder or file")
     _add_decoding(export)
     _add_dtype(export)
     _add_code(export)

@@ -62,8 +62,11 @@ def export(run: Any, decoding: Any, options: argparse.Namespace) -> int:
     """Writes the folder with a model card, or the file with the program.
 
     Raises:
-        UserError: see ``export_run`` and ``export_program``.
+        UserError: see ``export_run``, ``export_program`` and ``export_onnx``.
     """
+    from imgcap_jax.programs.common import LOADER
+    from imgcap_jax.programs.onnx import SUFFIX as ONNX
+    from imgcap_jax.programs.onnx import export_onnx
     from imgcap_jax.programs.stablehlo import SUFFIX, export_program
 
     output: Path = options.output
@@ -74,8 +77,15 @@ def export(run: Any, decoding: Any, options: argparse.Namespace) -> int:
             f"next: unzip {shlex.quote(str(output))} loader.py; python loader.py {shlex.quote(str(output))} photo.jpg"
         )
         return 0
+    if output.suffix == ONNX:
+        export_onnx(run, output, decoding)
+        print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {decoding.title}")
+        print(f"next: {shlex.join(['python', str(LOADER), str(output), 'photo.jpg'])}")
+        return 0
     if decoding != run.experiment.decoding:
-        raise UserError(f"decoding options are for a program; give a file that ends in {SUFFIX}, or leave them out")
+        raise UserError(
+            f"decoding options are for a program; give a file that ends in {SUFFIX} or {ONNX}, or leave them out"
+        )
     _write(run, output, options.dtype)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output}: {size / 1e6:.1f} MB; edit README.md, its model card, before you share it")

@@ -97,8 +97,9 @@ def _run(content: Array) -> Array:
     """The number of consecutive content words from each place on, 0 if it has none: bool [B,M,T] -> int32 [B,M,T]."""
     length = content.shape[-1]
     place = np.arange(length)
-    # The next place without a content word, from the right.
-    stops = jax.lax.cummin(jnp.where(content, length, place), axis=content.ndim - 1, reverse=True)
+    # The next place without a content word. (ONNX has no cumulative minimum of integers.)
+    later = place >= place[:, None]  # [T,T]
+    stops = jnp.where(later & ~content[..., None, :], place, length).min(-1)
     return stops - place
 
 
@@ -106,9 +107,9 @@ def _is_one_of(words: Array, ids: tuple[int, ...]) -> Array:
     """Whether words are among ids. A search calls this in every step."""
 
     def by_table(words: Array) -> Array:
-        table = np.zeros(max(ids, default=0) + 1, bool)
+        table = np.zeros(max(ids, default=0) + 2, bool)  # the last entry stands for all larger ids
         table[list(ids)] = True
-        return jnp.take(jnp.asarray(table), words, mode="fill", fill_value=False)
+        return jnp.asarray(table)[jnp.minimum(words, len(table) - 1)]
 
     def by_comparison(words: Array) -> Array:
         return (words[..., None] == np.array(ids, np.int32)).any(-1)

@@ -1,49 +1,41 @@
-"""Captions photos with a program that ``imgcap export`` wrote. It needs jax, flatbuffers, numpy and pillow only.
+"""Captions photos with a program that ``imgcap export`` wrote, without imgcap_jax.
 
-    python loader.py model.imgcap photo.jpg ...
+    python loader.py model.imgcap photo.jpg ...    # needs jax, flatbuffers, numpy and pillow
+    python loader.py model.onnx photo.jpg ...      # needs onnxruntime, numpy and pillow
 
-A copy of this file is in the program's file. jax.export reads programs for at least six months after they were written;
-after that, ``imgcap export model.imgcap new.imgcap`` writes the program again.
+jax.export reads programs for at least six months after they were written. After that, ``imgcap export model.imgcap
+new.imgcap`` writes the program again.
 """
 
 import json
 import sys
 import zipfile
-from collections.abc import Sequence
-from typing import IO
+from collections.abc import Callable, Sequence
+from typing import IO, Any
 
-import jax
 import numpy as np
-from jax import export
 from PIL import Image, ImageOps
 
-
-def tensors(data: bytes) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file by name."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    kinds = {"F16": np.float16, "F32": np.float32, "BF16": jax.numpy.bfloat16}
-    found = {}
-    for name, one in header.items():
-        if name != "__metadata__":
-            start, stop = (8 + size + place for place in one["data_offsets"])
-            found[name] = np.frombuffer(data[start:stop], kinds[one["dtype"]]).reshape(one["shape"])
-    return found
+Photo = str | IO[bytes]
+Function = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class Program:
     """Captions photos: paths, or binary files."""
 
     def __init__(self, path: str) -> None:
-        with zipfile.ZipFile(path) as file:
-            self.about = json.loads(file.read("program.json"))
-            self.words = json.loads(file.read("vocabulary.json"))["words"]
-            arrays = tensors(file.read("model.safetensors")) | tensors(file.read("frozen.safetensors"))
-            self.program = export.deserialize(bytearray(file.read("program.stablehlo")))
-        self.arrays = [jax.device_put(arrays[name]) for name in self.about["inputs"]]
-        self.call = jax.jit(self.program.call)
+        self.about, self.words, self.call = open_onnx(path) if path.endswith(".onnx") else open_stablehlo(path)
 
-    def pixels(self, photo: str | IO[bytes]) -> np.ndarray:
+    def __call__(self, photos: Sequence[Photo]) -> list[list[tuple[str, float]]]:
+        """The captions of photos, best first, each with its log-probability."""
+        found = []
+        for photo in photos:
+            tokens, log_probs = self.call(self.pixels(photo)[None])
+            kept = zip(np.asarray(tokens[0]), np.asarray(log_probs[0]), strict=True)
+            found.append([(self.text(ids), float(log_prob)) for ids, log_prob in kept if ids.any()])
+        return found
+
+    def pixels(self, photo: Photo) -> np.ndarray:
         """A photo at the size of the model, uint8 [size,size,3]."""
         size = self.about["image_size"]
         with Image.open(photo) as image:
@@ -59,14 +51,6 @@ class Program:
                 box = left, top, left + side, top + side
             return np.asarray(upright.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box))
 
-    def __call__(self, photos: Sequence[str | IO[bytes]]) -> list[list[tuple[str, float]]]:
-        """The captions of photos, best first, each with its log-probability."""
-        tokens, log_probs = self.call(self.arrays, np.stack([self.pixels(photo) for photo in photos]))
-        return [
-            [(self.text(ids), float(log_prob)) for ids, log_prob in zip(captions, of_photo, strict=True) if ids.any()]
-            for captions, of_photo in zip(np.asarray(tokens), np.asarray(log_probs), strict=True)
-        ]
-
     def text(self, ids: np.ndarray) -> str:
         """The caption of token ids, which end with eos (2) or pad (0)."""
         words = []
@@ -75,6 +59,47 @@ class Program:
                 break
             words.append(self.words[number])
         return " ".join(words)
+
+
+def open_stablehlo(path: str) -> tuple[dict[str, Any], list[str], Function]:
+    """The settings, the words, and the function of images uint8 [B,size,size,3], for any B."""
+    import jax
+    from jax import export
+
+    with zipfile.ZipFile(path) as file:
+        about = json.loads(file.read("program.json"))
+        words = json.loads(file.read("vocabulary.json"))["words"]
+        arrays = tensors(file.read("model.safetensors")) | tensors(file.read("frozen.safetensors"))
+        program = jax.jit(export.deserialize(bytearray(file.read("program.stablehlo"))).call)
+    held = [jax.device_put(arrays[name]) for name in about["inputs"]]
+    return about, words, lambda images: program(held, images)
+
+
+def tensors(data: bytes) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file by name."""
+    import ml_dtypes  # comes with jax
+
+    kinds = {"F16": np.float16, "F32": np.float32, "BF16": ml_dtypes.bfloat16}
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header.pop("__metadata__", None)
+    found = {}
+    for name, one in header.items():
+        start, stop = (8 + size + place for place in one["data_offsets"])
+        found[name] = np.frombuffer(data[start:stop], kinds[one["dtype"]]).reshape(one["shape"])
+    return found
+
+
+def open_onnx(path: str) -> tuple[dict[str, Any], list[str], Function]:
+    """The settings, the words, and the function of images uint8 [1,size,size,3]."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(path, options)
+    about = json.loads(session.get_modelmeta().custom_metadata_map["imgcap_jax"])
+    name = session.get_inputs()[0].name
+    return about, about["words"], lambda images: tuple(session.run(None, {name: images}))
 
 
 if __name__ == "__main__":

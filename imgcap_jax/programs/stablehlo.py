@@ -10,6 +10,7 @@ The file is a zip archive: an exported run (see ``run.exporting``), and
 """
 
 import json
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -18,24 +19,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import check_writable, disk_errors, reading, replacing
-from imgcap_jax.models.encoders.staged import StagedEncoder
-from imgcap_jax.models.model import split_trained
+from imgcap_jax.programs.common import LOADER, check_exportable, loaded
 from imgcap_jax.run.exporting import export_run
 from imgcap_jax.run.folder import Run
 from imgcap_jax.run.generation import caption_function
 from imgcap_jax.run.hub import FILES
-from imgcap_jax.tokenizers import PennTreebank
-from imgcap_jax.training.checkpoints import restore_best
 from imgcap_jax.training.parameter_file import PARAMETERS, ParameterDtype, named, write_arrays
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SUFFIX = ".imgcap"
-_PROGRAM, _FROZEN, _ABOUT, _LOADER = "program.stablehlo", "frozen.safetensors", "program.json", "loader.py"
+_PROGRAM, _FROZEN, _ABOUT = "program.stablehlo", "frozen.safetensors", "program.json"
 
 
 def export_program(run: Run, path: Path, decoding: Decoding, *, dtype: ParameterDtype = "float16") -> None:
@@ -50,25 +47,14 @@ def export_program(run: Run, path: Path, decoding: Decoding, *, dtype: Parameter
     Raises:
         UserError: jax.export cannot express the run, flatbuffers is not installed, or the file can't be written.
     """
-    if not isinstance(run.vocabulary.tokenizer, PennTreebank):
-        raise UserError(
-            f"the loader of programs joins words with blanks, and the tokenizer {run.vocabulary.tokenizer.label} does "
-            f"not; export the run as a folder"
-        )
-    if decoding.rerank != "none":
-        raise UserError("rerank needs files of the training data, which a program does not have; leave it out")
+    check_exportable(run, decoding)
     _check_library()
     check_writable(path)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         export_run(run, folder, dtype=dtype)
         exported = Run.load(folder)
-        model = exported.model(with_encoder=True, restored=True)
-        for _, part in nnx.iter_graph(model):
-            if isinstance(part, StagedEncoder):
-                part.chunk = 0  # the number of images is symbolic, so they cannot be split
-        graph, params, frozen = split_trained(model)
-        params, _ = restore_best(folder, params)
+        graph, params, frozen = loaded(exported, folder)
         arrays = {**named(params), **{f"frozen.{name}": leaf for name, leaf in named(frozen).items()}}
         structure = jax.tree.structure((params, frozen))
         captions = caption_function([graph], decoding, exported.vocabulary)
@@ -98,7 +84,7 @@ def export_program(run: Run, path: Path, decoding: Decoding, *, dtype: Parameter
         (folder / _PROGRAM).write_bytes(made.serialize())
         write_arrays(folder / _FROZEN, {name: leaf for name, leaf in arrays.items() if name.startswith("frozen.")})
         (folder / _ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
-        (folder / _LOADER).write_bytes((Path(__file__).parent / _LOADER).read_bytes())
+        shutil.copyfile(LOADER, folder / LOADER.name)
         # Parameters hardly become smaller, and a file that is not compressed can be read in place.
         with disk_errors(f"writing {path}"), replacing(path) as archive, zipfile.ZipFile(archive, "w") as file:
             for one in sorted(folder.rglob("*")):

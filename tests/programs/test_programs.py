@@ -1,4 +1,4 @@
-"""A run as one file with a compiled program: the loader, alone, writes the captions of the run."""
+"""A run as a compiled program (StableHLO, ONNX): the loader, alone, writes the captions of the run."""
 
 import subprocess
 import sys
@@ -13,16 +13,17 @@ from imgcap_jax.captioner import Captioner
 from imgcap_jax.cli.main import main
 from imgcap_jax.data.sources import open_source
 from imgcap_jax.decoding.settings import Decoding
-
-pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers")
+from imgcap_jax.programs.common import LOADER
 
 # Stands for an environment without imgcap_jax and everything that it needs, except what the loader needs.
 _ALONE = """
 import sys
 
+BLOCKED = sys.argv.pop(1).split(",")
+
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("imgcap_jax", "flax", "optax", "orbax", "safetensors", "tensorflow", "simplejpeg"):
+        if name.split(".")[0] in ("imgcap_jax", "flax", "optax", "orbax", "safetensors", "simplejpeg", *BLOCKED):
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Blocked())
@@ -52,20 +53,30 @@ def photos(folder: Path, data: Path) -> list[Path]:
     return files
 
 
-def test_the_loader_alone_writes_the_captions_of_the_run(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
-    path = tmp_path / "model.imgcap"
-    assert main(["export", str(trained), str(path), "--dtype", "float32", "--beam", "3"]) == 0
-    with zipfile.ZipFile(path) as file:
-        file.extract("loader.py", tmp_path)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jax2onnx
+@pytest.mark.parametrize("kind", ["imgcap", "onnx"])
+def test_the_loader_alone_writes_the_captions_of_the_run(
+    trained: Path, tiny_data: Path, tmp_path: Path, kind: str
+) -> None:
+    if kind == "onnx":
+        pytest.importorskip("jax2onnx", reason="writes ONNX files")
+        pytest.importorskip("onnxruntime", reason="runs ONNX files")
+    else:
+        pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers")
+    path = tmp_path / f"model.{kind}"
+    options = ["--beam", "3", "--decode.forbid-repeated-words", "true"]
+    assert main(["export", str(trained), str(path), "--dtype", "float32", *options]) == 0
     files = photos(tmp_path, tiny_data)
-    command = [sys.executable, "-c", _ALONE, str(tmp_path / "loader.py"), str(path), *map(str, files)]
+    blocked = "jax,jaxlib,ml_dtypes" if kind == "onnx" else "onnxruntime"
+    command = [sys.executable, "-c", _ALONE, blocked, str(LOADER), str(path), *map(str, files)]
     found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()
-    captions = Captioner.load(trained, decoding=Decoding(beam=3))(files)
+    captions = Captioner.load(trained, decoding=Decoding(beam=3, forbid_repeated_words=True))(files)
     assert found == [f"{file}: {caption.text}" for file, caption in zip(files, captions, strict=True)]
     assert len({caption.text for caption in captions}) > 1
 
 
 def test_a_file_can_be_written_again_by_a_newer_version(trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers")
     old, new = tmp_path / "old.imgcap", tmp_path / "new.imgcap"
     assert main(["export", str(trained), str(old), "--dtype", "float32"]) == 0
     assert main(["export", str(old), str(new), "--dtype", "float32"]) == 0
