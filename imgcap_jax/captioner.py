@@ -1,5 +1,6 @@
 """Captioner: load a run and caption photos. The Python API for using a trained model."""
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -101,9 +102,9 @@ class Captioner:
         runs = [runs] if isinstance(runs, Run) else list(runs)
         check_ensemble(runs)
         self.runs = runs
-        self.decoding = decoding or runs[0].experiment.decoding
+        decoding = decoding or runs[0].experiment.decoding
         for run in runs:
-            check_decoding(self.decoding, run.vocabulary, run.experiment.decoder)
+            check_decoding(decoding, run.vocabulary, run.experiment.decoder)
         self._graphs, self._params, self._frozen = [], [], []
         for run in runs:
             run.check_weights()
@@ -111,12 +112,28 @@ class Captioner:
             self._params.append(restore_best(run.folder, params)[0])
             self._graphs.append(graph)
             self._frozen.append(frozen)
-        searches = not self.decoding.samples and self.decoding.rerank == "none"
-        self._confidence = Confidence.load(runs[0].folder) if searches and len(runs) == 1 else None
-        self._knowledge = knowledge_of(runs[0], self.decoding)
-        self._captions = caption_function(self._graphs, self.decoding, runs[0].vocabulary)
+        self._set_decoding(decoding)
         self._attention = [attention_function(graph) for graph in self._graphs] if attention else []
         self._check_attention()
+
+    def with_decoding(self, decoding: Decoding) -> "Captioner":
+        """A captioner with the same parameters, and attention if this one has it, but other search settings.
+
+        Raises:
+            UserError: the runs cannot decode with these settings.
+        """
+        other = copy.copy(self)
+        other._set_decoding(decoding)
+        return other
+
+    def _set_decoding(self, decoding: Decoding) -> None:
+        for run in self.runs:
+            check_decoding(decoding, run.vocabulary, run.experiment.decoder)
+        self.decoding = decoding
+        searches = not decoding.samples and decoding.rerank == "none"
+        self._confidence = Confidence.load(self.runs[0].folder) if searches and len(self.runs) == 1 else None
+        self._knowledge = knowledge_of(self.runs[0], decoding)
+        self._captions = caption_function(self._graphs, decoding, self.runs[0].vocabulary)
 
     @classmethod
     def load(

@@ -21,6 +21,7 @@ from imgcap_jax.cli.parser import build_parser
 from imgcap_jax.errors import Terminated, UserError, check_range, counted, printable
 
 _COMPILED_BYTES = 500_000_000  # of compiled programs; a training run needs about 1 MB on a CPU
+_SERVED_MEGAPIXELS = 50.0  # of photos of strangers, of which several are decoded at a time
 _LOOKED = "looked"  # a file whose time is that of the last look at their sizes
 _SECONDS_BETWEEN_LOOKS = 24 * 3600
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libtpu()
     given = list(sys.argv[1:] if arguments is None else arguments)
     decoding: list[str] = []
-    if given[:1] in (["evaluate"], ["caption"], ["compare"], ["calibrate"], ["export"]) and any(
+    if given[:1] in (["evaluate"], ["caption"], ["compare"], ["calibrate"], ["export"], ["serve"]) and any(
         argument.startswith("--decode.") for argument in given
     ):
         from imgcap_jax.cli.sweeps import split_options
@@ -467,6 +468,26 @@ def _average(options: argparse.Namespace) -> int:
     return 0
 
 
+def _serve(options: argparse.Namespace) -> int:
+    from imgcap_jax.cli.serve import check, serve
+
+    check(options)
+    options.max_megapixels = options.max_megapixels or _SERVED_MEGAPIXELS
+    _set_largest_image(options)
+    with _importing(options):
+        from imgcap_jax.captioner import Captioner
+        from imgcap_jax.models.decoders.contract import has_attention
+        from imgcap_jax.run.folder import shipped_model
+
+    runs = _load_runs(options.run or [shipped_model()], options)
+    decodings, swept = _decodings(options, runs[0])
+    if swept:
+        raise UserError(f"--decode.{swept[0]} has several values; only imgcap evaluate sweeps")
+    _keep_compiled()
+    attention = all(has_attention(run.experiment.decoder, run.experiment.encoder.region_size) for run in runs)
+    return serve(Captioner(runs, decodings[0], attention=attention and len(runs) == 1), options)
+
+
 def _calibrate(options: argparse.Namespace) -> int:
     from imgcap_jax.cli.sharing import calibrate
 
@@ -720,6 +741,7 @@ _COMMANDS = {
     "compare": _compare,
     "average": _average,
     "caption": _caption,
+    "serve": _serve,
     "calibrate": _calibrate,
     "export": _export,
     "push": _push,

@@ -36,6 +36,7 @@ _EPILOG = """examples:
   imgcap caption photo.jpg holiday/ --run runs/flickr8k
   imgcap caption photo.jpg --run runs/flickr8k --attention
   imgcap caption photo.jpg --run runs/flickr8k --n-best 3 --decode.must frisbee
+  imgcap serve
   imgcap export runs/flickr8k_soup my_model
   imgcap push runs/flickr8k_soup me/my_model
   imgcap caption photo.jpg --run hf://me/my_model
@@ -105,7 +106,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     adders = (_add_train, _add_ablate, _add_features, _add_plan, _add_runs, _add_evaluate, _add_compare, _add_average)
-    for add in (*adders, _add_calibrate, _add_caption, _add_export, _add_push, _add_pull, _add_score, _add_report):
+    for add in (
+        *adders,
+        _add_calibrate,
+        _add_caption,
+        _add_serve,
+        _add_export,
+        _add_push,
+        _add_pull,
+        _add_score,
+        _add_report,
+    ):
         add(commands)
     data = commands.add_parser("data", allow_abbrev=False, help="prepare, inspect and list datasets")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -474,6 +485,41 @@ def _add_calibrate(commands: Commands) -> None:
     _add_cache(calibrate)
     _add_weights(calibrate)
     _add_data_dir(calibrate, "that of the run if it exists, or else ")
+
+
+def _add_serve(commands: Commands) -> None:
+    serve = _add_command(
+        commands,
+        "serve",
+        add_help=False,
+        help="serve a local web page that captions photos, and a JSON endpoint",
+        description="Serve a web page on this machine: drop or paste photos, or use the camera. The JSON endpoint is "
+        "POST /api/caption, described by /openapi.json; /healthz and /metrics (Prometheus) are for operation. Nothing "
+        "is written to disk. Needs fastapi, uvicorn and prometheus-client.",
+    )
+    serve.add_argument(
+        "--run",
+        type=_run,
+        action="append",
+        default=[],
+        help="the run's folder, or hf://USER/NAME (default: the model that comes with imgcap_jax)",
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="the address (default: 127.0.0.1, this machine only)")
+    serve.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any free one")
+    serve.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the name under which others reach the service; can be repeated (default: any, if --host is not loopback)",
+    )
+    serve.add_argument("--max-megabytes", type=float, default=20.0, metavar="N", help="largest file (default: 20)")
+    serve.add_argument("--waiting", type=int, default=128, metavar="N", help="photos that can wait (default: 128)")
+    serve.add_argument("--seconds", type=float, default=60.0, metavar="N", help="time per photo (default: 60)")
+    _add_max_megapixels(serve)
+    _add_decoding(serve)
+    _add_code(serve)
+    _add_weights(serve)
 
 
 def _add_push(commands: Commands) -> None:
