@@ -37,6 +37,8 @@ if [ -n "${NEWEST:-}" ] || [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted"
   quiet=--quiet
   [ ! -t 1 ] || quiet= # a terminal shows the progress of pip
   "$venv/bin/pip" install $quiet --disable-pip-version-check "${versions[@]}" -e "$target"
+  # jax2onnx asks for an older Orbax than imgcap_jax, and does not use it.
+  case ",$extras," in *,dev,*) "$venv/bin/pip" install $quiet --disable-pip-version-check --no-deps "jax2onnx>=0.17" ;; esac
   echo "$wanted" > "$venv/installed"
   echo "setup: installed in $SECONDS s"
 fi

@@ -1,8 +1,9 @@
 """Every code block of the README and of docs/ is run.
 
-Python blocks are executed. Commands are run on a small run and small datasets that stand for those they name, with four
-exceptions. Training and feature extraction end when the command line and the experiment are read. COCO,
-Flickr8k and Flickr30k are not prepared. Of scripts and of pip, it is only checked that the script or the extra exists.
+Python blocks are executed. Commands are run on a small run and small datasets that stand for those they name, with a
+few exceptions. Training and feature extraction end when the command line and the experiment are read. COCO, Flickr8k
+and Flickr30k are not prepared. Nothing is sent to the Hugging Face Hub, and no page is served. Of other programs, it is
+only checked that what they name exists.
 """
 
 import configparser
@@ -11,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from imgcap_jax.experiment import Experiment
 from imgcap_jax.metrics.meteor.tables import HOW_TO_ADD
 from imgcap_jax.models.neighbours import NEIGHBOURS, index
 from imgcap_jax.plan.chips import CHIPS
+from imgcap_jax.programs.common import LOADER
 from imgcap_jax.run.folder import INIT_FROM, Run
 from imgcap_jax.run.knowledge import identity
 from imgcap_jax.special_tokens import UNK
@@ -45,6 +48,7 @@ STANDS_FOR = {
     "HOST:PORT,COUNT,INDEX": "127.0.0.1:1234,2,0",
     "gs://BUCKET/runs/coco": "runs/another",
     "gs://BUCKET/data": "data",
+    "hf://USER/NAME": "runs/another",
 }
 
 
@@ -127,11 +131,15 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
     import imgcap_jax.ablation.records
     import imgcap_jax.ablation.runner
     import imgcap_jax.cli.runs
+    import imgcap_jax.cli.serve
     import imgcap_jax.data.prepare
     import imgcap_jax.plan.plan
     import imgcap_jax.plan.topology
     import imgcap_jax.population
+    import imgcap_jax.run.confidence
     import imgcap_jax.run.extraction
+    import imgcap_jax.run.folder
+    import imgcap_jax.run.hub
     import imgcap_jax.train
     import imgcap_jax.training.parallel
     import imgcap_jax.training.writers.find
@@ -158,6 +166,12 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
         asked.append(study.base)
         return imgcap_jax.ablation.runner.Ablation()
 
+    monkeypatch.setattr(imgcap_jax.cli.serve, "serve", lambda captioner, options: 0)  # it has no end
+    too_few = imgcap_jax.run.confidence.Confidence(0.0, 0.1, 0.0)  # images to fit it to
+    monkeypatch.setattr(imgcap_jax.run.confidence, "calibrate", lambda evaluations: too_few)
+    monkeypatch.setattr(imgcap_jax.run.hub, "upload", lambda *_, **__: "https://huggingface.co")
+    monkeypatch.setattr(imgcap_jax.run.hub, "download", lambda name, revision, to: shutil.copytree("runs/another", to))
+    monkeypatch.setattr(imgcap_jax.run.folder, "_SHIPPED", Path("runs/another"))
     monkeypatch.setattr(imgcap_jax.cli.runs, "_watch", lambda folder, sort: None)  # it has no end
     monkeypatch.setattr(imgcap_jax.training.writers.find, "_is_installed", lambda package: True)
     monkeypatch.setattr(imgcap_jax.ablation.runner, "ablate", ablate)
@@ -212,9 +226,29 @@ def _run(command: str, where: str) -> None:
         assert (REPOSITORY / "constraints.txt").is_file()
     elif program in ("python3", "source"):
         assert ".venv" in command, where
+    elif program in ("curl", "docker", "unzip", "python"):
+        _check(program, arguments, where)
     else:
         assert program == "imgcap", where
         assert main(arguments) == 0, where
+
+
+def _check(program: str, arguments: list[str], where: str) -> None:
+    """Commands that are not run: what they name must exist."""
+    if program == "curl":
+        from imgcap_jax.web.app import STYLES
+
+        style = re.search(r"/api/caption\?style=(\w+)", arguments[-1])
+        assert style is not None, where
+        assert style[1] in STYLES, where
+    elif program == "docker":
+        assert (REPOSITORY / "Dockerfile").is_file(), where
+    elif program == "unzip":
+        with zipfile.ZipFile(arguments[0]) as file:
+            assert set(arguments[1:]) <= set(file.namelist()), where
+    else:
+        assert arguments[0] == LOADER.name, where
+        assert all(Path(name).is_file() for name in arguments[1:]), where
 
 
 def test_installation_hints_work() -> None:

@@ -1,6 +1,8 @@
 """A run as an ONNX file, encoder and search in one graph, by jax2onnx. ``loader.py`` reads it with onnxruntime."""
 
 import json
+import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ from imgcap_jax.run.folder import Run
 from imgcap_jax.run.generation import caption_function
 
 SUFFIX = ".onnx"
-_INSTALL = "pip install --no-deps jax2onnx && pip install onnx onnx-ir onnxruntime equinox dm-pix einops"
+_INSTALL = "pip install --no-deps jax2onnx && pip install onnx onnx-ir"
 
 
 def export_onnx(run: Run, path: Path, decoding: Decoding) -> None:
@@ -37,9 +39,12 @@ def export_onnx(run: Run, path: Path, decoding: Decoding) -> None:
     if decoding.samples:
         raise UserError("samples need random numbers, which the ONNX file does not have; leave --decode.samples out")
     try:
-        import jax2onnx
+        with _quiet():
+            import jax2onnx
     except ImportError as error:
-        raise UserError(f"ONNX needs jax2onnx, whose pins do not fit imgcap_jax; run: {_INSTALL}") from error
+        raise UserError(
+            f"ONNX needs jax2onnx, which asks for an older Orbax than imgcap_jax but does not need it; run: {_INSTALL}"
+        ) from error
     check_writable(path)
     graph, params, frozen = loaded(run, run.folder)
     data = run.experiment.data
@@ -58,7 +63,8 @@ def export_onnx(run: Run, path: Path, decoding: Decoding) -> None:
 
         image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), np.uint8)
         try:
-            model = jax2onnx.to_onnx(program, [image], model_name="imgcap_jax")
+            with _quiet():
+                model = jax2onnx.to_onnx(program, [image], model_name="imgcap_jax")
         except Exception as error:  # of many types
             raise UserError(
                 f"jax2onnx cannot express this run ({reason(error)}); export it to {path.stem}.imgcap"
@@ -67,6 +73,19 @@ def export_onnx(run: Run, path: Path, decoding: Decoding) -> None:
     entry.key, entry.value = "imgcap_jax", json.dumps(about)
     with disk_errors(f"writing {path}"), replacing(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppresses what jax2onnx says about libraries that are not installed and about deprecated calls of its own."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager

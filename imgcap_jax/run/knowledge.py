@@ -70,7 +70,7 @@ def _frequencies(run: Run) -> DocumentFrequencies:
 
 def _neighbours(run: Run, cache: Path | None, parallel: DataParallel | None) -> Neighbours:
     path = run.folder / NEIGHBOURS
-    if not uses_store(run.experiment):
+    if run.experiment.compares_photos and not uses_store(run.experiment):  # an index of the pretrained features
         raise UserError(
             f"mbr_neighbours compares the stored features of a frozen encoder, and {shown(run.folder)} stores none; "
             f"leave it out"
@@ -80,10 +80,11 @@ def _neighbours(run: Run, cache: Path | None, parallel: DataParallel | None) -> 
     found = Neighbours.load(path, of) if path.is_file() else None
     if found is not None:
         return found
-    if cache is None:
+    if cache is None or not uses_store(run.experiment):
+        how = f"run: imgcap evaluate {run.folder} --decode.rerank mbr --decode.mbr-neighbours 20"
         raise UserError(
-            f"mbr_neighbours needs {path}, which is made from the stored features of the training photos; run: "
-            f"imgcap evaluate {run.folder} --decode.rerank mbr --decode.mbr-neighbours 20"
+            f"mbr_neighbours needs {path}, which is made from the stored features of a frozen encoder; "
+            + (how if uses_store(run.experiment) else "this run stores none; leave mbr_neighbours out")
         )
     sources = _training(run)
     extraction = Extraction(run.experiment, cache, progress=is_first_process(), parallel=parallel)

@@ -53,7 +53,6 @@ def photos(folder: Path, data: Path) -> list[Path]:
     return files
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jax2onnx
 @pytest.mark.parametrize("kind", ["imgcap", "onnx"])
 def test_the_loader_alone_writes_the_captions_of_the_run(
     trained: Path, tiny_data: Path, tmp_path: Path, kind: str
