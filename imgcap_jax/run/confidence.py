@@ -127,7 +127,8 @@ def calibrate(evaluations: Sequence[Evaluation], threshold: float = RIGHT) -> Co
         for found, own, out in zip(held_out, inputs, chosen, strict=True):
             found[out] = other.of(own[out, 0], own[out, 1])
     quality = tuple(map(_quality, evaluations, held_out, right))
-    return replace(fitted, decoding=decoding_fields(evaluations[0].decoding), quality=quality)
+    decoding = json.loads(json.dumps(decoding_fields(evaluations[0].decoding)))
+    return replace(fitted, decoding=decoding, quality=quality)
 
 
 def _observed(evaluation: Evaluation, threshold: float) -> tuple[np.ndarray, np.ndarray]:
