@@ -41,3 +41,5 @@ def test_wheel_trains_and_captions_in_a_separate_environment(tiny_data: Path, tm
     picture = tmp_path / "scene.png"
     picture.write_bytes(encode_png(draw_scene(sample_scene("test", 0))))
     assert str(picture) in imgcap("caption", str(picture), "--run", "runs/scenes_demo_smoke")
+    # The model that comes with the package.
+    assert len(imgcap("caption", str(picture)).split()) > 4
