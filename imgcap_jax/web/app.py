@@ -207,7 +207,7 @@ class _Service:
                 if not self._closed:
                     list(self._captioners[style].stream([grey] * count))
 
-        await run_in_threadpool(compile_searches, ["best"], (1, 8))
+        await run_in_threadpool(compile_searches, ["best"], (1, 8, 32))
         self._ready = True
         others = [style for style in self._captioners if style != "best"]
         compiling = threading.Thread(target=compile_searches, args=(others, (1, 8)), daemon=True)
