@@ -24,7 +24,7 @@ from imgcap_jax.models.model import split_trained
 from imgcap_jax.run.confidence import Confidence
 from imgcap_jax.run.folder import Run, check_ensemble, shipped_model, use_weights
 from imgcap_jax.run.generation import attention_function, caption_function, caption_rows, check_decoding
-from imgcap_jax.run.hub import run_place
+from imgcap_jax.run.hub import hub_name, run_place
 from imgcap_jax.run.knowledge import knowledge_of
 from imgcap_jax.tokenizers import text_of
 from imgcap_jax.training.checkpoints import restore_best
@@ -55,8 +55,8 @@ class Caption:
         score: what the search ranked, with length penalty and rules; for a sample, its log-probability as drawn.
         attention: float32 [words,N], the attention of each word; rows can sum to less than 1 (the rest goes to a
             sentinel). None: not requested, or the decoder has no attention.
-        confidence: the probability that the caption is right (see ``run.confidence``). None: the run was not
-            calibrated, captions are sampled or chosen by rerank, or there are several runs.
+        confidence: the probability that the caption is right (see ``run.confidence``). None: it is not the best one
+            of its photo, the run was not calibrated for this search, or there are several runs.
     """
 
     text: str
@@ -105,11 +105,13 @@ class Captioner:
         decoding = decoding or runs[0].experiment.decoding
         for run in runs:
             check_decoding(decoding, run.vocabulary, run.experiment.decoder)
-        self._graphs, self._params, self._frozen = [], [], []
+        self._graphs, self._params, self._frozen, self._steps = [], [], [], list[int]()
         for run in runs:
             run.check_weights()
             graph, params, frozen = split_trained(run.model(with_encoder=True, restored=True))
-            self._params.append(restore_best(run.folder, params)[0])
+            best, step = restore_best(run.folder, params)
+            self._params.append(best)
+            self._steps.append(step)
             self._graphs.append(graph)
             self._frozen.append(frozen)
         self._set_decoding(decoding)
@@ -130,8 +132,8 @@ class Captioner:
         for run in self.runs:
             check_decoding(decoding, run.vocabulary, run.experiment.decoder)
         self.decoding = decoding
-        searches = not decoding.samples and decoding.rerank == "none"
-        self._confidence = Confidence.load(self.runs[0].folder) if searches and len(self.runs) == 1 else None
+        found = Confidence.load(self.runs[0].folder) if len(self.runs) == 1 else None
+        self._confidence = found if found is not None and found.fits(decoding, self._steps[0]) else None
         self._knowledge = knowledge_of(self.runs[0], decoding)
         self._captions = caption_function(self._graphs, decoding, self.runs[0].vocabulary)
 
@@ -164,6 +166,11 @@ class Captioner:
         for note in (note for run in runs for note in run.code_changes()):
             warnings.warn(note, stacklevel=2)
         return cls(runs, decoding, attention=attention)
+
+    @property
+    def names(self) -> list[str]:
+        """What people call the models: the names of their folders, or those on the Hub."""
+        return [hub_name(run.folder) or run.folder.resolve().name for run in self.runs]
 
     def __call__(self, photos: Sequence[Photo]) -> list[Caption]:
         """The best caption of each photo: paths, encoded bytes, RGB arrays uint8 [h,w,3] or PIL images of any mode.
@@ -257,13 +264,13 @@ class Captioner:
         return [self._hypotheses(decoded, maps, row) for row in range(batch.real)]
 
     def _hypotheses(self, decoded: Decoded, maps: np.ndarray | None, row: int) -> list[Caption]:
-        captions = []
+        captions: list[Caption] = []
         for m in caption_rows(np.asarray(decoded.tokens[row]), self.decoding):
             vocabulary = self.runs[0].vocabulary
             words = tuple(vocabulary.decode_words(decoded.tokens[row, m]))
             text, log_prob = text_of(words, vocabulary.tokenizer), float(decoded.log_prob[row, m])
             confidence = None
-            if self._confidence is not None:
+            if self._confidence is not None and not captions:
                 confidence = float(self._confidence.of(log_prob, len(text.split())))
             captions.append(
                 Caption(

@@ -147,7 +147,9 @@ class _Handler(BaseHTTPRequestHandler):
         sha, files = commit
         if what == "revision":
             siblings = [{"rfilename": file} for file in files]
-            return self._answer(200, {"_id": "1", "id": model, "sha": sha, "private": False, "siblings": siblings})
+            return self._answer(
+                200, {"_id": "1", "id": model, "sha": sha, "private": model in self.hub.private, "siblings": siblings}
+            )
         if what == "tree":
             return self._answer(200, [_entry(file, data) for file, data in files.items()])
         if name not in files:

@@ -3,6 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +57,9 @@ def caption_files(
                     except (ImageError, OSError, UserError) as error:
                         yield f"imgcap: {shown_path(path)}: {reason(error)}; {output.missing}", True
     finally:
-        for output in outputs:
-            output.close()
+        with ExitStack() as stack:  # all of them, also if one fails
+            for output in reversed(outputs):
+                stack.callback(output.close)
     if left_out and len(files) > 1:
         yield f"imgcap: captioned {len(files) - left_out:,} of {len(files):,} photos; left out {left_out:,}", True
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from imgcap_jax.captioner import Caption
-from imgcap_jax.errors import UserError
+from imgcap_jax.errors import UserError, printable
 from imgcap_jax.files import replacing
 
 _DESCRIPTION = "Exif.Image.ImageDescription"
@@ -56,17 +56,20 @@ class Metadata:
     def _write(self, path: Path, text: str) -> None:
         try:
             image = self._library.Image(os.fspath(path))
+        except UnicodeEncodeError as error:
+            raise UserError("its path is not UTF-8; rename it") from error
         except RuntimeError as error:
             raise UserError(f"its metadata can't be read ({error})") from error
         try:
-            exif, xmp = image.read_exif(), image.read_xmp()
+            # Old programs wrote other encodings than UTF-8; in Latin-1, all bytes are characters.
+            exif, xmp = image.read_exif(encoding="latin-1"), image.read_xmp(encoding="latin-1")
             there = [exif.get(_DESCRIPTION, "").strip(), *_texts(xmp.get(_ALTERNATIVE))]
             for found in there:
                 if found and found not in _OF_CAMERAS and not self._overwrite:
-                    raise UserError(f"it has the description {found!r:.60} (--overwrite replaces it)")
+                    raise UserError(f"it has the description {printable(found)!r:.60} (--overwrite replaces it)")
             image.modify_exif({_DESCRIPTION: text})
             image.modify_xmp({_ALTERNATIVE: {'lang="x-default"': text}})
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise UserError(f"{error}") from error
         finally:
             image.close()

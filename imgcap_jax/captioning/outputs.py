@@ -23,7 +23,7 @@ from imgcap_jax.report.figures import Row, WordAttention
 from imgcap_jax.report.page import caption_page
 
 _THUMBNAIL = 320  # the longer side of a photo in a gallery, in pixels
-_GALLERY_MOST = 5_000  # photos of a gallery: 20 KB each, all in one page
+_GALLERY_MOST = 2_000  # photos of a gallery: 20 KB each on the page, 0.2 MB in memory
 
 
 class Output(Protocol):
@@ -57,15 +57,22 @@ class Pictures:
 
     missing = "no picture of its attention"
 
-    def __init__(self, captioner: Captioner, folder: Path) -> None:
-        """Writes nothing yet."""
-        self._captioner, self._folder, self._names = captioner, folder, set[str]()
+    def __init__(self, captioner: Captioner, folder: Path, photos: Sequence[Path]) -> None:
+        """Writes nothing yet.
+
+        Args:
+            captioner: draws the part of a photo that the model sees.
+            folder: of the pictures.
+            photos: all photos, also those that an earlier call has captioned, which determine the names of pictures.
+        """
+        self._captioner, names = captioner, set[str]()
+        self._files = {path: folder / _new_name(path, names) for path in photos}
         self.latest: Path | None = None
 
     def add(self, path: Path, captions: Sequence[Caption]) -> Iterator[str]:
         """See ``Output``."""
         self.latest = None
-        best, picture = captions[0], self._folder / _new_name(path, self._names)
+        best, picture = captions[0], self._files[path]
         assert best.attention is not None
         view = self._captioner.view(path)
         attention_picture(view, best.words, best.log_probs, best.attention, picture)
@@ -134,11 +141,7 @@ _COLUMNS = ("file", "rank", "caption", "confidence", "score", "log_prob")
 
 
 class Table:
-    """A CSV file with one row per caption, which grows while photos are captioned.
-
-    Attributes:
-        done: the photos that an earlier call has captioned.
-    """
+    """A CSV file with one row per caption, which grows while photos are captioned."""
 
     missing = "its captions are not in the table"
 
@@ -147,13 +150,14 @@ class Table:
 
         Args:
             file: is replaced, unless ``resume`` is set.
-            resume: whether rows are added to an existing file. Its last row is deleted if it is not complete.
+            resume: whether rows are added to an existing file. If its end is not complete, the rows of the last photo
+                are deleted.
 
         Raises:
             UserError: the file can't be written, or it is not such a table.
         """
         check_writable(file)
-        self.done = set[str]()
+        self._done = set[str]()
         text = self._complete(file) if resume and file.exists() else ""
         self._file = file
         with disk_errors(f"writing {file}"):
@@ -167,9 +171,12 @@ class Table:
             rows = list(csv.reader(io.StringIO(text, newline=""), strict=False))
             if rows and not text.endswith("\r\n"):
                 rows.pop()
+                last = rows[-1][:1] if len(rows) > 1 else []
+                while len(rows) > 1 and rows[-1][:1] == last:  # it may lack captions
+                    rows.pop()
             if rows and tuple(rows[0]) != _COLUMNS:
                 raise ValueError(f"its columns are not {', '.join(_COLUMNS)}")
-            self.done = {row[0] for row in rows[1:]}
+            self._done = {os.path.abspath(row[0]) for row in rows[1:]}
             return "".join(map(_row, rows))
 
     def add(self, path: Path, captions: Sequence[Caption]) -> Iterator[str]:
@@ -191,7 +198,7 @@ class Table:
 
     def has(self, path: Path) -> bool:
         """Whether an earlier call has captioned a photo."""
-        return _text(path) in self.done
+        return os.path.abspath(_text(path)) in self._done
 
     def close(self) -> None:
         """See ``Output``."""
@@ -224,12 +231,11 @@ class Gallery:
         """See ``Output``."""
         best, *others = captions
         view = self._captioner.view(path)
-        step = max(1, -(-max(view.shape[:2]) // _THUMBNAIL))
         name = shown_path(path)
         sure = "" if best.confidence is None else f"confidence {100 * best.confidence:.0f} %"
         self._rows.append(
             Row(
-                view if best.attention is not None or step == 1 else _reduced(view),
+                _reduced(view),
                 best.text,
                 verdict=sure,
                 note=name,
@@ -253,7 +259,7 @@ class Gallery:
         if self._rows:
             facts = {
                 "photos": f"{len(self._rows):,}",
-                "model": ", ".join(run.folder.name for run in self._captioner.runs),
+                "model": ", ".join(self._captioner.names),
             }
             caption_page(self._rows, self._file, "Captions", {}, facts=facts)
 
@@ -282,6 +288,8 @@ class Sidecars:
     def add(self, path: Path, captions: Sequence[Caption]) -> Iterator[str]:
         """See ``Output``."""
         file = path.with_suffix(".txt")
+        if file == path:
+            raise UserError("the photo itself has the name of its text file")
         if file in self._written:
             raise UserError(f"{shown_path(file)} belongs to another photo of the same name")
         if not self._overwrite and os.path.lexists(file):

@@ -1,6 +1,7 @@
 """``imgcap caption``: captions photos with a loaded model."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +16,21 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("--attention-dir has no effect without --attention; give both")
     if options.resume and options.csv is None and not options.sidecar:
         raise UserError("--resume needs --csv or --sidecar, which say what has been captioned; add one of them")
-    if options.resume and options.html is not None:
-        raise UserError("--html shows the photos of one call only; leave out --resume")
-    if options.overwrite and not (options.sidecar or options.write_exif):
-        raise UserError("--overwrite has no effect without --sidecar or --write-exif; leave it out")
+    if options.resume and (options.html is not None or options.results is not None):
+        raise UserError("--html and --results contain the photos of one call only; leave out --resume")
     if options.overwrite and options.resume:
         raise UserError("--resume keeps what is there, and --overwrite replaces it; leave out one of them")
+    files = [options.csv, options.html, options.results]
+    given = [file.absolute() for file in files if file is not None]
+    if len(set(given)) < len(given):
+        raise UserError("two outputs are the same file; give each its own")
+    if options.overwrite and not (given or options.sidecar or options.write_exif):
+        raise UserError("--overwrite has no effect without an output that is a file; leave it out")
+    for file in files:
+        kept = options.overwrite or (options.resume and file == options.csv)
+        if file is not None and os.path.lexists(file) and not kept:
+            also = ", and --resume adds to it" if file == options.csv else ""
+            raise UserError(f"{file} exists; --overwrite replaces it{also}")
 
 
 def caption(captioner: Any, files: Sequence[Path], options: argparse.Namespace) -> int:
@@ -36,31 +46,32 @@ def caption(captioner: Any, files: Sequence[Path], options: argparse.Namespace) 
     from imgcap_jax.captioning.metadata import Metadata
     from imgcap_jax.captioning.outputs import CocoResults, Gallery, Lines, Output, Pictures, Sidecars, Table
 
+    given = [file.absolute() for file in (options.csv, options.html, options.results) if file is not None]
+    for path in files:
+        if path.absolute() in given:
+            raise UserError(f"{path} is a photo, and an output; give the output another name")
+    # Outputs that refuse photos come first, and the table last: it says which photos are done in all of them.
     outputs: list[Output] = []
-    table = sidecars = None
-    if options.sidecar:
-        sidecars = Sidecars(overwrite=options.overwrite)
-        outputs.append(sidecars)
+    if options.results is not None:
+        outputs.append(CocoResults(options.results, files))
+    if options.html is not None:
+        outputs.append(Gallery(captioner, options.html, files))
     if options.write_exif:
         outputs.append(Metadata(overwrite=options.overwrite))
+    sidecars = Sidecars(overwrite=options.overwrite) if options.sidecar else None
+    outputs += [] if sidecars is None else [sidecars]
     pictures = None
     if options.attention and (options.attention_dir is not None or options.html is None):
-        pictures = Pictures(captioner, options.attention_dir or Path())
+        pictures = Pictures(captioner, options.attention_dir or Path(), files)
         outputs.append(pictures)
-    if options.csv is not None:
-        # Last of the outputs that it decides about when the call is resumed.
-        table = Table(options.csv, resume=options.resume)
-        outputs.append(table)
+    table = None if options.csv is None else Table(options.csv, resume=options.resume)
+    outputs += [] if table is None else [table]
     if options.resume:
         before = len(files)
         done = table if table is not None else sidecars
         assert done is not None
         files = [path for path in files if not done.has(path)]
         print(f"imgcap: {before - len(files):,} of {before:,} photos are done", file=sys.stderr)
-    if options.results is not None:
-        outputs.append(CocoResults(options.results, files))
-    if options.html is not None:
-        outputs.append(Gallery(captioner, options.html, files))
     quiet = not options.json and any((options.csv, options.html, options.sidecar, options.write_exif))
     if not quiet:
         outputs.append(Lines(as_json=options.json, pictures=pictures))

@@ -472,7 +472,8 @@ def _serve(options: argparse.Namespace) -> int:
     from imgcap_jax.cli.serve import check, serve
 
     check(options)
-    options.max_megapixels = options.max_megapixels or _SERVED_MEGAPIXELS
+    if options.max_megapixels is None:
+        options.max_megapixels = _SERVED_MEGAPIXELS
     _set_largest_image(options)
     with _importing(options):
         from imgcap_jax.captioner import Captioner

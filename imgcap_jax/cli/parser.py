@@ -444,7 +444,7 @@ def _add_caption(commands: Commands) -> None:
         help="write the caption into the photo itself, as alternative text (XMP) and description (EXIF); needs pyexiv2",
     )
     caption.add_argument(
-        "--overwrite", action="store_true", help="replace text files and descriptions that are already there"
+        "--overwrite", action="store_true", help="replace files, text files and descriptions that are already there"
     )
     caption.add_argument(
         "--resume",
@@ -511,12 +511,13 @@ def _add_serve(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="the name under which others reach the service; can be repeated (default: any, if --host is not loopback)",
+        help="a name under which others reach the service, for example through a proxy; can be repeated (default: "
+        "none, or any if --host is not this machine)",
     )
     serve.add_argument("--max-megabytes", type=float, default=20.0, metavar="N", help="largest file (default: 20)")
     serve.add_argument("--waiting", type=int, default=128, metavar="N", help="photos that can wait (default: 128)")
     serve.add_argument("--seconds", type=float, default=60.0, metavar="N", help="time per photo (default: 60)")
-    _add_max_megapixels(serve)
+    _add_max_megapixels(serve, 50)
     _add_decoding(serve)
     _add_code(serve)
     _add_weights(serve)
@@ -555,8 +556,7 @@ def _add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
-        default="float16",
-        help="the type of the parameters in the file (default: float16)",
+        help="the type of the parameters in the file (default: float16, or that of a run that was exported)",
     )
 
 
@@ -803,12 +803,12 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_max_megapixels(parser: argparse.ArgumentParser) -> None:
+def _add_max_megapixels(parser: argparse.ArgumentParser, default: int = 100) -> None:
     parser.add_argument(
         "--max-megapixels",
         type=float,
         metavar="N",
-        help="refuse larger images (default: 100; half of it for WebP and AVIF, ten times for JPEG)",
+        help=f"refuse larger images (default: {default}; half of it for WebP and AVIF, ten times for JPEG)",
     )
 
 

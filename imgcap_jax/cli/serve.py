@@ -38,9 +38,11 @@ def serve(captioner: Any, options: argparse.Namespace) -> int:
 
     listening = _listen(options.host, options.port)
     host, port = listening.getsockname()[:2]
-    limits = Limits(megabytes=options.max_megabytes, waiting=options.waiting, seconds=options.seconds)
+    total = max(Limits.total_megabytes, 4 * options.max_megabytes)
+    limits = Limits(options.max_megabytes, total, waiting=options.waiting, seconds=options.seconds)
     local = _is_loopback(options.host)
-    names = ["localhost", "127.0.0.1", "[::1]", host] if local else options.allowed_host or None
+    own = ["localhost", "127.0.0.1", "[::1]", host] if local else []
+    names = [*own, *options.allowed_host] or None
     app = create_app(captioner, limits, names)
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{port}  (Ctrl-C ends it; the first photo waits until the model is compiled)", flush=True)

@@ -1,6 +1,7 @@
 """Runs for others: ``imgcap calibrate``, ``imgcap export``, ``imgcap push`` and ``imgcap pull``."""
 
 import argparse
+import os
 import shlex
 import shutil
 import tempfile
@@ -22,7 +23,10 @@ def calibrate(run: Any, decoding: Any, cache: Path, options: argparse.Namespace)
     from imgcap_jax.run.confidence import CONFIDENCE, FOLDS
     from imgcap_jax.run.confidence import calibrate as fit
     from imgcap_jax.run.evaluation import sweep
+    from imgcap_jax.run.mirror import push as mirror
 
+    if decoding.samples or decoding.rerank != "none":
+        raise UserError("confidence is that of the captions of a search; leave out samples and rerank")
     if options.split == "train":
         raise UserError("confidence that is fitted to training captions is too high; choose another --split")
     evaluations = [
@@ -31,6 +35,7 @@ def calibrate(run: Any, decoding: Any, cache: Path, options: argparse.Namespace)
     ]
     found = fit(evaluations)
     found.save(run.folder)
+    mirror(run.folder, [CONFIDENCE])
     print(f"right: CIDEr-D of at least {100 * found.threshold:.0f}; measured by {FOLDS}-fold cross-validation")
     for one in found.quality:
         print(
@@ -70,14 +75,18 @@ def export(run: Any, decoding: Any, options: argparse.Namespace) -> int:
     from imgcap_jax.programs.stablehlo import SUFFIX, export_program
 
     output: Path = options.output
+    if output.suffix in (SUFFIX, ONNX) and os.path.lexists(output):
+        raise UserError(f"{output} exists; give a new file")
     if output.suffix == SUFFIX:
-        export_program(run, output, decoding, dtype=options.dtype)
+        export_program(run, output, decoding, dtype=_dtype(run, options))
         print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {decoding.title}")
         print(
             f"next: unzip {shlex.quote(str(output))} loader.py; python loader.py {shlex.quote(str(output))} photo.jpg"
         )
         return 0
     if output.suffix == ONNX:
+        if options.dtype is not None:
+            raise UserError("an ONNX file contains float32; leave out --dtype")
         export_onnx(run, output, decoding)
         print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {decoding.title}")
         print(f"next: {shlex.join(['python', str(LOADER), str(output), 'photo.jpg'])}")
@@ -86,7 +95,7 @@ def export(run: Any, decoding: Any, options: argparse.Namespace) -> int:
         raise UserError(
             f"decoding options are for a program; give a file that ends in {SUFFIX} or {ONNX}, or leave them out"
         )
-    _write(run, output, options.dtype)
+    _write(run, output, _dtype(run, options))
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output}: {size / 1e6:.1f} MB; edit README.md, its model card, before you share it")
     print(f"next: {shlex.join(['imgcap', 'push', str(output), 'USER/NAME'])}")
@@ -99,7 +108,7 @@ def push(run: Any, options: argparse.Namespace) -> int:
     Raises:
         UserError: see ``export_run`` and ``hub.upload``.
     """
-    from imgcap_jax.run.exporting import CARD
+    from imgcap_jax.run.exporting import CARD, regular
     from imgcap_jax.run.hub import split_name, upload
     from imgcap_jax.training.parameter_file import PARAMETERS
 
@@ -108,9 +117,9 @@ def push(run: Any, options: argparse.Namespace) -> int:
         raise UserError(f"{options.name}: a revision is made by the push; leave out @{revision}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / name.rpartition("/")[2]
-        _write(run, folder, options.dtype)
+        _write(run, folder, _dtype(run, options))
         if (run.folder / PARAMETERS).is_file() and (run.folder / CARD).is_file():
-            shutil.copyfile(run.folder / CARD, folder / CARD)
+            shutil.copyfile(regular(run.folder / CARD), folder / CARD)
         where = upload(folder, name, private=options.private, message=options.message)
     print(f"{where}")
     print(f"next: {shlex.join(['imgcap', 'caption', 'photo.jpg', '--run', f'hf://{name}'])}")
@@ -137,9 +146,16 @@ def pull(options: argparse.Namespace) -> int:
     return 0
 
 
+def _dtype(run: Any, options: argparse.Namespace) -> Any:
+    """The type that the user chose, or that of the parameters of an exported run, or float16."""
+    from imgcap_jax.training.parameter_file import PARAMETERS, dtype_of
+
+    exported = run.folder / PARAMETERS
+    return options.dtype or (dtype_of(exported) if exported.is_file() else "float16")
+
+
 def _write(run: Any, folder: Path, dtype: Any) -> None:
     from imgcap_jax.report.model_card import model_card
-    from imgcap_jax.run.exporting import CARD, export_run
+    from imgcap_jax.run.exporting import export_run
 
-    export_run(run, folder, dtype=dtype)
-    (folder / CARD).write_text(model_card(folder), encoding="utf-8")
+    export_run(run, folder, dtype=dtype, card=lambda exported: model_card(exported, folder.resolve().name))

@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps
 
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM", "WEBP", "AVIF")  # others may start other programs
 Photo = str | IO[bytes]
 Function = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -31,14 +32,17 @@ class Program:
         found = []
         for photo in photos:
             tokens, log_probs = self.call(self.pixels(photo)[None])
-            kept = zip(np.asarray(tokens[0]), np.asarray(log_probs[0]), strict=True)
-            found.append([(self.text(ids), float(log_prob)) for ids, log_prob in kept if ids.any()])
+            all_beams = zip(np.asarray(tokens[0]), np.asarray(log_probs[0]), strict=True)
+            captions = [(self.text(ids), float(log_prob)) for ids, log_prob in all_beams if ids.any()]
+            found.append(captions[: self.about["returned"]])  # the other beams are not finished
         return found
 
     def pixels(self, photo: Photo) -> np.ndarray:
         """A photo at the size of the model, uint8 [size,size,3]."""
         size = self.about["image_size"]
-        with Image.open(photo) as image:
+        with Image.open(photo, formats=FORMATS) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"{photo}: images with more than 8 bits per channel are not read; convert it")
             if image.format in ("JPEG", "MPO"):
                 image.draft("RGB", (size, size))  # as in training: decoded no larger than needed
             upright: Image.Image = ImageOps.exif_transpose(image)
@@ -79,7 +83,7 @@ def tensors(data: bytes) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file by name."""
     import ml_dtypes  # comes with jax
 
-    kinds = {"F16": np.float16, "F32": np.float32, "BF16": ml_dtypes.bfloat16}
+    kinds = {"F16": np.float16, "F32": np.float32, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "BOOL": np.bool_}
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header.pop("__metadata__", None)

@@ -25,6 +25,8 @@ _INSTALL = "pip install --no-deps jax2onnx && pip install onnx onnx-ir"
 def export_onnx(run: Run, path: Path, decoding: Decoding) -> None:
     """Writes the file: images uint8 [1,s,s,3] -> tokens int32 [1,K,T], log-probabilities float32 [1,K].
 
+    Nothing else in the process may trace JAX functions meanwhile: those that depend on the platform would be wrong.
+
     The words and the size of the images are in its metadata, under ``imgcap_jax``.
 
     Args:
@@ -53,6 +55,7 @@ def export_onnx(run: Run, path: Path, decoding: Decoding) -> None:
         "image_size": data.image_size,
         "resize": data.resize,
         "decoding": decoding.title,
+        "returned": decoding.returned,
     }
     with _one_platform():
         captions = caption_function([graph], decoding, run.vocabulary)

@@ -9,10 +9,12 @@ The file is a zip archive: an exported run (see ``run.exporting``), and
 - loader.py.
 """
 
+import fnmatch
 import json
 import shutil
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ def export_program(run: Run, path: Path, decoding: Decoding, *, dtype: Parameter
     check_writable(path)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
-        export_run(run, folder, dtype=dtype)
+        # With the search of the program, so that it is also that of the folder, and of a program that is written again.
+        export_run(replace(run, experiment=replace(run.experiment, decoding=decoding)), folder, dtype=dtype)
         exported = Run.load(folder)
         graph, params, frozen = loaded(exported, folder)
         arrays = {**named(params), **{f"frozen.{name}": leaf for name, leaf in named(frozen).items()}}
@@ -77,6 +80,7 @@ def export_program(run: Run, path: Path, decoding: Decoding, *, dtype: Parameter
             "image_size": side,
             "resize": exported.experiment.data.resize,
             "decoding": decoding.title,
+            "returned": decoding.returned,
             "platforms": list(made.platforms),
             "calling_convention_version": made.calling_convention_version,
             "jax": jax.__version__,
@@ -99,10 +103,14 @@ def extract_run(path: Path, folder: Path) -> None:
         UserError: the file is damaged, or it is not one of these.
     """
     with reading(path, "give a file that imgcap export wrote"), zipfile.ZipFile(path) as file:
-        names = [name for name in FILES if name in file.namelist()]
+        names = [name for name in file.namelist() if any(fnmatch.fnmatch(name, pattern) for pattern in FILES)]
         if PARAMETERS not in names:
             raise ValueError(f"it has no {PARAMETERS}")
         for name in names:
+            parts = name.split("/")
+            if len(parts) > 2 or any(part in ("", ".", "..") for part in parts) or "\\" in name:
+                raise ValueError(f"it has the name {name!r:.80}")
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(file.read(name))
 
 

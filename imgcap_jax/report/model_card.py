@@ -11,7 +11,7 @@ from imgcap_jax import __version__
 from imgcap_jax.data.regions import has_ready_regions
 from imgcap_jax.data.sources import parse_mixture
 from imgcap_jax.experiment import Experiment
-from imgcap_jax.files import read_json
+from imgcap_jax.files import read_json, reading
 from imgcap_jax.run.exporting import SCORES
 from imgcap_jax.run.folder import Run
 from imgcap_jax.training.parameter_file import PARAMETERS
@@ -20,19 +20,22 @@ from imgcap_jax.training.parameter_file import PARAMETERS
 _HUB_METRICS = {"BLEU-4": "bleu", "METEOR": "meteor", "ROUGE-L": "rouge", "CIDEr-D": "cider"}
 
 
-def model_card(folder: Path) -> str:
+def model_card(run: Run, name: str) -> str:
     """The card, as Markdown after a header in YAML.
 
     Args:
-        folder: an exported run.
+        run: an exported run, in its folder.
+        name: of the model.
 
     Raises:
-        UserError: the folder cannot be read.
+        UserError: the scores of the run cannot be read.
     """
-    run = Run.load(folder)
-    results = [read_json(path, "evaluate the run again") for path in sorted(folder.glob(SCORES))]
-    results = [one for one in results if isinstance(one, Mapping) and isinstance(one.get("scores"), Mapping)]
-    name = folder.resolve().name
+    results = [read_json(path, "evaluate the run again") for path in sorted(run.folder.glob(SCORES))]
+    with reading(run.folder / SCORES, "evaluate the run again"):
+        return _card(run, name, results)
+
+
+def _card(run: Run, name: str, results: Sequence[Mapping[str, Any]]) -> str:
     datasets = list(dict.fromkeys(dataset for dataset, _ in parse_mixture(run.experiment.data.dataset)))
     header: dict[str, Any] = {
         "library_name": "imgcap_jax",
@@ -48,7 +51,7 @@ def model_card(folder: Path) -> str:
         f"# {name}",
         f"An image captioning model of [imgcap_jax]({_HOME}) {__version__}.",
         _usage(),
-        f"## Model\n\n{_model(run.experiment, folder)}",
+        f"## Model\n\n{_model(run.experiment, run.folder)}",
         f"## Training data\n\nThe captioned photos of {' and '.join(datasets)}. Their licences apply to uses of the "
         f"model.",
         f"## Scores\n\n{_scores(results)}",

@@ -17,6 +17,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.stats import rankdata
 
+from imgcap_jax.decoding.settings import Decoding
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import read_json, reading, write_text
 from imgcap_jax.run.evaluation import Evaluation, decoding_fields
@@ -57,7 +58,7 @@ class Confidence:
     Attributes:
         bias, log_prob, words: see above.
         threshold: the CIDEr-D (0 to 10) of a right caption.
-        decoding: the settings of the search that wrote the captions.
+        step: the step of the parameters that wrote the captions. decoding: the settings of the search.
         quality: one per dataset.
     """
 
@@ -65,6 +66,7 @@ class Confidence:
     log_prob: float
     words: float
     threshold: float = RIGHT
+    step: int = 0
     decoding: Any = None
     quality: tuple[Quality, ...] = ()
 
@@ -77,6 +79,11 @@ class Confidence:
         """
         logit = self.bias + self.log_prob * np.asarray(log_prob) + self.words * np.asarray(words)
         return np.asarray(1 / (1 + np.exp(-logit)))
+
+    def fits(self, decoding: Decoding, step: int) -> bool:
+        """Whether the best captions of a search are like those that it was fitted to."""
+        same, fitted = json.loads(json.dumps(decoding_fields(decoding))), self.decoding
+        return step == self.step and {**same, "n_best": 0} == {**fitted, "n_best": 0}
 
     def save(self, folder: Path) -> None:
         """Writes it into a run's folder."""
@@ -95,7 +102,9 @@ class Confidence:
                 for one in found["quality"]
             )
             numbers = {name: float(found[name]) for name in ("bias", "log_prob", "words", "threshold")}
-            return cls(**numbers, decoding=found["decoding"], quality=quality)
+            if not isinstance(found["decoding"], dict):
+                raise ValueError("it has no decoding")
+            return cls(**numbers, step=int(found["step"]), decoding=found["decoding"], quality=quality)
 
 
 def calibrate(evaluations: Sequence[Evaluation], threshold: float = RIGHT) -> Confidence:
@@ -128,7 +137,7 @@ def calibrate(evaluations: Sequence[Evaluation], threshold: float = RIGHT) -> Co
             found[out] = other.of(own[out, 0], own[out, 1])
     quality = tuple(map(_quality, evaluations, held_out, right))
     decoding = json.loads(json.dumps(decoding_fields(evaluations[0].decoding)))
-    return replace(fitted, decoding=decoding, quality=quality)
+    return replace(fitted, step=evaluations[0].steps[0], decoding=decoding, quality=quality)
 
 
 def _observed(evaluation: Evaluation, threshold: float) -> tuple[np.ndarray, np.ndarray]:

@@ -38,7 +38,6 @@ from imgcap_jax.files import (
     write_text,
 )
 from imgcap_jax.remote import Bucket, File, Vanished, each, files_in, pulling_alone, until_settled, url_of
-from imgcap_jax.run.hub import pull_from_hub
 from imgcap_jax.terminal import working
 from imgcap_jax.training.checkpoints import CHECKPOINTS, DAMAGED
 
@@ -46,7 +45,7 @@ _IDENTITY = ".remote"  # the run's random name, in both copies: a run that was d
 _NEWEST = "checkpoints/newest/"
 _CHECKPOINT = re.compile(r"(checkpoints/(\w+)/(\d+))/.+")
 # Written and pushed by an evaluation, on any machine.
-_RESULT = re.compile(r"(captions|n_best|references|scores|sweep)_[^/]*\.json")
+_RESULT = re.compile(r"((captions|n_best|references|scores|sweep)_[^/]*|confidence)\.json")
 _POLL_SECONDS = 2.0
 _ATTEMPTS = 3  # to push, before training stops
 _RETRY_SECONDS = 10.0
@@ -94,7 +93,7 @@ def _newest(checkpoints: Mapping[str, Sequence[str]]) -> tuple[int, int]:
 
 
 def pull(folder: Path, *, to_train: bool = False) -> None:
-    """Brings the working copy of a run up to date, also of one on the Hub. Does nothing for an ordinary folder.
+    """Brings the working copy of a run up to date. Does nothing for an ordinary folder.
 
     A copy that is ahead of the bucket is left as it is: training was interrupted before it was pushed. So is one in
     which another process trains.
@@ -108,7 +107,6 @@ def pull(folder: Path, *, to_train: bool = False) -> None:
         UserError: the bucket cannot be reached, it has lost the run, or the copy belongs to another run and was never
             pushed.
     """
-    pull_from_hub(folder)
     url = url_of(folder)
     if url is None:
         return

@@ -92,6 +92,15 @@ def read_parameters(path: Path, template: Any, place: Callable[[np.ndarray, Any]
     return jax.tree.unflatten(jax.tree.structure(template), leaves), step
 
 
+def dtype_of(path: Path) -> ParameterDtype:
+    """The type of the parameters in a file. Raises UserError if the file is damaged."""
+    import safetensors
+
+    types: dict[str, ParameterDtype] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+    with reading(path, _ADVICE), safetensors.safe_open(path, framework="np") as file:
+        return types[file.get_slice(next(iter(file.keys()))).get_dtype()]
+
+
 def named(tree: Any) -> dict[str, Any]:
     """The leaves by their places in the model, in the order of the tree."""
     paths = jax.tree.leaves_with_path(tree)

@@ -2,11 +2,10 @@
 
 import asyncio
 import base64
-import itertools
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -54,8 +53,8 @@ class Limits:
     Attributes:
         megabytes: the size of a photo's file.
         total_megabytes: the size of all files in memory.
-        waiting: photos that wait for their captions.
-        seconds: from the first byte of a request to its answer; then 408 or 504.
+        waiting: photos that are in memory and have no captions yet.
+        seconds: from the headers of a request to its answer; then 408 or 504.
     """
 
     megabytes: float = 20.0
@@ -102,7 +101,7 @@ class Problem(BaseModel):
 
 
 def captioners_of(captioner: Captioner) -> dict[str, Captioner]:
-    """One captioner per style, with the same parameters. A style that the model cannot do is left out."""
+    """One captioner per style, with the same parameters."""
     own = captioner.decoding
     plain = own.plain(max(own.beam, 1))
     searches: dict[str, Decoding] = {
@@ -130,7 +129,9 @@ class _Service:
         self._captioners, self._limits = captioners_of(captioner), limits
         self._first = captioner
         self._bytes = 0  # of files in memory
-        self._ready = self._closed = False
+        self._waiting = 0  # photos that are decoded or captioned
+        self._closed = False
+        self._compiled = {"best"}
         registry = self._registry = CollectorRegistry()
         self._requests = Counter("imgcap_requests", "Photos by the status of the answer", ["status"], registry=registry)
         self._seconds = Histogram(
@@ -140,7 +141,7 @@ class _Service:
             registry=registry,
         )
         waiting = Gauge("imgcap_waiting", "Photos that wait for their captions", registry=registry)
-        waiting.set_function(lambda: self._batches.waiting if self._ready else 0)
+        waiting.set_function(lambda: self._waiting)
         held = Gauge("imgcap_upload_bytes", "Bytes of uploaded files in memory", registry=registry)
         held.set_function(lambda: self._bytes)
 
@@ -165,7 +166,7 @@ class _Service:
 
         for name, (file, kind) in _ASSETS.items():
             app.get(f"/{name}", include_in_schema=False)(_asset(file, kind))
-        app.get("/healthz", summary="Whether the service is ready")(self.health)
+        app.get("/healthz", summary="That the service is ready")(self.health)
         app.get("/metrics", summary="Metrics in the format of Prometheus", response_class=Response)(self.metrics)
         app.get("/api/info", summary="The model, and what can be asked for")(self.info)
         wrong: dict[int | str, dict[str, Any]] = {
@@ -202,28 +203,31 @@ class _Service:
         side = [run.experiment.data.image_size for run in self._first.runs]
         grey = [np.full((size, size, 3), 127, np.uint8) for size in side]
 
-        def compile_searches(styles: Iterable[str], counts: Sequence[int]) -> None:
-            for style, count in itertools.product(styles, counts):
+        def compile_search(style: str, counts: Sequence[int]) -> None:
+            for count in counts:
                 if not self._closed:
                     list(self._captioners[style].stream([grey] * count))
+            self._compiled.add(style)
 
-        await run_in_threadpool(compile_searches, ["best"], (1, 8, 32))
-        self._ready = True
-        others = [style for style in self._captioners if style != "best"]
-        compiling = threading.Thread(target=compile_searches, args=(others, (1, 8)), daemon=True)
+        def compile_others() -> None:
+            for style in self._captioners:
+                if style != "best":
+                    compile_search(style, (1, 8))
+
+        await run_in_threadpool(compile_search, "best", (1, 8, 32))
+        compiling = threading.Thread(target=compile_others, daemon=True)
         compiling.start()
         try:
             yield
         finally:
-            self._ready, self._closed = False, True
+            self._closed = True
             await run_in_threadpool(self._batches.close)
             self._pool.shutdown()
             await run_in_threadpool(compiling.join)
 
-    async def health(self, response: Response) -> dict[str, str]:
-        """200 if photos can be captioned, else 503."""
-        response.status_code = 200 if self._ready else 503
-        return {"status": "ok" if self._ready else "starting"}
+    async def health(self) -> dict[str, str]:
+        """200: connections are accepted when the model is compiled."""
+        return {"status": "ok"}
 
     async def metrics(self) -> Response:
         """Requests by status, seconds, photos that wait."""
@@ -232,7 +236,7 @@ class _Service:
     async def info(self) -> dict[str, Any]:
         """The model and its styles."""
         return {
-            "model": [run.folder.name for run in self._first.runs],
+            "model": self._first.names,
             "version": __version__,
             "styles": STYLES,
             "formats": READS,
@@ -254,12 +258,14 @@ class _Service:
             status = error.status_code
             raise
         except asyncio.CancelledError:
-            status = 499  # the client is gone
+            status = 503  # the service ends
             raise
         finally:
             self._requests.labels(status).inc()
 
     async def _answer(self, request: Request, style: Style, start: float) -> Answer:
+        if style not in self._compiled:
+            raise HTTPException(503, f"the search {style!r} is being compiled; try again", {"Retry-After": "5"})
         size = 0
         try:
             try:
@@ -278,7 +284,10 @@ class _Service:
                 raise HTTPException(400, "the body is empty; send the file of a photo")
             photo = b"".join(chunks)
             del chunks
+            if self._waiting >= self._limits.waiting:
+                raise _busy()
             left = self._limits.seconds - (time.monotonic() - start)
+            self._waiting += 1
             try:
                 async with asyncio.timeout(max(left, 0.001)):
                     captioner, loop = self._captioners[style], asyncio.get_running_loop()
@@ -291,6 +300,8 @@ class _Service:
                 raise _busy() from None
             except TimeoutError:
                 raise HTTPException(504, f"no caption after {self._limits.seconds:g} seconds; try again") from None
+            finally:
+                self._waiting -= 1
         finally:
             self._bytes -= size
         best = captions[0]

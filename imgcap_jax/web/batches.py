@@ -2,6 +2,7 @@
 
 import asyncio
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from imgcap_jax.captioner import Caption, Captioner
 
 _LARGEST = 32  # photos per batch, as in ``Captioner``
 _ALONE = 2  # so many photos are captioned one by one: a batch of eight takes longer
+_ROWS = 2**30
 _WAIT = 0.01  # seconds that the first photo of a batch waits for others
 
 
@@ -85,7 +87,9 @@ class Batches:
             for start in range(0, len(batch), size):
                 part = batch[start : start + size]
                 try:
-                    found = [one for group in captioner.stream([job.pixels for job in part]) for one in group]
+                    # Of samples: otherwise a photo that is sent again would get the same ones.
+                    row = secrets.randbelow(_ROWS)
+                    found = [one for group in captioner.stream([job.pixels for job in part], row) for one in group]
                 except Exception as error:  # of the model or of memory: those who wait must hear of it
                     for job in part:
                         job.loop.call_soon_threadsafe(_fail, job.answer, error)

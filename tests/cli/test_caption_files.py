@@ -72,7 +72,7 @@ def captioned(
     results: Path | None = None,
     more: Sequence[Output] = (),
 ) -> Iterator[tuple[str, bool]]:
-    drawn = None if pictures is None else Pictures(captioner, pictures)
+    drawn = None if pictures is None else Pictures(captioner, pictures, files)
     outputs: list[Output] = [] if drawn is None else [drawn]
     outputs += [] if results is None else [CocoResults(results, files)]
     return caption_files(captioner, files, [*outputs, *more, Lines(as_json=as_json, pictures=drawn)])

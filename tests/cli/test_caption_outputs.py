@@ -13,7 +13,8 @@ from PIL import Image
 from imgcap_jax.captioner import Caption, Captioner
 from imgcap_jax.captioning.files import caption_files
 from imgcap_jax.captioning.metadata import Metadata
-from imgcap_jax.captioning.outputs import Gallery, Output, Sidecars, Table
+from imgcap_jax.captioning.outputs import Gallery, Output, Pictures, Sidecars, Table
+from imgcap_jax.cli.main import main
 from imgcap_jax.data.photo_files import photo_files
 from imgcap_jax.errors import UserError
 
@@ -64,7 +65,7 @@ def test_a_table_can_be_read_by_other_programs_and_goes_on_where_it_stopped(tmp_
     assert [row[0] for row in found] == [str(file) for file in files[:2] for _ in range(2)]
     # The process is killed while it writes the captions of the third photo.
     whole = path.read_bytes()
-    path.write_bytes(whole + b'"half a na')
+    path.write_bytes(whole + f'"{files[2]}",1,"a dog",,-1,-2\r\n"{files[2]}",2,"half a cap'.encode())
     table = Table(path, resume=True)
     assert [table.has(file) for file in files] == [True, True, False]
     run([file for file in files if not table.has(file)], table)
@@ -116,6 +117,29 @@ def test_a_caption_in_a_photo_leaves_its_pixels_and_other_metadata_as_they_are(t
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
+def test_metadata_in_other_encodings_is_kept_and_stops_nothing(tmp_path: Path) -> None:
+    pyexiv2 = pytest.importorskip("pyexiv2", reason="writes metadata: pip install pyexiv2")
+    artist, described = photo(tmp_path / "a.jpg"), photo(tmp_path / "b.jpg")
+    for path, key, text in (
+        (artist, "Exif.Image.Artist", "Jos\xe9"),
+        (described, "Exif.Image.ImageDescription", "M\xfc"),
+    ):
+        image = pyexiv2.Image(str(path))
+        image.modify_exif({key: text}, encoding="latin-1")
+        image.close()
+    other = photo(tmp_path / "c.jpg")
+    with open(os.fsencode(tmp_path) + b"/d\xe9.jpg", "wb") as file:
+        file.write(other.read_bytes())
+    strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xe9.jpg"))
+    lines = run([artist, described, strange, other], Metadata(overwrite=False))
+    assert len(lines) == 2
+    assert "it has the description" in lines[0]
+    assert "not UTF-8" in lines[1]
+    image = pyexiv2.Image(str(artist))
+    assert image.read_exif(encoding="latin-1")["Exif.Image.Artist"] == "Jos\xe9"
+    image.close()
+
+
 def test_a_format_without_metadata_is_reported_and_left_as_it_is(tmp_path: Path) -> None:
     pytest.importorskip("pyexiv2", reason="writes metadata: pip install pyexiv2")
     path = photo(tmp_path / "a.gif")
@@ -137,7 +161,7 @@ def test_a_page_has_each_photo_once_with_its_captions(tmp_path: Path) -> None:
     assert "&lt;b&gt;.png" in page
     assert "<b>" not in page
     with pytest.raises(UserError, match="too many for one page"):
-        Gallery(Stub(), tmp_path / "page.html", files * 5000)
+        Gallery(Stub(), tmp_path / "page.html", files * 1001)
 
 
 def test_subfolders_are_searched_only_if_asked_and_without_circles(tmp_path: Path) -> None:
@@ -152,12 +176,51 @@ def test_subfolders_are_searched_only_if_asked_and_without_circles(tmp_path: Pat
         photo_files([tmp_path])
 
 
+def test_what_is_there_is_never_replaced_unless_asked(
+    trained: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    path, table = photo(tmp_path / "a.png"), tmp_path / "b.csv"
+    table.write_text("a night's work")
+    for option in ("--csv", "--html", "--results"):
+        command = ["caption", str(path), "--run", str(trained), option]
+        assert "exists; --overwrite replaces it" in refused([*command, str(table)])
+        assert "a.png exists" in refused([*command, str(path)])  # as in --csv *.png
+        assert "is a photo, and an output" in refused([*command, str(path), "--overwrite"])
+    # Another output refuses the photos: nothing has been written yet.
+    end = ["--csv", str(table), "--overwrite", "--results", str(tmp_path / "r.json")]
+    assert "does not end in an image id" in refused(["caption", str(path), "--run", str(trained), *end])
+    assert table.read_text() == "a night's work"
+    assert main(["caption", str(path), "--run", str(trained), "--csv", str(table), "--overwrite"]) == 0
+    assert len(rows(table)) == 2
+
+
+def test_pictures_of_a_resumed_call_do_not_replace_those_of_other_photos(tmp_path: Path) -> None:
+    files = [photo(tmp_path / name / "same.png") for name in ("a", "b")]
+    for part in ([files[0]], [files[1]]):  # interrupted after the first
+        run(part, Pictures(Stub(), tmp_path / "maps", files))
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["same_2_attention.png", "same_attention.png"]
+
+
+def test_all_outputs_are_closed_if_one_fails(tmp_path: Path) -> None:
+    class Failing(Sidecars):
+        def close(self) -> None:
+            raise UserError("no")
+
+    path = photo(tmp_path / "a.png")
+    page = tmp_path / "page.html"
+    with pytest.raises(UserError, match="no"):
+        run([path], Failing(overwrite=False), Gallery(Stub(), page, [path]))
+    assert page.exists()
+
+
 def test_options_without_effect_are_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     path = str(photo(tmp_path / "a.png"))
     for options, message in (
         (["--resume"], "--resume needs --csv or --sidecar"),
         (["--overwrite"], "--overwrite has no effect without"),
-        (["--resume", "--csv", "x.csv", "--html", "x.html"], "--html shows the photos of one call only"),
+        (["--resume", "--csv", "x.csv", "--html", "x.html"], "contain the photos of one call only"),
+        (["--resume", "--csv", "x.csv", "--results", "x.json"], "contain the photos of one call only"),
+        (["--csv", "x", "--html", "x"], "two outputs are the same file"),
         (["--resume", "--sidecar", "--overwrite"], "leave out one of them"),
         (["--attention-dir", "x"], "--attention-dir has no effect without"),
     ):

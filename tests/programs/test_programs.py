@@ -1,11 +1,14 @@
 """A run as a compiled program (StableHLO, ONNX): the loader, alone, writes the captions of the run."""
 
+import json
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,7 +16,9 @@ from imgcap_jax.captioner import Captioner
 from imgcap_jax.cli.main import main
 from imgcap_jax.data.sources import open_source
 from imgcap_jax.decoding.settings import Decoding
+from imgcap_jax.programs import loader
 from imgcap_jax.programs.common import LOADER
+from imgcap_jax.run.folder import Run
 
 # Stands for an environment without imgcap_jax and everything that it needs, except what the loader needs.
 _ALONE = """
@@ -64,7 +69,8 @@ def test_the_loader_alone_writes_the_captions_of_the_run(
         pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers")
     path = tmp_path / f"model.{kind}"
     options = ["--beam", "3", "--decode.forbid-repeated-words", "true"]
-    assert main(["export", str(trained), str(path), "--dtype", "float32", *options]) == 0
+    kept = [] if kind == "onnx" else ["--dtype", "float32"]
+    assert main(["export", str(trained), str(path), *kept, *options]) == 0
     files = photos(tmp_path, tiny_data)
     blocked = "jax,jaxlib,ml_dtypes" if kind == "onnx" else "onnxruntime"
     command = [sys.executable, "-c", _ALONE, blocked, str(LOADER), str(path), *map(str, files)]
@@ -76,15 +82,37 @@ def test_the_loader_alone_writes_the_captions_of_the_run(
 
 def test_a_file_can_be_written_again_by_a_newer_version(trained: Path, tmp_path: Path) -> None:
     pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers")
+    source = tmp_path / "source"
+    shutil.copytree(trained, source)
+    scores = {"dataset": "scenes", "split": "val", "scores": {"CIDEr-D": 0.5}}
+    (source / "scores_val.json").write_text(json.dumps(scores))
     old, new = tmp_path / "old.imgcap", tmp_path / "new.imgcap"
-    assert main(["export", str(trained), str(old), "--dtype", "float32"]) == 0
-    assert main(["export", str(old), str(new), "--dtype", "float32"]) == 0
+    assert main(["export", str(source), str(old), "--dtype", "float32", "--beam", "3", "--n-best", "2"]) == 0
+    assert main(["export", str(old), str(new)]) == 0
     with zipfile.ZipFile(old) as before, zipfile.ZipFile(new) as after:
         assert before.namelist() == after.namelist()
-        for name in ("model.safetensors", "frozen.safetensors", "vocabulary.json", "program.json"):
-            assert before.read(name) == after.read(name)
+        assert "scores_val.json" in before.namelist()
+        for name in before.namelist():
+            if name != "program.stablehlo":
+                assert before.read(name) == after.read(name), name
     assert main(["export", str(old), str(tmp_path / "folder")]) == 0
-    assert Captioner.load(tmp_path / "folder").runs[0].vocabulary.words
+    run = Run.load(tmp_path / "folder")
+    assert (run.experiment.decoding.beam, run.experiment.decoding.n_best) == (3, 2)
+
+
+def test_the_loader_returns_finished_captions_only(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers")
+    path = tmp_path / "model.imgcap"
+    assert main(["export", str(trained), str(path), "--dtype", "float32", "--beam", "4", "--n-best", "2"]) == 0
+    files = photos(tmp_path, tiny_data)[:4]
+    expected = Captioner.load(trained, decoding=Decoding(beam=4, n_best=2)).n_best(files)
+    program = loader.Program(str(path))
+    for found, captions in zip(program([str(file) for file in files]), expected, strict=True):
+        assert [text for text, _ in found] == [caption.text for caption in captions]
+        np.testing.assert_allclose([value for _, value in found], [one.log_prob for one in captions], atol=1e-3)
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        program([str(tmp_path / "deep.png")])
 
 
 def test_what_a_program_cannot_do_is_refused(trained: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -93,6 +121,10 @@ def test_what_a_program_cannot_do_is_refused(trained: Path, tmp_path: Path, refu
         ["export", str(trained), path, "--beam", "3", "--decode.rerank", "mbr"]
     )
     assert "decoding options are for a program" in refused(["export", str(trained), str(tmp_path / "x"), "--beam", "5"])
+    assert "an ONNX file contains float32" in refused(
+        ["export", str(trained), path[:-7] + ".onnx", "--dtype", "float16"]
+    )
     (tmp_path / "bad.imgcap").write_bytes(b"no zip")
+    assert "bad.imgcap exists; give a new file" in refused(["export", str(trained), str(tmp_path / "bad.imgcap")])
     assert "give a file that imgcap export wrote" in refused(["export", str(tmp_path / "bad.imgcap"), path])
     assert not Path(path).exists()

@@ -1,5 +1,6 @@
 """The confidence of captions: a logistic function that is fitted as scikit-learn would, and what is shown of it."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,8 @@ def evaluation(count: int, seed: int, weights: tuple[float, float, float], name:
     right = rng.random(count) < chance
     return SimpleNamespace(
         source=SimpleNamespace(name=name, split="val"),
-        decoding=Decoding(),
+        decoding=Decoding(beam=2),
+        steps=(10,),
         scores=SimpleNamespace(per_image={"CIDEr-D": {n: 0.5 if yes else 0.499 for n, yes in enumerate(right)}}),
         captioned=SimpleNamespace(
             hypotheses={
@@ -78,15 +80,21 @@ def test_a_confidence_is_stored_exported_and_shown(trained: Path, tmp_path: Path
     export_run(Run.load(trained), folder)
     photos = [np.full((40, 40, 3), 100, np.uint8)]
     assert Captioner.load(folder)(photos)[0].confidence is None
-    fitted = calibrate([evaluation(200, 4, (1.0, 0.3, 0.1))])
+    step = Captioner.load(folder)._steps[0]
+    fitted = replace(calibrate([evaluation(200, 4, (1.0, 0.3, 0.1))]), step=step)
     fitted.save(folder)
     assert Confidence.load(folder) == fitted
     export_run(Run.load(folder), tmp_path / "again")
     assert Confidence.load(tmp_path / "again") == fitted
-    (caption,) = Captioner.load(folder)(photos)
+    captioner = Captioner.load(folder, decoding=Decoding(beam=2, n_best=2))
+    ((caption, second),) = captioner.n_best(photos)
     np.testing.assert_allclose(caption.confidence, fitted.of(caption.log_prob, len(caption.words)))
-    # It was fitted to captions of a search.
-    assert Captioner.load(folder, decoding=Decoding(samples=2))(photos)[0].confidence is None
+    assert second.confidence is None
+    # It was fitted to the best captions of this search, by these parameters.
+    for other in (Decoding(beam=3), Decoding(beam=2, length_norm=0.1), Decoding(samples=2), Decoding(beam=1)):
+        assert captioner.with_decoding(other)(photos)[0].confidence is None
+    replace(fitted, step=step + 1).save(folder)
+    assert Captioner.load(folder, decoding=Decoding(beam=2))(photos)[0].confidence is None
     (folder / "confidence.json").write_text('{"bias": 1')
     with pytest.raises(UserError, match=r"confidence\.json"):
         Captioner.load(folder)

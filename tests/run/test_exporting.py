@@ -15,12 +15,15 @@ from imgcap_jax.captioner import Captioner
 from imgcap_jax.cli.main import main
 from imgcap_jax.data.sources import open_source
 from imgcap_jax.errors import UserError
+from imgcap_jax.models.encoders.concatenated import Concatenated
+from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.run.evaluation import evaluate
-from imgcap_jax.run.exporting import export_run
+from imgcap_jax.run.exporting import _without_paths, export_run
 from imgcap_jax.run.folder import Run
 from imgcap_jax.train import train
 from imgcap_jax.training.checkpoints import restore_best
+from imgcap_jax.training.cross_entropy import CrossEntropy
 from imgcap_jax.training.parameter_file import read_parameters, write_parameters
 
 
@@ -66,6 +69,37 @@ def test_an_exported_run_has_no_paths_of_this_machine(trained: Path, tmp_path: P
         assert str(tmp_path).encode() not in path.read_bytes()
         assert str(run.experiment.data.data_dir).encode() not in path.read_bytes()
     assert json.loads((tmp_path / "model" / "scores_val.json").read_text())["init_from"] == "start"
+
+
+def test_links_and_paths_in_settings_are_not_exported(trained: Path, tmp_path: Path) -> None:
+    source, secret = tmp_path / "source", tmp_path / "secret.json"
+    shutil.copytree(trained, source)
+    secret.write_text('{"token": 1}')
+    (source / "scores_val.json").symlink_to(secret)
+    with pytest.raises(UserError, match=r"scores_val\.json is a link or not a file"):
+        export_run(Run.load(source), tmp_path / "model")
+    (source / "scores_val.json").unlink()
+    (source / "scores_val.json").write_text('{"dataset": 3}')
+    with pytest.raises(UserError, match=r"scores_val\.json"):
+        export_run(Run.load(source), tmp_path / "model")
+    (source / "scores_val.json").unlink()
+    run = Run.load(source)
+    lite = EfficientNetLite(weights="/home/me/weights.pth")
+    hidden = replace(run, experiment=replace(run.experiment, encoder=Concatenated((lite, lite))))
+    with pytest.raises(UserError, match=r"has the path /home/me/weights\.pth in encoder\.encoders\.0\.weights"):
+        _without_paths(hidden)
+    taught = CrossEntropy(teachers=("/home/me/runs/teacher",))
+    found = _without_paths(replace(run, experiment=replace(run.experiment, objective=taught)))
+    assert found.objective.teachers == ("teacher",)  # type: ignore[attr-defined]
+    assert not (tmp_path / "model").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_search_that_compares_photos_takes_its_index_along(trained: Path, tmp_path: Path) -> None:
+    run = Run.load(trained)
+    chosen = replace(run.experiment.decoding, rerank="mbr", mbr_neighbours=3, beam=3)
+    with pytest.raises(UserError, match=r"document_frequencies\.npz is missing; evaluate the run"):
+        export_run(replace(run, experiment=replace(run.experiment, decoding=chosen)), tmp_path / "model")
 
 
 def test_the_card_is_what_the_hub_reads(trained: Path, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from imgcap_jax.captioner import Captioner
 from imgcap_jax.cli.main import main
 from imgcap_jax.data.sources import open_source
 from imgcap_jax.errors import UserError
+from imgcap_jax.run import hub as module
 from imgcap_jax.run.folder import Run
-from imgcap_jax.run.hub import run_place
+from imgcap_jax.run.hub import hub_name, run_place
 
 _spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).parent.parent / "hub_server.py")
 assert _spec is not None
@@ -37,6 +38,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
         monkeypatch.setenv("IMGCAP_CACHE", str(tmp_path / "cache"))
         yield found
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def photos(run: Path, data: Path) -> list[bytes]:
@@ -82,16 +87,53 @@ def test_a_second_push_replaces_the_files_and_keeps_a_card_that_was_edited(
 def test_a_copy_is_used_when_the_hub_is_gone(trained: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["push", str(trained), "me/scenes"]) == 0
     words = Run.load(run_place("hf://me/scenes")).vocabulary.words
+    first = hub.models["me/scenes"][-1][0]
+    # A download that is cut off leaves nothing that is taken for a copy.
+    hub.commit("me/scenes", {**hub.files("me/scenes"), "scores_new.json": b"{}"})
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_place("hf://me/scenes")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert Run.load(run_place("hf://me/scenes")).vocabulary.words == words
+    found = Run.load(run_place("hf://me/scenes"))
+    assert found.vocabulary.words == words
+    assert found.folder.name == first
+    assert hub_name(found.folder) == "me/scenes"
     with pytest.raises(UserError, match=r"hf://me/other can't be read"):
         Run.load(run_place("hf://me/other"))
+
+
+def test_a_new_commit_is_a_new_copy(trained: Path, hub: Any) -> None:
+    assert main(["push", str(trained), "me/scenes"]) == 0
+    hub.commit("me/scenes", {**hub.files("me/scenes"), "confidence.json": b"{}"})
+    old = run_place("hf://me/scenes")
+    assert (old / "confidence.json").exists()
+    files = {name: data for name, data in hub.files("me/scenes").items() if name != "confidence.json"}
+    hub.commit("me/scenes", files)
+    new = run_place("hf://me/scenes")
+    assert new != old
+    assert not (new / "confidence.json").exists()
+    assert run_place(f"hf://me/scenes@{old.name}") == old
+
+
+def test_nothing_secret_is_published_and_nothing_foreign_is_replaced(
+    trained: Path, hub: Any, refused: Callable[..., str]
+) -> None:
+    assert main(["push", str(trained), "me/public"]) == 0
+    commits = len(hub.models["me/public"])
+    assert "me/public is public, and --private does not" in refused(["push", str(trained), "me/public", "--private"])
+    assert len(hub.models["me/public"]) == commits
+    hub.models["me/other"] = []
+    hub.commit("me/other", {"config.json": b"{}", "model.safetensors": b"x", "README.md": b"a card"})
+    assert "me/other contains config.json, but no run of imgcap_jax" in refused(["push", str(trained), "me/other"])
+    assert hub.files("me/other")["README.md"] == b"a card"
 
 
 def test_mistakes_are_explained(
     trained: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     assert "is not a name on the Hugging Face Hub" in refused(["pull", "name"])
+    assert "is not a name on the Hugging Face Hub" in refused(["pull", "me/name@.."])
     assert "hf://me/none can't be read (it does not exist, or it is private" in refused(["pull", "me/none"])
     assert "a revision is made by the push" in refused(["push", str(trained), "me/scenes@v1"])
     assert main(["push", str(trained), "me/scenes"]) == 0
