@@ -14,4 +14,5 @@ USER imgcap
 ENV PATH=/opt/imgcap/bin:$PATH
 EXPOSE 8000
 HEALTHCHECK --start-period=120s CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/healthz')"]
-ENTRYPOINT ["imgcap", "serve", "--host", "0.0.0.0"]
+# More names under which it is reached: docker run ... imgcap --allowed-host captions.example.org
+ENTRYPOINT ["imgcap", "serve", "--host", "0.0.0.0", "--allowed-host", "localhost", "--allowed-host", "127.0.0.1"]
