@@ -53,7 +53,7 @@ def write(folder: Path, content: object) -> None:
 
 def test_usage_error_is_one_line(capsys: pytest.CaptureFixture[str], refused: Refused) -> None:
     for arguments, said in (
-        (["caption", "photo.jpg"], "--run"),
+        (["export", "runs/x"], "FOLDER"),
         (["evaluate", "run", "--beam", "many"], "many"),
         (["trian"], "trian"),
     ):
@@ -384,8 +384,11 @@ def test_captions_of_a_folder_in_coco_results_format(
     assert json.loads(output.read_text()) == [
         {"image_id": number, "caption": lines[str(photos / f"COCO_test2014_{number:012}.png")]} for number in (7, 16)
     ]
-    assert "has captions of 2 of 3 photos" in printed.err
+    assert "captioned 2 of 3 photos; left out 1" in printed.err
     (photos / "beach.png").write_bytes(b"")
+    assert main([*command, str(output)]) == 2
+    assert "results.json exists; --overwrite replaces it" in capsys.readouterr().err
+    command = [*command[:-1], "--overwrite", "--results"]
     assert main([*command, str(output)]) == 2
     assert "does not end in an image id" in capsys.readouterr().err
     (photos / "beach.png").rename(photos / "beach_7.png")

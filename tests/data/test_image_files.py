@@ -26,6 +26,7 @@ from imgcap_jax.data.builders.folder import read_image
 from imgcap_jax.data.image_files import ImageError, read_file, storable
 from imgcap_jax.data.images import decode
 from imgcap_jax.data.sources import CaptionExample
+from imgcap_jax.programs import loader
 from imgcap_jax.report.contact_sheet import example_picture
 
 AsStored = Callable[[Image.Image, int], Image.Image]
@@ -317,7 +318,11 @@ def test_other_formats_are_refused_and_no_program_is_started(tmp_path: Path, mon
 def test_images_are_opened_in_one_module_only() -> None:
     package = Path(image_files.__file__).parent.parent
     opening = {path.name for path in package.rglob("*.py") if re.search(r"Image\.open\(", path.read_text())}
-    assert opening == {"image_files.py"}
+    # The loader of exported programs has nothing of the package, and opens the same formats.
+    assert opening == {"image_files.py", "loader.py"}
+    formats = {"JPEG", *image_files._FORMATS}
+    assert formats <= set(loader.FORMATS)
+    assert set(loader.FORMATS) <= {*formats, "WEBP", "AVIF"}
 
 
 def jpeg(width: int = SIDE, height: int = SIDE, **options: Any) -> bytes:
