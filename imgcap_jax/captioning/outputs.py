@@ -275,7 +275,7 @@ def _reduced(view: np.ndarray) -> np.ndarray:
 class Sidecars:
     """A text file beside each photo, with its best caption: `dog.txt` beside `dog.jpg`."""
 
-    missing = "no text file beside it"
+    missing = "its caption is not written"
 
     def __init__(self, *, overwrite: bool) -> None:
         """overwrite: whether files that are already there are replaced."""

@@ -42,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from imgcap_jax.cli.sweeps import split_options
 
         given, decoding = split_options(given, sweep=given[0] == "evaluate")
-    options, rest = build_parser().parse_known_args(given)
+    try:
+        options, rest = build_parser().parse_known_args(given)
+    except BrokenPipeError:  # as in imgcap --help | head
+        return 141
     options.decoding = decoding
     options.rest = rest
     options.given = given

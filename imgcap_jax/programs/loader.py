@@ -106,7 +106,20 @@ def open_onnx(path: str) -> tuple[dict[str, Any], list[str], Function]:
     return about, about["words"], lambda images: tuple(session.run(None, {name: images}))
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Prints the caption of each photo; returns the exit code."""
+    if len(arguments) < 2 or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 2
+    program, failed = Program(arguments[0]), 0
+    for photo in arguments[1:]:
+        try:
+            print(f"{photo}: {program([photo])[0][0][0]}")
+        except (OSError, ValueError) as error:
+            print(f"{photo}: {error}", file=sys.stderr)
+            failed += 1
+    return 2 if failed else 0
+
+
 if __name__ == "__main__":
-    program = Program(sys.argv[1])
-    for photo in sys.argv[2:]:
-        print(f"{photo}: {program([photo])[0][0][0]}")
+    sys.exit(main(sys.argv[1:]))

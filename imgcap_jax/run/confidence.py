@@ -115,14 +115,14 @@ def calibrate(evaluations: Sequence[Evaluation], threshold: float = RIGHT) -> Co
         threshold: the CIDEr-D (0 to 10) of a right caption.
 
     Raises:
-        UserError: all captions of a split are right, or all are wrong.
+        UserError: too few captions of a split are right, or too few are wrong.
     """
     inputs, right = zip(*(_observed(one, threshold) for one in evaluations), strict=True)
     for one, of_split in zip(evaluations, right, strict=True):
-        if len(set(of_split)) < 2 or len(of_split) < 2 * FOLDS:
+        if min(of_split.sum(), (~of_split).sum()) < 2 * FOLDS:
             raise UserError(
-                f"{one.source.name} {one.source.split}: confidence needs right and wrong captions, at least "
-                f"{2 * FOLDS}; choose a larger split"
+                f"{one.source.name} {one.source.split}: {of_split.sum():,} of {len(of_split):,} captions are right; "
+                f"confidence needs at least {2 * FOLDS} right and as many wrong ones: choose another split"
             )
     fitted = _fitted(inputs, right, threshold)
     held_out = [np.zeros(len(of_split)) for of_split in right]

@@ -81,7 +81,7 @@ def test_a_text_file_beside_a_photo_is_never_replaced_unless_asked(tmp_path: Pat
     files = [photo(tmp_path / name) for name in ("a.png", "b.png", "b.jpg")]
     (tmp_path / "a.txt").write_text("my own words")
     lines = run(files, Sidecars(overwrite=False))
-    assert [line.partition("; ")[2] for line in lines] == ["no text file beside it"] * 2
+    assert [line.partition("; ")[2] for line in lines] == ["its caption is not written"] * 2
     assert "a.txt exists (--overwrite replaces it)" in lines[0]
     assert "b.txt belongs to another photo of the same name" in lines[1]
     assert (tmp_path / "a.txt").read_text() == "my own words"

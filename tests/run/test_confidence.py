@@ -101,7 +101,7 @@ def test_a_confidence_is_stored_exported_and_shown(trained: Path, tmp_path: Path
 
 
 def test_too_few_captions_are_refused() -> None:
-    with pytest.raises(UserError, match="photos val: confidence needs right and wrong captions"):
+    with pytest.raises(UserError, match="photos val: 200 of 200 captions are right; confidence needs"):
         calibrate([evaluation(200, 5, (50.0, 0.0, 0.0))])
     with pytest.raises(UserError, match="at least 10"):
         calibrate([evaluation(6, 5, (0.0, 0.0, 0.0))])
