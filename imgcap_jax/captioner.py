@@ -103,8 +103,7 @@ class Captioner:
         check_ensemble(runs)
         self.runs = runs
         decoding = decoding or runs[0].experiment.decoding
-        for run in runs:
-            check_decoding(decoding, run.vocabulary, run.experiment.decoder)
+        self._check_decoding(decoding)  # before the parameters are read
         self._graphs, self._params, self._frozen, self._steps = [], [], [], list[int]()
         for run in runs:
             run.check_weights()
@@ -124,13 +123,16 @@ class Captioner:
         Raises:
             UserError: the runs cannot decode with these settings.
         """
+        self._check_decoding(decoding)
         other = copy.copy(self)
         other._set_decoding(decoding)
         return other
 
-    def _set_decoding(self, decoding: Decoding) -> None:
+    def _check_decoding(self, decoding: Decoding) -> None:
         for run in self.runs:
             check_decoding(decoding, run.vocabulary, run.experiment.decoder)
+
+    def _set_decoding(self, decoding: Decoding) -> None:
         self.decoding = decoding
         found = Confidence.load(self.runs[0].folder) if len(self.runs) == 1 else None
         self._confidence = found if found is not None and found.fits(decoding, self._steps[0]) else None

@@ -107,6 +107,27 @@ def check_creatable(folder: Path) -> None:
 
 
 @contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder that appears under its name when everything in it is written.
+
+    Raises:
+        UserError: the folder exists and is not empty, or it can't be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists; give a new folder")
+    with disk_errors(f"writing {folder}"):
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+        try:
+            made.chmod(0o755)
+            yield made
+            os.replace(made, folder)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+
+
+@contextmanager
 def disk_errors(what: str) -> Iterator[None]:
     """Turns an error of the disk (full, failing, read-only) into a UserError; ``what`` names the file or folder."""
     try:

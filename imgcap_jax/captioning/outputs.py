@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
 from imgcap_jax.captioner import Caption, Captioner
 from imgcap_jax.errors import UserError, printable
@@ -265,8 +266,6 @@ class Gallery:
 
 
 def _reduced(view: np.ndarray) -> np.ndarray:
-    from PIL import Image
-
     picture = Image.fromarray(view)
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     return np.asarray(picture)

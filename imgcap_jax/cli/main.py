@@ -440,16 +440,14 @@ def _compare(options: argparse.Namespace) -> int:
     check(options)
     folders = [members_of(folder) for folder in (options.a, options.b)]
     runs = _load_runs([run for side in folders for run in side], options)
-    decodings, swept = _decodings(options, runs[0])
-    if swept:
-        raise UserError(f"--decode.{swept[0]} has several values; only imgcap evaluate sweeps")
+    decoding = _one_decoding(options, runs[0])
     _keep_compiled()
     sides = runs[: len(folders[0])], runs[len(folders[0]) :]
     found = compare(
         *sides,
         options.split,
         cache=lambda run: _features_cache(options, run.folder),
-        decoding=decodings[0] if _decodes(options) else None,
+        decoding=decoding if _decodes(options) else None,
         names=(options.a, options.b),
     )
     print("\n".join(lines(found, options.captions)))
@@ -484,23 +482,19 @@ def _serve(options: argparse.Namespace) -> int:
         from imgcap_jax.run.folder import shipped_model
 
     runs = _load_runs(options.run or [shipped_model()], options)
-    decodings, swept = _decodings(options, runs[0])
-    if swept:
-        raise UserError(f"--decode.{swept[0]} has several values; only imgcap evaluate sweeps")
+    decoding = _one_decoding(options, runs[0])
     _keep_compiled()
     attention = all(has_attention(run.experiment.decoder, run.experiment.encoder.region_size) for run in runs)
-    return serve(Captioner(runs, decodings[0], attention=attention and len(runs) == 1), options)
+    return serve(Captioner(runs, decoding, attention=attention and len(runs) == 1), options)
 
 
 def _calibrate(options: argparse.Namespace) -> int:
     from imgcap_jax.cli.sharing import calibrate
 
     (run,) = _load_runs([options.run], options)
-    decodings, swept = _decodings(options, run)
-    if swept:
-        raise UserError(f"--decode.{swept[0]} has several values; only imgcap evaluate sweeps")
+    decoding = _one_decoding(options, run)
     _keep_compiled()
-    return calibrate(run, decodings[0], _features_cache(options, run.folder), options)
+    return calibrate(run, decoding, _features_cache(options, run.folder), options)
 
 
 def _push(options: argparse.Namespace) -> int:
@@ -521,10 +515,8 @@ def _export(options: argparse.Namespace) -> int:
 
     with opened(options.run) as folder:
         (run,) = _load_runs([folder], options)
-        decodings, swept = _decodings(options, run)
-        if swept:
-            raise UserError(f"--decode.{swept[0]} has several values; only imgcap evaluate sweeps")
-        return export(run, decodings[0], options)
+        decoding = _one_decoding(options, run)
+        return export(run, decoding, options)
 
 
 def _caption(options: argparse.Namespace) -> int:
@@ -541,13 +533,19 @@ def _caption(options: argparse.Namespace) -> int:
         from imgcap_jax.terminal import on_terminal, working
 
     runs = _load_runs(options.run or [shipped_model()], options)
-    decodings, swept = _decodings(options, runs[0])
-    if swept:
-        raise UserError(f"--decode.{swept[0]} has several values; only imgcap evaluate sweeps")
+    decoding = _one_decoding(options, runs[0])
     _keep_compiled()
     with working("loading the model", shown=not on_terminal()):
-        captioner = Captioner(runs, decodings[0], attention=options.attention)
+        captioner = Captioner(runs, decoding, attention=options.attention)
     return caption(captioner, files, options)
+
+
+def _one_decoding(options: argparse.Namespace, run: Any) -> Any:
+    """The run's decoding settings changed by the options, for a command that does not sweep."""
+    decodings, swept = _decodings(options, run)
+    if swept:
+        raise UserError(f"--decode.{swept[0]} has several values; only imgcap evaluate sweeps")
+    return decodings[0]
 
 
 def _decodings(options: argparse.Namespace, run: Any) -> tuple[list[Any], list[str]]:

@@ -415,14 +415,7 @@ def _add_caption(commands: Commands) -> None:
         "with an ensemble.",
     )
     caption.add_argument("photos", nargs="+", type=_photo, help="image files, or folders of them")
-    caption.add_argument(
-        "--run",
-        type=_run,
-        action="append",
-        default=[],
-        help="the run's folder, or hf://USER/NAME (default: the model that comes with imgcap_jax); several make an "
-        "ensemble",
-    )
+    _add_model(caption)
     caption.add_argument("--attention", action="store_true", help="draw the attention of each word of the best caption")
     caption.add_argument(
         "--attention-dir", type=_path, metavar="FOLDER", help="folder of these pictures (default: the current folder)"
@@ -463,6 +456,17 @@ def _add_caption(commands: Commands) -> None:
     _add_weights(caption)
 
 
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run",
+        type=_run,
+        action="append",
+        default=[],
+        help="the run's folder, or hf://USER/NAME (default: the model that comes with imgcap_jax); several make an "
+        "ensemble",
+    )
+
+
 def _add_calibrate(commands: Commands) -> None:
     calibrate = _add_command(
         commands,
@@ -497,13 +501,7 @@ def _add_serve(commands: Commands) -> None:
         "POST /api/caption, described by /openapi.json; /healthz and /metrics (Prometheus) are for operation. Nothing "
         "is written to disk. Needs fastapi, uvicorn and prometheus-client.",
     )
-    serve.add_argument(
-        "--run",
-        type=_run,
-        action="append",
-        default=[],
-        help="the run's folder, or hf://USER/NAME (default: the model that comes with imgcap_jax)",
-    )
+    _add_model(serve)
     serve.add_argument("--host", default="127.0.0.1", help="the address (default: 127.0.0.1, this machine only)")
     serve.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any free one")
     serve.add_argument(

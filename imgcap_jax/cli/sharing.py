@@ -137,8 +137,6 @@ def pull(options: argparse.Namespace) -> int:
 
     name, revision = split_name(options.name)
     folder = options.folder or RUNS / name.rpartition("/")[2]
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists; give a new folder")
     download(name, revision, folder)
     Run.load(folder)
     print(f"{folder}: hf://{options.name.removeprefix('hf://')}")

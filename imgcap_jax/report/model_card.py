@@ -94,9 +94,8 @@ def _model(experiment: Experiment, folder: Path) -> str:
 
 
 def _state(experiment: Experiment) -> str:
-    if experiment.encoder.frozen:
-        return f", frozen, {experiment.data.image_size} x {experiment.data.image_size} pixels"
-    return f", trained, {experiment.data.image_size} x {experiment.data.image_size} pixels"
+    side = experiment.data.image_size
+    return f", {'frozen' if experiment.encoder.frozen else 'trained'}, {side} x {side} pixels"
 
 
 def _hub_result(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,8 @@
 """A run as a folder to share: no pickles, no code to execute, no paths of this machine."""
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 from imgcap_jax.data.regions import RegionFiles
 from imgcap_jax.errors import UserError
 from imgcap_jax.experiment import Experiment, to_json
-from imgcap_jax.files import disk_errors, read_json, reading, write_text
+from imgcap_jax.files import new_folder, read_json, reading, write_text
 from imgcap_jax.models.model import split_trained
 from imgcap_jax.models.neighbours import NEIGHBOURS
 from imgcap_jax.remote import shown, url_of
@@ -61,7 +58,9 @@ def export_run(
     for name in needed:
         if not (run.folder / name).is_file():
             raise UserError(f"{shown(run.folder / name)} is missing; evaluate the run, which writes it")
-    with _new_folder(folder) as made:
+    if url_of(folder) is not None:
+        raise UserError(f"{shown(folder)}: runs are exported on this machine; give a local folder")
+    with new_folder(folder) as made:
         replace(run, folder=made, experiment=_without_paths(run), init_from=None).save()
         write_parameters(made / PARAMETERS, params, step, dtype)
         if FREQUENCIES in needed:
@@ -120,22 +119,3 @@ def _shared_scores(path: Path) -> dict[str, Any]:
         start = found.get("init_from")
         kept = {name: found[name] for name in found if name not in ("scores", "runs")}
         return {**kept, "init_from": None if start is None else Path(start).name, "scores": scores}
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder that appears under its name when everything in it is written."""
-    if url_of(folder) is not None:
-        raise UserError(f"{shown(folder)}: runs are exported on this machine; give a local folder")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists; give a new folder")
-    with disk_errors(f"writing {folder}"):
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
-        try:
-            made.chmod(0o755)
-            yield made
-            os.replace(made, folder)
-        except BaseException:
-            shutil.rmtree(made, ignore_errors=True)
-            raise

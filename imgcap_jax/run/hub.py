@@ -5,17 +5,15 @@ them is executed. The endpoint and the token are those of huggingface_hub
 (``HF_ENDPOINT``, ``HF_TOKEN``).
 """
 
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from imgcap_jax.errors import UserError
-from imgcap_jax.files import cache_folder, disk_errors, disk_full, reason, write_text
+from imgcap_jax.files import cache_folder, disk_full, new_folder, reason, write_text
 from imgcap_jax.remote import place, pulling_alone
 
 # What an exported run consists of. The patterns are those of fnmatch.
@@ -92,13 +90,9 @@ def download(name: str, revision: str | None, folder: Path) -> None:
         UserError: huggingface_hub is not installed, or the folder can't be read.
     """
     library = _library()
-    with _explaining(name, "read"), disk_errors(f"writing {folder}"):
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".new_", dir=folder.absolute().parent) as temporary:
-            made = Path(temporary) / "run"
-            library.snapshot_download(name, revision=revision, local_dir=made, allow_patterns=list(FILES))
-            shutil.rmtree(made / ".cache", ignore_errors=True)  # what the library knows about the download
-            os.replace(made, folder)
+    with _explaining(name, "read"), new_folder(folder) as made:
+        library.snapshot_download(name, revision=revision, local_dir=made, allow_patterns=list(FILES))
+        shutil.rmtree(made / ".cache", ignore_errors=True)  # what the library knows about the download
 
 
 def upload(folder: Path, name: str, *, private: bool, message: str) -> str:

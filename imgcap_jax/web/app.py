@@ -103,12 +103,12 @@ class Problem(BaseModel):
 def captioners_of(captioner: Captioner) -> dict[str, Captioner]:
     """One captioner per style, with the same parameters."""
     own = captioner.decoding
-    plain = own.plain(max(own.beam, 1))
+    plain = own.plain(1)
     searches: dict[str, Decoding] = {
         "best": own if own.samples or own.rerank != "none" else replace(own, n_best=min(own.beam, _ALTERNATIVES)),
-        "fast": replace(plain, beam=1),
+        "fast": plain,
         "varied": replace(plain, beam=2 * _ALTERNATIVES, groups=_ALTERNATIVES, n_best=_ALTERNATIVES),
-        "samples": replace(plain, beam=1, samples=_ALTERNATIVES, temperature=0.7),
+        "samples": replace(plain, samples=_ALTERNATIVES, temperature=0.7),
     }
     return {style: captioner.with_decoding(decoding) for style, decoding in searches.items()}
 

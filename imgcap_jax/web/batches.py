@@ -49,11 +49,6 @@ class Batches:
         self._thread = threading.Thread(target=self._run, name="captions", daemon=True)
         self._thread.start()
 
-    @property
-    def waiting(self) -> int:
-        """The number of photos that wait."""
-        return self._jobs.qsize()
-
     async def captions(self, style: str, pixels: Sequence[np.ndarray]) -> list[Caption]:
         """The captions of a photo, best first.
 

@@ -1,6 +1,7 @@
 """Runs on the Hugging Face Hub, against a local server that speaks its protocol."""
 
 import importlib.util
+import os
 import re
 import shutil
 import sys
@@ -14,7 +15,6 @@ from imgcap_jax.captioner import Captioner
 from imgcap_jax.cli.main import main
 from imgcap_jax.data.sources import open_source
 from imgcap_jax.errors import UserError
-from imgcap_jax.run import hub as module
 from imgcap_jax.run.folder import Run
 from imgcap_jax.run.hub import hub_name, run_place
 
@@ -91,7 +91,7 @@ def test_a_copy_is_used_when_the_hub_is_gone(trained: Path, hub: Any, monkeypatc
     # A download that is cut off leaves nothing that is taken for a copy.
     hub.commit("me/scenes", {**hub.files("me/scenes"), "scores_new.json": b"{}"})
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "replace", stop)
+        patch.setattr(os, "replace", stop)
         with pytest.raises(KeyboardInterrupt):
             run_place("hf://me/scenes")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
