@@ -14,8 +14,8 @@
                                                  time and memory of scoring COCO-format files, including start-up,
                                                  compared with the official tools (needs Java and pycocoevalcap)
 
-`encoder` and `finetune` use --network: resnet50, resnet101, resnet152, vgg16, vgg16_bn, vgg19, vgg19_bn or
-efficientnet_lite0 to 4, with random weights.
+`encoder` and `finetune` use --network: resnet50, resnet101, resnet152, vgg16, vgg16_bn, vgg19, vgg19_bn,
+efficientnet_lite0 to 4, or the name of a ViT or ConvNeXt, such as vit_base_patch16_clip_224, with random weights.
 
 `train`, `decode` and `scst` measure captions that are all as long as possible (20 words) and captions of real lengths.
 They and `checkpoint` compare with another checkout of imgcap_jax in the same rounds:

@@ -16,9 +16,11 @@ from measuring import Row, Thing, at_precision, decoder_sizes, first_call, media
 
 from imgcap_jax.models.decoders.attend import ShowAttendTell
 from imgcap_jax.models.encoders import efficientnet_lite, resnet, vgg
+from imgcap_jax.models.encoders.convnext import ConvNeXt
 from imgcap_jax.models.encoders.efficientnet_lite import EfficientNetLite
 from imgcap_jax.models.encoders.resnet import ResNet
 from imgcap_jax.models.encoders.vgg import VGG
+from imgcap_jax.models.encoders.vit import ViT
 from imgcap_jax.models.model import CaptionModel, split_trained
 from imgcap_jax.training.cross_entropy import CrossEntropy, cross_entropy_step
 from imgcap_jax.training.optimizer import Optimizer
@@ -27,7 +29,11 @@ from imgcap_jax.training.step import first_state
 
 
 def settings(name: str, **fields: Any) -> Any:
-    """The settings of an encoder by its torchvision name."""
+    """The settings of an encoder by the name of its network."""
+    if name.startswith("vit"):
+        return ViT(model=name, **fields)
+    if name.startswith("convnext"):
+        return ConvNeXt(model=name, **fields)
     if name.startswith("resnet"):
         return ResNet(depth=int(name.removeprefix("resnet")), **fields)
     if name.startswith("vgg"):
@@ -37,7 +43,7 @@ def settings(name: str, **fields: Any) -> Any:
 
 
 def encoder_flops(encoder: Any, size: int) -> float:
-    """The number of multiplications and additions in all convolutions for one image, counted by hand."""
+    """The number of multiplications and additions in all convolutions and matrix products for one image."""
     products = 0
     match encoder:
         case ResNet():
@@ -61,6 +67,18 @@ def encoder_flops(encoder: Any, size: int) -> float:
                 products += inner**2 * b.expanded * (b.kernel**2 + b.outputs)
                 side = inner
             products += side**2 * b.outputs * encoder.region_size
+        case ViT():
+            vit = encoder.architecture()
+            patches = (size // vit.patch) ** 2
+            tokens = patches + vit.class_tokens + vit.registers
+            products += patches * vit.width * 3 * vit.patch**2
+            products += vit.depth * tokens * (4 * vit.width**2 + 2 * vit.width * vit.mlp + 2 * tokens * vit.width)
+        case ConvNeXt():
+            sizes, before = encoder.architecture(), 3
+            for stage, (depth, width) in enumerate(zip(sizes.depths, sizes.widths, strict=True)):
+                cells, kernel = (size // 2 ** (stage + 2)) ** 2, 2 if stage else 4
+                products += cells * (before * width * kernel**2 + depth * width * (49 + 8 * width))
+                before = width
     return 2.0 * products
 
 
@@ -76,6 +94,12 @@ def torch_features(name: str, pixels: Any, folder: Path) -> tuple[Callable[[], A
             network = networks.VGG(networks.VGG_CONVOLUTIONS[depth], batch_norm)
         case EfficientNetLite(variant=variant):
             network = networks.EfficientNetLite(networks.LITE_BLOCKS[variant], networks.LITE_CHANNELS[variant])
+        case ViT() as config:
+            a = config.architecture()
+            network = networks.ViT(a.family, a.width, a.depth, a.heads, a.mlp, a.patch, a.side, a.registers)
+        case ConvNeXt() as config:
+            sizes = config.architecture()
+            network = networks.ConvNeXt(sizes.depths, sizes.widths, sizes.second_version)
     torch.save({name: value.cpu() for name, value in network.state_dict().items()}, folder / "network.pth")
     network = networks.fused(network.eval()).to(memory_format=torch.channels_last)
 

