@@ -26,7 +26,7 @@ def caption_files(
 
     An unreadable file is reported by name; the other files are still captioned. If an output fails for a photo, such as
     a picture that cannot be drawn, the photo still reaches the other outputs. The last line counts the files that were
-    left out, if there are any.
+    left out, and the photos for which an output failed, if there are any.
 
     Lines are printable: control characters in file names are escaped, and so are bytes that are not UTF-8.
 
@@ -39,7 +39,7 @@ def caption_files(
     Raises:
         UserError: an output can't be written.
     """
-    left_out = 0
+    left_out, incomplete = 0, 0
     # On a terminal the captions themselves are shown.
     progress = working("captioning", len(files), "photos", shown=quiet or not on_terminal())
     try:
@@ -50,18 +50,23 @@ def caption_files(
                     left_out += 1
                     yield f"imgcap: {shown_path(path)}: {found}; not captioned", True
                     continue
+                failed = False
                 for output in outputs:
                     try:
                         for line in output.add(path, found):
                             yield line, False
                     except (ImageError, OSError, UserError) as error:
+                        failed = True
                         yield f"imgcap: {shown_path(path)}: {reason(error)}; {output.missing}", True
+                incomplete += failed
     finally:
         with ExitStack() as stack:  # all of them, also if one fails
             for output in reversed(outputs):
                 stack.callback(output.close)
-    if left_out and len(files) > 1:
-        yield f"imgcap: captioned {len(files) - left_out:,} of {len(files):,} photos; left out {left_out:,}", True
+    if (left_out or incomplete) and len(files) > 1:
+        outcome = f"captioned {len(files) - left_out:,} of {len(files):,} photos; left out {left_out:,}"
+        lacking = f"; {incomplete:,} of the captioned ones lack an output" if incomplete else ""
+        yield f"imgcap: {outcome}{lacking}", True
 
 
 def _captioned(captioner: Captioner, files: Sequence[Path]) -> Iterator[tuple[Path, Sequence[Caption] | str]]:

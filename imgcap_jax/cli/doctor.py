@@ -32,6 +32,11 @@ _EXTRAS: dict[str, tuple[str, str, str]] = {
     "torch": ("torch", "comparisons with PyTorch", "pip install torch"),
     "tpu-plan": ("libtpu", "imgcap plan for TPU", 'pip install -c constraints.txt "jax[tpu]"'),
     "gcs": ("gcsfs", "runs and datasets in gs:// folders", "pip install gcsfs"),
+    "exif": ("pyexiv2", "imgcap caption --write-exif", "pip install pyexiv2"),
+    "export": ("flatbuffers", "imgcap export to .imgcap files", "pip install flatbuffers"),
+    "onnx": ("jax2onnx", "imgcap export to .onnx files", "see docs/sharing.md"),
+    "hub": ("huggingface_hub", "imgcap push and pull", "pip install huggingface_hub"),
+    "web": ("fastapi", "imgcap serve", "pip install fastapi uvicorn prometheus-client"),
 }
 """Extra -> (its module, what it is for, how to install it)."""
 _SETTINGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "IMGCAP_CACHE", "TFDS_DATA_DIR")

@@ -86,7 +86,8 @@ class Run:
         if not is_run(folder):
             near = RUNS / folder.name.removesuffix(".py")
             advice = f"did you mean {near}?" if is_run(near) else "give a folder that training wrote"
-            raise UserError(f"{shown(folder)} is not a run (it has no {EXPERIMENT}); {advice}")
+            problem = f"is not a run (it has no {EXPERIMENT})" if folder.exists() else "does not exist"
+            raise UserError(f"{shown(folder)} {problem}; {advice}")
         experiment = _read_experiment(folder)
         vocabulary = Vocabulary.load(folder / VOCABULARY, experiment.data.tokenizer)
         return cls(

@@ -111,7 +111,10 @@ def upload(folder: Path, name: str, *, private: bool, message: str) -> str:
         UserError: huggingface_hub is not installed, the folder can't be written, it is public but ``private`` is set,
             or it contains something other than a run.
     """
-    interface = _library().HfApi(library_name="imgcap_jax")
+    library = _library()
+    if library.get_token() is None:  # without it, a machine without network would report the network first
+        raise UserError(f"hf://{name} can't be written without a token; run: hf auth login, or set HF_TOKEN")
+    interface = library.HfApi(library_name="imgcap_jax")
     with _explaining(name, "written"):
         interface.create_repo(name, private=private, exist_ok=True)
         if private and not interface.repo_info(name).private:

@@ -297,7 +297,7 @@ def test_a_picture_that_fails_loses_neither_its_caption_nor_the_photos_after_it(
     assert failures == [
         f"imgcap: {tmp_path}/photo_{red}.png: {reason}; no picture of its attention"
         for red, reason in zip(reds, reasons, strict=False)
-    ]
+    ] + ["imgcap: captioned 4 of 4 photos; left out 0; 3 of the captioned ones lack an output"]
     assert [path.name for path in (tmp_path / "maps").iterdir()] == ["photo_40_attention.png"]
     assert len(json.loads(results.read_text())) == len(reds)
     lines, _ = caption(tmp_path, pictures=tmp_path / "maps", as_json=True)

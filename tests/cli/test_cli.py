@@ -211,11 +211,13 @@ def test_an_experiment_in_place_of_its_run(trained: Path, tmp_path: Path, refuse
         assert "train the experiment first: imgcap train my.py" in refused([*command, "my.py"])
     shutil.copytree(trained, "runs/flickr8k")
     shutil.copytree(trained, "runs/my")
-    for name, run in (("flickr8k", "runs/flickr8k"), ("my.py", "runs/my"), ("my", "runs/my")):
-        assert f"{name} is not a run (it has no experiment.json); did you mean {run}?" in refused(["evaluate", name])
-    assert "other is not a run (it has no experiment.json); give a folder that training wrote" in refused(
-        ["evaluate", "other"]
-    )
+    for name, run in (("my.py", "runs/my"), ("my", "runs/my")):
+        assert f"{name} does not exist; did you mean {run}?" in refused(["evaluate", name])
+    is_no_run = "is not a run (it has no experiment.json)"
+    assert f"flickr8k {is_no_run}; did you mean runs/flickr8k?" in refused(["evaluate", "flickr8k"])
+    assert "other does not exist; give a folder that training wrote" in refused(["evaluate", "other"])
+    Path("other").mkdir()
+    assert f"other {is_no_run}; give a folder that training wrote" in refused(["evaluate", "other"])
 
 
 def test_full_disk_while_saving_keeps_the_previous_checkpoint(
