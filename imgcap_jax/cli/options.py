@@ -3,8 +3,11 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import re
+import shutil
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -160,7 +163,24 @@ def options_help(settings: Any, *, prefix: str = "", command: str) -> str:
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         _parse(settings, ["--help"], prefix, command)
     # The command prints its own usage and --help. What follows them are the options.
-    return re.sub(r"\A.*?show this help message and exit\s*\n(?:[ │╰─╯]*\n)*", "", text.getvalue(), flags=re.DOTALL)
+    printed = re.sub(r"\A.*?show this help message and exit\s*\n(?:[ │╰─╯]*\n)*", "", text.getvalue(), flags=re.DOTALL)
+    return _filled(printed)
+
+
+def _filled(printed: str) -> str:
+    """Fills each paragraph of the options anew, because tyro keeps the line breaks of docstrings and adds its own."""
+    indent = " " * 8
+    lines: list[str] = []
+    for line in map(str.rstrip, printed.splitlines()):
+        continues = re.match(rf"{indent}[\w(]", line) and lines and re.match(rf"{indent}\S", lines[-1])
+        if continues:
+            lines[-1] += " " + line.strip()
+        else:
+            lines.append(line)
+    width = shutil.get_terminal_size().columns
+    wrap = functools.partial(textwrap.wrap, width=width, subsequent_indent=indent, break_on_hyphens=False)
+    filled = (wrap(line, break_long_words=False) if line.startswith(indent) else [line] for line in lines)
+    return "".join(f"{line}\n" for part in filled for line in part or [""])
 
 
 def _parse(settings: Settings, arguments: Sequence[str], prefix: str, command: str | None = None) -> Settings:
