@@ -99,7 +99,7 @@ def torch_features(name: str, pixels: Any, folder: Path) -> tuple[Callable[[], A
             network = networks.ViT(a.family, a.width, a.depth, a.heads, a.mlp, a.patch, a.side, a.registers)
         case ConvNeXt() as config:
             sizes = config.architecture()
-            network = networks.ConvNeXt(sizes.depths, sizes.widths, sizes.second_version)
+            network = networks.ConvNeXt(sizes.depths, sizes.widths, sizes.response_norm)
     torch.save({name: value.cpu() for name, value in network.state_dict().items()}, folder / "network.pth")
     network = networks.fused(network.eval()).to(memory_format=torch.channels_last)
 

@@ -13,7 +13,7 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.models.encoders import vit
 from imgcap_jax.models.encoders.pretrained.weights import fingerprint
 from imgcap_jax.models.encoders.staged import StagedEncoder
-from imgcap_jax.models.encoders.vit import Architecture, ViT, bicubic
+from imgcap_jax.models.encoders.vit import ViT, ViTArchitecture, bicubic
 
 # Family, width, depth, heads, hidden size, patch, side of the position embedding, registers.
 NETWORKS: dict[str, tuple[Any, ...]] = {
@@ -42,7 +42,7 @@ def small(networks: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tup
     """(model) -> the network, and a function that builds encoders with its weights."""
     for model, sizes in NETWORKS.items():
         family, width, depth, heads, hidden, patch, side, registers = sizes
-        architecture = Architecture(model, family, width, depth, heads, hidden, patch, side, registers)
+        architecture = ViTArchitecture(model, family, width, depth, heads, hidden, patch, side, registers)
         monkeypatch.setitem(vit.ARCHITECTURES, model, architecture)
 
     def of(model: str) -> tuple[Any, Build]:
@@ -82,14 +82,14 @@ def test_regions_equal_pytorch(model: str, size: int, batch: int, small: Any, or
 
 
 @every_network
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize(("platform", "checkpoint"), [("cpu", False), ("cpu", True), ("gpu", True)])
 def test_gradients_of_the_last_block_equal_pytorch(
-    model: str, platform: str, small: Any, oracle: Any, gradients_of: Any, as_on: Any
+    model: str, platform: str, checkpoint: bool, small: Any, oracle: Any, gradients_of: Any, as_on: Any
 ) -> None:
     network, build = small(model)
     as_on(platform)
-    images = oracle.images(2, 24)
-    direction = np.random.default_rng(0).normal(size=(2, 9, 24)).astype(np.float32)
+    images = oracle.images(5, 24)
+    direction = np.random.default_rng(0).normal(size=(5, 9, 24)).astype(np.float32)
     expected = oracle.gradients(network, images, direction)
     names = {"last_norm": "norm", "norm1": "blocks.1.norm1", "norm2": "blocks.1.norm2"}
     linear = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
@@ -97,7 +97,7 @@ def test_gradients_of_the_last_block_equal_pytorch(
     paths |= {f"{ours}/bias": f"{name}.bias" for ours, name in names.items()}
     paths |= {f"{ours}/kernel": f"blocks.1.{name}.weight" for ours, name in linear.items()}
     paths |= {f"{ours}/bias": f"blocks.1.{name}.bias" for ours, name in linear.items()}
-    found = gradients_of(build(24, trainable_stages=1, checkpoint_stages=platform == "gpu"), images, direction)
+    found = gradients_of(build(24, trainable_stages=1, checkpoint_stages=checkpoint), images, direction)
     match NETWORKS[model][0]:
         case "dinov2":
             paths |= {f"scale{part}": f"blocks.1.ls{part}.gamma" for part in (1, 2)}
@@ -111,10 +111,10 @@ def test_gradients_of_the_last_block_equal_pytorch(
 
 def test_all_blocks_can_be_trained(small: Any, oracle: Any, gradients_of: Any) -> None:
     network, build = small("vit_small_patch14_reg4_dinov2")
-    images = oracle.images(2, 40)
-    direction = np.random.default_rng(0).normal(size=(2, 25, 24)).astype(np.float32)
+    images = oracle.images(5, 40)
+    direction = np.random.default_rng(0).normal(size=(5, 25, 24)).astype(np.float32)
     expected = oracle.gradients(network, images, direction)
-    found = gradients_of(build(40, trainable_stages=2), images, direction)
+    found = gradients_of(build(40, trainable_stages=2, checkpoint_stages=True), images, direction)
     assert len(found) == 2 * (2 + 2 * (2 + 4)) + 2
     assert not any("embedding" in path for path in found)
     theirs = expected["blocks.0.mlp.fc1.weight"].T

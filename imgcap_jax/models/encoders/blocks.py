@@ -36,7 +36,7 @@ def load_network(network: WeightedNetwork, weights: str, *, rngs: nnx.Rngs) -> t
 
 @functools.partial(jax.jit, static_argnums=0)
 def _random_tensors(shapes: tuple[tuple[str, tuple[int, ...]], ...], key: jax.Array) -> dict[str, jax.Array]:
-    """Normal weights with a deviation of 0.02, as in timm; norms are the identity, biases 0, scales of blocks 1."""
+    """Normal weights with a deviation of 0.02; norms are the identity, biases 0, scales of blocks 1."""
     drawn = {name: shape for name, shape in shapes if len(shape) > 1 or name == "cls_token"}
     # One draw for all tensors: one draw per tensor takes many times as long to compile.
     normal = 0.02 * jax.random.normal(key, (sum(map(math.prod, drawn.values())),))
@@ -87,7 +87,7 @@ class LayerNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A linear layer, or the same of patches. Products are computed in the type of the encoder, sums in float32."""
+    """A linear layer, or the same of patches. Products have the type of the encoder; the bias is added in float32."""
 
     def __init__(self, tensors: Tensors, name: str, *, trained: bool, dtype: DTypeLike) -> None:
         weight = tensors[f"{name}.weight"]
@@ -102,6 +102,6 @@ class Linear(nnx.Module):
         """x [...,I] -> float32 [...,O]."""
         kernel = self.kernel[...].astype(self.dtype)
         # A product of two matrices: for a product of higher rank, XLA:CPU transposes all of x to compute the gradient.
-        y = jnp.matmul(x.astype(self.dtype).reshape(-1, x.shape[-1]), kernel, preferred_element_type=jnp.float32)
-        y = y.reshape(*x.shape[:-1], -1)
+        y = x.astype(self.dtype).reshape(-1, x.shape[-1]) @ kernel
+        y = y.reshape(*x.shape[:-1], -1).astype(jnp.float32)
         return y if self.bias is None else y + self.bias[...]

@@ -44,7 +44,7 @@ _SIZES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Architecture:
+class ConvNeXtArchitecture:
     """The sizes of a ConvNeXt.
 
     Attributes:
@@ -63,7 +63,7 @@ class Architecture:
         return "convnext"
 
     @property
-    def second_version(self) -> bool:
+    def response_norm(self) -> bool:
         """Whether blocks have a global response norm instead of a scale."""
         return self.name.startswith("convnextv2")
 
@@ -83,19 +83,19 @@ class Architecture:
                 add(f"stages.{stage}.downsample.1", width, self.widths[stage - 1], 2, 2)
             for number in range(depth):
                 block = f"stages.{stage}.blocks.{number}"
-                if not self.second_version:
+                if not self.response_norm:
                     shapes[f"{block}.gamma"] = (width,)
                 add(f"{block}.conv_dw", width, 1, 7, 7)
                 add(f"{block}.norm", width)
                 add(f"{block}.mlp.fc1", 4 * width, width)
-                if self.second_version:
+                if self.response_norm:
                     add(f"{block}.mlp.grn", 4 * width)
                 add(f"{block}.mlp.fc2", width, 4 * width)
         add("head.norm", self.widths[-1])
         return shapes
 
 
-ARCHITECTURES = {name: Architecture(name, *sizes) for name, sizes in _SIZES.items()}
+ARCHITECTURES = {name: ConvNeXtArchitecture(name, *sizes) for name, sizes in _SIZES.items()}
 """The ConvNeXts by name."""
 
 
@@ -120,7 +120,7 @@ class ConvNeXt(Staged):
         """D."""
         return self.architecture().widths[-1]
 
-    def architecture(self) -> Architecture:
+    def architecture(self) -> ConvNeXtArchitecture:
         """See `Staged`."""
         return ARCHITECTURES[self.model]
 
@@ -129,7 +129,7 @@ class ConvNeXt(Staged):
 
         Args:
             image_size: side of the images in pixels.
-            dtype: type of the products; weights, sums and features are float32.
+            dtype: type of the products and convolutions; weights, norms, residual sums and features are float32.
             rngs: the stream `params` initialises random weights.
 
         Raises:
@@ -173,7 +173,7 @@ class Block(nnx.Module):
         self.fc1 = Linear(tensors, f"{name}.mlp.fc1", trained=trained, dtype=dtype)
         self.fc2 = Linear(tensors, f"{name}.mlp.fc2", trained=trained, dtype=dtype)
         self.scale = held("gamma")
-        self.response_scale, self.response_bias = held("mlp.grn.weight"), held("mlp.grn.bias")
+        self.response_weight, self.response_bias = held("mlp.grn.weight"), held("mlp.grn.bias")
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -181,8 +181,8 @@ class Block(nnx.Module):
         y = convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype), 1, "symmetric")
         y = self.norm(y.astype(jnp.float32) + self.bias[...])
         y = jax.nn.gelu(self.fc1(y), approximate=False)
-        if self.response_scale is not None and self.response_bias is not None:
-            y = y + y * _response(y) * self.response_scale[...] + self.response_bias[...]
+        if self.response_weight is not None and self.response_bias is not None:
+            y = y + y * _response(y) * self.response_weight[...] + self.response_bias[...]
         y = self.fc2(y)
         return x + (y if self.scale is None else y * self.scale[...])
 
@@ -198,7 +198,9 @@ def _response(x: jax.Array) -> jax.Array:
 class ConvNeXtStage(nnx.Module):
     """Patches of the map (with norms), and a sequence of blocks. The last stage ends with the final norm."""
 
-    def __init__(self, sizes: Architecture, tensors: Tensors, stage: int, *, trained: bool, dtype: DTypeLike) -> None:
+    def __init__(
+        self, sizes: ConvNeXtArchitecture, tensors: Tensors, stage: int, *, trained: bool, dtype: DTypeLike
+    ) -> None:
         def norm(name: str) -> LayerNorm:
             return LayerNorm(tensors, name, _EPSILON, trained=trained)
 

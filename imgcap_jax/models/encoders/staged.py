@@ -70,11 +70,11 @@ class Staged:
 
 
 class StagedEncoder(nnx.Module):
-    """A convolutional network as an encoder of image regions, built by the settings of its family.
+    """A network as an encoder of image regions, built by the settings of its family.
 
-    Trained parameters are `nnx.Param`s: the kernels and biases (if any) of the convolutions in the last
-    `trainable_stages` stages. Everything else is a `FrozenVariable`. Batch norm is entirely frozen (statistics, scale
-    and bias), like the FrozenBatchNorm of detection models.
+    Trained parameters are `nnx.Param`s: all weights of the last `trainable_stages` stages except batch norm. Everything
+    else is a `FrozenVariable`. Batch norm is entirely frozen (statistics, scale and bias), like the FrozenBatchNorm of
+    detection models.
 
     Attributes:
         region_count: N, regions per image.
@@ -106,7 +106,7 @@ class StagedEncoder(nnx.Module):
             region_size: the number of channels of the last map.
             mean: subtracted from the pixels (0..255), one value per channel.
             std: the divisor after that, one value per channel.
-            dtype: dtype of the convolutions; weights and features are float32.
+            dtype: dtype of convolutions and products; weights and features are float32.
             chunk: the number of images that pass through the frozen stages at once on a CPU; 0: all.
         """
         self.image_size = image_size

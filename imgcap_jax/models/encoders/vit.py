@@ -52,7 +52,7 @@ _EPSILONS: Mapping[SchemeFamily, float] = {"clip": 1e-5, "siglip": 1e-6, "dinov2
 
 
 @dataclass(frozen=True)
-class Architecture:
+class ViTArchitecture:
     """The sizes of a vision transformer.
 
     Attributes:
@@ -115,15 +115,15 @@ _SMALL, _BASE, _LARGE = (384, 12, 6, 1536), (768, 12, 12, 3072), (1024, 24, 16, 
 _SO400M = (1152, 27, 16, 4304)
 
 
-def _architectures() -> dict[str, Architecture]:
-    found: list[Architecture] = []
+def _architectures() -> dict[str, ViTArchitecture]:
+    found: list[ViTArchitecture] = []
     for size, sizes, patch, image in (
         ("base", _BASE, 32, 224),
         ("base", _BASE, 16, 224),
         ("large", _LARGE, 14, 224),
         ("large", _LARGE, 14, 336),
     ):
-        found.append(Architecture(f"vit_{size}_patch{patch}_clip_{image}", "clip", *sizes, patch, image // patch))
+        found.append(ViTArchitecture(f"vit_{size}_patch{patch}_clip_{image}", "clip", *sizes, patch, image // patch))
     for size, sizes, patch, images in (
         ("base", _BASE, 32, (256,)),
         ("base", _BASE, 16, (224, 256, 384, 512)),
@@ -133,11 +133,11 @@ def _architectures() -> dict[str, Architecture]:
     ):
         for image in images:
             name = f"vit_{size}_patch{patch}_siglip_{image}"
-            found.append(Architecture(name, "siglip", *sizes, patch, image // patch))
+            found.append(ViTArchitecture(name, "siglip", *sizes, patch, image // patch))
     for size, sizes in (("small", _SMALL), ("base", _BASE), ("large", _LARGE)):
-        found.append(Architecture(f"vit_{size}_patch14_dinov2", "dinov2", *sizes, 14, 37))
-        found.append(Architecture(f"vit_{size}_patch14_reg4_dinov2", "dinov2", *sizes, 14, 37, registers=4))
-        found.append(Architecture(f"vit_{size}_patch16_dinov3", "dinov3", *sizes, 16, 0, registers=4))
+        found.append(ViTArchitecture(f"vit_{size}_patch14_dinov2", "dinov2", *sizes, 14, 37))
+        found.append(ViTArchitecture(f"vit_{size}_patch14_reg4_dinov2", "dinov2", *sizes, 14, 37, registers=4))
+        found.append(ViTArchitecture(f"vit_{size}_patch16_dinov3", "dinov3", *sizes, 16, 0, registers=4))
     return {architecture.name: architecture for architecture in found}
 
 
@@ -150,13 +150,13 @@ class ViT(Staged):
     """Vision transformer encoder: N = (image size / patch size)^2 regions, the patch tokens after the final norm.
 
     The image size can differ from that of the pretraining: position embeddings are interpolated as transformers does
-    it. Each stage is one block. The first includes the patch embedding, which is never trained; the last includes the
-    final norm.
+    it. Each stage is one block. The last includes the final norm. What comes before the first (patches, class token,
+    registers, positions, the first norm of CLIP) is never trained.
     """
 
     weights: str = field(default="pretrained", kw_only=True)
     """pretrained (timm's file, downloaded on first use), random, or the path of a file with the names of timm,
-    transformers or open_clip."""
+    transformers or open_clip. CLIP: only weights that were trained with QuickGELU, such as OpenAI's."""
     model: str = "vit_small_patch14_reg4_dinov2"
     """timm's name of the network, such as vit_base_patch16_clip_224 or vit_base_patch16_siglip_256."""
 
@@ -170,7 +170,7 @@ class ViT(Staged):
         """D."""
         return self.architecture().width
 
-    def architecture(self) -> Architecture:
+    def architecture(self) -> ViTArchitecture:
         """See `Staged`."""
         return ARCHITECTURES[self.model]
 
@@ -179,7 +179,7 @@ class ViT(Staged):
 
         Args:
             image_size: side of the images in pixels.
-            dtype: type of the products; weights, sums and features are float32.
+            dtype: type of the products; weights, norms and features are float32.
             rngs: the stream `params` initialises random weights.
 
         Raises:
@@ -215,7 +215,7 @@ class ViT(Staged):
 class Embedding(nnx.Module):
     """Images to tokens: patches with their position embeddings, after the class token and the registers."""
 
-    def __init__(self, sizes: Architecture, tensors: Tensors, side: int, dtype: DTypeLike) -> None:
+    def __init__(self, sizes: ViTArchitecture, tensors: Tensors, side: int, dtype: DTypeLike) -> None:
         self.project = Linear(tensors, "patch_embed.proj", trained=False, dtype=dtype)
         self.patch = sizes.patch
         positions = _positions(sizes, tensors["pos_embed"], side) if sizes.side else None
@@ -243,7 +243,7 @@ class ViTStage(nnx.Module):
     """
 
     def __init__(
-        self, sizes: Architecture, tensors: Tensors, number: int, side: int, *, trained: bool, dtype: DTypeLike
+        self, sizes: ViTArchitecture, tensors: Tensors, number: int, side: int, *, trained: bool, dtype: DTypeLike
     ) -> None:
         """Makes block `number` of a network for side x side patches."""
 
@@ -278,11 +278,10 @@ class ViTStage(nnx.Module):
     def _attention(self, x: jax.Array) -> jax.Array:
         b, t, d = x.shape
         heads = self.qkv(x).reshape(b, t, 3, self.sizes.heads, -1)
-        query, key, value = (heads[:, :, part] for part in range(3))
         if self.sizes.family == "dinov3":
-            angles = rotary_angles(self.side, query.shape[-1])
-            query, key = rotated(query, angles), rotated(key, angles)
-        query, key, value = (x.astype(self.dtype) for x in (query, key, value))
+            turned = rotated(heads[:, :, :2], rotary_angles(self.side, heads.shape[-1]))
+            heads = jnp.concatenate([turned, heads[:, :, 2:]], axis=2)
+        query, key, value = (heads[:, :, part].astype(self.dtype) for part in range(3))
         return self.proj(jax.nn.dot_product_attention(query, key, value).reshape(b, t, d))
 
 
@@ -290,28 +289,30 @@ def _scaled(x: jax.Array, scale: nnx.Variable | None) -> jax.Array:
     return x if scale is None else x * scale[...]
 
 
-def rotary_angles(side: int, size: int) -> np.ndarray:
+def rotary_angles(side: int, size: int) -> jax.Array:
     """The angles [N,size/2] of DINOv3's rotary position embedding for side x side patches and heads of `size` features.
 
     The first half of the angles are those of the row, the second half those of the column. Positions are the centres of
     the patches, with the image from -1 to 1.
     """
-    frequencies = _ROPE_BASE ** -np.arange(0, 1, 4 / size)
-    centres = (2 * np.arange(side) + 1) / side - 1
-    positions = np.stack(np.meshgrid(centres, centres, indexing="ij"), axis=-1).reshape(-1, 2)
-    return (2 * np.pi * positions[:, :, None] * frequencies).reshape(len(positions), -1)
+    # Not NumPy: its arrays would be constants of the program, in every block.
+    frequencies = _ROPE_BASE ** -(jnp.arange(size // 4) * 4 / size)
+    centres = (2 * jnp.arange(side) + 1) / side - 1
+    positions = jnp.stack(jnp.meshgrid(centres, centres, indexing="ij"), axis=-1).reshape(-1, 2)
+    return (2 * jnp.pi * positions[:, :, None] * frequencies).reshape(side**2, -1)
 
 
-def rotated(x: jax.Array, angles: np.ndarray) -> jax.Array:
-    """Rotates the last N tokens of x [B,T,H,S] by angles [N,S/2]; feature i is paired with feature i + S/2."""
-    cosines, sines = (jnp.asarray(f(angles)[:, None], x.dtype) for f in (np.cos, np.sin))
-    first = x.shape[1] - len(angles)
+def rotated(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotates the last N tokens of x [B,T,...,S] by angles [N,S/2]; feature i is paired with feature i + S/2."""
+    angles = angles.reshape(angles.shape[0], *(1,) * (x.ndim - 3), -1)
+    cosines, sines = jnp.cos(angles), jnp.sin(angles)
+    first = x.shape[1] - angles.shape[0]
     left, right = jnp.split(x[:, first:], 2, axis=-1)
     turned = jnp.concatenate([left * cosines - right * sines, right * cosines + left * sines], axis=-1)
     return jnp.concatenate([x[:, :first], turned], axis=1)
 
 
-def _positions(sizes: Architecture, stored: np.ndarray | jax.Array, side: int) -> np.ndarray | jax.Array:
+def _positions(sizes: ViTArchitecture, stored: np.ndarray | jax.Array, side: int) -> np.ndarray | jax.Array:
     """Position embeddings [side^2,D], interpolated from those that are stored [N,D]."""
     if side == sizes.side:
         return stored

@@ -18,7 +18,7 @@ from imgcap_jax.models.encoders.contract import weights_digest
 from imgcap_jax.models.encoders.pretrained import sources
 from imgcap_jax.models.encoders.pretrained.schemes import SCHEMES, SchemeFamily, find_scheme, select_by_scheme
 from imgcap_jax.models.encoders.pretrained.sources import known_weights, load_tensors
-from imgcap_jax.models.encoders.vit import Architecture, ViT
+from imgcap_jax.models.encoders.vit import ViT, ViTArchitecture
 
 ARCHITECTURES: dict[str, Any] = {**vit.ARCHITECTURES, **convnext.ARCHITECTURES}
 
@@ -185,7 +185,7 @@ def random_file(architecture: Any, library: str, prefix: str = "", *, class_posi
     return held
 
 
-TINY = Architecture("vit_tiny", "clip", 4, 2, 2, 6, 2, 3)
+TINY = ViTArchitecture("vit_tiny", "clip", 4, 2, 2, 6, 2, 3)
 
 
 def test_query_key_and_value_are_stacked_in_this_order_and_the_class_token_gets_its_position() -> None:
@@ -200,7 +200,7 @@ def test_query_key_and_value_are_stacked_in_this_order_and_the_class_token_gets_
 
 
 def test_biases_that_dinov3_does_not_have_are_zero() -> None:
-    architecture = Architecture("vit_tiny", "dinov3", 4, 1, 2, 6, 2, 0, registers=2)
+    architecture = ViTArchitecture("vit_tiny", "dinov3", 4, 1, 2, 6, 2, 0, registers=2)
     held = random_file(architecture, "transformers")
     del held["layer.0.attention.k_proj.bias"]
     bias = select_by_scheme(held, "dinov3", architecture.shapes(), "dinov3.safetensors")["blocks.0.attn.qkv.bias"]
@@ -239,6 +239,12 @@ def test_biases_that_dinov3_does_not_have_are_zero() -> None:
         (
             lambda held: held.update({"blocks.2.norm1.weight": np.zeros(4, "f4")}),
             "tensor blocks.2.norm1.weight is not part of this network",
+        ),
+        # The registers of DINOv2, the gate of DINOv3's larger networks, and blocks that go on.
+        (lambda held: held.update({"reg_token": np.zeros((1, 4, 4), "f4")}), "tensor reg_token is not part of"),
+        (
+            lambda held: held.update({"blocks.0.mlp.gate_proj.weight": np.zeros((6, 4), "f4")}),
+            "tensor blocks.0.mlp.gate_proj.weight is not part of this network",
         ),
         (lambda held: held.clear(), "do not have the names that open_clip or timm or transformers gives this"),
     ],
@@ -279,6 +285,10 @@ def test_files_have_the_normalisation_of_their_family(tmp_path: Path, monkeypatc
     (tmp_path / "config.json").write_text('{"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}')
     assert settings.build(6, rngs=nnx.Rngs(0)).mean == (127.5, 127.5, 127.5)
     assert weights_digest(settings) != first
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.4, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    assert settings.build(6, rngs=nnx.Rngs(0)).mean == (102.0, 127.5, 127.5)
+    assert len({first, weights_digest(settings)}) == 2
 
 
 @pytest.mark.parametrize(

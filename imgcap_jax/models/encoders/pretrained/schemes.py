@@ -5,7 +5,7 @@ those of timm 1.0.31, open_clip 3.3 and transformers 5.24, and those in the file
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -200,7 +200,8 @@ def select_by_scheme(
 ) -> dict[str, np.ndarray]:
     """The tensors of a network under our names, as float32.
 
-    Other tensors of the file, such as a classifier or a text encoder, are ignored, but not further blocks.
+    Tensors of a classifier, a pooling head or a text encoder are ignored. Tokens, blocks and tensors of blocks that the
+    network does not have are errors, because the file then belongs to another network.
 
     Our shapes are timm's except for ``cls_token`` [D], ``reg_token`` [R,D] and ``pos_embed`` [N,D], which has one row
     per patch: the row of the class token (if any) is added to ``cls_token``. Biases of queries, keys and values that a
@@ -213,17 +214,16 @@ def select_by_scheme(
         source: the name of the file, for messages.
 
     Raises:
-        UserError: the names are of no known library; or a tensor is missing, of another shape or not floating-point; or
-            the file has more blocks than the network.
+        UserError: the names are of no known library; or a tensor is missing, not needed, of another shape or not
+            floating-point.
     """
     found = find_scheme(family, held)
     if found is None:
         libraries = " or ".join(sorted({name.split()[0].rstrip(",") for name in SCHEMES[family]}))
         raise UserError(f"{source}: its tensors do not have the names that {libraries} gives this network; {_ADVICE}")
     scheme, prefix = found
-    for name in _next_blocks(shapes):
-        if prefix + scheme.parts(name)[0] in held:
-            raise UserError(f"{source}: tensor {prefix + scheme.parts(name)[0]} is not part of this network; {_ADVICE}")
+    for name in _unselected(held, scheme, prefix, shapes):
+        raise UserError(f"{source}: tensor {name} is not part of this network; {_ADVICE}")
     selected = {
         name: _joined(held, [prefix + part for part in scheme.parts(name)], tuple(shape), source, family)
         for name, shape in shapes.items()
@@ -240,17 +240,15 @@ def select_by_scheme(
     return selected
 
 
-def _next_blocks(shapes: Mapping[str, Sequence[int]]) -> Iterator[str]:
-    """The names of the weights of one block more than the network has, of each sequence of blocks."""
-    counts: dict[tuple[str, str], int] = {}
-    for name in shapes:
-        start, blocks, end = name.rpartition("blocks.")
-        if blocks:
-            number, _, end = end.partition(".")
-            key = (start + blocks, end)
-            counts[key] = max(counts.get(key, 0), int(number) + 1)
-    for (start, end), count in counts.items():
-        yield f"{start}{count}.{end}"
+def _unselected(held: Iterable[str], scheme: Scheme, prefix: str, shapes: Mapping[str, Sequence[int]]) -> Iterator[str]:
+    """The tensors of a file that change what the image encoder computes, but that the network does not have."""
+    needed = {prefix + part for name in shapes for part in scheme.parts(name)}
+    blocks = next(name for name in shapes if name.startswith(("blocks.", "stages.")))
+    start = (prefix + scheme.name(blocks)).partition("0.")[0]
+    tokens = {prefix + scheme.name(name) for name in ("cls_token", "reg_token", "pos_embed", "norm_pre.weight")}
+    for name in held:
+        if name not in needed and (name.startswith(start) or name in tokens):
+            yield name
 
 
 def _joined(
@@ -273,5 +271,5 @@ def _joined(
             )
         if not np.issubdtype(value.dtype, np.floating) and value.dtype.name != "bfloat16":
             raise UserError(f"{source}: tensor {name} holds {value.dtype}, not floating-point numbers; {_ADVICE}")
-        values.append(value.reshape(part).astype(np.float32))
-    return np.ascontiguousarray(np.concatenate(values))
+        values.append(value.reshape(part).astype(np.float32, copy=False))
+    return values[0] if len(values) == 1 else np.concatenate(values)

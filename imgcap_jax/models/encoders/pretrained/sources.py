@@ -69,12 +69,12 @@ _TIMM_TAGS: dict[str, tuple[str, ...]] = {
     "convnext_base": (*_CONVNEXT_TAGS, "dinov3_lvd1689m"),
     "convnext_large": (*_CONVNEXT_TAGS, "dinov3_lvd1689m"),
     "convnext_xlarge": ("fb_in22k_ft_in1k", "fb_in22k", "fb_in22k_ft_in1k_384"),
-    **{f"convnextv2_{size}": ("fcmae_ft_in1k", "fcmae") for size in ("atto", "femto", "pico")},
+    **{f"convnextv2_{size}": ("fcmae_ft_in1k",) for size in ("atto", "femto", "pico")},
     **{
-        f"convnextv2_{size}": ("fcmae_ft_in1k", "fcmae", "fcmae_ft_in22k_in1k", "fcmae_ft_in22k_in1k_384")
+        f"convnextv2_{size}": ("fcmae_ft_in1k", "fcmae_ft_in22k_in1k", "fcmae_ft_in22k_in1k_384")
         for size in ("nano", "tiny", "base", "large")
     },
-    "convnextv2_huge": ("fcmae_ft_in1k", "fcmae", "fcmae_ft_in22k_in1k_384", "fcmae_ft_in22k_in1k_512"),
+    "convnextv2_huge": ("fcmae_ft_in1k", "fcmae_ft_in22k_in1k_384", "fcmae_ft_in22k_in1k_512"),
     **{f"vit_base_patch{patch}_clip_224": ("openai",) for patch in (32, 16)},
     **{f"vit_large_patch14_clip_{image}": ("openai",) for image in (224, 336)},
     "vit_base_patch32_siglip_256": ("v2_webli",),
@@ -173,7 +173,7 @@ def weights_digest(
 ) -> str:
     """The SHA-256 of the file that `load_tensors` reads, in hexadecimal digits. The file is downloaded if necessary.
 
-    If a `config.json` next to the file specifies another normalisation of images than is usual for such a file, the
+    If a config of the Hub next to the file specifies another normalisation of images than is usual for such a file, the
     digest covers the normalisation as well.
 
     Args:
@@ -282,7 +282,7 @@ def _has_schemes(family: Family | SchemeFamily) -> TypeIs[SchemeFamily]:
 
 
 def usual_normalisation(family: Family | SchemeFamily, *, named_by_timm: bool = False) -> tuple[Pixel, Pixel]:
-    """The mean and standard deviation that normalise the pixels of a network, unless a `config.json` has others.
+    """The mean and standard deviation that normalise the pixels of a network, unless a config has others.
 
     Args:
         family: the family of the network.
@@ -300,20 +300,30 @@ def usual_normalisation(family: Family | SchemeFamily, *, named_by_timm: bool = 
 
 
 def _hub_normalisation(path: Path) -> tuple[Pixel, Pixel] | None:
-    """The normalisation in `config.json`, which timm's Hub repositories keep next to `model.safetensors`, or None."""
-    config = path.with_name("config.json")
-    if path.name != "model.safetensors" or not config.is_file():
+    """The normalisation in the files that the Hub keeps next to `model.safetensors`, or None.
+
+    timm's repositories have it in `config.json`, those of transformers in `preprocessor_config.json`.
+    """
+    if path.name != "model.safetensors":
         return None
+    for name, names in (("config.json", ("mean", "std")), ("preprocessor_config.json", ("image_mean", "image_std"))):
+        config = path.with_name(name)
+        if config.is_file() and (found := _read_normalisation(config, names, path)) is not None:
+            return found
+    return None
+
+
+def _read_normalisation(config: Path, names: tuple[str, str], weights: Path) -> tuple[Pixel, Pixel] | None:
     try:
         with reading(config, "delete it and run the command again"):
             read = json.loads(config.read_text(encoding="utf-8"))
-            # The oldest repositories have a flat config; see timm's `_hub.py`.
+            # The oldest repositories of timm have a flat config; see timm's `_hub.py`.
             settings = read.get("pretrained_cfg", read)
-            mean, std = _pixel(settings["mean"]), _pixel(settings["std"])
+            mean, std = (_pixel(settings[name]) for name in names)
             if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
                 raise ValueError("a mean is not finite, or a standard deviation is not positive")
     except UserError as error:
-        if isinstance(error.__cause__, OSError) or path.is_relative_to(cache_folder("weights")):
+        if isinstance(error.__cause__, OSError) or weights.is_relative_to(cache_folder("weights")):
             raise
         return None  # next to a user's own file, it may belong to something else
     return mean, std
