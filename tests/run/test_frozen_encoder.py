@@ -306,7 +306,7 @@ def test_teachers_that_do_not_fit_are_refused(trained: tuple[Run, Path], tmp_pat
     data = replace(run.experiment.data, min_count=30)
     for experiment, message in (
         (replace(run.experiment, objective=objective, data=data), "its vocabulary differs"),
-        (replace(run.experiment, objective=replace(objective, teachers=("nowhere",))), "nowhere is not a run"),
+        (replace(run.experiment, objective=replace(objective, teachers=("nowhere",))), "nowhere does not exist"),
         (
             replace(run.experiment, objective=objective, encoder=EfficientNetLite(variant=1)),
             "objective.teachers .* has another encoder",

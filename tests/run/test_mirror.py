@@ -625,7 +625,7 @@ def test_run_that_was_copied_into_a_bucket_is_loaded(
     assert steps(place(URL), "best") == steps(trained, "best")
     assert not steps(place(URL), "newest")
     assert open_source("scenes", "test", Path("gs://bucket/data"))[0].captions
-    with pytest.raises(UserError, match="gs://bucket/runs/y is not a run"):
+    with pytest.raises(UserError, match="gs://bucket/runs/y does not exist"):
         Run.load(Path("gs://bucket/runs/y"))
 
 
