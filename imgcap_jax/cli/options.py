@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import difflib
-import functools
 import io
 import re
 import shutil
@@ -177,10 +176,10 @@ def _filled(printed: str) -> str:
             lines[-1] += " " + line.strip()
         else:
             lines.append(line)
-    width = shutil.get_terminal_size().columns
-    wrap = functools.partial(textwrap.wrap, width=width, subsequent_indent=indent, break_on_hyphens=False)
-    filled = (wrap(line, break_long_words=False) if line.startswith(indent) else [line] for line in lines)
-    return "".join(f"{line}\n" for part in filled for line in part or [""])
+    wrapper = textwrap.TextWrapper(
+        shutil.get_terminal_size().columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "".join(f"{wrapper.fill(line) if line.startswith(indent) else line}\n" for line in lines)
 
 
 def _parse(settings: Settings, arguments: Sequence[str], prefix: str, command: str | None = None) -> Settings:

@@ -100,6 +100,22 @@ class Oracle:
             if logits is not None:
                 self.close(logits, network(self.pixels(network, images)))
 
+    def check_regions(self, network: Any, encoder: Any, images: np.ndarray) -> None:
+        """Checks the regions of an encoder that ends with a norm: each value differs by less than 1e-4."""
+        regions, _ = self.run(encoder, images)
+        with self.torch.no_grad():
+            expected = self.regions(network, images).numpy()
+        assert regions.shape == expected.shape
+        assert np.abs(regions - expected).max() < 1e-4
+
+    def check_grid(self, network: Any, encoder: Any, images: np.ndarray, grid: int) -> None:
+        """Checks that the encoder averages the last map of the network to grid x grid regions."""
+        assert encoder.region_count == grid**2
+        with self.torch.no_grad():
+            last = network.features(self.pixels(network, images))
+        expected = self.torch.nn.functional.adaptive_avg_pool2d(last, grid).flatten(2).transpose(1, 2)
+        self.close(self.run(encoder, images)[0], expected)
+
     def run(self, encoder: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """The encoder's regions, and its logits if it has a classifier."""
         both = nnx.jit(lambda encoder, x: (encoder(x), encoder.classify(x) if encoder.classifier else None))

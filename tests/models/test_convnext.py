@@ -52,12 +52,7 @@ def test_regions_equal_pytorch(model: str, size: int, batch: int, trained: int, 
     network, build = small(model)
     encoder = build(size, trainable_stages=trained)
     assert encoder.region_count == (size // 32) ** 2
-    images = oracle.images(batch, size)
-    regions, _ = oracle.run(encoder, images)
-    with oracle.torch.no_grad():
-        expected = oracle.regions(network, images).numpy()
-    assert regions.shape == expected.shape
-    assert np.abs(regions - expected).max() < 1e-4
+    oracle.check_regions(network, encoder, oracle.images(batch, size))
 
 
 @versions
@@ -104,12 +99,7 @@ def test_gradient_is_finite_where_a_channel_is_zero() -> None:
 
 def test_grid_equals_pytorch_adaptive_pool(small: Any, oracle: Any) -> None:
     network, build = small("convnext_tiny")
-    encoder, images = build(96, grid=2), oracle.images(2, 96)
-    assert encoder.region_count == 4
-    with oracle.torch.no_grad():
-        last = network.features(oracle.pixels(network, images))
-    expected = oracle.torch.nn.functional.adaptive_avg_pool2d(last, 2).flatten(2).transpose(1, 2)
-    oracle.close(oracle.run(encoder, images)[0], expected)
+    oracle.check_grid(network, build(96, grid=2), oracle.images(2, 96), 2)
 
 
 @versions

@@ -92,12 +92,7 @@ def test_accelerator_path_equals_pytorch(shallow: Any, oracle: Any, as_on: Any) 
 @pytest.mark.parametrize("grid", [2, 3, 5])
 def test_grid_equals_pytorch_adaptive_pool(grid: int, shallow: Any, oracle: Any) -> None:
     network, build = shallow
-    encoder, images = build(96, grid=grid), oracle.images(2, 96)
-    assert encoder.region_count == grid**2
-    with oracle.torch.no_grad():
-        last = network.features(oracle.pixels(network, images))
-    expected = oracle.torch.nn.functional.adaptive_avg_pool2d(last, grid).flatten(2).transpose(1, 2)
-    oracle.close(oracle.run(encoder, images)[0], expected)
+    oracle.check_grid(network, build(96, grid=grid), oracle.images(2, 96), grid)
 
 
 @pytest.mark.parametrize(("checkpoint", "platform"), [(False, "cpu"), (True, "cpu"), (True, "gpu")])

@@ -73,12 +73,7 @@ def test_regions_equal_pytorch(model: str, size: int, batch: int, small: Any, or
     network, build = small(model)
     encoder = build(size)
     assert encoder.region_count == (size // 8) ** 2
-    images = oracle.images(batch, size)
-    regions, _ = oracle.run(encoder, images)
-    with oracle.torch.no_grad():
-        expected = oracle.regions(network, images).numpy()
-    assert regions.shape == expected.shape
-    assert np.abs(regions - expected).max() < 1e-4
+    oracle.check_regions(network, encoder, oracle.images(batch, size))
 
 
 @every_network
@@ -123,12 +118,7 @@ def test_all_blocks_can_be_trained(small: Any, oracle: Any, gradients_of: Any) -
 
 def test_grid_equals_pytorch_adaptive_pool(small: Any, oracle: Any) -> None:
     network, build = small("vit_small_patch14_dinov2")
-    encoder, images = build(40, grid=2), oracle.images(2, 40)
-    assert encoder.region_count == 4
-    with oracle.torch.no_grad():
-        last = network.features(oracle.pixels(network, images))
-    expected = oracle.torch.nn.functional.adaptive_avg_pool2d(last, 2).flatten(2).transpose(1, 2)
-    oracle.close(oracle.run(encoder, images)[0], expected)
+    oracle.check_grid(network, build(40, grid=2), oracle.images(2, 40), 2)
 
 
 @every_network

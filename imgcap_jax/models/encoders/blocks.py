@@ -1,7 +1,6 @@
 """Layers that ViT and ConvNeXt share: patches, layer norm, linear layers, with pretrained or random weights."""
 
 import functools
-import math
 from collections.abc import Mapping
 
 import jax
@@ -11,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from imgcap_jax.models.encoders.pretrained.sources import Pixel, WeightedNetwork, load_tensors, usual_normalisation
+from imgcap_jax.models.encoders.pretrained.state_dict import normal_tensors
 from imgcap_jax.models.encoders.pretrained.weights import FrozenVariable
 
 Tensors = Mapping[str, np.ndarray | jax.Array]
@@ -38,16 +38,9 @@ def load_network(network: WeightedNetwork, weights: str, *, rngs: nnx.Rngs) -> t
 def _random_tensors(shapes: tuple[tuple[str, tuple[int, ...]], ...], key: jax.Array) -> dict[str, jax.Array]:
     """Normal weights with a deviation of 0.02; norms are the identity, biases 0, scales of blocks 1."""
     drawn = {name: shape for name, shape in shapes if len(shape) > 1 or name == "cls_token"}
-    # One draw for all tensors: one draw per tensor takes many times as long to compile.
-    normal = 0.02 * jax.random.normal(key, (sum(map(math.prod, drawn.values())),))
-    tensors: dict[str, jax.Array] = {}
-    start = 0
+    tensors = {name: 0.02 * normal for name, normal in normal_tensors(drawn, key).items()}
     for name, shape in shapes:
-        if name in drawn:
-            stop = start + math.prod(shape)
-            tensors[name] = normal[start:stop].reshape(shape)
-            start = stop
-        else:
+        if name not in drawn:
             tensors[name] = jnp.full(shape, 0.0 if name.endswith("bias") or "grn" in name else 1.0)
     return tensors
 

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from imgcap_jax.errors import UserError
+from imgcap_jax.models.encoders.pretrained.weights import WRONG_FILE, select_tensors
 
 SchemeFamily = Literal["clip", "siglip", "dinov2", "dinov3", "convnext"]
 FAMILIES: tuple[SchemeFamily, ...] = get_args(SchemeFamily)
@@ -183,8 +184,6 @@ SCHEMES: Mapping[SchemeFamily, Mapping[str, Scheme]] = {
 }
 """The schemes of each family, by the name of the library. The first whose mark is in a file is that of the file."""
 
-_ADVICE = "does the file belong to another network?"
-
 
 def find_scheme(family: SchemeFamily, held: Collection[str]) -> tuple[Scheme, str] | None:
     """The scheme of a file with these names, and the prefix of the names; None: no known one."""
@@ -220,23 +219,27 @@ def select_by_scheme(
     found = find_scheme(family, held)
     if found is None:
         libraries = " or ".join(sorted({name.split()[0].rstrip(",") for name in SCHEMES[family]}))
-        raise UserError(f"{source}: its tensors do not have the names that {libraries} gives this network; {_ADVICE}")
+        raise UserError(
+            f"{source}: its tensors do not have the names that {libraries} gives this network; {WRONG_FILE}"
+        )
     scheme, prefix = found
     for name in _unselected(held, scheme, prefix, shapes):
-        raise UserError(f"{source}: tensor {name} is not part of this network; {_ADVICE}")
-    selected = {
-        name: _joined(held, [prefix + part for part in scheme.parts(name)], tuple(shape), source, family)
-        for name, shape in shapes.items()
-        if name != "pos_embed"
-    }
+        raise UserError(f"{source}: tensor {name} is not part of this network; {WRONG_FILE}")
+    parts = {name: [prefix + part for part in scheme.parts(name)] for name in shapes}
+    needed = {part: (shapes[name][0] // len(of), *shapes[name][1:]) for name, of in parts.items() for part in of}
+    with_class = False
     if "pos_embed" in shapes:
-        name = prefix + scheme.name("pos_embed")
-        rows, width = shapes["pos_embed"]
-        with_class = name in held and "cls_token" in shapes and held[name].size == (rows + 1) * width
-        stored = _joined(held, [name], (rows + with_class, width), source, family)
-        if with_class:
-            selected["cls_token"] = selected["cls_token"] + stored[0]
-        selected["pos_embed"] = stored[with_class:]
+        (positions,), (rows, width) = parts["pos_embed"], shapes["pos_embed"]
+        with_class = positions in held and "cls_token" in shapes and held[positions].size == (rows + 1) * width
+        needed[positions] = (rows + with_class, width)
+    values = select_tensors(_shaped(held, needed, family), needed, source)
+    selected = {
+        name: values[of[0]] if len(of) == 1 else np.concatenate([values[part] for part in of])
+        for name, of in parts.items()
+    }
+    if with_class:
+        selected["cls_token"] = selected["cls_token"] + selected["pos_embed"][0]
+        selected["pos_embed"] = selected["pos_embed"][1:]
     return selected
 
 
@@ -251,25 +254,16 @@ def _unselected(held: Iterable[str], scheme: Scheme, prefix: str, shapes: Mappin
             yield name
 
 
-def _joined(
-    held: Mapping[str, np.ndarray], names: Sequence[str], shape: tuple[int, ...], source: str, family: SchemeFamily
-) -> np.ndarray:
-    """The named tensors one after another, with this shape."""
-    part = (shape[0] // len(names), *shape[1:])
-    values = []
-    for name in names:
-        if name not in held and family == "dinov3" and re.search(r"(k_proj\.|[qkv]_)bias$", name):
-            values.append(np.zeros(part, np.float32))
-            continue
-        if name not in held:
-            raise UserError(f"{source}: tensor {name} is missing; {_ADVICE}")
-        value = held[name]
-        # Axes of size 1 differ between libraries.
-        if [size for size in value.shape if size > 1] != [size for size in part if size > 1]:
-            raise UserError(
-                f"{source}: tensor {name} has shape {list(value.shape)}, the network needs {list(part)}; {_ADVICE}"
-            )
-        if not np.issubdtype(value.dtype, np.floating) and value.dtype.name != "bfloat16":
-            raise UserError(f"{source}: tensor {name} holds {value.dtype}, not floating-point numbers; {_ADVICE}")
-        values.append(value.reshape(part).astype(np.float32, copy=False))
-    return values[0] if len(values) == 1 else np.concatenate(values)
+def _shaped(
+    held: Mapping[str, np.ndarray], needed: Mapping[str, tuple[int, ...]], family: SchemeFamily
+) -> dict[str, np.ndarray]:
+    """The needed tensors that a file holds, without its own axes of size 1, and the biases that DINOv3 does without."""
+    shaped = {}
+    for name, shape in needed.items():
+        if name in held:
+            value = held[name]
+            same = [size for size in value.shape if size > 1] == [size for size in shape if size > 1]
+            shaped[name] = value.reshape(shape) if same else value
+        elif family == "dinov3" and re.search(r"(k_proj\.|[qkv]_)bias$", name):
+            shaped[name] = np.zeros(shape, np.float32)
+    return shaped

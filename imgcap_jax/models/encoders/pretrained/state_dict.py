@@ -141,14 +141,10 @@ def _random_layers(network: Network, trainable_stages: int, classifier: bool, ke
     shapes = network.shapes()
     convolutions = {f"{conv.name}.weight": conv.shape for conv in network.convolutions}
     tensors: dict[str, jax.Array] = {}
-    # One draw for all convolutions: one draw per tensor takes many times as long to compile.
-    normal = jax.random.normal(key, (sum(math.prod(shape) for shape in convolutions.values()),))
-    start = 0
-    for name, shape in convolutions.items():
-        stop = start + math.prod(shape)
+    for name, normal in normal_tensors(convolutions, key).items():
+        shape = convolutions[name]
         fan_out = math.prod(shape[2:]) * (1 if shape[1] == 1 else shape[0])
-        tensors[name] = normal[start:stop].reshape(shape) * math.sqrt(2 / fan_out)
-        start = stop
+        tensors[name] = normal * math.sqrt(2 / fan_out)
     for number, linear in enumerate(network.classifier if classifier else ()):
         draw = jax.random.normal(jax.random.fold_in(key, number), linear.shape)
         tensors[f"{linear.name}.weight"] = 0.01 * draw
@@ -156,3 +152,16 @@ def _random_layers(network: Network, trainable_stages: int, classifier: bool, ke
         if len(vector) == 1:
             tensors[name] = jnp.full(vector, float(name.endswith(("running_var", "weight"))))
     return convert(network, trainable_stages, tensors, classifier=classifier)
+
+
+def normal_tensors(shapes: Mapping[str, tuple[int, ...]], key: jax.Array) -> dict[str, jax.Array]:
+    """Tensors of these shapes, drawn from the standard normal distribution."""
+    tensors = {}
+    # One draw for all of them: one draw per tensor takes many times as long to compile.
+    normal = jax.random.normal(key, (sum(map(math.prod, shapes.values())),))
+    start = 0
+    for name, shape in shapes.items():
+        stop = start + math.prod(shape)
+        tensors[name] = normal[start:stop].reshape(shape)
+        start = stop
+    return tensors

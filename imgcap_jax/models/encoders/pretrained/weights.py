@@ -14,6 +14,9 @@ from imgcap_jax.errors import UserError
 from imgcap_jax.files import file_digest, reading
 from imgcap_jax.models.encoders.pretrained.torch_files import ADVICE, read_torch
 
+WRONG_FILE = "does the file belong to another network?"
+"""The advice if tensors do not fit a network."""
+
 
 class FrozenVariable(nnx.Variable):
     """A weight that is never trained. The trained weights of an encoder are `nnx.Param`s."""
@@ -103,19 +106,18 @@ def select_tensors(
     held = {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}
     missing = [name for name in shapes if name not in held]
     extra = [name for name in held if name not in shapes]
-    advice = "does the file belong to another network?"
     if missing:
-        raise UserError(f"{source}: tensor {_named(missing)} is missing; {advice}")
+        raise UserError(f"{source}: tensor {_named(missing)} is missing; {WRONG_FILE}")
     if extra:
-        raise UserError(f"{source}: tensor {_named(extra)} is not part of this network; {advice}")
+        raise UserError(f"{source}: tensor {_named(extra)} is not part of this network; {WRONG_FILE}")
     for name, needed in shapes.items():
         shape, dtype = held[name].shape, held[name].dtype
         if shape != tuple(needed):
             raise UserError(
-                f"{source}: tensor {name} has shape {list(shape)}, the network needs {list(needed)}; {advice}"
+                f"{source}: tensor {name} has shape {list(shape)}, the network needs {list(needed)}; {WRONG_FILE}"
             )
         if not jax.numpy.issubdtype(dtype, np.floating):
-            raise UserError(f"{source}: tensor {name} holds {dtype}, not floating-point numbers; {advice}")
+            raise UserError(f"{source}: tensor {name} holds {dtype}, not floating-point numbers; {WRONG_FILE}")
     return {name: np.ascontiguousarray(held[name], np.float32) for name in shapes}
 
 
